@@ -1,0 +1,114 @@
+"""What a caller asked of a stream, and a change of it on its way to the ticking thread. Plain immutable values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from streamflow.conditioning import Prompt
+from streamflow.noise import NoiseSource
+from streamflow.schedule import Schedule, Stages
+
+SCOPES = (None, "now", "frame")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name.
+
+    Raises:
+        TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
+    """
+
+    prompt: str | None
+    negative_prompt: str | None = ""
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    delta: float = 1.0
+    t_index_list: tuple[int, ...] | None = None
+    strength: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("negative_prompt", self.negative_prompt)
+        if self.prompt is None and "prompt_embeds" not in self.arguments:
+            raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
+        if self.prompt is not None and "prompt_embeds" in self.arguments:
+            raise ValueError("pass a prompt or prompt_embeds, not both")
+        steps = self.num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer of 1 or more, not {steps!r}")
+        for name in ("guidance_scale", "delta", "strength"):
+            check_number(name, getattr(self, name))
+
+    def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
+        """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
+        kept = dict(self.arguments)
+        for text, start in (("prompt", ("prompt_embeds", "pooled_prompt_embeds")), ("negative_prompt", ("negative_",))):
+            if text in changes:
+                kept = {name: value for name, value in kept.items() if not name.startswith(start)}
+        if "prompt_embeds" in arguments:
+            changes = {"prompt": None, **changes}
+        return replace(self, **changes, arguments={**kept, **arguments})
+
+
+    def read_key(self, weight_name: str) -> tuple:
+        """What the pipeline must be asked about again when it changes; the guidance weight, known as `weight_name`, is
+        not among it."""
+        arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
+        scale = None if weight_name == "guidance_scale" else self.guidance_scale
+        return self.prompt, self.negative_prompt, self.num_inference_steps, scale, arguments
+
+
+def same_key(a: tuple, b: tuple) -> bool:
+    """Whether two read keys are equal; tensors only where they are the same object."""
+    if a[:-1] != b[:-1] or a[-1].keys() != b[-1].keys():
+        return False
+    return all(x is b[-1][name] or _equal_plain(x, b[-1][name]) for name, x in a[-1].items())
+
+
+def _equal_plain(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a request came to: the schedule, the stages picked from it, the prompt's cond, the weight in force, noise."""
+
+    request: Request
+    schedule: Schedule
+    stages: Stages
+    prompt: Prompt
+    weight: float
+    noise: NoiseSource
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """An update on its way: what the stream is to be, and whether rows under way take the new prompt and the new noise
+    levels too. It was made and checked in the caller's thread."""
+
+    target: Prepared
+    prompt_now: bool = True
+    levels_now: bool = False
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless value is a finite number or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {type(value).__name__} {value!r}: a stream takes one at a time")

@@ -1,0 +1,96 @@
+"""What a prompt becomes, and how the prompts of a batch's rows become the network's arguments.
+
+A `Cond` is one prompt's tensors under the names of the network's own arguments. Rows whose conds have one signature
+(names, shapes, dtypes) share a call of the network; where signatures differ there is one call for each, so lengths
+are never padded and the result is exact for every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Cond:
+    """`rows`: tensors `[1, ...]`, one row a frame. `shared`: tensors without a batch dimension, such as position ids."""
+
+    rows: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def signature(self) -> tuple:
+        """What must be equal for two conds to share a call: names, shapes and dtypes, and the shared tensors' too."""
+        rows = tuple((name, tuple(t.shape[1:]), t.dtype) for name, t in sorted(self.rows.items()))
+        return rows, tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(self.shared.items()))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt's cond and, where guidance needs one, the negative prompt's."""
+
+    cond: Cond
+    uncond: Cond | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the network: its arguments, and the rows of the batch it serves (None: all of them)."""
+
+    arguments: dict[str, Tensor]
+    rows: Tensor | None = None
+
+
+class CondBatch:
+    """The arguments of the network for a batch of rows, in buffers that keep their address while shapes do."""
+
+    def __init__(self) -> None:
+        self._conds: tuple[Cond, ...] = ()
+        self._calls: list[Call] = []
+
+    def velocity(self, network: Velocity, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
+        """The network's velocity of rows x `[rows, ...]` at times t `[rows]`, row i under conds[i]."""
+        calls = self._update(tuple(conds))
+        if calls[0].rows is None:
+            return network(x, t, **calls[0].arguments)
+        parts = [network(x[call.rows], t[call.rows], **call.arguments) for call in calls]
+        v = parts[0].new_empty((len(x), *parts[0].shape[1:]))
+        for call, part in zip(calls, parts, strict=True):
+            v[call.rows] = part
+        return v
+
+    def _update(self, conds: tuple[Cond, ...]) -> list[Call]:
+        unchanged = len(conds) == len(self._conds) and all(a is b for a, b in zip(conds, self._conds, strict=True))
+        if not unchanged:
+            self._calls = self._build(conds)
+            self._conds = conds
+        return self._calls
+
+    def _build(self, conds: tuple[Cond, ...]) -> list[Call]:
+        by_signature: dict[tuple, list[int]] = {}
+        for row, cond in enumerate(conds):
+            by_signature.setdefault(cond.signature, []).append(row)
+        if len(by_signature) == 1:
+            return [Call(self._stack(conds))]
+        device = next(iter(conds[0].rows.values())).device
+        return [
+            Call(self._stack([conds[row] for row in rows]), torch.tensor(rows, device=device))
+            for rows in by_signature.values()
+        ]
+
+    def _stack(self, conds: Sequence[Cond]) -> dict[str, Tensor]:
+        """Stack the conds' rows into the last buffers where those fit, else into new ones."""
+        old = self._calls[0].arguments if len(self._calls) == 1 else {}
+        arguments = dict(conds[0].shared)
+        for name in conds[0].rows:
+            stacked = torch.cat([cond.rows[name] for cond in conds])
+            buffer = old.get(name)
+            fits = buffer is not None and buffer.shape == stacked.shape and buffer.dtype == stacked.dtype
+            arguments[name] = buffer.copy_(stacked) if fits else stacked
+        return arguments

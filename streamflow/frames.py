@@ -1,0 +1,110 @@
+"""Frames with an identity: which output belongs to which input, in which order, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One finished picture. `id` counts the inputs from 0; `image` `[3, H, W]` in [-1, 1]; `latency_s` is host time from
+    input to enqueued output; `skipped` says that the similarity filter skipped this input, and the picture is that of
+    the frame it resembles."""
+
+    id: int
+    image: Tensor
+    latency_s: float
+    skipped: bool = False
+    _event: torch.cuda.Event | None = field(default=None, repr=False)
+
+    def ready(self) -> bool:
+        """Whether the device has finished the picture."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> Frame:
+        """Wait for the device to finish the picture."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self
+
+
+@dataclass(frozen=True)
+class _Input:
+    id: int
+    source: int
+    since: float
+
+
+class Order:
+    """Matches pictures with the inputs that wait for them. `expect` in input order, `arrive` in any, `ready` in order."""
+
+    def __init__(self) -> None:
+        self._inputs: deque[_Input] = deque()
+        self._pictures: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+
+    def expect(self, frame_id: int, source: int) -> None:
+        """An input came in; its picture will be that of frame `source`, which is itself unless it was skipped."""
+        self._inputs.append(_Input(frame_id, source, time.perf_counter()))
+
+    def arrive(self, ids: tuple[int, ...], pictures: Tensor) -> None:
+        """Pictures `[>= len(ids), 3, H, W]` of these frames; rows beyond the ids are padding."""
+        event = _event(pictures)
+        for frame_id, picture in zip(ids, pictures, strict=False):
+            self._pictures[frame_id] = (picture, event)
+
+    def ready(self) -> Iterator[Frame]:
+        """The frames whose turn it is. A picture is let go when no later input can refer to it."""
+        while self._inputs and self._inputs[0].source in self._pictures:
+            waiting = self._inputs.popleft()
+            for old in [i for i in self._pictures if i < waiting.source]:
+                del self._pictures[old]
+            picture, event = self._pictures[waiting.source]
+            latency = time.perf_counter() - waiting.since
+            yield Frame(waiting.id, picture, latency, waiting.id != waiting.source, event)
+
+
+def _event(pictures: Tensor) -> torch.cuda.Event | None:
+    if pictures.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+class CallTimer:
+    """A moving average of a call's seconds, without ever waiting: on CUDA it reads the events of calls that are over."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=8)
+        self.average = 0.0
+
+    def __enter__(self) -> CallTimer:
+        self._start = self._mark()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        end = self._mark()
+        if not self._cuda:
+            self._add(end - self._start)
+            return
+        self._open.append((self._start, end))
+        while self._open and self._open[0][1].query():
+            start, end = self._open.popleft()
+            self._add(start.elapsed_time(end) / 1000)
+
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, seconds: float) -> None:
+        self.average = 0.9 * self.average + 0.1 * seconds

@@ -1,0 +1,84 @@
+"""The four ways to guide, as a table. A mode says how many extra (negative) rows a call of the network carries, and
+turns what the network said into one velocity a row. It knows rows, not prompts and not models.
+
+`none` and `full` are the pipelines' own. `self` and `initialize` are StreamDiffusion's residual guidance
+(Kodaira et al., arXiv 2312.12491, section 3.2) in velocity form, and one idea: carry an anchor, the clean latent that the
+unprompted flow would reach. The straight line to it is the negative velocity, `v_uncond = (x - anchor) / sigma`.
+`self` takes the encoded input image for anchor, `initialize` what one negative row predicts at the first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamflow.flow import guide, predict_x0, velocity_from
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row of the table.
+
+    extra_rows(rows, newest): how many of a call's rows get a negative twin. `newest` of the `rows` are at stage 0.
+        The twins are always those of the first rows, and stand before them all.
+    carries_anchor: rows carry a clean latent, and `delta` acts.
+    """
+
+    name: str
+    extra_rows: Callable[[int, int], int]
+    carries_anchor: bool = False
+
+    def weight(self, w: float, delta: float) -> float:
+        """The weight in force: w, and under an anchor `1 + (w - 1) delta`."""
+        return 1.0 + (w - 1.0) * delta if self.carries_anchor else w
+
+
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode("none", lambda rows, newest: 0),
+        Mode("full", lambda rows, newest: rows),
+        Mode("self", lambda rows, newest: 0, carries_anchor=True),
+        Mode("initialize", lambda rows, newest: newest, carries_anchor=True),
+    )
+}
+
+
+def mode(cfg_type: str) -> Mode:
+    """Look a mode up by name; ValueError with the known names otherwise."""
+    if cfg_type not in MODES:
+        raise ValueError(f"unknown cfg_type {cfg_type!r}: choose one of {', '.join(map(repr, MODES))}")
+    return MODES[cfg_type]
+
+
+@dataclass
+class Anchors:
+    """What rows carry under `self` and `initialize`: `x0` float32 `[rows, ...]` and `known`, bool `[rows]`.
+    A row whose anchor is not known takes its own velocity, unguided."""
+
+    x0: Tensor
+    known: Tensor
+
+
+def combine(
+    mode: Mode, v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Tensor, anchors: Anchors | None
+) -> Tensor:
+    """The guided velocity of all rows, `[rows, ...]`.
+
+    v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins; w float32 `[rows]`.
+    Under `initialize` the anchors of the rows that have a twin are measured here and kept.
+    """
+    if anchors is not None:
+        return _towards_anchor(v_cond, v_extra, x, sigma, w, anchors)
+    return guide(v_cond, v_extra, w) if len(v_extra) else v_cond
+
+
+def _towards_anchor(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Tensor, anchors: Anchors) -> Tensor:
+    n = len(v_extra)
+    if n:
+        anchors.x0[:n] = predict_x0(x[:n], v_extra, sigma[:n])
+        anchors.known[:n] = True
+    return guide(v_cond, velocity_from(x, anchors.x0, sigma), torch.where(anchors.known, w, 1.0))

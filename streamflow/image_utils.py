@@ -1,0 +1,178 @@
+"""Pictures in and out. In: PIL, numpy and tensors become float32 `[n, 3, H, W]` in [-1, 1]; what range a float picture is
+in is stated by the caller and never guessed. Out: StreamDiffusion's helpers under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+# Operations that keep a tensor's values, and so its mark.
+_VALUE_KEEPING = frozenset(
+    getattr(torch.Tensor, name) for name in "to cpu cuda clone detach contiguous __getitem__ unsqueeze squeeze".split()
+) | {torch.cat, torch.stack}
+
+
+class Normalized(Tensor):
+    """A tensor that is known to be `[n, 3, H, W]` in [-1, 1]. Moving, indexing and stacking keep the mark; whatever
+    computes a new value drops it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        keeps = func in _VALUE_KEEPING and isinstance(result, Tensor)
+        return result.as_subclass(cls) if keeps else _plain(result)
+
+
+def _plain(result: Any) -> Any:
+    return result.as_subclass(Tensor) if type(result) is Normalized else result
+
+
+def normalize_image(
+    image: Any, height: int, width: int, input_range: tuple[float, float] = (0, 1), resize: bool = True, check: bool = False
+) -> Normalized:
+    """Make `[n, 3, height, width]` in [-1, 1] of a picture or several.
+
+    image: a PIL image in mode RGB; an array `[H, W, 3]` or `[n, H, W, 3]`; a tensor `[3, H, W]` or `[n, 3, H, W]`; or a
+        list of pictures. uint8 is 0..255, floats are in `input_range`. A `Normalized` tensor comes back unchanged.
+    resize: stretch other sizes (Lanczos for PIL, antialiased bilinear otherwise), or refuse them.
+    check: also look into tensors that are not on the CPU for NaN and for values out of range, which makes the host wait.
+
+    Raises:
+        TypeError: not a picture, or of a dtype that is none.
+        ValueError: mode, channel count, number of dimensions, size, NaN or range; with what was found and the remedy.
+    """
+    if isinstance(image, Normalized) and image.shape[-2:] == (height, width):
+        return image if image.ndim == 4 else image[None]
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("an empty list of pictures")
+        parts = [normalize_image(one, height, width, input_range, resize, check) for one in image]
+        return torch.cat(parts)
+    if isinstance(image, PIL.Image.Image):
+        return _from_pil(image, height, width, resize)
+    if isinstance(image, np.ndarray):
+        image = _channels_first(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"a picture is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+    return _from_tensor(image, height, width, input_range, resize, check)
+
+
+def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Normalized:
+    if image.mode != "RGB":
+        raise ValueError(f"a picture in mode {image.mode}: pass image.convert('RGB')")
+    _check_size(image.height, image.width, height, width, resize)
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
+    return (2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous().as_subclass(Normalized)
+
+
+def _channels_first(image: np.ndarray) -> Tensor:
+    if image.ndim not in (3, 4) or image.shape[-1] != 3:
+        raise ValueError(f"an array is [H, W, 3] or [n, H, W, 3], not {list(image.shape)}")
+    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"an array of pixels is uint8 (0..255) or floating, not {image.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+
+
+def _from_tensor(
+    image: Tensor, height: int, width: int, input_range: tuple[float, float], resize: bool, check: bool
+) -> Normalized:
+    if image.ndim not in (3, 4) or image.shape[-3] != 3:
+        raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"a tensor of pixels is uint8 (0..255) or floating, not {image.dtype}")
+    _check_size(*image.shape[-2:], height, width, resize)
+    image = image if image.ndim == 4 else image[None]
+    if type(image) is Normalized:
+        low, high = -1.0, 1.0
+    else:
+        low, high = (0.0, 255.0) if image.dtype == torch.uint8 else input_range
+    image = image.as_subclass(Tensor).float()
+    if check or image.device.type == "cpu":
+        _check_values(image, low, high)
+    image = 2.0 * ((image - low) / (high - low)) - 1.0
+    if image.shape[-2:] != (height, width):
+        image = torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
+    return image.contiguous().as_subclass(Normalized)
+
+
+def _check_size(h: int, w: int, height: int, width: int, resize: bool) -> None:
+    if not resize and (h, w) != (height, width):
+        raise ValueError(f"a picture of {w}x{h} for a stream of {width}x{height}: resize it, or pass resize=True")
+
+
+def _check_values(image: Tensor, low: float, high: float) -> None:
+    least, most = image.aminmax()
+    if not (torch.isfinite(least) and torch.isfinite(most)):
+        raise ValueError("the picture holds NaN or infinite values")
+    slack = 1e-3 * (high - low)
+    if least < low - slack or most > high + slack:
+        raise ValueError(
+            f"the picture's values run from {least:.4g} to {most:.4g}, outside of [{low:g}, {high:g}]: "
+            f"state what yours are in with StreamFlow(..., input_range=(low, high))"
+        )
+
+
+# -- StreamDiffusion's helpers -----------------------------------------------------------------------------------------
+
+
+def denormalize(images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """[-1, 1] to [0, 1], clamped."""
+    return (images / 2 + 0.5).clip(0, 1)
+
+
+def pt_to_numpy(images: Tensor) -> np.ndarray:
+    """`[n, C, H, W]` to a float32 array `[n, H, W, C]`."""
+    return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
+
+
+def numpy_to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
+    """An array `[n, H, W, C]` or `[H, W, C]` in [0, 1] to PIL images, mode RGB, or L for one channel."""
+    images = images[None] if images.ndim == 3 else images
+    pixels = (images * 255).round().astype("uint8")
+    return [PIL.Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+
+
+def postprocess_image(
+    image: Tensor, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None
+) -> Tensor | np.ndarray | list[PIL.Image.Image]:
+    """Pictures `[n, C, H, W]` in [-1, 1] to what a caller wants.
+
+    output_type: `"latent"` (as it is), `"pt"` and `"np"` (in [0, 1]) or `"pil"`. do_denormalize: one flag a picture;
+    False for one that is in [0, 1] already.
+    """
+    if not isinstance(image, Tensor):
+        raise ValueError(f"postprocess_image takes a tensor, not {type(image).__name__}")
+    convert = {"pt": lambda x: x, "np": pt_to_numpy, "pil": lambda x: numpy_to_pil(pt_to_numpy(x))}
+    if output_type == "latent":
+        return image
+    if output_type not in convert:
+        raise ValueError(f"unknown output_type {output_type!r}: choose one of 'latent', {', '.join(map(repr, convert))}")
+    flags = [True] * len(image) if do_denormalize is None else list(do_denormalize)
+    if len(flags) != len(image):
+        raise ValueError(f"do_denormalize has {len(flags)} entries for {len(image)} pictures")
+    if all(flags):
+        return convert[output_type](denormalize(image))
+    shown = [denormalize(one) if flag else one for one, flag in zip(image, flags, strict=True)]
+    return convert[output_type](torch.stack(shown))
+
+
+def process_image(
+    image_pil: PIL.Image.Image, range: tuple[float, float] = (-1, 1)
+) -> tuple[Tensor, PIL.Image.Image]:
+    """A PIL image to (float32 `[1, C, H, W]` in `range`, the image)."""
+    pixels = np.array(image_pil, dtype=np.float32).reshape(image_pil.height, image_pil.width, -1) / 255.0
+    low, high = range
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] * (high - low) + low, image_pil
+
+
+def pil2tensor(image_pil: PIL.Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A PIL image to `[1, C, H, W]` in [-1, 1]."""
+    return process_image(image_pil)[0].to(dtype)

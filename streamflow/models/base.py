@@ -1,0 +1,253 @@
+"""What a family is to the rest of the library: a velocity module, a codec, a schedule, and what a prompt becomes.
+
+Everything that differs between families (signs, time scales, packings, names) is said in a subclass, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.conditioning import Cond, Prompt
+from streamflow.models.codec import Codec
+from streamflow.models.probe import Recording, record
+from streamflow.models.rows import RowByRow
+from streamflow.schedule import Schedule
+
+# Arguments of a pipeline's __call__ that the stream gives itself.
+RESERVED = frozenset(
+    "prompt negative_prompt num_inference_steps guidance_scale height width latents generator output_type return_dict "
+    "num_images_per_prompt callback_on_step_end callback_on_step_end_tensor_inputs callback callback_steps image "
+    "strength timesteps".split()
+)
+
+
+class FlowAdapter:
+    """One family's conventions. A subclass states the class attributes and gives `latent_shape`.
+
+    network: the pipeline's attribute that holds the network; `sample`: that network's first argument.
+    Velocity: the nn.Module class made of the network, `forward(x, t, **cond) -> v = dx/dsigma`; x `[rows, ...]` in the
+        pipeline's own `latents=` form, t `[rows]` as the pipeline's scheduler lists timesteps, cond tensors only.
+    row_inputs / shared_inputs: the network's arguments that a prompt sets, with and without a batch dimension.
+    widths: for a row input, the entry of the network's config that its last dimension must equal.
+    guidance_argument: the pipeline's name for the classifier-free guidance weight w.
+    guidance_in_one_call: the pipeline calls its network once a step with [negative, prompt], not twice.
+    text_pipeline / image_pipeline: diffusers class names, the plain text-to-image one and the one whose
+        `get_timesteps` turns a strength into a start index.
+    refused: arguments of the pipeline that change its loop in a way a stream does not follow.
+    exportable: the network takes tensors only, so it can be exported.
+    """
+
+    network: ClassVar[str] = "transformer"
+    sample: ClassVar[str] = "hidden_states"
+    Velocity: ClassVar[type[nn.Module]]
+    row_inputs: ClassVar[tuple[str, ...]]
+    shared_inputs: ClassVar[tuple[str, ...]] = ()
+    widths: ClassVar[Mapping[str, str]] = {}
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    guidance_in_one_call: ClassVar[bool] = True
+    text_pipeline: ClassVar[str]
+    image_pipeline: ClassVar[str]
+    refused: ClassVar[frozenset[str]] = frozenset()
+    exportable: ClassVar[bool] = True
+
+    def __init__(self, pipe: Any):
+        if getattr(pipe, self.network, None) is None:
+            raise ValueError(
+                f"{type(pipe).__name__} has no {self.network}, which {type(self).__name__} calls: pass another family="
+            )
+        self.pipe = self._text_to_image(pipe)
+        self.rebuild(getattr(pipe, self.network))
+
+    def rebuild(self, network: nn.Module) -> None:
+        """Make the velocity of another network of the same family."""
+        self.net = network
+        self.velocity = self.Velocity(network)
+
+    def row_by_row(self, guided: bool) -> RowByRow:
+        """The velocity in the very calls that the pipeline makes, frame by frame; `guided` under `cfg_type="full"`."""
+        return RowByRow(self.velocity, guided and self.guidance_in_one_call, self.shared_inputs)
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent is wide, from the VAE's config."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def multiple(self) -> int:
+        """What width and height must be multiples of, in pixels."""
+        return self.factor
+
+    @property
+    def default_size(self) -> int:
+        """The pipeline's default width and height in pixels."""
+        return self.pipe.default_sample_size * self.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """The channels that the VAE must have."""
+        return self.net.config.in_channels
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one frame's latent, as the pipeline takes `latents=`, without the batch dimension."""
+        return self.latent_channels, height // self.factor, width // self.factor
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError where the pipeline could not draw this size."""
+        for name, size in (("height", height), ("width", width)):
+            if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % self.multiple:
+                below = max(self.multiple, int(size) // self.multiple * self.multiple)
+                raise ValueError(
+                    f"{name} must be a positive multiple of {self.multiple} pixels here, not {size!r}: try {below}"
+                )
+
+    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        """The codec of this VAE for pictures of this size."""
+        self.check_vae(vae)
+        return Codec(vae)
+
+    def check_vae(self, vae: nn.Module) -> None:
+        """Raise ValueError where a VAE's latents are not of the network's kind."""
+        channels = vae.config.latent_channels
+        if channels != self.latent_channels:
+            raise ValueError(
+                f"this {type(vae).__name__} has {channels} latent channels, the network draws {self.latent_channels}: "
+                f"load the VAE that belongs to this family"
+            )
+
+    # -- what the pipeline would do ------------------------------------------------------------------------------------
+
+    def read(self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool):
+        """(Schedule, Prompt) for the pipeline's own call with these arguments. `guided`: with a negative prompt's cond.
+
+        Raises what the pipeline raises about its arguments; NotImplementedError for one that reaches the network and
+        that this family does not stream; ValueError for embeddings of a wrong width or of several prompts.
+        """
+        recording = self._record(dict(arguments), steps, height, width, guided)
+        return self.schedule(recording, steps), self._prompt(recording, guided)
+
+    def schedule(self, recording: Recording, steps: int) -> Schedule:
+        """The schedule; by default the one that the pipeline's scheduler holds."""
+        scheduler = recording.scheduler
+        name, config = type(scheduler).__name__, scheduler.config
+        if name != "FlowMatchEulerDiscreteScheduler" or config.get("invert_sigmas"):
+            raise ValueError(
+                f"{name}{' with invert_sigmas' if config.get('invert_sigmas') else ''} does not step by Euler along "
+                f"falling sigmas: give the pipeline a FlowMatchEulerDiscreteScheduler, made with "
+                f"FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+            )
+        return recording.schedule
+
+    def start_index(self, schedule: Schedule, strength: float) -> int:
+        """The first step of image-to-image at this strength, read off the image pipeline's own `get_timesteps`."""
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+        import diffusers
+
+        holder = _TimestepHolder(schedule)
+        get_timesteps = getattr(diffusers, self.image_pipeline).get_timesteps
+        timesteps, _ = get_timesteps(holder, len(schedule), strength, "cpu")
+        if not len(timesteps):
+            raise ValueError(
+                f"strength {strength} of {len(schedule)} steps leaves no step to take: "
+                f"raise it to {1 / len(schedule):.3g} or raise num_inference_steps"
+            )
+        return len(schedule) - len(timesteps)
+
+    def guidance_default(self) -> float:
+        """The pipeline's own default for the weight w."""
+        return self._parameters()[self.guidance_argument].default
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raise TypeError for names that are not the pipeline's, or that the stream sets itself."""
+        known = self._parameters()
+        for name in arguments:
+            if name in RESERVED:
+                raise TypeError(f"{name} cannot be passed on to {type(self.pipe).__name__}: the stream sets it itself")
+            if name in self.refused:
+                raise NotImplementedError(f"{name} changes the pipeline's own loop, which a stream does not follow")
+            if name not in known:
+                free = ", ".join(sorted(set(known) - RESERVED))
+                raise TypeError(f"{type(self.pipe).__name__} takes no argument {name!r}; it takes {free}")
+
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        parameters = dict(inspect.signature(type(self.pipe).__call__).parameters)
+        parameters.pop("self", None)
+        return parameters
+
+    def _text_to_image(self, pipe: Any) -> Any:
+        """The pipe itself, or the text-to-image pipeline of the same parts if it wants an image."""
+        if "image" not in inspect.signature(type(pipe).__call__).parameters:
+            return pipe
+        import diffusers
+
+        return getattr(diffusers, self.text_pipeline)(**pipe.components)
+
+    def _record(self, arguments: dict[str, Any], steps: int, height: int, width: int, guided: bool) -> Recording:
+        if guided:
+            arguments[self.guidance_argument] = max(2.0, arguments.get(self.guidance_argument) or 0.0)
+        else:
+            arguments[self.guidance_argument] = 1.0
+            arguments.pop("negative_prompt", None)
+        latents = torch.zeros(1, *self.latent_shape(height, width), device=self.pipe.device, dtype=self.net.dtype)
+        size = {"height": height, "width": width, "latents": latents, "num_inference_steps": steps}
+        return record(self.pipe, self.network, self.sample, **size, **arguments)
+
+    def _prompt(self, recording: Recording, guided: bool) -> Prompt:
+        calls = [self._inputs(call) for call in recording.calls]
+        if not guided:
+            return Prompt(self._cond(calls[0], 0, 1))
+        if self.guidance_in_one_call:
+            return Prompt(self._cond(calls[0], 1, 2), self._cond(calls[0], 0, 2))
+        return Prompt(self._cond(calls[0], 0, 1), self._cond(calls[1], 0, 1))
+
+    def _inputs(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a recorded call that belong to the prompt; an unforeseen one is refused by name."""
+        plain = {self.sample, "timestep", "return_dict"}
+        inputs = {}
+        for name, value in call.items():
+            if name in plain or value is None or (isinstance(value, dict) and not value):
+                continue
+            if name not in self.row_inputs + self.shared_inputs:
+                raise NotImplementedError(
+                    f"{type(self.pipe).__name__} hands its network {name!r}, which StreamFlow does not stream for "
+                    f"{type(self).__name__}: leave out the argument that sets it"
+                )
+            inputs[name] = value
+        return inputs
+
+    def _cond(self, inputs: Mapping[str, Tensor], row: int, count: int) -> Cond:
+        rows = {name: value for name, value in inputs.items() if name in self.row_inputs}
+        for name, value in rows.items():
+            self._check_embeds(name, value, count)
+        return Cond(
+            {name: value[row : row + 1].detach() for name, value in rows.items()},
+            {name: value.detach() for name, value in inputs.items() if name in self.shared_inputs},
+        )
+
+    def _check_embeds(self, name: str, value: Tensor, count: int) -> None:
+        if len(value) != count:
+            raise ValueError(f"{name} holds {len(value) // count} prompts: a stream takes one prompt at a time")
+        width = self.net.config[self.widths[name]] if name in self.widths else value.shape[-1]
+        if value.shape[-1] != width:
+            raise ValueError(
+                f"{name} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "
+                f"pass embeddings made by this pipeline's own text encoders"
+            )
+
+
+class _TimestepHolder:
+    """What `get_timesteps` of an image pipeline needs of `self`."""
+
+    def __init__(self, schedule: Schedule):
+        self.scheduler = self
+        self.timesteps, self.sigmas, self.order = schedule.timesteps, schedule.sigmas, 1
+
+    def set_begin_index(self, index: int) -> None:
+        """The holder takes no step."""

@@ -1,0 +1,75 @@
+"""Flux.1 dev, schnell and what shares their pipeline: latents are packed 2x2 into tokens, time is t / 1000 after a cast
+to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance, where asked for, is a second
+call (diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
+
+from __future__ import annotations
+
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from streamflow.models.base import FlowAdapter
+from streamflow.models.codec import Codec
+
+
+class FluxVelocity(nn.Module):
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        txt_ids: Tensor,
+        img_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        return self.transformer(
+            hidden_states=x,
+            timestep=t.to(x.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+
+
+class Flux(FlowAdapter):
+    """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
+
+    Velocity = FluxVelocity
+    row_inputs = ("encoder_hidden_states", "pooled_projections", "guidance")
+    shared_inputs = ("txt_ids", "img_ids")
+    widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
+    guidance_argument = "true_cfg_scale"
+    guidance_in_one_call = False
+    text_pipeline = "FluxPipeline"
+    image_pipeline = "FluxImg2ImgPipeline"
+
+    @property
+    def multiple(self) -> int:
+        return self.factor * 2
+
+    @property
+    def latent_channels(self) -> int:
+        return self.net.config.in_channels // 4
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return (height // self.multiple) * (width // self.multiple), self.net.config.in_channels
+
+    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        self.check_vae(vae)
+
+        def pack(z: Tensor) -> Tensor:
+            return FluxPipeline._pack_latents(z, *z.shape)
+
+        def unpack(latents: Tensor) -> Tensor:
+            return FluxPipeline._unpack_latents(latents, height, width, self.factor)
+
+        return Codec(vae, pack, unpack)

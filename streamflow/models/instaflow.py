@@ -1,0 +1,45 @@
+"""InstaFlow and 2-Rectified-Flow: Stable Diffusion 1.5's UNet, rectified. Time falls from 1000 to 0 in equal steps of
+1000 / N, and the network says data - noise, the opposite sign of ours (gnobitab/InstaFlow code/pipeline_rf.py, the
+denoising loop). The pipeline's own scheduler plays no part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.models.base import FlowAdapter
+from streamflow.models.probe import Recording
+from streamflow.schedule import Schedule
+
+
+class RectifiedUNetVelocity(nn.Module):
+    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, float32."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+
+
+class InstaFlow(FlowAdapter):
+    """A rectified `StableDiffusionPipeline`; sigma_i = 1 - i / N and t_i = 1000 sigma_i."""
+
+    network = "unet"
+    sample = "sample"
+    Velocity = RectifiedUNetVelocity
+    row_inputs = ("encoder_hidden_states",)
+    widths = {"encoder_hidden_states": "cross_attention_dim"}
+    text_pipeline = "StableDiffusionPipeline"
+    image_pipeline = "StableDiffusionImg2ImgPipeline"
+    refused = frozenset(("sigmas", "eta", "guidance_rescale"))
+
+    @property
+    def default_size(self) -> int:
+        return self.net.config.sample_size * self.factor
+
+    def schedule(self, recording: Recording, steps: int) -> Schedule:
+        sigmas = torch.tensor([1.0 - i / steps for i in range(steps + 1)])
+        timesteps = torch.tensor([(1.0 - i / steps) * 1000.0 for i in range(steps)])
+        return Schedule(timesteps, sigmas)

@@ -1,0 +1,201 @@
+"""Whole pipelines with small random weights: real diffusers classes, real tokenizers, nothing to download. For tests, for
+benchmarks (speed does not depend on weights) and to try code out without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+TOKENS = 77
+
+
+def random_pipeline(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A pipeline of this family, float32 on the CPU, whose weights are a function of `seed` alone.
+
+    family: "sd3", "flux", "schnell" (flux without guidance embedding, shift 1) or "instaflow".
+    changes: entries of the network's config to replace; `scheduler`, a dict, replaces entries of the scheduler's.
+    """
+    makers = {"sd3": _sd3, "flux": _flux, "schnell": _schnell, "instaflow": _instaflow}
+    if family not in makers:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(makers)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = makers[family](**changes)
+        _wake(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_tiny_vae(channels: int, blocks: int = 4, seed: int = 0) -> AutoencoderTiny:
+    """An AutoencoderTiny with this many latent channels and `2 ** (blocks - 1)` pixels a latent."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = (8,) * blocks
+        return AutoencoderTiny(
+            latent_channels=channels,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=(1,) * blocks,
+            num_decoder_blocks=(1,) * blocks,
+        ).eval()
+
+
+def _wake(pipe: Any) -> None:
+    """Layers that start at zero would hide faults: give every zero weight a small value."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+            for parameter in part.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.05)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, so any text works."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|start|>", "<|end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<|end|>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 0), ("<|end|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>", model_max_length=TOKENS
+    )
+
+
+def _clip(width: int, projection: bool) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=300,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def _kl(channels: int, **config: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        **config,
+    )
+
+
+def _sd3(scheduler: dict | None = None, **changes: Any) -> StableDiffusion3Pipeline:
+    config = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 48,
+        "pos_embed_max_size": 16,
+    }
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**{**config, **changes}),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+        vae=_kl(16, scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=_clip(16, projection=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(32, projection=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
+    config = {
+        "in_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    text = T5Config(
+        vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    pipe = FluxPipeline(
+        transformer=FluxTransformer2DModel(**{**config, **changes}),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **(scheduler or {})}),
+        vae=_kl(16, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=_clip(16, projection=False),
+        tokenizer=_tokenizer(),
+        text_encoder_2=T5EncoderModel(text),
+        tokenizer_2=_tokenizer(),
+    )
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def _schnell(**changes: Any) -> FluxPipeline:
+    return _flux(**{"guidance_embeds": False, "scheduler": {"shift": 1.0, "use_dynamic_shifting": False}, **changes})
+
+
+def _instaflow(**changes: Any) -> StableDiffusionPipeline:
+    from diffusers import PNDMScheduler
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**{**config, **changes}),
+        scheduler=PNDMScheduler(),
+        vae=_kl(4, scaling_factor=0.18215),
+        text_encoder=_clip(32, projection=False),
+        tokenizer=_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,28 @@
+"""The reference forward: the network called frame by frame, in the very shapes in which the pipeline itself calls it.
+Streaming through it equals the pipeline to the bit, whatever a batch does to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RowByRow(nn.Module):
+    """Wraps a velocity module. `pairs`: rows come as [negatives..., prompts...] and the pipeline calls its network with
+    [negative, prompt] of one frame; otherwise one row a call. `shared`: arguments without a batch dimension."""
+
+    def __init__(self, velocity: nn.Module, pairs: bool = False, shared: tuple[str, ...] = ()):
+        super().__init__()
+        self.velocity = velocity
+        self.pairs = pairs
+        self.shared = shared
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        n = len(x)
+        frames = n // 2 if self.pairs else n
+        v = torch.empty_like(x)
+        for i in range(frames):
+            rows = [i, frames + i] if self.pairs else [i]
+            batched = {name: value if name in self.shared else value[rows] for name, value in cond.items()}
+            v[rows] = self.velocity(x[rows], t[rows], **batched)
+        return v

@@ -1,0 +1,661 @@
+"""StreamFlow: StreamDiffusion's class for rectified flows. It wires the parts together and holds no maths of its own.
+
+prompt -> cond; picture -> latent -> noised latent -> ring (guidance, velocity, Euler) -> latent -> picture
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from streamdiffusion import StreamDiffusion
+from torch import Tensor
+
+from streamflow import guidance
+from streamflow.attributes import StreamDiffusionAttributes
+from streamflow.changes import SCOPES, Change, Prepared, Request, check_number, same_key
+from streamflow.conditioning import Prompt
+from streamflow.flow import add_noise
+from streamflow.frames import CallTimer, Frame, Order
+from streamflow.image_filter import SimilarImageFilter
+from streamflow.image_utils import Normalized, normalize_image
+from streamflow.models import adapter_for
+from streamflow.noise import POLICIES, NoiseSource
+from streamflow.ring import Done, Group, Loop, Ring, Settings
+from streamflow.schedule import Schedule, Stages, check_indices
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEED = 2
+RESIDUAL_GUIDANCE = 1.2
+
+
+class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
+    """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged.
+
+    Args:
+        pipe: a diffusers pipeline of a known family (`streamflow.models.PIPELINES`), on its device, in its dtype.
+        t_index_list: the steps, of the schedule of `num_inference_steps`, at which a frame stops; strictly increasing,
+            0 the noisiest. `range(N)` of N is the pipeline's own schedule, `range(k, N)` image-to-image at strength
+            (N - k) / N, a subset is Euler on the sub-grid. None: all steps.
+        torch_dtype: the network's dtype, which is the default; another one is an error, since the pipe is not changed.
+        width, height: pixels; by default the pipeline's own.
+        do_add_noise: False is Euler. True predicts x0 at every stage and re-noises it with the frame's own noise.
+        use_denoising_batch: False runs every frame to its end by itself: the sequential reference.
+        frame_buffer_size: F, how many frames enter and leave together.
+        cfg_type: "none", "full" (the pipeline's own guidance), "self" or "initialize" (see `streamflow.guidance`).
+        family: overrides the family found by the pipeline's class.
+        input_range: what float pictures are in, (0, 1) or (-1, 1). PIL and uint8 are 0..255.
+        noise: "fixed", one noise for all image frames of a stream, or "frame", a fresh one for each.
+        resize: stretch pictures of other sizes, or refuse them.
+        check_inputs: also look for NaN in pictures on a GPU, which makes the host wait for it.
+
+    Raises:
+        TypeError, ValueError: for every argument that cannot be, with what it was and the remedy.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        t_index_list: Sequence[int] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        do_add_noise: bool = False,
+        use_denoising_batch: bool = True,
+        frame_buffer_size: int = 1,
+        cfg_type: str = "self",
+        *,
+        family: str | None = None,
+        input_range: tuple[float, float] = (0, 1),
+        noise: str = "fixed",
+        resize: bool = True,
+        check_inputs: bool = False,
+    ) -> None:
+        _check_placement(pipe)
+        self.adapter = adapter = adapter_for(pipe, family)
+        height = adapter.default_size if height is None else height
+        width = adapter.default_size if width is None else width
+        adapter.check_size(height, width)
+        if t_index_list is not None:
+            t_index_list = check_indices(t_index_list)
+        if isinstance(frame_buffer_size, bool) or not isinstance(frame_buffer_size, int) or frame_buffer_size < 1:
+            raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frame_buffer_size!r}")
+        if noise not in POLICIES:
+            raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
+        dtype = _check_dtype(torch_dtype, adapter.net, pipe.device)
+        self._mode = guidance.mode(cfg_type)
+        self._shape = adapter.latent_shape(height, width)
+        self._timer = CallTimer(pipe.device)
+        super().__init__(
+            _base_view(pipe, adapter),
+            list(t_index_list or [0]),
+            dtype,
+            width,
+            height,
+            do_add_noise,
+            use_denoising_batch,
+            frame_buffer_size,
+            cfg_type,
+        )
+        self.pipe = pipe
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.image_processor = pipe.image_processor
+        self.similar_filter = SimilarImageFilter()
+        self._indices = t_index_list
+        self._input_range, self._noise_policy, self._resize, self._check = input_range, noise, resize, check_inputs
+        self._state: Prepared | None = None
+        self._engine: Ring | Loop | None = None
+        self._callers, self._slot = threading.Lock(), threading.Lock()
+        self._change: Change | None = None
+        self._updates = 0
+        self._finished: deque[Done] = deque()
+        self._next_id = 0
+        self._said: set[str] = set()
+
+    # -- prepare and change -------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        prompt: str | None = None,
+        negative_prompt: str | None = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        delta: float = 1.0,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        *,
+        strength: float | None = None,
+        **pipeline_arguments: Any,
+    ) -> None:
+        """Set what is drawn, and empty the ring (how many frames that dropped is logged). Frame ids start anew.
+
+        Args:
+            prompt, negative_prompt: texts; or `prompt_embeds` and its kin, under the pipeline's own names.
+            num_inference_steps: the length of the schedule that `t_index_list` indexes.
+            guidance_scale: the pipeline's. None: the pipeline's own default under `full` and where it is embedded in the
+                network (Flux), 1.2 under `self` and `initialize`. Flux's weight of true guidance is `true_cfg_scale`.
+            delta: under `self` and `initialize` the weight in force is `1 + (guidance_scale - 1) delta`.
+            generator: draws all noise, used as it is; or
+            seed: noise is a function of the seed and the frame's number. Default 2.
+            strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
+            pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
+
+        Raises:
+            TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
+        """
+        self._check_open()
+        self.adapter.check_arguments(pipeline_arguments)
+        noise = self._noise_source(generator, seed)
+        request = Request(
+            prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength, pipeline_arguments
+        )
+        schedule, read = self._read(request)
+        stages = self._pick(request, schedule)
+        self._drop()
+        self.generator = generator
+        self._next_id = 0
+        self._state = Prepared(request, schedule, stages, read, self._weight(request), noise)
+        self._install(stages)
+        self.similar_filter.seed = DEFAULT_SEED if noise.seed is None else noise.seed
+        self.similar_filter.reset()
+        self.prev_image_result = None
+
+    def update_prompt(
+        self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **pipeline_arguments: Any
+    ) -> int:
+        """Change the prompt: of all rows at the next call (`scope="now"`), or of frames that enter from then on
+        (`scope="frame"`), each of which then equals a sequential run of its own prompt. The negative prompt stays
+        unless a new one is given. Returns the update's number."""
+        changes = {"prompt": prompt} if negative_prompt is None else {"prompt": prompt, "negative_prompt": negative_prompt}
+        return self.update(scope=scope, **changes, **pipeline_arguments)
+
+    def update(self, *, scope: str | None = None, seed: int | None = None, **changes: Any) -> int:
+        """Change what is drawn, from any thread; the ticking thread takes it at the start of its next call.
+
+        Args:
+            scope: "now" for rows under way too, "frame" for frames that enter from then on. None: now, but for noise
+                levels. New noise levels under "frame" or None let what is in flight run to its end with the old ones
+                first, and calls deliver that before anything newer; "now" needs as many stages as before.
+            seed: of the frames that enter from then on.
+            changes: prompt, negative_prompt, guidance_scale, delta, num_inference_steps, t_index_list, strength, and the
+                pipeline's own arguments by name.
+
+        Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field.
+
+        Raises:
+            RuntimeError: before prepare. TypeError, ValueError: as `prepare`; then nothing has changed.
+        """
+        if scope not in SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: choose 'now' or 'frame'")
+        own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
+        self.adapter.check_arguments(changes)
+        if own.get("t_index_list") is not None:
+            own["t_index_list"] = check_indices(own["t_index_list"])
+            own.setdefault("strength", None)
+        with self._callers:
+            pending = self._change
+            asked = pending.target if pending else self._prepared()
+            target = self._target(asked, asked.request.changed(own, changes), seed)
+            self._check_levels(target, scope)
+            prompt_now = scope != "frame" if target.prompt is not asked.prompt or not pending else pending.prompt_now
+            levels_now = scope == "now" if target.stages is not asked.stages or not pending else pending.levels_now
+            with self._slot:
+                self._change = Change(target, prompt_now, levels_now)
+            self._updates += 1
+            return self._updates
+
+    def _target(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
+        """What `asked` becomes under another request, asking the pipeline again only where it must be asked."""
+        weight_name = self.adapter.guidance_argument
+        schedule, prompt = asked.schedule, asked.prompt
+        if not same_key(request.read_key(weight_name), asked.request.read_key(weight_name)):
+            schedule, prompt = self._read(request)
+        stages = self._pick(request, schedule)
+        if stages.same_levels(asked.stages):
+            stages = asked.stages
+        noise = asked.noise if seed is None else self._noise_source(None, seed)
+        return Prepared(request, schedule, stages, prompt, self._weight(request), noise)
+
+    def _check_levels(self, target: Prepared, scope: str | None) -> None:
+        now, new = len(self._prepared().stages), len(target.stages)
+        if scope == "now" and now != new:
+            raise ValueError(
+                f"scope='now' keeps the number of stages, {now}, and {new} were given: leave scope out, and frames under "
+                f"way finish first"
+            )
+
+    def _take_change(self) -> None:
+        """Let a pending update act. Only the ticking thread comes here, at the start of a call."""
+        with self._slot:
+            change, self._change = self._change, None
+        if change is None:
+            return
+        before, self._state = self._state, change.target
+        if change.target.stages is not before.stages:
+            self._change_levels(change.target.stages, change.levels_now)
+        if change.prompt_now and change.target.prompt is not before.prompt:
+            self._engine.set_prompt(change.target.prompt)
+        self._engine.set_weight(change.target.weight)
+
+    def _change_levels(self, stages: Stages, now: bool) -> None:
+        """New noise levels: for rows under way too, or once those have run to their end with the old ones."""
+        if now:
+            self._engine.set_levels(stages)
+        else:
+            self._finished.extend(self._engine.flush(self.velocity))
+            self._install(stages)
+
+    # -- draw ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, x: Any = None) -> Tensor:
+        """One call of the stream: F pictures in, F finished pictures out, `[F, 3, height, width]` in [-1, 1].
+
+        Without an image it is `txt2img()`. On an empty ring an image is followed by S - 1 copies of itself, so calls 1 to
+        S return the first picture and call k > S that of call k - S + 1; `frames` and `flush` tell copies apart.
+
+        Raises:
+            RuntimeError: before `prepare` or after `close`. TypeError, ValueError: for a bad picture, or not F of them.
+        """
+        if x is None:
+            return self.txt2img()
+        self._running()
+        with self._timer:
+            pictures = self._pictures(x)
+            if len(pictures) != self.frame_bff_size:
+                raise ValueError(f"{len(pictures)} pictures for a frame buffer of {self.frame_bff_size}")
+            if self.similar_image_filter and self.similar_filter(pictures) is None and self.prev_image_result is not None:
+                return self.prev_image_result
+            self._take_change()
+            group = self._image_group(pictures, self._new_ids(len(pictures)))
+            self._push(group)
+            while not self._finished:
+                self._push(replace(group, copy=True))
+            self.prev_image_result = self.decode_image(self._finished.popleft().x0)
+        return self.prev_image_result
+
+    @torch.no_grad()
+    def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None) -> Tensor:
+        """Draw from noise: exactly `batch_size` pictures (None: F), a multiple of F, `[batch_size, 3, height, width]`.
+
+        On an empty ring S - 1 more groups of fresh frames follow the first; they leave at later calls or at `flush`.
+        latents: `[batch_size, ...]`, the noise to start from, as the pipeline takes it.
+        """
+        self._running()
+        groups = self._group_count(batch_size, latents)
+        with self._timer:
+            self._take_change()
+            done: list[Done] = []
+            pushed = 0
+            while len(done) < groups:
+                mine = latents is not None and pushed < groups
+                given = latents.split(self.frame_bff_size)[pushed] if mine else None
+                self._push(self._text_group(self._new_ids(self.frame_bff_size), given))
+                pushed += 1
+                if self._finished:
+                    done.append(self._finished.popleft())
+            self.prev_image_result = self.decode_image(torch.cat([group.x0 for group in done]))
+        return self.prev_image_result
+
+    def txt2img_sd_turbo(self, batch_size: int = 1) -> Tensor:
+        """The one-step form: `txt2img` of a stream with a single stage. ValueError with more."""
+        if len(self._prepared().stages) != 1:
+            raise ValueError(
+                f"txt2img_sd_turbo draws in one step and this stream has {len(self._prepared().stages)} stages: "
+                f"make it with t_index_list=[0], or call txt2img"
+            )
+        return self.txt2img(batch_size)
+
+    def frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
+        """One `Frame` an input, in order, none primed, none lost, none doubled. An input is a picture, or None for a frame
+        drawn from noise; `update` and `update_prompt` between inputs act as in other calls.
+
+        Raises:
+            RuntimeError: frames are in flight: `flush()` them, or `prepare` anew.
+        """
+        in_flight = self._running().in_flight + sum(len(done.ids) for done in self._finished)
+        if in_flight or not self._engine.empty:
+            raise RuntimeError(f"frames() needs an empty ring, {in_flight} frames are in flight: flush() or prepare() first")
+        return self._frames(iterable)
+
+    @torch.no_grad()
+    def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
+        order = Order()
+        buffer: list[tuple[int, Normalized | None, Prompt]] = []
+        self.similar_filter.reset()
+        drawn = self._next_id
+        for item in iterable:
+            self._take_change()
+            picture = None if item is None else self._one_picture(item)
+            (frame_id,) = self._new_ids(1)
+            skip = picture is not None and self.similar_image_filter and self.similar_filter(picture) is None
+            drawn = drawn if skip else frame_id
+            order.expect(frame_id, drawn)
+            if not skip:
+                if buffer and (buffer[0][1] is None) != (picture is None):
+                    self._push_buffer(buffer)
+                buffer.append((frame_id, picture, self._state.prompt))
+                if len(buffer) == self.frame_bff_size:
+                    self._push_buffer(buffer)
+            yield from self._deliver(order)
+        if buffer:
+            self._push_buffer(buffer)
+        self._finished.extend(self._engine.flush(self.velocity))
+        yield from self._deliver(order)
+
+    def _push_buffer(self, buffer: list[tuple[int, Normalized | None, Prompt]]) -> None:
+        """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""
+        ids = tuple(frame_id for frame_id, _, _ in buffer)
+        padded = buffer + [buffer[-1]] * (self.frame_bff_size - len(buffer))
+        rows = tuple(frame_id for frame_id, _, _ in padded)
+        pictures = [picture for _, picture, _ in padded]
+        make = self._text_group(rows) if pictures[0] is None else self._image_group(torch.cat(pictures), rows)
+        self._push(replace(make, ids=ids, prompts=tuple(prompt for _, _, prompt in padded)))
+        buffer.clear()
+
+    def _deliver(self, order: Order) -> Iterator[Frame]:
+        while self._finished:
+            done = self._finished.popleft()
+            order.arrive(done.ids, self.decode_image(done.x0))
+        yield from order.ready()
+
+    @torch.no_grad()
+    def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
+        """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
+        clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
+
+        Raises:
+            ValueError: another number of rows or another shape.
+        """
+        self._running()
+        self._check_rows(x_t_latent, self.frame_bff_size)
+        self._take_change()
+        group = self._text_group(self._new_ids(len(x_t_latent)), x_t_latent)
+        self._push(group if anchor is None else replace(group, anchor=anchor.float()))
+        return self._finished.popleft().x0 if self._finished else None
+
+    def flush(self) -> list[Tensor]:
+        """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
+        self._finished.extend(self._running().flush(self.velocity))
+        left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
+        self._finished.clear()
+        return left
+
+    # -- the steps by themselves ----------------------------------------------------------------------------------------
+
+    def preprocess(self, image: Any) -> Normalized:
+        """A picture or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
+        return normalize_image(image, self.height, self.width, self._input_range, self._resize, self._check)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, t_index: int) -> Tensor:
+        """`(1 - sigma) x0 + sigma noise` at stage `t_index`."""
+        sigma = self._prepared().stages.sigmas[t_index].to(original_samples.device)
+        return add_noise(original_samples, noise, sigma.reshape(1))
+
+    def encode_image(self, image_tensors: Tensor) -> Tensor:
+        """Pictures `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
+        x0 = self._clean_latents(image_tensors)
+        return self.add_noise(x0, self._to_device(self._prepared().noise.fixed()), 0)
+
+    def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
+        """Clean latents, as the pipeline's `output_type="latent"`, to pictures `[n, 3, H, W]` in [-1, 1]."""
+        return self.codec.decode(x_0_pred_out)
+
+    def frame_noise(self, frame_id: int) -> Tensor:
+        """The noise from which text frame `frame_id` is drawn, `[1, ...]`; the pipeline takes it as `latents=`."""
+        return self._to_device(self._prepared().noise.draw(frame_id))
+
+    def scheduler_step_batch(self, model_pred_batch: Tensor, x_t_latent_batch: Tensor, idx: int | None = None) -> Tensor:
+        """x at the next sigma, given velocities; all rows of the batch, or those of stage idx."""
+        return self._rows(idx).step(x_t_latent_batch, model_pred_batch, None)
+
+    @torch.no_grad()
+    def unet_step(self, x_t_latent: Tensor, t_list: Tensor, idx: int | None = None) -> tuple[Tensor, Tensor]:
+        """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
+        rows = self._rows(idx)
+        self._check_rows(x_t_latent, rows.count)
+        anchors = getattr(self._engine, "anchors", None) if idx is None else None
+        prompts = [self._state.prompt] * rows.count
+        times = torch.as_tensor(t_list, dtype=torch.float32, device=self.device)
+        return rows.advance(self.velocity, x_t_latent, prompts, anchors, None, times)
+
+    # -- the rest of StreamDiffusion's interface --------------------------------------------------------------------------
+
+    def enable_similar_image_filter(self, threshold: float = 0.98, max_skip_frame: float = 10) -> None:
+        """Skip image frames that look like the last drawn one; at most `max_skip_frame` in a row."""
+        self.similar_filter.set_threshold(threshold)
+        self.similar_filter.set_max_skip_frame(max_skip_frame)
+        self.similar_image_filter = True
+
+    def load_lcm_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Not for flows: NotImplementedError says why."""
+        raise NotImplementedError(
+            "LCM-LoRA teaches a diffusion UNet to draw in few steps; a rectified flow does that by itself. "
+            "Leave the call out; for other LoRAs there is load_lora"
+        )
+
+    def fuse_lora(
+        self,
+        fuse_unet: bool = True,
+        fuse_text_encoder: bool = True,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+    ) -> None:
+        """Fuse loaded LoRAs into the network and the text encoders of the pipe."""
+        texts = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        wanted = [self.adapter.network] * fuse_unet + texts * fuse_text_encoder
+        fusible = [name for name in wanted if name in self.pipe._lora_loadable_modules]
+        self.pipe.fuse_lora(components=fusible, lora_scale=lora_scale, safe_fusing=safe_fusing)
+
+    def close(self) -> None:
+        """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
+        self._drop()
+        self._engine = self._state = self._change = None
+        self._closed = True
+
+    def __enter__(self) -> StreamFlow:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    _closed = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this stream was closed: make a new StreamFlow of the same pipe")
+
+    def _prepared(self) -> Prepared:
+        self._check_open()
+        if self._state is None:
+            raise RuntimeError("call prepare(prompt) first")
+        return self._state
+
+    def _running(self) -> Ring | Loop:
+        self._prepared()
+        return self._engine
+
+    def _read(self, request: Request) -> tuple[Schedule, Prompt]:
+        """Ask the pipeline what it would do with this request."""
+        arguments = dict(request.arguments)
+        if request.prompt is not None:
+            arguments["prompt"] = request.prompt
+        if "negative_prompt_embeds" not in arguments:
+            arguments["negative_prompt"] = request.negative_prompt
+        if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
+            arguments["guidance_scale"] = request.guidance_scale
+        guided = self._mode.extra_rows(1, 1) > 0
+        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, guided)
+
+    def _pick(self, request: Request, schedule: Schedule) -> Stages:
+        if request.strength is not None:
+            return schedule.pick(range(self.adapter.start_index(schedule, request.strength), len(schedule)))
+        return schedule.pick(range(len(schedule)) if request.t_index_list is None else request.t_index_list)
+
+    def _weight(self, request: Request) -> float:
+        """The guidance weight in force under this request."""
+        name = self.adapter.guidance_argument
+        w = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
+        check_number(name, w)
+        if w is None:
+            w = RESIDUAL_GUIDANCE if self._mode.carries_anchor else self.adapter.guidance_default()
+        return self._mode.weight(float(w), request.delta)
+
+    def _noise_source(self, generator: torch.Generator | None, seed: int | None) -> NoiseSource:
+        if generator is not None and seed is not None:
+            raise ValueError("pass a generator, which is used as it is, or a seed, not both")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an integer, not {seed!r}")
+        if generator is None and seed is None:
+            seed = DEFAULT_SEED
+        return NoiseSource(self._shape, seed, generator)
+
+    def _install(self, stages: Stages) -> None:
+        """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
+        settings = Settings(
+            stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device
+        )
+        self._engine = Ring(settings) if self.use_denoising_batch else Loop(settings)
+        self._engine.set_weight(self._state.weight)
+        self.t_list = list(stages.indices)
+        self.denoising_steps_num = len(stages)
+        rows = self._engine.rows if self.use_denoising_batch else self._engine.stages[0]
+        self.batch_size, self.trt_unet_batch_size = rows.count, rows.count + rows.extra
+
+    def _drop(self) -> None:
+        """Empty the ring and the queue, and log what is lost."""
+        if self._engine is None:
+            return
+        lost = self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
+        if lost:
+            logger.info("%d frames in flight were dropped; flush() before prepare() keeps them", lost)
+        self._finished.clear()
+        self._change = None
+
+    def _push(self, group: Group) -> None:
+        done = self._engine.push(group, self.velocity)
+        if done is not None:
+            self._finished.append(done)
+
+    def _new_ids(self, count: int) -> tuple[int, ...]:
+        self._next_id += count
+        return tuple(range(self._next_id - count, self._next_id))
+
+    def _to_device(self, noise: Tensor) -> Tensor:
+        if self.device.type == "cuda" and noise.device.type == "cpu":
+            noise = noise.pin_memory()
+        return noise.to(self.device, non_blocking=True).to(self.dtype)
+
+    def _pictures(self, x: Any) -> Normalized:
+        return self.preprocess(x)
+
+    def _one_picture(self, x: Any) -> Normalized:
+        picture = self._pictures(x)
+        if len(picture) != 1:
+            raise ValueError(f"frames() takes one picture at a time, not {len(picture)}")
+        return picture
+
+    def _clean_latents(self, pictures: Tensor) -> Tensor:
+        pictures = pictures.as_subclass(Tensor).to(self.device, non_blocking=True)
+        return self.codec.encode(pictures).to(self.dtype)
+
+    def _image_group(self, pictures: Tensor, ids: tuple[int, ...]) -> Group:
+        state = self._state
+        if state.stages.sigmas[0] == 1.0:
+            self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
+        x0 = self._clean_latents(pictures)
+        if self._noise_policy == "fixed":
+            noise = self._to_device(state.noise.fixed()).expand_as(x0)
+        else:
+            noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
+        anchor = x0.float() if self._mode.carries_anchor else None
+        return Group(self.add_noise(x0, noise, 0), (state.prompt,) * len(ids), ids, noise, anchor)
+
+    def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None) -> Group:
+        state = self._state
+        if self._mode.name == "self" and latents is None:
+            self._say_once("self", "text frames have no anchor: under cfg_type='self' they are drawn without guidance")
+        if latents is None:
+            x = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
+        else:
+            x = latents.to(self.device, self.dtype)
+        return Group(x, (state.prompt,) * len(ids), ids, x)
+
+    def _group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
+        """How many groups a call of txt2img is to return."""
+        frames = self.frame_bff_size
+        n = batch_size if batch_size is not None else frames if latents is None else len(latents)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % frames:
+            raise ValueError(f"batch_size must be a positive multiple of frame_buffer_size {frames}, not {n!r}")
+        if latents is not None:
+            self._check_rows(latents, n)
+        return n // frames
+
+    def _check_rows(self, x: Tensor, rows: int) -> None:
+        if tuple(x.shape) != (rows, *self._shape):
+            raise ValueError(f"latents must be {[rows, *self._shape]}, not {list(x.shape)}")
+
+    def _say_once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(message)
+
+
+_UPDATABLE = {"prompt", "negative_prompt", "guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
+
+
+def _base_view(pipe: Any, adapter: Any) -> SimpleNamespace:
+    """What StreamDiffusion's constructor looks at, with the network under the name it knows."""
+    return SimpleNamespace(
+        device=pipe.device,
+        vae_scale_factor=adapter.factor,
+        scheduler=SimpleNamespace(config={}),
+        text_encoder=pipe.text_encoder,
+        unet=adapter.net,
+        vae=pipe.vae,
+    )
+
+
+def _check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:
+    dtype = network.dtype
+    if wanted is not None and (not isinstance(wanted, torch.dtype) or not wanted.is_floating_point):
+        raise TypeError(f"torch_dtype must be a floating torch.dtype such as torch.float32, not {wanted!r}")
+    if wanted not in (None, dtype):
+        raise ValueError(f"torch_dtype {wanted} for a network in {dtype}: move it first, pipe.to(dtype={wanted})")
+    if dtype == torch.float16 and device.type == "cpu":
+        _check_half_on_cpu()
+    return dtype
+
+
+def _check_half_on_cpu() -> None:
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
+    try:
+        torch.nn.functional.conv2d(one, one)
+        torch.nn.functional.scaled_dot_product_attention(one, one, one)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "this CPU build of torch cannot compute in float16: use pipe.to(dtype=torch.float32) or torch.bfloat16"
+        ) from error
+
+
+def _check_placement(pipe: Any) -> None:
+    if getattr(pipe, "hf_device_map", None):
+        raise ValueError("this pipe was loaded with a device_map: load it without one and move it, pipe.to('cuda')")
+    hooked = [name for name, part in pipe.components.items() if getattr(part, "_hf_hook", None) is not None]
+    if hooked:
+        raise ValueError(
+            f"{', '.join(hooked)} of this pipe are offloaded, so a stream would move them at every frame: call "
+            f"pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()"
+        )

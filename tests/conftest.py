@@ -1,0 +1,82 @@
+"""Small real pipelines, made once a session, and the references that streams are compared with."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from streamflow import StreamFlow
+from streamflow.models.random_weights import random_pipeline
+
+PROMPT = "a red apple, 3d render"
+FAMILIES = ("sd3", "flux", "schnell", "instaflow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    diffusers_logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def pipes():
+    """`pipes(family, dtype, **changes)`: a random-weight pipeline, made once."""
+    made = {}
+
+    def get(family: str, dtype: torch.dtype = torch.float32, **changes):
+        key = (family, dtype, repr(changes))
+        if key not in made:
+            made[key] = random_pipeline(family, **changes).to(dtype=dtype)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def stream_of(pipes):
+    """`stream_of(family, t_index_list, ..., prepare={})`: a prepared stream over a random pipeline."""
+
+    def make(family: str = "sd3", t_index_list=(0, 1, 2, 3), *, dtype=torch.float32, prepare=None, changes=None, **options):
+        options.setdefault("cfg_type", "none")
+        if family == "instaflow":
+            options.setdefault("family", "instaflow")
+        stream = StreamFlow(pipes(family, dtype, **(changes or {})), list(t_index_list), **options)
+        stream.prepare(PROMPT, **{"num_inference_steps": 4, **(prepare or {})})
+        return stream
+
+    return make
+
+
+@pytest.fixture
+def picture():
+    """`picture(k)`: a still, recognisable 64x64 RGB image, another one for every k."""
+    from PIL import Image, ImageDraw
+
+    def draw(k: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
+        image = Image.new("RGB", size, (40 * k % 256, 90, 200 - 30 * k % 200))
+        ImageDraw.Draw(image).ellipse((8 + 3 * k, 10, 40 + 3 * k, 50), fill=(230, 200 - 20 * k % 200, 30))
+        return image
+
+    return draw
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.INFO, logger="streamflow")
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||a - b|| / ||b|| of the worst frame."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
+
+
+def streamed(stream: StreamFlow, noises: torch.Tensor, **options) -> torch.Tensor:
+    """All frames of `noises` `[n, ...]` through the stream, in order: n clean latents."""
+    groups = [stream.predict_x0_batch(x, **options) for x in noises.split(stream.frame_bff_size)]
+    return torch.cat([g for g in groups if g is not None] + stream.flush())
+
+
+def noises(stream: StreamFlow, n: int) -> torch.Tensor:
+    return torch.cat([stream.frame_noise(k) for k in range(n)])
