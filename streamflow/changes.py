@@ -57,7 +57,6 @@ class Request:
             changes = {"prompt": None, **changes}
         return replace(self, **changes, arguments={**kept, **arguments})
 
-
     def read_key(self, weight_name: str) -> tuple:
         """What the pipeline must be asked about again when it changes; the guidance weight, known as `weight_name`, is
         not among it."""

@@ -13,24 +13,49 @@ from torch import Tensor
 
 # Operations that keep a tensor's values, and so its mark.
 _VALUE_KEEPING = frozenset(
-    getattr(torch.Tensor, name) for name in "to cpu cuda clone detach contiguous __getitem__ unsqueeze squeeze".split()
-) | {torch.cat, torch.stack}
+    getattr(Tensor, name)
+    for name in "to cpu cuda float half bfloat16 double clone detach contiguous __getitem__ unsqueeze squeeze unbind split "
+    "chunk".split()
+) | {torch.cat, torch.stack, torch.clone}
+
+# Writes into their first argument that have no trailing underscore by which to know them.
+_WRITING = frozenset((Tensor.__setitem__, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__, Tensor.__itruediv__))
 
 
 class Normalized(Tensor):
-    """A tensor that is known to be `[n, 3, H, W]` in [-1, 1]. Moving, indexing and stacking keep the mark; whatever
-    computes a new value drops it."""
+    """A tensor that is known to hold pictures in [-1, 1]. Moving, indexing and stacking keep the mark; whatever computes
+    a new value drops it, from the tensor itself where that is written into."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        keeps = func in _VALUE_KEEPING and isinstance(result, Tensor)
-        return result.as_subclass(cls) if keeps else _plain(result)
+            parts = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+            if func in _VALUE_KEEPING and parts and all(type(part) is cls for part in parts):
+                return _mark(result)
+            if _writes(func):
+                _unmark(parts)
+            return result.as_subclass(Tensor) if type(result) is cls else result
+
+    def __deepcopy__(self, memo: dict) -> Normalized:
+        return self.clone()
 
 
-def _plain(result: Any) -> Any:
-    return result.as_subclass(Tensor) if type(result) is Normalized else result
+def _mark(result: Any) -> Any:
+    if isinstance(result, (list, tuple)):
+        return type(result)(_mark(part) for part in result)
+    return result.as_subclass(Normalized) if result.is_floating_point() else result.as_subclass(Tensor)
+
+
+def _unmark(parts: Sequence[Any]) -> None:
+    for part in parts:
+        if type(part) is Normalized:
+            part.__class__ = Tensor
+
+
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return func in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 def normalize_image(
@@ -47,7 +72,7 @@ def normalize_image(
         TypeError: not a picture, or of a dtype that is none.
         ValueError: mode, channel count, number of dimensions, size, NaN or range; with what was found and the remedy.
     """
-    if isinstance(image, Normalized) and image.shape[-2:] == (height, width):
+    if isinstance(image, Normalized) and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
         return image if image.ndim == 4 else image[None]
     if isinstance(image, (list, tuple)):
         if not image:
@@ -78,7 +103,7 @@ def _channels_first(image: np.ndarray) -> Tensor:
         raise ValueError(f"an array is [H, W, 3] or [n, H, W, 3], not {list(image.shape)}")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"an array of pixels is uint8 (0..255) or floating, not {image.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+    return torch.from_numpy(np.require(image, requirements=("C", "W"))).movedim(-1, -3)
 
 
 def _from_tensor(
@@ -164,9 +189,7 @@ def postprocess_image(
     return convert[output_type](torch.stack(shown))
 
 
-def process_image(
-    image_pil: PIL.Image.Image, range: tuple[float, float] = (-1, 1)
-) -> tuple[Tensor, PIL.Image.Image]:
+def process_image(image_pil: PIL.Image.Image, range: tuple[float, float] = (-1, 1)) -> tuple[Tensor, PIL.Image.Image]:
     """A PIL image to (float32 `[1, C, H, W]` in `range`, the image)."""
     pixels = np.array(image_pil, dtype=np.float32).reshape(image_pil.height, image_pil.width, -1) / 255.0
     low, high = range

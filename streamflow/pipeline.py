@@ -159,12 +159,24 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         )
         schedule, read = self._read(request)
         stages = self._pick(request, schedule)
-        self._drop()
-        self.generator = generator
-        self._next_id = 0
-        self._state = Prepared(request, schedule, stages, read, self._weight(request), noise)
+        state = Prepared(request, schedule, stages, read, self._weight(request), noise)
+        self.reset()
+        self._state, self.generator = state, generator
         self._install(stages)
         self.similar_filter.seed = DEFAULT_SEED if noise.seed is None else noise.seed
+        self.similar_filter.reset()
+
+    def reset(self) -> None:
+        """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
+        that dropped is logged; a pending update is kept."""
+        self._check_open()
+        if self._engine is not None:
+            lost = self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
+            if lost:
+                logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
+            self._engine.reset()
+        self._finished.clear()
+        self._next_id = 0
         self.similar_filter.reset()
         self.prev_image_result = None
 
@@ -302,7 +314,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
                 pushed += 1
                 if self._finished:
                     done.append(self._finished.popleft())
-            self.prev_image_result = self.decode_image(torch.cat([group.x0 for group in done]))
+            self.prev_image_result = torch.cat([self.decode_image(group.x0) for group in done])
         return self.prev_image_result
 
     def txt2img_sd_turbo(self, batch_size: int = 1) -> Tensor:
@@ -457,7 +469,8 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
 
     def close(self) -> None:
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
-        self._drop()
+        if not self._closed:
+            self.reset()
         self._engine = self._state = self._change = None
         self._closed = True
 
@@ -524,25 +537,13 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
 
     def _install(self, stages: Stages) -> None:
         """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
-        settings = Settings(
-            stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device
-        )
+        settings = Settings(stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device)
         self._engine = Ring(settings) if self.use_denoising_batch else Loop(settings)
         self._engine.set_weight(self._state.weight)
         self.t_list = list(stages.indices)
         self.denoising_steps_num = len(stages)
         rows = self._engine.rows if self.use_denoising_batch else self._engine.stages[0]
         self.batch_size, self.trt_unet_batch_size = rows.count, rows.count + rows.extra
-
-    def _drop(self) -> None:
-        """Empty the ring and the queue, and log what is lost."""
-        if self._engine is None:
-            return
-        lost = self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
-        if lost:
-            logger.info("%d frames in flight were dropped; flush() before prepare() keeps them", lost)
-        self._finished.clear()
-        self._change = None
 
     def _push(self, group: Group) -> None:
         done = self._engine.push(group, self.velocity)

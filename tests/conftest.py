@@ -17,6 +17,7 @@ FAMILIES = ("sd3", "flux", "schnell", "instaflow")
 
 def pytest_configure(config: pytest.Config) -> None:
     diffusers_logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the networks are too small to gain from more
 
 
 @pytest.fixture(scope="session")

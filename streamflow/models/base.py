@@ -40,6 +40,7 @@ class FlowAdapter:
         `get_timesteps` turns a strength into a start index.
     refused: arguments of the pipeline that change its loop in a way a stream does not follow.
     exportable: the network takes tensors only, so it can be exported.
+    is_reference: the pipeline's own `__call__` draws what the stream draws; not where only its parts are used.
     """
 
     network: ClassVar[str] = "transformer"
@@ -54,6 +55,7 @@ class FlowAdapter:
     image_pipeline: ClassVar[str]
     refused: ClassVar[frozenset[str]] = frozenset()
     exportable: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = True
 
     def __init__(self, pipe: Any):
         if getattr(pipe, self.network, None) is None:

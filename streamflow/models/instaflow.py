@@ -4,12 +4,17 @@ denoising loop). The pipeline's own scheduler plays no part."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from streamflow.models.base import FlowAdapter
 from streamflow.models.probe import Recording
 from streamflow.schedule import Schedule
+
+# The pipeline's own default, which every scheduler can do; the schedule is not read from it.
+PIPELINE_STEPS = 50
 
 
 class RectifiedUNetVelocity(nn.Module):
@@ -33,11 +38,15 @@ class InstaFlow(FlowAdapter):
     widths = {"encoder_hidden_states": "cross_attention_dim"}
     text_pipeline = "StableDiffusionPipeline"
     image_pipeline = "StableDiffusionImg2ImgPipeline"
+    is_reference = False
     refused = frozenset(("sigmas", "eta", "guidance_rescale"))
 
     @property
     def default_size(self) -> int:
         return self.net.config.sample_size * self.factor
+
+    def _record(self, arguments: dict[str, Any], steps: int, *size_and_guided: Any) -> Recording:
+        return super()._record(arguments, PIPELINE_STEPS, *size_and_guided)
 
     def schedule(self, recording: Recording, steps: int) -> Schedule:
         sigmas = torch.tensor([1.0 - i / steps for i in range(steps + 1)])

@@ -154,9 +154,7 @@ def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
         "guidance_embeds": True,
         "axes_dims_rope": (4, 4, 8),
     }
-    text = T5Config(
-        vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )
+    text = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     pipe = FluxPipeline(
         transformer=FluxTransformer2DModel(**{**config, **changes}),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **(scheduler or {})}),
