@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-logging.getLogger("transformers").setLevel(logging.ERROR)  # its notes on torchvision, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on torchvision, which nothing here needs
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -115,7 +116,12 @@ class Run:
 
 def load(a: argparse.Namespace) -> Any:
     """The pipeline, on its device, in its dtype."""
-    pipe = models.load(a.model or pretrained.embedded(), dtype=DTYPES[a.dtype])
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if a.model:
+        pipe = models.load(a.model, dtype=DTYPES[a.dtype])
+    else:
+        pipe = models.load(pretrained.embedded(), dtype=DTYPES[a.dtype], text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     if a.tiny_vae:
         pipe.vae = diffusers.AutoencoderTiny.from_pretrained(pretrained.embedded_tiny_vae(), dtype=DTYPES[a.dtype])

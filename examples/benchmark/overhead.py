@@ -1,0 +1,135 @@
+"""What the stream itself costs: milliseconds and memory that it adds around the network's call and the decode.
+
+    python examples/benchmark/overhead.py --output static/benchmarks/overhead.json
+
+Draws 512x512 frames with a UNet of Stable Diffusion 1.5's true size, or `--small` anywhere, with random weights (speed does
+not depend on them). Three measures, each the median of rounds that alternate, so that drift meets all alike:
+`tick_ms` is a whole call without the decode; `network_ms` the same network called by hand on the same rows; `stream_ms` a
+call whose network gives back its input at once, which leaves only what the stream adds, waiting for the device each time.
+Memory is what is allocated after 20 calls and after `--ticks`. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from streamflow import StreamFlow
+from streamflow.models.random_weights import random_pipeline
+
+SD15 = {
+    "sample_size": 64,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "norm_num_groups": 32,
+}
+
+
+class Nothing(nn.Module):
+    """A network that takes no time."""
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        return x
+
+
+def make_stream(device: str, dtype: torch.dtype, cfg_type: str, small: bool) -> StreamFlow:
+    """A prepared 4-stage stream of one frame, whose decode takes no time."""
+    pipe = random_pipeline("instaflow", **({"sample_size": 64} if small else SD15)).to(device, dtype)
+    stream = StreamFlow(pipe, range(4), cfg_type=cfg_type, family="instaflow")
+    width = pipe.unet.config.cross_attention_dim
+    embeds = torch.randn(2, 1, 77, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    stream.prepare(num_inference_steps=4, guidance_scale=2.0, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+    stream.codec.decode = lambda latents: latents
+    return stream
+
+
+def milliseconds(call: Callable[[], object], device: str, calls: int) -> float:
+    """Host time of `calls` calls, each followed by a wait for the device, a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+@torch.no_grad()
+def measure(stream: StreamFlow, device: str, rounds: int, calls: int) -> dict[str, list[float]]:
+    """The three measures, one value a round."""
+    network = stream.velocity
+    rows = stream._engine.rows
+    x = torch.cat([stream.frame_noise(0)] * (rows.count + rows.extra))
+    conds = [stream._state.prompt.cond] * len(x)
+    kinds = {
+        "tick_ms": (network, stream.txt2img),
+        "network_ms": (network, lambda: rows.conds.velocity(network, x, rows.t, conds)),
+        "stream_ms": (Nothing(), stream.txt2img),
+    }
+    values: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in tqdm(range(rounds + 1), desc=stream.cfg_type, unit="round"):
+        for name, (module, call) in kinds.items():
+            stream.velocity = module
+            values[name].append(milliseconds(call, device, calls))
+    stream.velocity = network
+    return {name: found[1:] for name, found in values.items()}
+
+
+def memory(stream: StreamFlow, device: str, ticks: int) -> dict[str, int] | None:
+    """Bytes allocated after 20 calls and after `ticks`, and the peak between."""
+    if device != "cuda":
+        return None
+    for _ in range(20):
+        stream.txt2img()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    early, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in tqdm(range(ticks - 20), desc="memory", unit="tick"):
+        stream.txt2img()
+    torch.cuda.synchronize()
+    late = {"allocated_late": torch.cuda.memory_allocated(), "reserved_late": torch.cuda.memory_reserved()}
+    return {"allocated_20": early, "reserved_20": reserved, "ticks": ticks, **late}
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--rounds", type=int, default=9, help="default 9")
+    p.add_argument("--calls", type=int, default=20, help="calls a round, default 20")
+    p.add_argument("--ticks", type=int, default=2000, help="calls of the memory measure, default 2000")
+    p.add_argument("--small", action="store_true", help="a small UNet")
+    p.add_argument("--output", type=Path, help="also write the JSON here")
+    a = p.parse_args()
+    dtype = torch.float16 if a.device == "cuda" else torch.float32
+    found = {}
+    for cfg_type in ("none", "self", "full", "initialize"):
+        stream = make_stream(a.device, dtype, cfg_type, a.small)
+        raw = measure(stream, a.device, a.rounds, a.calls)
+        found[cfg_type] = {name: {"median": median(v), "min": min(v), "max": max(v)} for name, v in raw.items()}
+        if cfg_type == "none":
+            held = memory(stream, a.device, a.ticks)
+    name = torch.cuda.get_device_name() if a.device == "cuda" else platform.processor() or platform.machine()
+    result = {"command": " ".join(["python", *sys.argv]), "device": name, "torch": torch.__version__, "dtype": str(dtype)}
+    result |= {"threads": torch.get_num_threads(), "by_cfg_type": found, "memory": held}
+    text = json.dumps(result)
+    if a.output:
+        a.output.parent.mkdir(parents=True, exist_ok=True)
+        a.output.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

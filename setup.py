@@ -1,0 +1,84 @@
+"""Packaging of StreamFlow. Ranges are what the code needs; the tested versions are in env/requirements.txt.
+
+streamdiffusion is not among the requirements: 0.1.1 pins diffusers 0.24, which has no flow pipeline, so it is
+installed beside StreamFlow with --no-deps (env/install.py does it, `import streamflow` says it).
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+INSTALL_REQUIRES = [
+    "torch>=2.6,<3",  # the floor of diffusers' and transformers' own torch extra
+    "diffusers>=0.42,<0.50",
+    "transformers>=5,<6",
+    "accelerate>=1.1,<2",
+    "safetensors>=0.8,<1",
+    "huggingface_hub>=1.32,<3",
+    "numpy>=1.26,<3",
+    "pillow>=10.3,<14",
+    "packaging>=24",
+    "tqdm>=4.66,<5",
+]
+
+ONNX = ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"]
+
+EXTRAS_REQUIRE = {
+    # Wheels for Linux (x86-64; arm64 with glibc 2.35 or newer) and Windows, libraries included.
+    "tensorrt-rtx": [
+        "tensorrt-rtx-cu13-bindings>=1.7.1,<1.8",
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13>=0.5,<0.6",
+        "polygraphy>=0.53,<0.54",
+        "onnx-graphsurgeon>=0.6,<0.7",
+        *ONNX,
+    ],
+    # A metapackage: its build fetches the libraries from NVIDIA, so it needs to reach NVIDIA's servers.
+    "tensorrt": [
+        "tensorrt-cu13>=10.13,<12",
+        "polygraphy>=0.53,<0.54",
+        "onnx-graphsurgeon>=0.6,<0.7",
+        *ONNX,
+    ],
+    "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
+    "video": ["av>=14"],
+    "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14"],
+}
+
+
+def version() -> str:
+    """The version in streamflow/_version.py, read without importing the package."""
+    text = (ROOT / "streamflow" / "_version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
+
+
+def description() -> str:
+    """The README, or one line where there is none yet."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else "Streams rectified-flow pipelines in real time."
+
+
+setup(
+    name="streamflow-rf",
+    version=version(),
+    description="Streams rectified-flow diffusers pipelines in real time: StreamDiffusion for SD3, Flux and their kin.",
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    author="The StreamFlow authors",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["streamflow", "streamflow.*"]),
+    package_data={"streamflow": ["pretrained/emoji/**"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["streamflow = streamflow.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Multimedia :: Graphics",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,46 @@
+"""The README says what is so: its Python blocks run, its links lead somewhere, its list of substitutions is the tests'."""
+
+import re
+from pathlib import Path
+
+from PIL import Image
+from readme_substitutions import SUBSTITUTIONS
+
+from streamflow import models
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.setattr(models, "PIPELINES", dict(models.PIPELINES))
+    scope: dict = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), scope)
+    saved = sorted(p.name for p in tmp_path.glob("*.png"))
+    assert saved == ["frame0.png", "frame1.png", "frame2.png", "frame3.png", "frame4.png", "picture.png"]
+    for name in saved:
+        assert Image.open(tmp_path / name).size == (128, 128)
+
+
+def test_links_and_pictures_are_there():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
+    assert not missing
+
+
+def test_every_substitution_is_printed():
+    for what, _, replacement, why in SUBSTITUTIONS:
+        row = next((line for line in README.splitlines() if line.startswith(f"| {what} |")), "")
+        assert why.split(": ")[-1] in row
+        assert (replacement.splitlines()[-1] if replacement else "removed") in row
+
+
+def test_every_family_and_file_it_names_exists():
+    for name in models.FAMILIES:
+        assert f"`{name}`" in README
+    for name in re.findall(r"^\| `([\w/]+\.py|[\w]+/)` \|", README, re.MULTILINE):
+        assert (ROOT / "streamflow" / name).exists(), name
