@@ -47,8 +47,7 @@ class StreamDiffusionAttributes:
     @property
     def guidance_scale(self) -> float:
         """The pipeline's guidance_scale in force; assigning it is `update(guidance_scale=...)`."""
-        given = self._prepared().request.guidance_scale
-        return self._prepared().weight if given is None else given
+        return self._prepared().guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None:
@@ -111,7 +110,7 @@ class StreamDiffusionAttributes:
     @property
     def init_noise(self) -> Tensor:
         """The noise that image frames share, `[batch_size, ...]`."""
-        noise = self._prepared().noise.fixed().to(self.device, self.dtype)
+        noise = self._prepared().noise.preview().to(self.device, self.dtype)
         return noise.expand(self.batch_size, *self._shape)
 
     @property
@@ -122,7 +121,8 @@ class StreamDiffusionAttributes:
             return torch.zeros((self.batch_size, *self._shape), device=self.device, dtype=self.dtype)
         anchor = engine.anchors.x0
         noise = anchor + velocity_from(engine.x, anchor, engine.rows.sigma)
-        return (noise * per_row(engine.anchors.known, noise)).to(self.dtype)
+        known = engine.anchors.known
+        return (noise if known is None else noise * per_row(known, noise)).to(self.dtype)
 
     @property
     def inference_time_ema(self) -> float:
@@ -142,6 +142,4 @@ class StreamDiffusionAttributes:
         engine = self._running()
         if idx is None and isinstance(engine, Ring):
             return engine.rows
-        rows = Rows(engine.settings, idx or 0, (idx or 0) + 1)
-        rows.w.fill_(self._prepared().weight)
-        return rows
+        return Rows(engine.settings, idx or 0, (idx or 0) + 1)

@@ -46,6 +46,8 @@ class Request:
             raise ValueError(f"num_inference_steps must be an integer of 1 or more, not {steps!r}")
         for name in ("guidance_scale", "delta", "strength"):
             check_number(name, getattr(self, name))
+        if self.delta is None:
+            raise TypeError("delta must be a number, not None: 1.0 leaves guidance as it is")
 
     def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
         """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
@@ -73,29 +75,35 @@ def same_key(a: tuple, b: tuple) -> bool:
 
 
 def _equal_plain(a: Any, b: Any) -> bool:
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and (a == b) is True
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a request came to: the schedule, the stages picked from it, the prompt's cond, the weight in force, noise."""
+    """What a request came to: the schedule, the stages picked from it, the prompt's cond, the pipeline's guidance_scale,
+    the guidance weight in force, and noise."""
 
     request: Request
     schedule: Schedule
     stages: Stages
     prompt: Prompt
+    guidance_scale: float
     weight: float
     noise: NoiseSource
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """An update on its way: what the stream is to be, and whether rows under way take the new prompt and the new noise
-    levels too. It was made and checked in the caller's thread."""
+    """An update on its way, made and checked in the caller's thread: what the stream is to be, which of the prompt's
+    tensors rows under way take too, and whether they take the new noise levels."""
 
     target: Prepared
-    prompt_now: bool = True
+    entries: frozenset[str] = frozenset()
     levels_now: bool = False
+
+    def spares_waiting(self, before: Prepared) -> bool:
+        """Whether frames that have come in, but wait for their group to be full, stay as they are."""
+        return not self.entries and self.target.noise is before.noise and self.target.stages is before.stages
 
 
 def check_number(name: str, value: Any) -> None:

@@ -38,6 +38,27 @@ class Prompt:
     cond: Cond
     uncond: Cond | None = None
 
+    def differing(self, other: Prompt) -> frozenset[str]:
+        """The names of the tensors in which another prompt differs. On a GPU the host waits for the answer."""
+        pairs = [(self.cond, other.cond)] + ([(self.uncond, other.uncond)] if self.uncond and other.uncond else [])
+        return frozenset(name for mine, its in pairs for name in its.rows if not _equal(mine.rows.get(name), its.rows[name]))
+
+    def taking(self, other: Prompt, names: frozenset[str]) -> Prompt:
+        """This prompt with the tensors of these names from another one."""
+        if names >= set(self.cond.rows):
+            return other
+        return Prompt(_taking(self.cond, other.cond, names), _taking(self.uncond, other.uncond, names))
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def _taking(cond: Cond | None, other: Cond | None, names: frozenset[str]) -> Cond | None:
+    if cond is None or other is None:
+        return cond
+    return Cond({name: other.rows[name] if name in names else value for name, value in cond.rows.items()}, cond.shared)
+
 
 @dataclass(frozen=True, eq=False)
 class Call:

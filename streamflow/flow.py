@@ -28,14 +28,13 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return s * noise + (1.0 - s) * x0
 
 
-def euler(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """One Euler step of the flow, `x + (sigma_next - sigma) v`, in v's dtype.
+def euler(x: Tensor, v: Tensor, dt: Tensor) -> Tensor:
+    """One Euler step of the flow, `x + dt v` with `dt = sigma_next - sigma`, in v's dtype.
 
     The sum is taken in float32 and dt is rounded to v's dtype before the product. Both are what
     FlowMatchEulerDiscreteScheduler.step does by type promotion, and so the result is the same to the bit.
     """
-    dt = per_row(sigma_next - sigma, v)
-    return (x.float() + dt.to(v.dtype) * v).to(v.dtype)
+    return (x.float() + per_row(dt, v).to(v.dtype) * v).to(v.dtype)
 
 
 def predict_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
@@ -57,13 +56,13 @@ def velocity_from(x: Tensor, anchor: Tensor, sigma: Tensor) -> Tensor:
     return (x.float() - anchor) / per_row(sigma, x)
 
 
-def guide(v_cond: Tensor, v_uncond: Tensor, w: Tensor) -> Tensor:
-    """Classifier-free guidance `v_uncond + w (v_cond - v_uncond)` where w > 1, else v_cond; in v_cond's dtype.
+def guide(v_cond: Tensor, v_uncond: Tensor, w: float, rows: Tensor | None = None) -> Tensor:
+    """Classifier-free guidance `v_uncond + w (v_cond - v_uncond)` if w > 1, else v_cond.
 
-    w is float32 `[rows]`. The product is taken in float32 and rounded once, as torch does for a Python number,
-    so a half-precision result equals the pipelines' to the bit.
+    It is the pipelines' own expression, so a half-precision result equals theirs to the bit. `rows`, bool `[rows]`, says
+    which rows are guided; None: all of them.
     """
-    w = per_row(w, v_cond)
-    v_uncond = v_uncond.to(v_cond.dtype)
-    guided = v_uncond + (w * (v_cond - v_uncond).float()).to(v_cond.dtype)
-    return torch.where(w > 1.0, guided, v_cond)
+    if w <= 1.0:
+        return v_cond
+    guided = v_uncond + w * (v_cond - v_uncond)
+    return guided if rows is None else torch.where(per_row(rows, v_cond), guided, v_cond)

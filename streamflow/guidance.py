@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from streamflow.flow import guide, predict_x0, velocity_from
@@ -30,6 +29,11 @@ class Mode:
     name: str
     extra_rows: Callable[[int, int], int]
     carries_anchor: bool = False
+
+    @property
+    def measures_anchor(self) -> bool:
+        """Whether a frame's anchor comes from a negative row at its first stage, and so is known of every frame."""
+        return self.carries_anchor and self.extra_rows(1, 1) > 0
 
     def weight(self, w: float, delta: float) -> float:
         """The weight in force: w, and under an anchor `1 + (w - 1) delta`."""
@@ -56,29 +60,24 @@ def mode(cfg_type: str) -> Mode:
 
 @dataclass
 class Anchors:
-    """What rows carry under `self` and `initialize`: `x0` float32 `[rows, ...]` and `known`, bool `[rows]`.
+    """What rows carry under `self` and `initialize`: `x0` float32 `[rows, ...]`, and `known`, bool `[rows]`, None for all.
     A row whose anchor is not known takes its own velocity, unguided."""
 
     x0: Tensor
-    known: Tensor
+    known: Tensor | None = None
 
 
-def combine(
-    mode: Mode, v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Tensor, anchors: Anchors | None
-) -> Tensor:
+def combine(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: float, anchors: Anchors | None) -> Tensor:
     """The guided velocity of all rows, `[rows, ...]`.
 
-    v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins; w float32 `[rows]`.
-    Under `initialize` the anchors of the rows that have a twin are measured here and kept.
+    v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins. With anchors the twins'
+    rows get theirs measured here, and it is kept.
     """
-    if anchors is not None:
-        return _towards_anchor(v_cond, v_extra, x, sigma, w, anchors)
-    return guide(v_cond, v_extra, w) if len(v_extra) else v_cond
-
-
-def _towards_anchor(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Tensor, anchors: Anchors) -> Tensor:
     n = len(v_extra)
+    if anchors is None:
+        return guide(v_cond, v_extra, w) if n else v_cond
     if n:
         anchors.x0[:n] = predict_x0(x[:n], v_extra, sigma[:n])
-        anchors.known[:n] = True
-    return guide(v_cond, velocity_from(x, anchors.x0, sigma), torch.where(anchors.known, w, 1.0))
+    if w <= 1.0:
+        return v_cond
+    return guide(v_cond, velocity_from(x, anchors.x0, sigma).to(v_cond.dtype), w, anchors.known)

@@ -40,9 +40,13 @@ class SimilarImageFilter:
 
     def reset(self) -> None:
         """Forget the last frame, the count and the place in the random sequence."""
+        self.forget()
+        self._random = random.Random(self.seed)
+
+    def forget(self) -> None:
+        """Forget the last frame, so that the next one is drawn."""
         self.prev_tensor: Tensor | None = None
         self.skip_count = 0
-        self._random = random.Random(self.seed)
 
     def set_threshold(self, threshold: float) -> None:
         """At 1 and above nothing is skipped. ValueError below 0."""

@@ -14,8 +14,10 @@ from torch import Tensor
 # Operations that keep a tensor's values, and so its mark.
 _VALUE_KEEPING = frozenset(
     getattr(Tensor, name)
-    for name in "to cpu cuda float half bfloat16 double clone detach contiguous __getitem__ unsqueeze squeeze unbind split "
-    "chunk".split()
+    for name in (
+        "to cpu cuda pin_memory float half bfloat16 double clone detach contiguous "
+        "__getitem__ unsqueeze squeeze unbind split chunk"
+    ).split()
 ) | {torch.cat, torch.stack, torch.clone}
 
 # Writes into their first argument that have no trailing underscore by which to know them.
@@ -126,6 +128,13 @@ def _from_tensor(
     if image.shape[-2:] != (height, width):
         image = torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
     return image.contiguous().as_subclass(Normalized)
+
+
+def check_range(input_range: tuple[float, float]) -> None:
+    """Raise ValueError unless this is (low, high) of two numbers, low below high."""
+    numbers = isinstance(input_range, (tuple, list)) and all(isinstance(one, (int, float)) for one in input_range)
+    if not numbers or len(input_range) != 2 or not input_range[0] < input_range[1]:
+        raise ValueError(f"input_range must be (low, high) with low below high, such as (0, 1), not {input_range!r}")
 
 
 def _check_size(h: int, w: int, height: int, width: int, resize: bool) -> None:

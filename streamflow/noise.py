@@ -3,7 +3,6 @@ call pattern nor the device can change a picture. No global random state is read
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +34,13 @@ class NoiseSource:
             self._fixed = self._normal((0, 0))
         return self._fixed
 
+    def preview(self) -> Tensor:
+        """What `fixed` would give, drawn aside: a generator's state stays as it is."""
+        if self._fixed is not None or self._generator is None:
+            return self.fixed()
+        aside = torch.Generator(self._generator.device)
+        return NoiseSource(self.shape, generator=aside.set_state(self._generator.get_state())).fixed()
+
     def _normal(self, key: tuple[int, int]) -> Tensor:
         generator = self._generator or _generator(self.seed, key)
         return torch.randn((1, *self.shape), generator=generator, device=generator.device, dtype=torch.float32)
@@ -42,6 +48,18 @@ class NoiseSource:
 
 def _generator(seed: int, key: tuple[int, int]) -> torch.Generator:
     """A generator whose state mixes the seed with the key, so that neighbouring seeds and frames share nothing."""
-    entropy = (seed & 0xFFFF_FFFF_FFFF_FFFF, *key)
-    state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    state = 0
+    for part in (seed, *key):
+        state = _mix(state ^ (part & _MASK))
     return torch.Generator("cpu").manual_seed(state)
+
+
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _mix(z: int) -> int:
+    """One step of splitmix64 (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014)."""
+    z = (z + 0x9E37_79B9_7F4A_7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
+    return z ^ (z >> 31)

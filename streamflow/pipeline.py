@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,21 +19,21 @@ from torch import Tensor
 
 from streamflow import guidance
 from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, Prepared, Request, check_number, same_key
+from streamflow.changes import SCOPES, Change, Prepared, Request
 from streamflow.conditioning import Prompt
 from streamflow.flow import add_noise
 from streamflow.frames import CallTimer, Frame, Order
+from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_utils import Normalized, normalize_image
+from streamflow.image_utils import Normalized, check_range, normalize_image
 from streamflow.models import adapter_for
-from streamflow.noise import POLICIES, NoiseSource
+from streamflow.noise import POLICIES
+from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.ring import Done, Group, Loop, Ring, Settings
-from streamflow.schedule import Schedule, Stages, check_indices
+from streamflow.schedule import Stages, check_indices
+from streamflow.wrap import base_view, check_dtype, check_placement
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_SEED = 2
-RESIDUAL_GUIDANCE = 1.2
 
 
 class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
@@ -79,7 +78,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         resize: bool = True,
         check_inputs: bool = False,
     ) -> None:
-        _check_placement(pipe)
+        check_placement(pipe)
         self.adapter = adapter = adapter_for(pipe, family)
         height = adapter.default_size if height is None else height
         width = adapter.default_size if width is None else width
@@ -90,12 +89,14 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frame_buffer_size!r}")
         if noise not in POLICIES:
             raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
-        dtype = _check_dtype(torch_dtype, adapter.net, pipe.device)
+        check_range(input_range)
+        dtype = check_dtype(torch_dtype, adapter.net, pipe.device)
         self._mode = guidance.mode(cfg_type)
         self._shape = adapter.latent_shape(height, width)
+        self._planner = Planner(adapter, self._mode, self._shape, height, width)
         self._timer = CallTimer(pipe.device)
         super().__init__(
-            _base_view(pipe, adapter),
+            base_view(pipe, adapter.net, adapter.factor),
             list(t_index_list or [0]),
             dtype,
             width,
@@ -119,6 +120,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         self._finished: deque[Done] = deque()
         self._next_id = 0
         self._said: set[str] = set()
+        self._held_noise: tuple[Any, Tensor | None] = (None, None)
 
     # -- prepare and change -------------------------------------------------------------------------------------------
 
@@ -153,17 +155,17 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         """
         self._check_open()
         self.adapter.check_arguments(pipeline_arguments)
-        noise = self._noise_source(generator, seed)
         request = Request(
             prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength, pipeline_arguments
         )
-        schedule, read = self._read(request)
-        stages = self._pick(request, schedule)
-        state = Prepared(request, schedule, stages, read, self._weight(request), noise)
-        self.reset()
-        self._state, self.generator = state, generator
-        self._install(stages)
-        self.similar_filter.seed = DEFAULT_SEED if noise.seed is None else noise.seed
+        with self._callers:
+            state = self._planner.plan(request, generator, seed)
+            self.reset()
+            with self._slot:
+                self._state, self._change = state, None
+        self.generator = generator
+        self._install(state.stages)
+        self.similar_filter.seed = DEFAULT_SEED if state.noise.seed is None else state.noise.seed
         self.similar_filter.reset()
 
     def reset(self) -> None:
@@ -195,7 +197,8 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         Args:
             scope: "now" for rows under way too, "frame" for frames that enter from then on. None: now, but for noise
                 levels. New noise levels under "frame" or None let what is in flight run to its end with the old ones
-                first, and calls deliver that before anything newer; "now" needs as many stages as before.
+                first, and calls deliver that before anything newer; "now" needs as many stages as before. The guidance
+                weight and delta act on all rows at the next call, whatever the scope.
             seed: of the frames that enter from then on.
             changes: prompt, negative_prompt, guidance_scale, delta, num_inference_steps, t_index_list, strength, and the
                 pipeline's own arguments by name.
@@ -213,49 +216,50 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             own["t_index_list"] = check_indices(own["t_index_list"])
             own.setdefault("strength", None)
         with self._callers:
-            pending = self._change
-            asked = pending.target if pending else self._prepared()
-            target = self._target(asked, asked.request.changed(own, changes), seed)
-            self._check_levels(target, scope)
-            prompt_now = scope != "frame" if target.prompt is not asked.prompt or not pending else pending.prompt_now
-            levels_now = scope == "now" if target.stages is not asked.stages or not pending else pending.levels_now
             with self._slot:
-                self._change = Change(target, prompt_now, levels_now)
+                pending, state = self._change, self._prepared()
+            asked = pending.target if pending else state
+            target = self._planner.change(asked, asked.request.changed(own, changes), seed)
+            entries = self._entries(asked, target, {*own, *changes}, scope)
+            new_levels = target.stages is not asked.stages
+            if new_levels and scope == "now" and len(target.stages) != len(asked.stages):
+                raise ValueError(
+                    f"scope='now' keeps the number of stages, {len(asked.stages)}, and {len(target.stages)} were given: "
+                    f"leave scope out, and frames under way finish first"
+                )
+            levels_now = scope == "now" if new_levels or not pending else pending.levels_now
+            if pending:
+                drains = pending.target.stages is not state.stages and not pending.levels_now
+                levels_now = levels_now and not drains
+                entries = pending.entries if entries is None else entries
+            with self._slot:
+                self._change = Change(target, entries or frozenset(), levels_now)
             self._updates += 1
             return self._updates
 
-    def _target(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
-        """What `asked` becomes under another request, asking the pipeline again only where it must be asked."""
-        weight_name = self.adapter.guidance_argument
-        schedule, prompt = asked.schedule, asked.prompt
-        if not same_key(request.read_key(weight_name), asked.request.read_key(weight_name)):
-            schedule, prompt = self._read(request)
-        stages = self._pick(request, schedule)
-        if stages.same_levels(asked.stages):
-            stages = asked.stages
-        noise = asked.noise if seed is None else self._noise_source(None, seed)
-        return Prepared(request, schedule, stages, prompt, self._weight(request), noise)
-
-    def _check_levels(self, target: Prepared, scope: str | None) -> None:
-        now, new = len(self._prepared().stages), len(target.stages)
-        if scope == "now" and now != new:
-            raise ValueError(
-                f"scope='now' keeps the number of stages, {now}, and {new} were given: leave scope out, and frames under "
-                f"way finish first"
-            )
+    def _entries(self, asked: Prepared, target: Prepared, names: set[str], scope: str | None) -> frozenset[str] | None:
+        """Which of the prompt's tensors rows under way are to take; None where the update says nothing of the prompt."""
+        says_prompt = names - {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
+        if not says_prompt - {self.adapter.guidance_argument} and target.prompt is asked.prompt:
+            return None
+        if scope == "frame":
+            return frozenset()
+        if says_prompt - {self.adapter.guidance_argument}:
+            return frozenset(target.prompt.cond.rows)
+        return asked.prompt.differing(target.prompt)
 
     def _take_change(self) -> None:
         """Let a pending update act. Only the ticking thread comes here, at the start of a call."""
         with self._slot:
             change, self._change = self._change, None
-        if change is None:
-            return
-        before, self._state = self._state, change.target
+            if change is None:
+                return
+            before, self._state = self._state, change.target
         if change.target.stages is not before.stages:
             self._change_levels(change.target.stages, change.levels_now)
-        if change.prompt_now and change.target.prompt is not before.prompt:
-            self._engine.set_prompt(change.target.prompt)
-        self._engine.set_weight(change.target.weight)
+        if change.entries:
+            self._engine.set_prompt(change.target.prompt, change.entries)
+        self._engine.weight = change.target.weight
 
     def _change_levels(self, stages: Stages, now: bool) -> None:
         """New noise levels: for rows under way too, or once those have run to their end with the old ones."""
@@ -281,7 +285,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             return self.txt2img()
         self._running()
         with self._timer:
-            pictures = self._pictures(x)
+            pictures = self.preprocess(x)
             if len(pictures) != self.frame_bff_size:
                 raise ValueError(f"{len(pictures)} pictures for a frame buffer of {self.frame_bff_size}")
             if self.similar_image_filter and self.similar_filter(pictures) is None and self.prev_image_result is not None:
@@ -303,6 +307,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         """
         self._running()
         groups = self._group_count(batch_size, latents)
+        self.similar_filter.forget()
         with self._timer:
             self._take_change()
             done: list[Done] = []
@@ -314,10 +319,11 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
                 pushed += 1
                 if self._finished:
                     done.append(self._finished.popleft())
-            self.prev_image_result = torch.cat([self.decode_image(group.x0) for group in done])
+            pictures = [self.decode_image(group.x0) for group in done]
+            self.prev_image_result = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
         return self.prev_image_result
 
-    def txt2img_sd_turbo(self, batch_size: int = 1) -> Tensor:
+    def txt2img_sd_turbo(self, batch_size: int | None = None) -> Tensor:
         """The one-step form: `txt2img` of a stream with a single stage. ValueError with more."""
         if len(self._prepared().stages) != 1:
             raise ValueError(
@@ -335,7 +341,10 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         """
         in_flight = self._running().in_flight + sum(len(done.ids) for done in self._finished)
         if in_flight or not self._engine.empty:
-            raise RuntimeError(f"frames() needs an empty ring, {in_flight} frames are in flight: flush() or prepare() first")
+            raise RuntimeError(
+                f"frames() needs an empty ring; {in_flight} frames are in flight, copies not counted: "
+                f"flush() or prepare() first"
+            )
         return self._frames(iterable)
 
     @torch.no_grad()
@@ -345,8 +354,11 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         self.similar_filter.reset()
         drawn = self._next_id
         for item in iterable:
+            change = self._change
+            if buffer and change is not None and not change.spares_waiting(self._state):
+                self._push_buffer(buffer)  # they came in before it
             self._take_change()
-            picture = None if item is None else self._one_picture(item)
+            picture = self._one_picture(item) if item is not None else self.similar_filter.forget()
             (frame_id,) = self._new_ids(1)
             skip = picture is not None and self.similar_image_filter and self.similar_filter(picture) is None
             drawn = drawn if skip else frame_id
@@ -415,7 +427,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
     def encode_image(self, image_tensors: Tensor) -> Tensor:
         """Pictures `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
         x0 = self._clean_latents(image_tensors)
-        return self.add_noise(x0, self._to_device(self._prepared().noise.fixed()), 0)
+        return add_noise(x0, self._fixed_noise(), self._running().first_sigma)
 
     def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
         """Clean latents, as the pipeline's `output_type="latent"`, to pictures `[n, 3, H, W]` in [-1, 1]."""
@@ -427,7 +439,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
 
     def scheduler_step_batch(self, model_pred_batch: Tensor, x_t_latent_batch: Tensor, idx: int | None = None) -> Tensor:
         """x at the next sigma, given velocities; all rows of the batch, or those of stage idx."""
-        return self._rows(idx).step(x_t_latent_batch, model_pred_batch, None)
+        return self._rows(idx).step(x_t_latent_batch, model_pred_batch)
 
     @torch.no_grad()
     def unet_step(self, x_t_latent: Tensor, t_list: Tensor, idx: int | None = None) -> tuple[Tensor, Tensor]:
@@ -435,14 +447,17 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         rows = self._rows(idx)
         self._check_rows(x_t_latent, rows.count)
         anchors = getattr(self._engine, "anchors", None) if idx is None else None
+        if anchors is not None:
+            anchors = Anchors(anchors.x0.clone(), anchors.known)
         prompts = [self._state.prompt] * rows.count
         times = torch.as_tensor(t_list, dtype=torch.float32, device=self.device)
-        return rows.advance(self.velocity, x_t_latent, prompts, anchors, None, times)
+        return rows.advance(self.velocity, x_t_latent, prompts, self._state.weight, anchors, None, times)
 
     # -- the rest of StreamDiffusion's interface --------------------------------------------------------------------------
 
     def enable_similar_image_filter(self, threshold: float = 0.98, max_skip_frame: float = 10) -> None:
         """Skip image frames that look like the last drawn one; at most `max_skip_frame` in a row."""
+        SimilarImageFilter(threshold, max_skip_frame)  # both are checked before either is set
         self.similar_filter.set_threshold(threshold)
         self.similar_filter.set_max_skip_frame(max_skip_frame)
         self.similar_image_filter = True
@@ -498,48 +513,10 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         self._prepared()
         return self._engine
 
-    def _read(self, request: Request) -> tuple[Schedule, Prompt]:
-        """Ask the pipeline what it would do with this request."""
-        arguments = dict(request.arguments)
-        if request.prompt is not None:
-            arguments["prompt"] = request.prompt
-        if "negative_prompt_embeds" not in arguments:
-            arguments["negative_prompt"] = request.negative_prompt
-        if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
-            arguments["guidance_scale"] = request.guidance_scale
-        guided = self._mode.extra_rows(1, 1) > 0
-        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, guided)
-
-    def _pick(self, request: Request, schedule: Schedule) -> Stages:
-        if request.strength is not None:
-            return schedule.pick(range(self.adapter.start_index(schedule, request.strength), len(schedule)))
-        return schedule.pick(range(len(schedule)) if request.t_index_list is None else request.t_index_list)
-
-    def _weight(self, request: Request) -> float:
-        """The guidance weight in force under this request."""
-        name = self.adapter.guidance_argument
-        w = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
-        check_number(name, w)
-        if w is None:
-            w = RESIDUAL_GUIDANCE if self._mode.carries_anchor else self.adapter.guidance_default()
-        return self._mode.weight(float(w), request.delta)
-
-    def _noise_source(self, generator: torch.Generator | None, seed: int | None) -> NoiseSource:
-        if generator is not None and seed is not None:
-            raise ValueError("pass a generator, which is used as it is, or a seed, not both")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an integer, not {seed!r}")
-        if generator is None and seed is None:
-            seed = DEFAULT_SEED
-        return NoiseSource(self._shape, seed, generator)
-
     def _install(self, stages: Stages) -> None:
         """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
         settings = Settings(stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device)
-        self._engine = Ring(settings) if self.use_denoising_batch else Loop(settings)
-        self._engine.set_weight(self._state.weight)
+        self._engine = (Ring if self.use_denoising_batch else Loop)(settings, self._state.weight)
         self.t_list = list(stages.indices)
         self.denoising_steps_num = len(stages)
         rows = self._engine.rows if self.use_denoising_batch else self._engine.stages[0]
@@ -554,16 +531,22 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         self._next_id += count
         return tuple(range(self._next_id - count, self._next_id))
 
+    def _fixed_noise(self) -> Tensor:
+        """The noise that image frames share, on the device."""
+        source, held = self._held_noise
+        if source is not self._prepared().noise:
+            source = self._prepared().noise
+            held = self._to_device(source.fixed())
+            self._held_noise = source, held
+        return held
+
     def _to_device(self, noise: Tensor) -> Tensor:
         if self.device.type == "cuda" and noise.device.type == "cpu":
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True).to(self.dtype)
 
-    def _pictures(self, x: Any) -> Normalized:
-        return self.preprocess(x)
-
     def _one_picture(self, x: Any) -> Normalized:
-        picture = self._pictures(x)
+        picture = self.preprocess(x)
         if len(picture) != 1:
             raise ValueError(f"frames() takes one picture at a time, not {len(picture)}")
         return picture
@@ -578,11 +561,11 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
         x0 = self._clean_latents(pictures)
         if self._noise_policy == "fixed":
-            noise = self._to_device(state.noise.fixed()).expand_as(x0)
+            noise = self._fixed_noise().expand_as(x0)
         else:
             noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
         anchor = x0.float() if self._mode.carries_anchor else None
-        return Group(self.add_noise(x0, noise, 0), (state.prompt,) * len(ids), ids, noise, anchor)
+        return Group(add_noise(x0, noise, self._engine.first_sigma), (state.prompt,) * len(ids), ids, noise, anchor)
 
     def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None) -> Group:
         state = self._state
@@ -615,48 +598,3 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
 
 
 _UPDATABLE = {"prompt", "negative_prompt", "guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
-
-
-def _base_view(pipe: Any, adapter: Any) -> SimpleNamespace:
-    """What StreamDiffusion's constructor looks at, with the network under the name it knows."""
-    return SimpleNamespace(
-        device=pipe.device,
-        vae_scale_factor=adapter.factor,
-        scheduler=SimpleNamespace(config={}),
-        text_encoder=pipe.text_encoder,
-        unet=adapter.net,
-        vae=pipe.vae,
-    )
-
-
-def _check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:
-    dtype = network.dtype
-    if wanted is not None and (not isinstance(wanted, torch.dtype) or not wanted.is_floating_point):
-        raise TypeError(f"torch_dtype must be a floating torch.dtype such as torch.float32, not {wanted!r}")
-    if wanted not in (None, dtype):
-        raise ValueError(f"torch_dtype {wanted} for a network in {dtype}: move it first, pipe.to(dtype={wanted})")
-    if dtype == torch.float16 and device.type == "cpu":
-        _check_half_on_cpu()
-    return dtype
-
-
-def _check_half_on_cpu() -> None:
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
-    try:
-        torch.nn.functional.conv2d(one, one)
-        torch.nn.functional.scaled_dot_product_attention(one, one, one)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "this CPU build of torch cannot compute in float16: use pipe.to(dtype=torch.float32) or torch.bfloat16"
-        ) from error
-
-
-def _check_placement(pipe: Any) -> None:
-    if getattr(pipe, "hf_device_map", None):
-        raise ValueError("this pipe was loaded with a device_map: load it without one and move it, pipe.to('cuda')")
-    hooked = [name for name, part in pipe.components.items() if getattr(part, "_hf_hook", None) is not None]
-    if hooked:
-        raise ValueError(
-            f"{', '.join(hooked)} of this pipe are offloaded, so a stream would move them at every frame: call "
-            f"pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()"
-        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,51 +55,51 @@ class Settings:
 
 
 class Rows:
-    """Rows side by side, with the buffers that belong to them: x, noise levels, weights and, where the settings ask
-    for them, anchors and noise. Stage `i` for `first <= i < last`, F rows each, newest first."""
+    """Rows side by side, and the noise levels that belong to them: stages `first` to `last`, F rows each, newest first."""
 
     def __init__(self, settings: Settings, first: int, last: int):
-        s = settings
-        stages, frames = s.stages, s.frames
-        self.settings = s
+        frames = settings.frames
+        self.settings, self.first, self.last = settings, first, last
         self.count = (last - first) * frames
-        self.extra = s.mode.extra_rows(self.count, frames if first == 0 else 0)
-        device = {"device": s.device}
-        per_frame = {"repeats": frames, "dim": 0}
-        self.sigma = stages.sigmas[first:last].to(**device).repeat_interleave(**per_frame)
-        self.sigma_next = stages.sigmas_next[first:last].to(**device).repeat_interleave(**per_frame)
-        t = stages.timesteps[first:last].to(**device).repeat_interleave(**per_frame)
-        self.t = torch.cat((t[: self.extra], t))
-        self.w = torch.ones(self.count, **device)
+        self.extra = settings.mode.extra_rows(self.count, frames if first == 0 else 0)
         self.conds = CondBatch()
+        self.set_levels(settings.stages)
 
     def set_levels(self, stages: Stages) -> None:
-        """Copy other noise levels, as many as before, into the buffers: rows under way change theirs too."""
-        other = Rows(replace(self.settings, stages=stages), 0, len(stages))
-        for name in ("sigma", "sigma_next", "t"):
-            getattr(self, name).copy_(getattr(other, name))
+        """Take these noise levels. `sigma`, `sigma_next` float32 and `dt`, in the rows' dtype, are `[rows, 1, ...]`."""
+        s = self.settings
+
+        def by_row(values: Tensor) -> Tensor:
+            rows = values[self.first : self.last].to(s.device).repeat_interleave(s.frames, dim=0)
+            return rows.reshape(-1, *([1] * len(s.shape)))
+
+        self.sigma, self.sigma_next = by_row(stages.sigmas), by_row(stages.sigmas_next)
+        self.dt = (self.sigma_next - self.sigma).to(s.dtype)
+        t = by_row(stages.timesteps).flatten()
+        self.t = torch.cat((t[: self.extra], t))
 
     def advance(
         self,
         network: Velocity,
         x: Tensor,
         prompts: Sequence[Prompt],
-        anchors: Anchors | None,
-        noise: Tensor | None,
+        weight: float,
+        anchors: Anchors | None = None,
+        noise: Tensor | None = None,
         t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x at each row's next sigma, guided velocity), both `[rows, ...]`. `t` `[rows]` replaces the stages' own."""
         extra = self.extra
         times = self.t if t is None else torch.cat((t[:extra], t))
-        conds = _conds(prompts, extra)
-        v = self.conds.velocity(network, torch.cat((x[:extra], x)) if extra else x, times, conds)
-        v = combine(self.settings.mode, v[extra:], v[:extra], x, self.sigma, self.w, anchors)
+        rows = torch.cat((x[:extra], x)) if extra else x
+        v = self.conds.velocity(network, rows, times, _conds(prompts, extra))
+        v = combine(v[extra:] if extra else v, v[:extra], x, self.sigma, weight, anchors)
         return self.step(x, v, noise), v
 
-    def step(self, x: Tensor, v: Tensor, noise: Tensor | None) -> Tensor:
+    def step(self, x: Tensor, v: Tensor, noise: Tensor | None = None) -> Tensor:
         """x at each row's next sigma, given the velocity: Euler, or re-noised where the rows carry noise."""
         if noise is None:
-            return euler(x, v, self.sigma, self.sigma_next)
+            return euler(x, v, self.dt)
         return renoise(x, v, self.sigma, self.sigma_next, noise)
 
 
@@ -108,22 +108,25 @@ def _conds(prompts: Sequence[Prompt], extra: int) -> tuple[Cond, ...]:
 
 
 class Ring:
-    """S stages x F frames, advanced together. The verbs are push, flush and reset."""
+    """S stages x F frames, advanced together. The verbs are push, flush and reset. `weight` is the guidance weight of all
+    rows, those under way too."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, weight: float = 1.0):
         s = self.settings = settings
+        self.weight = weight
         self.rows = Rows(s, 0, len(s.stages))
-        full = (self.rows.count, *s.shape)
-        self.x = torch.zeros(full, dtype=s.dtype, device=s.device)
-        self.anchors = _new_anchors(s, full) if s.mode.carries_anchor else None
-        self.noise = torch.zeros(full, dtype=s.dtype, device=s.device) if s.renoise else None
         self.reset()
 
     def reset(self) -> None:
         """Empty the ring; what was in flight is gone."""
-        self._groups: deque[Group | None] = deque([None] * len(self.settings.stages), len(self.settings.stages))
+        s = self.settings
+        self._groups: deque[Group | None] = deque([None] * len(s.stages), len(s.stages))
         self._prompts: list[Prompt] = []
-        self._advanced = torch.zeros_like(self.x)
+        empty = torch.zeros((self.rows.count, *s.shape), dtype=s.dtype, device=s.device)
+        self.x = self._advanced = empty
+        self.noise = empty if s.renoise else None
+        self.anchors = Anchors(empty.float()) if s.mode.carries_anchor else None
+        self._known: tuple[bool, ...] = ()
 
     @property
     def in_flight(self) -> int:
@@ -135,6 +138,11 @@ class Ring:
         return not any(self._waiting)
 
     @property
+    def first_sigma(self) -> Tensor:
+        """The noise level at which frames enter, `[1, 1, ...]`."""
+        return self.rows.sigma[:1]
+
+    @property
     def waiting(self) -> Tensor | None:
         """The rows that the next push advances beside the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
@@ -144,17 +152,14 @@ class Ring:
         """The groups under way between two pushes: all but the one that the last push let out."""
         return list(self._groups)[:-1]
 
-    def set_weight(self, w: float) -> None:
-        """Change the guidance weight of all rows, those under way too."""
-        self.rows.w.fill_(w)
-
     def set_levels(self, stages: Stages) -> None:
         """Change the noise levels, as many as before, of all rows, those under way too."""
         self.rows.set_levels(stages)
 
-    def set_prompt(self, prompt: Prompt) -> None:
-        """Change the prompt of all rows under way."""
-        self._prompts = [prompt] * len(self._prompts)
+    def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
+        """Give all rows under way the tensors of these names from this prompt."""
+        changed = {old: old.taking(prompt, names) for old in set(self._prompts)}
+        self._prompts = [changed[old] for old in self._prompts]
 
     @torch.no_grad()
     def push(self, group: Group, network: Velocity) -> Done | None:
@@ -163,7 +168,8 @@ class Ring:
         None while the ring fills. Copies come back too, marked.
         """
         self._enter(group)
-        self._advanced, _ = self.rows.advance(network, self.x, self._prompts, self.anchors, self.noise)
+        anchors = self.anchors if self.settings.mode.measures_anchor or any(self._known) else None
+        self._advanced, _ = self.rows.advance(network, self.x, self._prompts, self.weight, anchors, self.noise)
         oldest = self._groups[-1]
         if oldest is None:
             return None
@@ -174,8 +180,7 @@ class Ring:
         done = []
         while not self.empty:
             newest = next(group for group in self._groups if group)
-            padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
-            left = self.push(padding, network)
+            left = self.push(Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True), network)
             if left is not None and not left.copy:
                 done.append(left)
             self._groups[0] = None
@@ -183,17 +188,33 @@ class Ring:
         return done
 
     def _enter(self, group: Group) -> None:
-        """Shift all that rows carry by one stage, and write the new frames' into the first."""
-        kept = -self.settings.frames or None
+        """Shift all that rows carry by one stage, the new frames' first."""
         self._groups.appendleft(group)
         self._prompts = [*group.prompts, *self._prompts][: self.rows.count]
         self._prompts += [group.prompts[-1]] * (self.rows.count - len(self._prompts))
-        torch.cat((group.x, self._advanced[:kept]), out=self.x)
+        self.x = self._shifted(group.x, self._advanced)
         if self.noise is not None:
-            _shift_in(self.noise, torch.zeros_like(group.x) if group.noise is None else group.noise)
+            self.noise = self._shifted(torch.zeros_like(group.x) if group.noise is None else group.noise, self.noise)
         if self.anchors is not None:
-            _shift_in(self.anchors.x0, torch.zeros_like(group.x) if group.anchor is None else group.anchor)
-            _shift_in(self.anchors.known, self.anchors.known.new_full((len(group.x),), group.anchor is not None))
+            anchor = torch.zeros_like(group.x, dtype=torch.float32) if group.anchor is None else group.anchor
+            self.anchors.x0 = self._shifted(anchor, self.anchors.x0)
+            self._know(tuple(one is not None and one.anchor is not None for one in self._groups))
+
+    def _shifted(self, new: Tensor, rows: Tensor) -> Tensor:
+        return torch.cat((new, rows[: -len(new)])) if len(rows) > len(new) else new
+
+    def _know(self, known: tuple[bool, ...]) -> None:
+        """Say which rows' anchors are known, if that has changed."""
+        if known == self._known:
+            return
+        self._known = known
+        self.anchors.known = None
+        if not all(known) and not self.settings.mode.measures_anchor:
+            frames = self.settings.frames
+            mask = torch.ones(self.rows.count, dtype=torch.bool, device=self.settings.device)
+            for stage in (i for i, one in enumerate(known) if not one):
+                mask[stage * frames : (stage + 1) * frames].fill_(False)
+            self.anchors.known = mask
 
 
 class Loop:
@@ -203,51 +224,37 @@ class Loop:
     empty = True
     waiting = None
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, weight: float = 1.0):
+        self.settings, self.weight = settings, weight
         self.stages = [Rows(settings, i, i + 1) for i in range(len(settings.stages))]
+
+    @property
+    def first_sigma(self) -> Tensor:
+        """The noise level at which frames enter, `[1, 1, ...]`."""
+        return self.stages[0].sigma[:1]
 
     def reset(self) -> None:
         """Nothing is in flight."""
 
-    def set_weight(self, w: float) -> None:
-        """Change the guidance weight."""
-        for rows in self.stages:
-            rows.w.fill_(w)
-
     def set_levels(self, stages: Stages) -> None:
         """Change the noise levels."""
-        self.settings = replace(self.settings, stages=stages)
-        self.stages = [Rows(self.settings, i, i + 1) for i in range(len(stages))]
+        for rows in self.stages:
+            rows.set_levels(stages)
 
-    def set_prompt(self, prompt: Prompt) -> None:
+    def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
         """No row is under way."""
 
     @torch.no_grad()
     def push(self, group: Group, network: Velocity) -> Done:
         """Run a group from the first stage to sigma 0."""
         x, s = group.x, self.settings
-        anchors = _new_anchors(s, group.x.shape) if s.mode.carries_anchor else None
-        if anchors is not None and group.anchor is not None:
-            anchors.x0.copy_(group.anchor)
-            anchors.known.fill_(True)
+        anchors = None
+        if s.mode.measures_anchor or (s.mode.carries_anchor and group.anchor is not None):
+            anchors = Anchors(torch.zeros_like(x, dtype=torch.float32) if group.anchor is None else group.anchor.clone())
         for rows in self.stages:
-            x, _ = rows.advance(network, x, group.prompts, anchors, group.noise if s.renoise else None)
+            x, _ = rows.advance(network, x, group.prompts, self.weight, anchors, group.noise if s.renoise else None)
         return Done(x, group.ids, group.copy)
 
     def flush(self, network: Velocity) -> list[Done]:
         """Nothing is in flight."""
         return []
-
-
-def _new_anchors(s: Settings, shape: Sequence[int]) -> Anchors:
-    known = torch.zeros(shape[0], dtype=torch.bool, device=s.device)
-    return Anchors(torch.zeros(tuple(shape), dtype=torch.float32, device=s.device), known)
-
-
-def _shift_in(buffer: Tensor, new: Tensor) -> None:
-    """Move a buffer's rows back by len(new) and write `new` before them, in place."""
-    n = len(new)
-    if len(buffer) > n:
-        buffer[n:] = buffer[:-n].clone()
-    buffer[:n] = new

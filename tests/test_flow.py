@@ -22,7 +22,7 @@ def test_an_exact_velocity_leads_to_the_image_in_one_step(sigma):
     x0, noise = draw(0), draw(1)
     x = add_noise(x0, noise, sigma)
     v = noise - x0
-    torch.testing.assert_close(euler(x, v, sigma, torch.zeros(4)), x0, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(euler(x, v, -sigma), x0, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(predict_x0(x, v, sigma), x0, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(velocity_from(x, x0, sigma), v, atol=1e-5, rtol=1e-4)
 
@@ -43,7 +43,7 @@ def test_steps_and_noising_equal_the_scheduler_to_the_bit(dtype):
         assert torch.equal(add_noise(x, noise, sigmas[i : i + 1]), scheduler.scale_noise(x, t[None], noise))
     for i, t in enumerate(scheduler.timesteps):
         expected = scheduler.step(v, t, x, return_dict=False)[0]
-        x = euler(x, v, sigmas[i : i + 1], sigmas[i + 1 : i + 2])
+        x = euler(x, v, sigmas[i + 1 : i + 2] - sigmas[i : i + 1])
         assert x.dtype == dtype
         assert torch.equal(x, expected)
 
@@ -63,11 +63,17 @@ def test_renoise_equals_the_stochastic_scheduler_to_the_bit(dtype):
 def test_guidance_equals_the_pipelines_expression_to_the_bit(dtype):
     pos, neg = draw(0, dtype), draw(1, dtype)
     w = 3.7777
-    assert torch.equal(guide(pos, neg, torch.full((4,), w)), neg + w * (pos - neg))
+    assert torch.equal(guide(pos, neg, w), neg + w * (pos - neg))
 
 
-def test_rows_with_weight_one_or_less_take_the_prompts_velocity():
+@pytest.mark.parametrize("w", [1.0, 0.3, -2.0])
+def test_a_weight_of_one_or_less_takes_the_prompts_velocity(w):
     pos, neg = draw(0), draw(1)
-    out = guide(pos, neg, torch.tensor([1.0, 0.3, -2.0, 4.0]))
-    assert torch.equal(out[:3], pos[:3])
-    assert not torch.equal(out[3:], pos[3:])
+    assert torch.equal(guide(pos, neg, w), pos)
+
+
+def test_rows_that_are_not_guided_keep_their_own_velocity():
+    pos, neg = draw(0), draw(1)
+    out = guide(pos, neg, 4.0, torch.tensor([False, True, False, True]))
+    assert torch.equal(out[::2], pos[::2])
+    assert torch.equal(out[1::2], guide(pos, neg, 4.0)[1::2])

@@ -34,6 +34,7 @@ class FlowAdapter:
         pipeline's own `latents=` form, t `[rows]` as the pipeline's scheduler lists timesteps, cond tensors only.
     row_inputs / shared_inputs: the network's arguments that a prompt sets, with and without a batch dimension.
     widths: for a row input, the entry of the network's config that its last dimension must equal.
+    embeds: the pipeline's names for given embeddings, and which row input each becomes; `negative_` before a name likewise.
     guidance_argument: the pipeline's name for the classifier-free guidance weight w.
     guidance_in_one_call: the pipeline calls its network once a step with [negative, prompt], not twice.
     text_pipeline / image_pipeline: diffusers class names, the plain text-to-image one and the one whose
@@ -49,6 +50,10 @@ class FlowAdapter:
     row_inputs: ClassVar[tuple[str, ...]]
     shared_inputs: ClassVar[tuple[str, ...]] = ()
     widths: ClassVar[Mapping[str, str]] = {}
+    embeds: ClassVar[Mapping[str, str]] = {
+        "prompt_embeds": "encoder_hidden_states",
+        "pooled_prompt_embeds": "pooled_projections",
+    }
     guidance_argument: ClassVar[str] = "guidance_scale"
     guidance_in_one_call: ClassVar[bool] = True
     text_pipeline: ClassVar[str]
@@ -103,11 +108,11 @@ class FlowAdapter:
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError where the pipeline could not draw this size."""
         for name, size in (("height", height), ("width", width)):
-            if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % self.multiple:
-                below = max(self.multiple, int(size) // self.multiple * self.multiple)
-                raise ValueError(
-                    f"{name} must be a positive multiple of {self.multiple} pixels here, not {size!r}: try {below}"
-                )
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an integer number of pixels, not {size!r}")
+            if size <= 0 or size % self.multiple:
+                below = max(self.multiple, size // self.multiple * self.multiple)
+                raise ValueError(f"{name} must be a positive multiple of {self.multiple} pixels, not {size}: try {below}")
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         """The codec of this VAE for pictures of this size."""
@@ -162,9 +167,9 @@ class FlowAdapter:
             )
         return len(schedule) - len(timesteps)
 
-    def guidance_default(self) -> float:
-        """The pipeline's own default for the weight w."""
-        return self._parameters()[self.guidance_argument].default
+    def default(self, name: str) -> Any:
+        """The pipeline's own default for one of its arguments."""
+        return self._parameters()[name].default
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raise TypeError for names that are not the pipeline's, or that the stream sets itself."""
@@ -177,6 +182,13 @@ class FlowAdapter:
             if name not in known:
                 free = ", ".join(sorted(set(known) - RESERVED))
                 raise TypeError(f"{type(self.pipe).__name__} takes no argument {name!r}; it takes {free}")
+
+    def check_embeds(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError for embeddings, passed by the pipeline's own names, that do not fit the network."""
+        for name, value in arguments.items():
+            given = self.embeds.get(name.removeprefix("negative_"))
+            if given and isinstance(value, Tensor):
+                self._check_embeds(name, given, value, 1)
 
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         parameters = dict(inspect.signature(type(self.pipe).__call__).parameters)
@@ -227,19 +239,19 @@ class FlowAdapter:
     def _cond(self, inputs: Mapping[str, Tensor], row: int, count: int) -> Cond:
         rows = {name: value for name, value in inputs.items() if name in self.row_inputs}
         for name, value in rows.items():
-            self._check_embeds(name, value, count)
+            self._check_embeds(name, name, value, count)
         return Cond(
             {name: value[row : row + 1].detach() for name, value in rows.items()},
             {name: value.detach() for name, value in inputs.items() if name in self.shared_inputs},
         )
 
-    def _check_embeds(self, name: str, value: Tensor, count: int) -> None:
+    def _check_embeds(self, called: str, name: str, value: Tensor, count: int) -> None:
         if len(value) != count:
-            raise ValueError(f"{name} holds {len(value) // count} prompts: a stream takes one prompt at a time")
+            raise ValueError(f"{called} holds {len(value) // count} prompts: a stream takes one prompt at a time")
         width = self.net.config[self.widths[name]] if name in self.widths else value.shape[-1]
         if value.shape[-1] != width:
             raise ValueError(
-                f"{name} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "
+                f"{called} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "
                 f"pass embeddings made by this pipeline's own text encoders"
             )
 

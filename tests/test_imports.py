@@ -1,0 +1,166 @@
+"""The package's import order, read off the sources: a row imports only its own and the rows above it, without cycles."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import streamflow
+
+ROOT = Path(streamflow.__file__).parent
+
+# Names without `streamflow.`; `models.*` is every module of models that is not named by itself.
+ROWS = (
+    ("_version", "requirements_check", "pretrained", "wrap", "flow", "image_utils", "image_filter", "io.*", "parallel.plan"),
+    ("schedule", "guidance"),
+    (
+        *("noise", "conditioning", "ring", "frames", "changes", "planner", "inpaint"),
+        *("models", "models.codec", "models.probe", "models.rows", "models.base"),
+    ),
+    ("models.*",),
+    ("acceleration", "acceleration.*", "parallel", "parallel.*"),
+    ("attributes", "pipeline"),
+    ("", "wrapper", "live", "config", "benchmark", "doctor"),
+    ("cli",),
+)
+ACCELERATION = 4  # imported by later rows inside functions only
+OWNERS = {
+    "streamdiffusion": ("pipeline",),
+    "diffusers": ("models", "models.*"),
+    "tensorrt": ("acceleration.*",),
+    "onnx": ("acceleration.*",),
+    "onnxruntime": ("acceleration.*",),
+    "polygraphy": ("acceleration.*",),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def matches(module: str, patterns: tuple[str, ...]) -> bool:
+    return module in patterns or any(p.endswith(".*") and module.startswith(p[:-1]) for p in patterns)
+
+
+def row_of(module: str) -> int:
+    named = [i for i, row in enumerate(ROWS) if module in row]
+    found = named or [i for i, row in enumerate(ROWS) if matches(module, row)]
+    assert found, f"streamflow/{module.replace('.', '/')}.py is in no row of the import order: give it one in ROWS"
+    return found[0]
+
+
+def imports(tree: ast.AST) -> set[tuple[str, bool]]:
+    """(absolute module, inside a function) for everything a module imports at run time, names of modules included."""
+    found = set()
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update((alias.name, inside) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            found.update((target(node.module, alias.name), inside) for alias in node.names)
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, False)
+    return found
+
+
+def target(module: str, name: str) -> str:
+    """What `from module import name` imports: a module of this package, if name is one, else module."""
+    return f"{module}.{name}" if f"{module}.{name}".removeprefix("streamflow.") in MODULES else module
+
+
+def inner(tree: ast.AST) -> set[tuple[str, bool]]:
+    """The imports of this package's modules, without `streamflow.`."""
+    own = {(name, inside) for name, inside in imports(tree) if name.split(".")[0] == "streamflow"}
+    return {(name.removeprefix("streamflow").removeprefix("."), inside) for name, inside in own}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_row_imports_only_rows_above_it(module):
+    own = row_of(module)
+    for name, inside in inner(MODULES[module]):
+        assert row_of(name) <= own, f"{module} (row {own}) imports {name} (row {row_of(name)})"
+        if row_of(name) == ACCELERATION < own:
+            assert inside, f"{module} imports {name} outside of a function"
+
+
+def test_there_are_no_cycles():
+    TopologicalSorter({module: {name for name, _ in inner(tree)} for module, tree in MODULES.items()}).prepare()
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_only_its_owner_imports_a_heavy_package(package):
+    users = {m for m, tree in MODULES.items() if any(name.split(".")[0] == package for name, _ in imports(tree))}
+    assert {m for m in users if not matches(m, OWNERS[package])} == set()
+
+
+def test_families_are_named_by_string_and_imported_on_use():
+    from streamflow.models import FAMILIES
+
+    top = {name for name, inside in inner(MODULES["models"]) if not inside}
+    assert top == set()
+    for where in (named for named in FAMILIES.values() if isinstance(named, str)):
+        module, _, cls = where.partition(":")
+        tree = MODULES[module.removeprefix("streamflow.")]
+        assert cls in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+FLAGS = """
+import os, json, sys, threading, torch
+def flags():
+    return {
+        "grad": torch.is_grad_enabled(),
+        "tf32 matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32 cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "precision": torch.get_float32_matmul_precision(),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": torch.get_rng_state().sum().item(),
+        "python threads": threading.active_count(),
+        "files": sorted(os.listdir()),
+    }
+torch.manual_seed(0)
+before = flags()
+import streamflow
+watched = ("streamflow.models.", "streamdiffusion.acceleration", "tensorrt")
+loaded = [name for name in sys.modules if name.startswith(watched)]
+families = [name for name in ("sd3", "flux", "instaflow") if f"streamflow.models.{name}" in loaded]
+json.dump([before, flags(), families, [n for n in loaded if "models" not in n]], open(sys.argv[1], "w"))
+"""
+
+
+def test_nothing_happens_at_import(tmp_path):
+    """No print, no folder, no global flag, no family and no TensorRT layer, StreamDiffusion's included."""
+    empty, answer = tmp_path / "empty", tmp_path / "answer.json"
+    empty.mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", FLAGS, str(answer)],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    before, after, families, accelerated = json.loads(answer.read_text())
+    assert after == before
+    assert families == [] and accelerated == []
