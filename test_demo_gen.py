@@ -261,6 +261,7 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
     tolerance = TOLERANCE[DTYPES[a.dtype]]
     intervals = sorted(seconds for _, run in rounds for seconds in run.intervals)
     result = {
+        "command": " ".join(["python", *sys.argv]),
         "model": a.model or "embedded",
         "device": a.device,
         "dtype": a.dtype,

@@ -31,7 +31,7 @@ from streamflow.noise import POLICIES
 from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
-from streamflow.wrap import base_view, check_dtype, check_placement
+from streamflow.wrap import base_view, check_dtype, check_placement, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
     ) -> None:
         check_placement(pipe)
         self.adapter = adapter = adapter_for(pipe, family)
+        check_sampling(pipe.scheduler, do_add_noise)
         height = adapter.default_size if height is None else height
         width = adapter.default_size if width is None else width
         adapter.check_size(height, width)
@@ -446,7 +447,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
         rows = self._rows(idx)
         self._check_rows(x_t_latent, rows.count)
-        anchors = getattr(self._engine, "anchors", None) if idx is None else None
+        anchors = self._engine.known_anchors if idx is None else None
         if anchors is not None:
             anchors = Anchors(anchors.x0.clone(), anchors.known)
         prompts = [self._state.prompt] * rows.count

@@ -143,6 +143,11 @@ class Ring:
         return self.rows.sigma[:1]
 
     @property
+    def known_anchors(self) -> Anchors | None:
+        """The rows' anchors; None where no row has one, or the mode carries none."""
+        return self.anchors if self.settings.mode.measures_anchor or any(self._known) else None
+
+    @property
     def waiting(self) -> Tensor | None:
         """The rows that the next push advances beside the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
@@ -168,8 +173,7 @@ class Ring:
         None while the ring fills. Copies come back too, marked.
         """
         self._enter(group)
-        anchors = self.anchors if self.settings.mode.measures_anchor or any(self._known) else None
-        self._advanced, _ = self.rows.advance(network, self.x, self._prompts, self.weight, anchors, self.noise)
+        self._advanced, _ = self.rows.advance(network, self.x, self._prompts, self.weight, self.known_anchors, self.noise)
         oldest = self._groups[-1]
         if oldest is None:
             return None
@@ -223,6 +227,7 @@ class Loop:
     in_flight = 0
     empty = True
     waiting = None
+    known_anchors = None
 
     def __init__(self, settings: Settings, weight: float = 1.0):
         self.settings, self.weight = settings, weight

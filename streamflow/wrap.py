@@ -14,7 +14,7 @@ def base_view(pipe: Any, network: torch.nn.Module, factor: int) -> SimpleNamespa
         device=pipe.device,
         vae_scale_factor=factor,
         scheduler=SimpleNamespace(config={}),
-        text_encoder=pipe.text_encoder,
+        text_encoder=getattr(pipe, "text_encoder", None),
         unet=network,
         vae=pipe.vae,
     )
@@ -52,4 +52,13 @@ def check_placement(pipe: Any) -> None:
         raise ValueError(
             f"{', '.join(hooked)} of this pipe are offloaded, so a stream would move them at every frame: call "
             f"pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()"
+        )
+
+
+def check_sampling(scheduler: Any, do_add_noise: bool) -> None:
+    """Raise ValueError where the pipeline's scheduler re-noises at every step and the stream would not."""
+    if scheduler.config.get("stochastic_sampling") and not do_add_noise:
+        raise ValueError(
+            "this pipe's scheduler has stochastic_sampling, which adds noise at every step: pass do_add_noise=True, which "
+            "does the same with each frame's own noise, or a scheduler without it"
         )

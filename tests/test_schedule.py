@@ -105,3 +105,10 @@ def test_other_schedulers_are_refused_with_the_remedy(pipes):
     vars(pipe)["scheduler"] = FlowMatchHeunDiscreteScheduler()
     with pytest.raises(ValueError, match="FlowMatchHeun.*FlowMatchEulerDiscreteScheduler.from_config"):
         StreamFlow(pipe, [0], cfg_type="none").prepare(PROMPT, num_inference_steps=4)
+
+
+def test_a_stochastic_scheduler_needs_do_add_noise(pipes):
+    pipe = pipes("sd3", scheduler={"stochastic_sampling": True})
+    with pytest.raises(ValueError, match="stochastic_sampling.*do_add_noise=True"):
+        StreamFlow(pipe, [0], cfg_type="none")
+    StreamFlow(pipe, [0], cfg_type="none", do_add_noise=True).prepare(PROMPT, num_inference_steps=4)

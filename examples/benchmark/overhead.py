@@ -2,10 +2,11 @@
 
     python examples/benchmark/overhead.py --output static/benchmarks/overhead.json
 
-Draws 512x512 frames with a UNet of Stable Diffusion 1.5's true size, or `--small` anywhere, with random weights (speed does
-not depend on them). Three measures, each the median of rounds that alternate, so that drift meets all alike:
-`tick_ms` is a whole call without the decode; `network_ms` the same network called by hand on the same rows; `stream_ms` a
-call whose network gives back its input at once, which leaves only what the stream adds, waiting for the device each time.
+Draws 512x512 frames with a UNet of Stable Diffusion 1.5's true size and random weights (speed does not depend on them), or
+128x128 frames with `--embedded`, the model of this package. Three measures, each the median of rounds that alternate, so that
+drift meets all alike: `tick_ms` is a whole call without the decode; `network_ms` the same network called by hand on the same
+rows; `stream_ms` a call whose network gives back its input at once, which leaves only what the stream adds, waiting for the
+device each time.
 Memory is what is allocated after 20 calls and after `--ticks`. The last line is JSON.
 """
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamflow import StreamFlow
+from streamflow import StreamFlow, models, pretrained
 from streamflow.models.random_weights import random_pipeline
 
 SD15 = {
@@ -45,13 +46,18 @@ class Nothing(nn.Module):
         return x
 
 
-def make_stream(device: str, dtype: torch.dtype, cfg_type: str, small: bool) -> StreamFlow:
+def make_stream(device: str, dtype: torch.dtype, cfg_type: str, embedded: bool) -> StreamFlow:
     """A prepared 4-stage stream of one frame, whose decode takes no time."""
-    pipe = random_pipeline("instaflow", **({"sample_size": 64} if small else SD15)).to(device, dtype)
-    stream = StreamFlow(pipe, range(4), cfg_type=cfg_type, family="instaflow")
-    width = pipe.unet.config.cross_attention_dim
-    embeds = torch.randn(2, 1, 77, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    stream.prepare(num_inference_steps=4, guidance_scale=2.0, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+    if embedded:
+        pipe = models.load(pretrained.embedded(), dtype=dtype).to(device)
+        stream = StreamFlow(pipe, range(4), cfg_type=cfg_type)
+        stream.prepare("a fox, 3d render", num_inference_steps=4, guidance_scale=2.0, max_sequence_length=0)
+    else:
+        pipe = random_pipeline("instaflow", **SD15).to(device, dtype)
+        stream = StreamFlow(pipe, range(4), cfg_type=cfg_type, family="instaflow")
+        embeds = torch.randn(2, 1, 77, 768, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        arguments = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+        stream.prepare(num_inference_steps=4, guidance_scale=2.0, **arguments)
     stream.codec.decode = lambda latents: latents
     return stream
 
@@ -109,13 +115,13 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=9, help="default 9")
     p.add_argument("--calls", type=int, default=20, help="calls a round, default 20")
     p.add_argument("--ticks", type=int, default=2000, help="calls of the memory measure, default 2000")
-    p.add_argument("--small", action="store_true", help="a small UNet")
+    p.add_argument("--embedded", action="store_true", help="the embedded model in place of a large UNet")
     p.add_argument("--output", type=Path, help="also write the JSON here")
     a = p.parse_args()
     dtype = torch.float16 if a.device == "cuda" else torch.float32
     found = {}
     for cfg_type in ("none", "self", "full", "initialize"):
-        stream = make_stream(a.device, dtype, cfg_type, a.small)
+        stream = make_stream(a.device, dtype, cfg_type, a.embedded)
         raw = measure(stream, a.device, a.rounds, a.calls)
         found[cfg_type] = {name: {"median": median(v), "min": min(v), "max": max(v)} for name, v in raw.items()}
         if cfg_type == "none":
