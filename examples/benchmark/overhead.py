@@ -3,10 +3,10 @@
     python examples/benchmark/overhead.py --output static/benchmarks/overhead.json
 
 Draws 512x512 frames with a UNet of Stable Diffusion 1.5's true size and random weights (speed does not depend on them), or
-128x128 frames with `--embedded`, the model of this package. Three measures, each the median of rounds that alternate, so that
-drift meets all alike: `tick_ms` is a whole call without the decode; `network_ms` the same network called by hand on the same
-rows; `stream_ms` a call whose network gives back its input at once, which leaves only what the stream adds, waiting for the
-device each time.
+128x128 frames with `--embedded`, the model of this package. Three measures, each the median of rounds that alternate, so
+that drift meets all alike: `tick_ms` is a whole call without the decode; `network_ms` the same network called by hand on
+the same rows; `stream_ms` a call whose network gives back its input at once, which leaves only what the stream adds,
+waiting for the device each time.
 Memory is what is allocated after 20 calls and after `--ticks`. The last line is JSON.
 """
 
