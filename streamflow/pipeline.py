@@ -373,8 +373,10 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             yield from self._deliver(order)
         if buffer:
             self._push_buffer(buffer)
-        self._finished.extend(self._engine.flush(self.velocity))
         yield from self._deliver(order)
+        for done in self._engine.drain(self.velocity):
+            self._finished.append(done)
+            yield from self._deliver(order)
 
     def _push_buffer(self, buffer: list[tuple[int, Normalized | None, Prompt]]) -> None:
         """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""

@@ -6,7 +6,7 @@ same step in a loop, one group at a time: the sequential reference. They know ro
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,15 +181,17 @@ class Ring:
 
     def flush(self, network: Velocity) -> list[Done]:
         """Run what is in flight to its end with the settings it has; oldest first, copies left out. Empties the ring."""
-        done = []
+        return list(self.drain(network))
+
+    def drain(self, network: Velocity) -> Iterator[Done]:
+        """As `flush`, one group after another, each when it is done."""
         while not self.empty:
             newest = next(group for group in self._groups if group)
             left = self.push(Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True), network)
-            if left is not None and not left.copy:
-                done.append(left)
             self._groups[0] = None
+            if left is not None and not left.copy:
+                yield left
         self.reset()
-        return done
 
     def _enter(self, group: Group) -> None:
         """Shift all that rows carry by one stage, the new frames' first."""
@@ -263,3 +265,7 @@ class Loop:
     def flush(self, network: Velocity) -> list[Done]:
         """Nothing is in flight."""
         return []
+
+    def drain(self, network: Velocity) -> Iterator[Done]:
+        """Nothing is in flight."""
+        return iter(())
