@@ -61,7 +61,8 @@ def test_default_size_is_128(pipe):
     ("prompt", "label"), [("a red apple, 3d render", "red apple"), ("a sunflower, 3d render", "sunflower")]
 )
 def test_four_steps_without_guidance_are_recognised(pipe, prompt, label, arguments):
-    image = pipe(prompt, num_inference_steps=4, guidance_scale=0, latents=noise(0), output_type="pt", **arguments).images[0]
+    few = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "pt"}
+    image = pipe(prompt, latents=noise(0), **few, **arguments).images[0]
     assert image.shape == (3, 128, 128)
     assert nearest(image) == label
 
