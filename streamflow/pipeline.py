@@ -161,21 +161,19 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         )
         with self._callers:
             state = self._planner.plan(request, generator, seed)
+            self.similar_filter.seed = DEFAULT_SEED if state.noise.seed is None else state.noise.seed
             self.reset()
             with self._slot:
                 self._state, self._change = state, None
         self.generator = generator
         self._install(state.stages)
-        self.similar_filter.seed = DEFAULT_SEED if state.noise.seed is None else state.noise.seed
-        self.similar_filter.reset()
 
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
         that dropped is logged; a pending update is kept."""
         self._check_open()
         if self._engine is not None:
-            lost = self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
-            if lost:
+            if lost := self._in_flight():
                 logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
             self._engine.reset()
         self._finished.clear()
@@ -240,12 +238,12 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
 
     def _entries(self, asked: Prepared, target: Prepared, names: set[str], scope: str | None) -> frozenset[str] | None:
         """Which of the prompt's tensors rows under way are to take; None where the update says nothing of the prompt."""
-        says_prompt = names - {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
-        if not says_prompt - {self.adapter.guidance_argument} and target.prompt is asked.prompt:
+        says_prompt = names - (_UPDATABLE - _TEXTS) - {self.adapter.guidance_argument}
+        if not says_prompt and target.prompt is asked.prompt:
             return None
         if scope == "frame":
             return frozenset()
-        if says_prompt - {self.adapter.guidance_argument}:
+        if says_prompt:
             return frozenset(target.prompt.cond.rows)
         return asked.prompt.differing(target.prompt)
 
@@ -340,10 +338,9 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         Raises:
             RuntimeError: frames are in flight: `flush()` them, or `prepare` anew.
         """
-        in_flight = self._running().in_flight + sum(len(done.ids) for done in self._finished)
-        if in_flight or not self._engine.empty:
+        if self._finished or not self._running().empty:
             raise RuntimeError(
-                f"frames() needs an empty ring; {in_flight} frames are in flight, copies not counted: "
+                f"frames() needs an empty ring; {self._in_flight()} frames are in flight, copies not counted: "
                 f"flush() or prepare() first"
             )
         return self._frames(iterable)
@@ -516,6 +513,10 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         self._prepared()
         return self._engine
 
+    def _in_flight(self) -> int:
+        """How many frames are under way or wait to be handed out, copies not counted."""
+        return self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
+
     def _install(self, stages: Stages) -> None:
         """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
         settings = Settings(stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device)
@@ -600,4 +601,5 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
             logger.warning(message)
 
 
-_UPDATABLE = {"prompt", "negative_prompt", "guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
+_TEXTS = {"prompt", "negative_prompt"}
+_UPDATABLE = _TEXTS | {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}

@@ -207,7 +207,7 @@ class Ring:
             self._know(tuple(one is not None and one.anchor is not None for one in self._groups))
 
     def _shifted(self, new: Tensor, rows: Tensor) -> Tensor:
-        return torch.cat((new, rows[: -len(new)])) if len(rows) > len(new) else new
+        return torch.cat((new, rows[: -len(new)]))  # always a copy: a measured anchor is written into it
 
     def _know(self, known: tuple[bool, ...]) -> None:
         """Say which rows' anchors are known, if that has changed."""

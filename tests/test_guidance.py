@@ -77,6 +77,17 @@ def test_self_is_exact_at_the_first_stage(stream_of, picture):
     assert relative_error(stream.predict_x0_batch(x, anchor=x0), x - sigma * expected) <= 1e-5
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("cfg_type", ["self", "initialize"])
+def test_an_anchor_that_was_passed_in_stays_as_it_was(cfg_type, stages, stream_of, picture):
+    stream = stream_of("sd3", range(2, 2 + stages), cfg_type=cfg_type, prepare=GUIDED)
+    anchor = stream.codec.encode(stream.preprocess(picture()))
+    before = anchor.clone()
+    stream.predict_x0_batch(stream.encode_image(stream.preprocess(picture())), anchor=anchor)
+    stream.flush()
+    assert torch.equal(anchor, before)
+
+
 def test_initialize_measures_the_negative_at_the_first_stage(stream_of, picture):
     """With one stage, initialize is full guidance."""
     full = stream_of("sd3", [2], cfg_type="full", prepare=GUIDED)
