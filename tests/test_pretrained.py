@@ -12,7 +12,7 @@ from streamflow.pretrained import EXAMPLE_PROMPTS, embedded, embedded_tiny_vae  
 
 REFERENCE = Path(__file__).parent / "data" / "emoji_reference.npz"
 LIMIT_MIB = 80
-TWIN_PSNR = 15.0  # dB; it was trained for minutes on a CPU
+TWIN_PSNR = 25.0  # dB; 29.0 on the 3d pictures (evaluation.json)
 
 
 @pytest.fixture(scope="module")

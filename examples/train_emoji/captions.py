@@ -117,9 +117,14 @@ def paraphrase(rng: random.Random, row: dict, colour: str, background: str) -> s
     return rng.choices(forms, weights)[0]
 
 
+def known_share(count: int) -> int:
+    """How many of `count` captions are canonical."""
+    return (count * 5 + 7) // 8
+
+
 def ways_to_ask(rng: random.Random, row: dict, colour: str, background: str, count: int) -> list[str]:
     """`count` captions of one picture, a little over half of them canonical."""
-    known = (count * 5 + 7) // 8
+    known = known_share(count)
     return [canonical(row, colour, background)] * known + [
         paraphrase(rng, row, colour, background) for _ in range(count - known)
     ]

@@ -246,8 +246,6 @@ def build(packages: Packages, output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".cache/emoji/pack128.tar"))
-    parser.add_argument(
-        "--npm-folder", type=Path, default=Path(".cache/emoji/npm"), help="where packages are installed"
-    )
+    parser.add_argument("--npm-folder", type=Path, default=Path(".cache/emoji/npm"), help="where packages are installed")
     arguments = parser.parse_args()
     build(install(arguments.npm_folder), arguments.output)

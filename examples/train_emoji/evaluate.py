@@ -65,14 +65,10 @@ def read_question(prompt: str, pack: Pack) -> Question:
 
 
 @torch.no_grad()
-def draw(
-    pipe, prompts: list[str], steps: int, zero_tokens: int = 0, guidance: float = 0.0, seed: int = 0, batch: int = 50
-):
+def draw(pipe, prompts: list[str], steps: int, zero_tokens: int = 0, guidance: float = 0.0, seed: int = 0, batch: int = 50):
     """Pictures [N, 3, 128, 128] in [0, 1] on the host; picture i's noise comes from seed + i."""
     shape = (1, pipe.transformer.config.in_channels, 16, 16)
-    noise = torch.cat(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
-    )
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
     pictures = []
     for start in range(0, len(prompts), batch):
         few = slice(start, start + batch)
@@ -258,9 +254,7 @@ class Bench:
         if self.args.sheets:
             self.draw_sheets(list(prompts), drawn)
         named = {str(count): self.judge.answers(pictures, questions) for count, pictures in drawn.items()}
-        right = {
-            count: sum(a == q.label for a, q in zip(names, questions, strict=True)) for count, names in named.items()
-        }
+        right = {count: sum(a == q.label for a, q in zip(names, questions, strict=True)) for count, names in named.items()}
         return {"prompts": prompts, "named_rightly": right, "named": named}
 
     def draw_sheets(self, prompts: list[str], drawn: dict[int, torch.Tensor]) -> None:
@@ -281,6 +275,7 @@ def evaluate(args) -> dict:
     """The report's sections that `args.sections` names, over those already in `args.json`."""
     pipe = StableDiffusion3Pipeline.from_pretrained(args.model, text_encoder_3=None, tokenizer_3=None)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 on a GPU too
     pipe.set_progress_bar_config(disable=True)
     bench = Bench(args, pipe, read_pack(args.data), json.loads(args.holdout.read_text()))
     if args.reference:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from networks import SHIPPED, TINY, Flow, build_tiny_vae, build_vae, load_tokenizer
+from networks import SHIPPED, TINY, Flow, build_tiny_vae, load_tokenizer
 from training import load_average, options
+from vae import finished_vae, read_factors
 
 
 def build_pipeline(args) -> StableDiffusion3Pipeline:
     shape = TINY if args.tiny else SHIPPED
     tokenizer = load_tokenizer(args.work / "tokenizer")
     flow = load_average(args.work / f"{args.weights}.pt", Flow(shape, tokenizer))
-    vae = load_average(args.work / "vae.pt", build_vae(shape))
-    factors = json.loads((args.work / "vae.json").read_text())
+    vae = finished_vae(args.work, shape)
+    factors = read_factors(args.work)
     vae.register_to_config(scaling_factor=factors["scaling_factor"], shift_factor=factors["shift_factor"])
     return StableDiffusion3Pipeline(
         transformer=flow.transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from latents import Table, read_table
+from latents import CAPTIONS, KNOWN, Table, read_table
 from networks import SHIPPED, TINY, Flow, load_tokenizer, token_ids
-from training import Phase, Worker, mixed_precision, options, worker
+from training import Phase, Worker, cumulated, earlier, mixed_precision, options, pick, worker
 
 ZERO_TOKENS = {0: 0.85, 256: 0.12, 77: 0.03}  # how many are appended, and how often
 MOVED_BELOW = 0.8  # sigma
@@ -57,9 +57,7 @@ class JointAttention:
         v = torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], 2)
         mask = None if bias is None else bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
         mixed = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-        picture, text = (
-            mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
-        )
+        picture, text = mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
         text = text if attn.context_pre_only else attn.to_add_out(text)
         return attn.to_out[0](picture), text
 
@@ -69,12 +67,6 @@ def zero_token_bias(counts: torch.Tensor, others: int) -> torch.Tensor:
     bias = torch.zeros(len(counts), 1, 1, others + 1, device=counts.device)
     bias[:, 0, 0, -1] = torch.where(counts > 0, counts.clamp(min=1).float().log(), -1e4)
     return bias
-
-
-def draw_bias(count: int, tokens: int, device) -> torch.Tensor:
-    chances = torch.tensor(list(ZERO_TOKENS.values()), device=device)
-    counts = torch.tensor(list(ZERO_TOKENS), device=device)
-    return zero_token_bias(counts[torch.multinomial(chances, count, replacement=True)], 64 + tokens)
 
 
 def velocity(transformer, x, sigma, embeds, pooled, bias) -> torch.Tensor:
@@ -102,25 +94,42 @@ def schedule(steps: int) -> torch.Tensor:
 GRID = torch.cat([schedule(steps)[1:-1] for steps in (4, 4, 8)] + [schedule(2)[1:-1]])
 
 
-def draw_sigma(recipe: Recipe, moved: torch.Tensor) -> torch.Tensor:
-    """Sigma [B]: exactly 1, or of a short schedule, or anything; only the last, below 0.8, where `moved` [B]."""
-    count, device = len(moved), moved.device
-    anything = torch.rand(count, device=device)
-    on_grid = GRID.to(device)[torch.randint(len(GRID), (count,), device=device)]
-    choice = torch.rand(count, device=device)
-    sigma = torch.where(choice < recipe.at_one + recipe.on_grid, on_grid, anything)
-    sigma = torch.where(choice < recipe.at_one, 1.0, sigma)
-    return torch.where(moved, anything * MOVED_BELOW, sigma).clamp(min=1e-3)
+class Draws:
+    """What a step draws, on the device and without the host, so that a CUDA graph can hold it.
 
+    `nothing` are the token ids [T] of the empty caption.
+    """
 
-def draw_rows(table: Table, count: int, unprompted: float, nothing: torch.Tensor):
-    """-> latents [B, 16, 16, 16], token ids [B, T], moved [B], and which caption was taken [B] (-1: none)."""
-    device = table.latent.device
-    index = torch.multinomial(table.weight, count, replacement=True)
-    which = torch.randint(table.ids.shape[1], (count,), device=device)
-    which = torch.where(torch.rand(count, device=device) < unprompted, -1, which)
-    ids = torch.where(which[:, None] < 0, nothing, table.ids[index, which.clamp(min=0)].long())
-    return table.latent[index].float(), ids, table.moved[index], which
+    def __init__(self, table: Table, nothing: torch.Tensor):
+        device = nothing.device
+        self.table, self.nothing = table, nothing
+        self.shares = cumulated(table.weight)
+        self.grid = GRID.to(device)
+        self.zero_counts = torch.tensor(list(ZERO_TOKENS), device=device)
+        self.zero_shares = cumulated(torch.tensor(list(ZERO_TOKENS.values()), device=device))
+
+    def rows(self, count: int, unprompted: float, captions: tuple[int, int] = (0, CAPTIONS)):
+        """-> latents [B, 16, 16, 16], token ids [B, T], moved [B], and which of `captions` was taken [B] (-1: none)."""
+        device = self.nothing.device
+        index = pick(self.shares, count)
+        which = torch.randint(*captions, (count,), device=device)
+        which = torch.where(torch.rand(count, device=device) < unprompted, -1, which)
+        ids = torch.where(which[:, None] < 0, self.nothing, self.table.ids[index, which.clamp(min=0)].long())
+        return self.table.latent[index].float(), ids, self.table.moved[index], which
+
+    def sigma(self, recipe: Recipe, moved: torch.Tensor) -> torch.Tensor:
+        """Sigma [B]: exactly 1, or of a short schedule, or anything; only the last, below 0.8, where `moved` [B]."""
+        count, device = len(moved), moved.device
+        anything = torch.rand(count, device=device)
+        on_grid = self.grid[torch.randint(len(self.grid), (count,), device=device)]
+        choice = torch.rand(count, device=device)
+        sigma = torch.where(choice < recipe.at_one + recipe.on_grid, on_grid, anything)
+        sigma = torch.where(choice < recipe.at_one, 1.0, sigma)
+        return torch.where(moved, anything * MOVED_BELOW, sigma).clamp(min=1e-3)
+
+    def bias(self, count: int) -> torch.Tensor:
+        """`zero_token_bias` of as many rows, their numbers of zero tokens drawn by ZERO_TOKENS."""
+        return zero_token_bias(self.zero_counts[pick(self.zero_shares, count)], 64 + len(self.nothing))
 
 
 def is_matrix(name: str) -> bool:
@@ -128,12 +137,12 @@ def is_matrix(name: str) -> bool:
     return ("transformer_blocks" in name or "encoder.layers" in name) and name.endswith("weight")
 
 
-def make_flow(me: Worker, args) -> tuple[Flow, torch.Tensor]:
+def make_flow(me: Worker, args, compiled: bool = True) -> tuple[Flow, torch.Tensor]:
     """The network ready to train, and the token ids [T] of the empty caption."""
     tokenizer = load_tokenizer(args.work / "tokenizer")
     flow = Flow(TINY if args.tiny else SHIPPED, tokenizer)
     flow.transformer.set_attn_processor(JointAttention())
-    if not args.no_compile:
+    if compiled and not args.no_compile:
         flow.text.compile(dynamic=False)
         for block in flow.transformer.transformer_blocks:
             block.compile(dynamic=False)
@@ -141,27 +150,24 @@ def make_flow(me: Worker, args) -> tuple[Flow, torch.Tensor]:
 
 
 def train(me: Worker, args, recipe: Recipe) -> None:
-    table = read_table(args.work, me.device)
     flow, nothing = make_flow(me, args)
-    phase = Phase.start(me, args.work / "flow.pt", flow, args.seconds, recipe.lr, is_matrix)
-    tokens = table.ids.shape[-1]
-    for fraction in phase.steps(args.stop_after):
-        x0, ids, moved, _ = draw_rows(table, recipe.batch, recipe.unprompted, nothing)
+    draws = Draws(read_table(args.work, me.device), nothing)
+    begin = earlier(args, "reflow", "flow")
+    phase = Phase.start(me, args.work / "flow.pt", flow, args, recipe.lr, is_matrix, begin=begin)
+
+    def loss_of():
+        x0, ids, moved, which = draws.rows(recipe.batch, recipe.unprompted)
         noise = torch.randn_like(x0)
-        sigma = draw_sigma(recipe, moved)
+        sigma = draws.sigma(recipe, moved)
         x = torch.lerp(x0, noise, sigma[:, None, None, None])
-        bias = draw_bias(recipe.batch, tokens, me.device)
+        bias = draws.bias(recipe.batch)
         with mixed_precision(me):
             embeds, pooled = flow.text(ids)
             losses = velocity_loss(flow.transformer, x, noise - x0, sigma, embeds, pooled, bias)
-        losses.mean().backward()
-        norm = phase.step_with(fraction)
-        if phase.step % 100 == 99:
-            phase.reading = {
-                "loss": losses.mean(),
-                "at one": losses[(sigma == 1) & (ids != nothing).any(1)].mean(),
-                "norm": norm,
-            }
+        certain = (sigma == 1) & (which >= 0) & (which < KNOWN)
+        return losses.mean(), {"named at one": (losses * certain).sum() / certain.sum()}
+
+    phase.run(loss_of, args.stop_after)
 
 
 if __name__ == "__main__":

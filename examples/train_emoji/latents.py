@@ -6,19 +6,20 @@ Writes `work/latents-<rank>.pt` per worker and the tokenizer; the flow then trai
     torchrun --nproc-per-node 2 examples/train_emoji/latents.py
 """
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from captions import BACKGROUNDS, HUES, canonical, plain_name, ways_to_ask
+from captions import BACKGROUNDS, HUES, canonical, known_share, plain_name, ways_to_ask
 from networks import SHIPPED, TINY, build_vae, load_tokenizer, token_ids, train_tokenizer
 from pictures import Pack, background_rgb, can_recolour, compose, placement, recolour, row_weights, training_pack
 from tqdm import tqdm
-from training import Worker, load_average, mixed_precision, options, worker, write_whole
+from training import Worker, load_average, options, worker, write_whole
+from vae import encoded, read_factors
 
 CAPTIONS = 8  # a latent
+KNOWN = known_share(CAPTIONS)  # of them, the first ones, are canonical: they name one picture
 KINDS = {  # name: (how many of each picture, share of the training draws)
     "plain": (1, 0.52),
     "moved": (4, 0.07),
@@ -97,8 +98,7 @@ def encode(me: Worker, vae, factors: dict, pack: Pack, variants: list[Variant]) 
     """float16 [M, 16, 16, 16] on the host: the posterior means, shifted and scaled as the SD3 pipeline expects them."""
     pieces = []
     for start in tqdm(range(0, len(variants), 256), disable=not me.leads, desc="latents", mininterval=5.0):
-        with mixed_precision(me):
-            mean = vae.encoder(show(pack, variants[start : start + 256])).float().chunk(2, 1)[0]
+        mean = encoded(me, vae, show(pack, variants[start : start + 256]))
         pieces.append(((mean - factors["shift_factor"]) * factors["scaling_factor"]).half().cpu())
     return torch.cat(pieces)
 
@@ -127,7 +127,7 @@ def build(me: Worker, args) -> None:
     texts = [text for v in variants for text in ways_to_ask(rng, pack.rows[v.row], v.colour, v.background, CAPTIONS)]
     ids = token_ids(tokenizer, texts).view(len(variants), CAPTIONS, -1).to(torch.int16)
     vae = load_average(args.work / "vae.pt", build_vae(shape)).to(me.device).eval()
-    factors = json.loads((args.work / "vae.json").read_text())
+    factors = read_factors(args.work)
     latent = encode(me, vae, factors, Pack(pack.rows, pack.rgba.to(me.device)), variants)
     moved = torch.tensor(["moved" in v.kind for v in variants])
     write_whole(args.work / f"latents-{me.rank}.pt", {"latent": latent, "ids": ids, "weight": weights, "moved": moved})

@@ -72,9 +72,7 @@ def training_pack(path: Path, holdout: Path, limit: int = 0) -> Pack:
 
 def row_weights(rows: list[dict]) -> torch.Tensor:
     """How often each picture is drawn, float64 [N]: by style, people less often."""
-    weight = torch.tensor(
-        [PEOPLE_WEIGHT if row["group"] == "people & body" else 1.0 for row in rows], dtype=torch.float64
-    )
+    weight = torch.tensor([PEOPLE_WEIGHT if row["group"] == "people & body" else 1.0 for row in rows], dtype=torch.float64)
     for style, share in STYLE_SHARES.items():
         of_style = torch.tensor([row["style"] == style for row in rows])
         if of_style.any():

@@ -1,9 +1,9 @@
 """Straightens the flow for few steps without guidance.
 
-Two stages. First the trained flow draws pairs (noise, picture) in 20 steps, guided where a caption leaves room. Then
-a copy of it is trained on straight lines between them, mixed with real pictures. A share of the rows starts from
-where the student itself gets to in one or two steps from the noise, so that a later step mends what an earlier one
-missed.
+A caption in its canonical form names one picture, so its flow is straight already: the student goes on learning it from
+the pictures. A share of those rows starts from where the student itself gets to in one or two steps from the noise, so
+that a later step mends what an earlier one missed. The other captions leave room; for them the trained flow first draws
+pairs (noise, picture) in 20 guided steps, and the student learns the straight lines between the two.
 
     torchrun --nproc-per-node 2 examples/train_emoji/reflow.py --pair-seconds 60 --seconds 240
 """
@@ -13,43 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from flow import Draws, is_matrix, make_flow, schedule, velocity, velocity_loss
 from flow import Recipe as FlowRecipe
-from flow import draw_bias, draw_rows, draw_sigma, is_matrix, make_flow, schedule, velocity, velocity_loss
-from latents import CAPTIONS, Table, read_table
+from latents import CAPTIONS, KNOWN, read_table
 from tqdm import tqdm
-from training import Phase, Worker, load_average, mixed_precision, options, worker, write_whole
-
-KNOWN = (CAPTIONS * 5 + 7) // 8  # captions below this index are canonical
+from training import Captured, Phase, Worker, load_average, mixed_precision, options, worker, write_whole
 
 
 @dataclass(frozen=True)
 class Recipe:
-    batch: int = 384  # a worker; half of it pairs, half real pictures
+    batch: int = 384  # a worker
     lr: float = 5e-4
+    pairs: float = 0.2  # share of the rows; the rest are real pictures
     steps: int = 20  # of the teacher
-    guidance_known: float = 1.0  # of the teacher, where the caption names one picture
-    guidance_open: float = 2.0  # and where it does not
-    rolled: float = 0.25  # share of rows started from the student's own steps
+    guidance: float = 2.0  # of the teacher
+    unprompted: float = 0.15  # share of the pairs without a caption
+    rolled: float = 0.35  # share of the rows started from the student's own steps
 
 
-@torch.no_grad()
-def guided_euler(transformer, noise, sigmas, text, nothing, guidance, bias) -> torch.Tensor:
-    """x0 [B, 16, 16, 16] from noise. `text` and `nothing` are (embeds, pooled) of captions and of none; guidance
-    [B].
-    """
+def euler(velocity_at, noise: torch.Tensor, sigmas: list[float]) -> torch.Tensor:
+    """x0 [B, 16, 16, 16] from noise; `velocity_at(x, sigma)` takes sigma [B]."""
     x = noise
-    weight = guidance[:, None, None, None]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        at = sigma.expand(len(x))
-        v = velocity(transformer, x, at, *text, bias).float()
-        if (guidance != 1).any():
-            v_nothing = velocity(transformer, x, at, *nothing, bias).float()
-            v = v_nothing + weight * (v - v_nothing)
-        x = x + (sigma_next - sigma) * v
+        x = x + (sigma_next - sigma) * velocity_at(x, torch.full_like(x[:, 0, 0, 0], sigma)).float()
     return x
 
 
-def draw_pairs(me: Worker, args, recipe: Recipe, table: Table) -> dict:
+def draw_pairs(me: Worker, args, recipe: Recipe, draws: Draws) -> dict:
     """Noise, picture (float16) and token ids of as many pairs as `--pair-seconds` allow; kept in
     `work/pairs-<rank>.pt`.
     """
@@ -58,25 +48,42 @@ def draw_pairs(me: Worker, args, recipe: Recipe, table: Table) -> dict:
         return {key: value.to(me.device) for key, value in torch.load(path, weights_only=True).items()}
     flow, empty = make_flow(me, args)
     load_average(args.work / "flow.pt", flow).eval()
-    sigmas = schedule(recipe.steps).to(me.device)
+    sigmas = schedule(recipe.steps).tolist()
+
+    @torch.no_grad()
+    def some() -> tuple:
+        _, ids, _, which = draws.rows(recipe.batch, recipe.unprompted, (KNOWN, CAPTIONS))
+        noise = torch.randn(recipe.batch, 16, 16, 16, device=me.device)
+        weight = torch.where(which < 0, 1.0, recipe.guidance)[:, None, None, None]
+        bias = draws.bias(recipe.batch)
+        with mixed_precision(me):
+            text, nothing = flow.text(ids), flow.text(empty.expand_as(ids).contiguous())
+
+            def guided(x, sigma):
+                v = velocity(flow.transformer, x, sigma, *text, bias).float()
+                v_nothing = velocity(flow.transformer, x, sigma, *nothing, bias).float()
+                return v_nothing + weight * (v - v_nothing)
+
+            x0 = euler(guided, noise, sigmas)
+        return noise.half(), x0.half(), ids.to(torch.int16)
+
+    draw = Captured(some, me.device.type == "cuda" and not args.no_graph, warm=1)
     pairs = {"noise": [], "x0": [], "ids": []}
     began = time.monotonic()
-    with tqdm(disable=not me.leads, desc="pairs", mininterval=5.0) as bar, torch.no_grad():
+    with tqdm(disable=not me.leads, desc="pairs", mininterval=5.0) as bar:
         while not pairs["x0"] or time.monotonic() - began < args.pair_seconds:
-            _, ids, _, which = draw_rows(table, recipe.batch, 0.03, empty)
-            noise = torch.randn(recipe.batch, 16, 16, 16, device=me.device)
-            guidance = torch.where(which < KNOWN, recipe.guidance_known, recipe.guidance_open)
-            guidance = torch.where(which < 0, 1.0, guidance)
-            bias = draw_bias(recipe.batch, ids.shape[1], me.device)
-            with mixed_precision(me):
-                text, nothing = flow.text(ids), flow.text(empty.expand_as(ids).contiguous())
-                x0 = guided_euler(flow.transformer, noise, sigmas, text, nothing, guidance, bias)
-            for key, value in zip(pairs, (noise.half(), x0.half(), ids.to(torch.int16)), strict=True):
-                pairs[key].append(value)
+            for key, value in zip(pairs, draw(), strict=True):
+                pairs[key].append(value.cpu())
             bar.update(recipe.batch)
     pairs = {key: torch.cat(values) for key, values in pairs.items()}
     write_whole(path, pairs)
-    return pairs
+    return {key: value.to(me.device) for key, value in pairs.items()}
+
+
+def own_sigma(count: int, device) -> torch.Tensor:
+    """Sigma [count] of rows that the student brings there itself: half of them as in four steps."""
+    of_four = torch.where(torch.rand(count, device=device) < 0.5, *schedule(4)[1:3].tolist())
+    return torch.where(torch.rand(count, device=device) < 0.5, of_four, torch.empty_like(of_four).uniform_(0.2, 0.9))
 
 
 @torch.no_grad()
@@ -92,43 +99,39 @@ def roll(transformer, noise, sigma, embeds, pooled, bias) -> torch.Tensor:
 
 
 def train(me: Worker, args, recipe: Recipe) -> None:
-    table = read_table(args.work, me.device)
-    pairs = draw_pairs(me, args, recipe, table)
     flow, empty = make_flow(me, args)
-    if not (args.work / "reflow.pt").exists():
-        load_average(args.work / "flow.pt", flow)
-    phase = Phase.start(me, args.work / "reflow.pt", flow, args.seconds, recipe.lr, is_matrix)
+    draws = Draws(read_table(args.work, me.device), empty)
+    pairs = draw_pairs(me, args, recipe, draws)
+    begin = args.work / "flow.pt"
+    phase = Phase.start(me, args.work / "reflow.pt", flow, args, recipe.lr, is_matrix, begin=begin)
     sigma_recipe = FlowRecipe()
-    half, few = recipe.batch // 2, int(recipe.batch * recipe.rolled)
-    for fraction in phase.steps(args.stop_after):
-        index = torch.randint(len(pairs["x0"]), (half,), device=me.device)
-        real, real_ids, real_moved, which = draw_rows(table, recipe.batch - half, sigma_recipe.unprompted, empty)
-        x0 = torch.cat([pairs["x0"][index].float(), real])
-        noise = torch.cat([pairs["noise"][index].float(), torch.randn_like(real)])
-        ids = torch.cat([pairs["ids"][index].long(), real_ids])
-        moved = torch.cat([torch.zeros_like(index, dtype=torch.bool), real_moved])
-        certain = torch.cat([torch.ones_like(index, dtype=torch.bool), (which >= 0) & (which < KNOWN) & ~real_moved])
-        mix = torch.randperm(recipe.batch, device=me.device)
-        x0, noise, ids, moved, certain = x0[mix], noise[mix], ids[mix], moved[mix], certain[mix]
-        sigma = draw_sigma(sigma_recipe, moved)
+    few, paired = int(recipe.batch * recipe.rolled), int(recipe.batch * recipe.pairs)
+
+    def loss_of():
+        """The first `few` rows are rolled, the last `paired` are pairs, and all but those are real pictures."""
+        real, real_ids, moved, _ = draws.rows(recipe.batch - paired, 0.0, (0, KNOWN))
+        index = torch.randint(len(pairs["x0"]), (paired,), device=me.device)
+        x0 = torch.cat([real, pairs["x0"][index].float()])
+        noise = torch.cat([torch.randn_like(real), pairs["noise"][index].float()])
+        ids = torch.cat([real_ids, pairs["ids"][index].long()])
+        moved = torch.cat([moved, torch.zeros_like(index, dtype=torch.bool)])
+        sigma = draws.sigma(sigma_recipe, moved)
         x = torch.lerp(x0, noise, sigma[:, None, None, None])
         weight = torch.ones_like(sigma)
-        bias = draw_bias(recipe.batch, ids.shape[1], me.device)
+        bias = draws.bias(recipe.batch)
         with mixed_precision(me):
             embeds, pooled = flow.text(ids)
-            if few:
-                own = sigma[:few].clamp(0.25, 0.9)
-                rolled = roll(flow.transformer, noise[:few], own, embeds[:few], pooled[:few], bias[:few])
-                use = certain[:few]  # one picture belongs to this noise and caption
-                sigma[:few] = torch.where(use, own, sigma[:few])
-                x[:few] = torch.where(use[:, None, None, None], rolled, x[:few])
-                weight[:few] = torch.where(use, own.square(), 1.0)
+            own = own_sigma(few, me.device)
+            rolled = roll(flow.transformer, noise[:few], own, embeds[:few], pooled[:few], bias[:few])
+            use = ~moved[:few]  # one picture belongs to this noise and caption
+            sigma[:few] = torch.where(use, own, sigma[:few])
+            x[:few] = torch.where(use[:, None, None, None], rolled, x[:few])
+            weight[:few] = torch.where(use, own.square(), 1.0)
             target = (x - x0) / sigma[:, None, None, None]
-            losses = velocity_loss(flow.transformer, x, target, sigma, embeds, pooled, bias)
-        (losses * weight).mean().backward()
-        norm = phase.step_with(fraction)
-        if phase.step % 100 == 99:
-            phase.reading = {"loss": losses.mean(), "rolled": (losses * weight)[:few].mean(), "norm": norm}
+            losses = velocity_loss(flow.transformer, x, target, sigma, embeds, pooled, bias) * weight
+        return losses.mean(), {"rolled": losses[:few].mean(), "pairs": losses[-paired:].mean()}
+
+    phase.run(loss_of, args.stop_after)
 
 
 if __name__ == "__main__":
@@ -136,14 +139,8 @@ if __name__ == "__main__":
     parser.add_argument("--pair-seconds", type=float, default=60, help="time to draw pairs, a worker")
     parser.add_argument("--batch", type=int, default=Recipe.batch, help="latents a worker and step")
     parser.add_argument("--lr", type=float, default=Recipe.lr)
-    parser.add_argument("--guidance-known", type=float, default=Recipe.guidance_known)
-    parser.add_argument("--guidance-open", type=float, default=Recipe.guidance_open)
+    parser.add_argument("--guidance", type=float, default=Recipe.guidance)
     arguments = parser.parse_args()
-    recipe = Recipe(
-        batch=arguments.batch,
-        lr=arguments.lr,
-        guidance_known=arguments.guidance_known,
-        guidance_open=arguments.guidance_open,
-    )
+    recipe = Recipe(batch=arguments.batch, lr=arguments.lr, guidance=arguments.guidance)
     with worker() as me:
         train(me, arguments, recipe)

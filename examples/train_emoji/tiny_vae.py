@@ -3,25 +3,24 @@
 torchrun --nproc-per-node 2 examples/train_emoji/tiny_vae.py --seconds 60
 """
 
-import json
-import random
 from dataclasses import dataclass
 
 import torch
-from networks import SHIPPED, TINY, build_tiny_vae, build_vae
-from pictures import Pack, row_weights, training_pack
+from networks import SHIPPED, TINY, build_tiny_vae
+from pictures import training_pack
 from torch import nn
-from training import Phase, Worker, in_half, load_average, mixed_precision, options, worker
-from vae import draw_images, picture_error
+from training import Phase, Worker, earlier, half_type, in_half, options, worker
+from vae import Pictures, encoded, finished_vae, picture_error, read_factors
 
 
 @dataclass(frozen=True)
 class Recipe:
     batch: int = 64  # a worker
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     plain: float = 0.5  # share of pictures on white, as they are
     encoder: float = 0.5  # weight of the latents' error
-    noise: float = 0.1  # deviation of the noise on the latents that the decoder sees
+    true: float = 0.3  # weight of the true pictures' error, beside that of the KL decoder's pictures
+    noise: float = 0.3  # largest deviation of the noise on the latents that both decoders see
 
 
 class Loss(nn.Module):
@@ -29,35 +28,44 @@ class Loss(nn.Module):
         super().__init__()
         self.tiny, self.recipe = tiny, recipe
 
-    def forward(self, images: torch.Tensor, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> the loss, and the errors of pictures and of latents."""
+    def forward(self, images, latent, seen, taught) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images and their latents; the latents that the decoder sees and what the KL decoder makes of them.
+
+        -> the loss, and the errors of pictures and of latents.
+        """
         kind = self.tiny.dtype
-        noise = self.recipe.noise * torch.rand_like(latent[:, :1, :1, :1]) * torch.randn_like(latent)
-        decoded = picture_error(self.tiny.decoder((latent + noise).to(kind)), images)
+        made = self.tiny.decoder(seen.to(kind))
+        decoded = picture_error(made, taught)
         encoded = (self.tiny.encoder(images.to(kind)).float() - latent).square().mean()
-        return decoded + self.recipe.encoder * encoded, decoded, encoded
+        loss = decoded + self.recipe.true * picture_error(made, images) + self.recipe.encoder * encoded
+        return loss, decoded, encoded
 
 
 def train(me: Worker, args, recipe: Recipe) -> None:
     shape = TINY if args.tiny else SHIPPED
-    pack = training_pack(args.data, args.holdout, args.limit)
-    pack = Pack(pack.rows, pack.rgba.to(me.device))
-    weights = row_weights(pack.rows).to(me.device)
-    random.seed(me.rank)
-    teacher = load_average(args.work / "vae.pt", build_vae(shape)).to(me.device).eval()
-    factors = json.loads((args.work / "vae.json").read_text())
+    pictures = Pictures(training_pack(args.data, args.holdout, args.limit), me.device)
+    teacher = finished_vae(args.work, shape).to(me.device).eval()
+    factors = read_factors(args.work)
+    shift, scale = factors["shift_factor"], factors["scaling_factor"]
     tiny = build_tiny_vae(shape)
-    phase = Phase.start(me, args.work / "tiny_vae.pt", tiny, args.seconds, recipe.lr, decay=0.998)
-    loss_of = Loss(tiny, recipe)
-    for fraction in phase.steps(args.stop_after):
-        images = draw_images(pack, weights, recipe.batch, recipe.plain)
-        with torch.no_grad(), mixed_precision(me):
-            mean = teacher.encoder(images).float().chunk(2, 1)[0]
-        latent = (mean - factors["shift_factor"]) * factors["scaling_factor"]
-        loss, decoded, encoded = in_half(me, loss_of, images, latent)
-        loss.backward()
-        phase.step_with(fraction)
-        phase.reading = {"decoded": decoded, "encoded": encoded}
+    begin = earlier(args, "tiny_vae")
+    phase = Phase.start(me, args.work / "tiny_vae.pt", tiny, args, recipe.lr, decay=0.998, begin=begin)
+    errors_of = Loss(tiny, recipe)
+
+    @torch.no_grad()
+    def lesson() -> tuple:
+        """What `Loss` takes."""
+        images = pictures.draw(recipe.batch, recipe.plain)
+        latent = (encoded(me, teacher, images) - shift) * scale
+        seen = latent + recipe.noise * torch.rand_like(latent[:, :1, :1, :1]) * torch.randn_like(latent)
+        taught = in_half(me, teacher.decoder, (seen / scale + shift).to(half_type(me))).float().clamp(-1, 1)
+        return images, latent, seen, taught
+
+    def loss_of():
+        loss, decoded, latent_error = in_half(me, errors_of, *lesson())
+        return loss, {"decoded": decoded, "encoded": latent_error}
+
+    phase.run(loss_of, args.stop_after)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every training script shares: workers, a clock that ends a phase, the optimizer, averages, checkpoints."""
+"""What every training script shares: workers, a clock that ends a phase, CUDA graphs, the optimizer, averages,
+checkpoints.
+"""
 
 import argparse
 import os
@@ -20,20 +22,23 @@ HERE = Path(__file__).parent
 def options(description: str, seconds: float = 0.0) -> argparse.ArgumentParser:
     """The options that the scripts share; with `seconds`, those of a training phase too."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path(".cache/emoji/pack128.tar"), help="the pack that data.py writes"
-    )
+    parser.add_argument("--data", type=Path, default=Path(".cache/emoji/pack128.tar"), help="the pack that data.py writes")
     parser.add_argument("--holdout", type=Path, default=HERE / "holdout.json", help="what training must not see")
     parser.add_argument("--work", type=Path, default=Path(".cache/emoji/work"), help="checkpoints, latents, pairs")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the scripts on a CPU")
     parser.add_argument("--limit", type=int, default=0, help="use only so many pictures (0: all)")
     if seconds:
         parser.add_argument("--seconds", type=float, default=seconds, help="length of the phase; the rate ends at 0")
-        parser.add_argument(
-            "--stop-after", type=float, default=float("inf"), help="stop this run early, to resume later"
-        )
-        parser.add_argument("--no-compile", action="store_true", help="do not torch.compile the training step")
+        parser.add_argument("--stop-after", type=float, default=float("inf"), help="stop this run early, to resume later")
+        add_step_options(parser)
     return parser
+
+
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """How a training step runs, and from what it begins."""
+    parser.add_argument("--no-compile", action="store_true", help="do not torch.compile the transformer's blocks")
+    parser.add_argument("--no-graph", action="store_true", help="do not record the training step as a CUDA graph")
+    parser.add_argument("--begin", type=Path, help="folder of an earlier run's checkpoints, whose weights to go on from")
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,11 @@ def mixed_precision(me: Worker):
     return torch.autocast(me.device.type, torch.bfloat16, enabled=me.device.type == "cuda")
 
 
+def half_type(me: Worker) -> torch.dtype:
+    """The type that `in_half` computes in."""
+    return torch.bfloat16 if me.device.type == "cuda" else torch.float32
+
+
 def in_half(me: Worker, module: nn.Module, *inputs):
     """`module(*inputs)` with its parameters cast to bfloat16 on a GPU; gradients reach the float32 ones."""
     if me.device.type != "cuda":
@@ -110,6 +120,51 @@ def in_half(me: Worker, module: nn.Module, *inputs):
 def warm_then_decay(fraction: float, warm: float = 0.02) -> float:
     """The learning rate's factor: up over the first `warm` of the phase, then straight down to 0 at its end."""
     return min(1.0, (fraction + 1e-3) / warm) * (1 - fraction)
+
+
+class Captured:
+    """A function of no arguments, called plainly a few times, then recorded as a CUDA graph and replayed.
+
+    A replay is one launch, so the host no longer sets the pace of small kernels. The function must not read from the
+    device, nor copy to it; what it returns is the same tensors each time, filled anew. Not `enabled`: just the function.
+    """
+
+    def __init__(self, function, enabled: bool, warm: int = 4):
+        self.function, self.enabled, self.warm = function, enabled, warm
+        self.graph = self.result = None
+        self.stream = torch.cuda.Stream() if enabled else None
+
+    def __call__(self):
+        if not self.enabled:
+            return self.function()
+        if self.warm > 0:
+            self.warm -= 1
+            return self._aside()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+    def _aside(self):
+        """A plain call on the stream of the recording, where libraries choose their kernels and get their memory."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+
+def cumulated(weights: torch.Tensor) -> torch.Tensor:
+    """Float64 [N], rising to 1: what `pick` draws from."""
+    total = weights.double().cumsum(0)
+    return total / total[-1]
+
+
+def pick(shares: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` indices, drawn by the weights behind `shares`; unlike torch.multinomial, a CUDA graph can hold it."""
+    return torch.searchsorted(shares, torch.rand(count, dtype=torch.float64, device=shares.device), right=True)
 
 
 @torch.no_grad()
@@ -128,10 +183,10 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for the weight matrices of a transformer; equal shapes are handled as one batch.
 
-    Scaled to half the root mean square of an AdamW step, so that one learning rate serves both.
+    Scaled to half the root mean square of an AdamW step, so that one learning rate, a tensor, serves both.
     """
 
-    def __init__(self, parameters, lr: float, momentum: float = 0.95):
+    def __init__(self, parameters, lr: torch.Tensor, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -152,43 +207,57 @@ class Muon(torch.optim.Optimizer):
         grads = [member.grad for member in members]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-        update = orthogonalise(torch.stack(ahead)) * (0.5 * max(shape) ** 0.5)
-        torch._foreach_add_(members, list(update.unbind()), alpha=-group["lr"])
+        update = orthogonalise(torch.stack(ahead)) * (0.5 * max(shape) ** 0.5 * group["lr"])
+        torch._foreach_sub_(members, list(update.unbind()))
+
+
+def joined(tensors) -> torch.Tensor:
+    """All elements of some tensors in one row."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 class Optimizers:
-    """Muon for the matrices that `is_matrix(name)` names, AdamW for everything else, under one learning rate."""
+    """Muon for the matrices that `is_matrix(name)` names, AdamW for everything else, under one learning rate.
 
-    def __init__(self, module: nn.Module, lr: float, is_matrix=lambda name: False):
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim == 2 and is_matrix(name)]
-        chosen = {id(p) for p in matrices}
-        rest = [p for _, p in named if id(p) not in chosen]
-        fused = all(p.is_cuda and p.is_contiguous() for p in rest)
-        self.parameters = [p for _, p in named]
-        self.lr = lr
-        self.members = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)]
-        if matrices:
-            self.members.append(Muon(matrices, lr))
+    The rate is a tensor on the device and the gradients lie in one row there, each parameter's `grad` a view of it,
+    so that the step can be recorded.
+    """
 
-    def step(self, me: Worker, factor: float, largest_norm: float = 1.0) -> torch.Tensor:
-        """Averages the gradients over the workers, clips them, steps, clears them. Returns their norm before the
-        clip.
-        """
-        held = [p for p in self.parameters if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in held])
-        if me.count > 1:
-            dist.all_reduce(flat)
-            flat /= me.count
-        norm = flat.norm()
-        flat = torch.where(norm.isfinite(), flat * (largest_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
-        for p, piece in zip(held, flat.split([p.numel() for p in held]), strict=True):
+    def __init__(self, module: nn.Module, is_matrix=lambda name: False):
+        named = dict(module.named_parameters())
+        self.parameters = list(named.values())
+        self.gradient = torch.zeros_like(joined(self.parameters))
+        self.rate = torch.zeros((), device=self.gradient.device)
+        for p, piece in zip(self.parameters, self.gradient.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = piece.view_as(p)
+        matrices = {name for name, p in named.items() if p.ndim == 2 and is_matrix(name)}
+        rest = [p for name, p in named.items() if name not in matrices]
+        on_gpu = self.gradient.is_cuda
+        self.members = [
+            torch.optim.AdamW(rest, self.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu, capturable=on_gpu)
+        ]
+        if matrices:
+            self.members.append(Muon([p for name, p in named.items() if name in matrices], self.rate))
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Fills the row of gradients; 0 where `loss` does not depend on a parameter."""
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        torch.cat([piece.flatten() for piece in pieces], out=self.gradient)
+
+    def share(self, me: Worker) -> None:
+        """Averages the gradients over the workers."""
+        if me.count > 1:
+            dist.all_reduce(self.gradient)
+            self.gradient /= me.count
+
+    def step(self, largest_norm: float = 1.0) -> torch.Tensor:
+        """Clips the gradients and steps; a gradient that is not finite counts as 0. Returns the norm before the clip."""
+        norm = self.gradient.norm()
+        clipped = self.gradient * (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.gradient.copy_(torch.where(norm.isfinite(), clipped, 0.0))
         for member in self.members:
-            for group in member.param_groups:
-                group["lr"] = self.lr * factor
             member.step()
-            member.zero_grad(set_to_none=True)
         return norm
 
     def state_dict(self) -> list[dict]:
@@ -197,6 +266,8 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         for member, state in zip(self.members, states, strict=True):
             member.load_state_dict(state)
+            for group in member.param_groups:
+                group["lr"] = self.rate
 
 
 class Average:
@@ -207,13 +278,25 @@ class Average:
     def __init__(self, module: nn.Module, decay: float = 0.999):
         self.decay, self.steps = decay, 0
         self.parameters = dict(module.named_parameters())
-        self.values = {name: p.detach().clone().float() for name, p in self.parameters.items()}
+        self.row = joined(self.parameters.values()).float()
+        self.weight = torch.zeros_like(self.row[0])
 
-    @torch.no_grad()
-    def update(self) -> None:
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        pieces = self.row.split([p.numel() for p in self.parameters.values()])
+        return {name: piece.view_as(p) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
+
+    def load(self, values: dict[str, torch.Tensor], steps: int) -> None:
+        self.row.copy_(joined(values[name] for name in self.parameters))
+        self.steps = steps
+
+    def count(self) -> None:
+        """One step more: sets the weight of the next `update`."""
         self.steps += 1
-        weight = max(1 - self.decay, 1 / (self.steps + 1))
-        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], weight)
+        self.weight.fill_(max(1 - self.decay, 1 / (self.steps + 1)))
+
+    def update(self) -> None:
+        self.row.lerp_(joined(self.parameters.values()), self.weight)
 
 
 def share_start(me: Worker, module: nn.Module) -> None:
@@ -231,11 +314,18 @@ def write_whole(path: Path, value) -> None:
     part.replace(path)
 
 
+def earlier(args, *names: str) -> Path | None:
+    """The first of these phases' checkpoints that the folder `--begin` holds."""
+    if args.begin is None:
+        return None
+    return next((path for path in (args.begin / f"{name}.pt" for name in names) if path.exists()), None)
+
+
 @dataclass
 class Phase:
     """A training loop's state, that it can be stopped and taken up again: `work/<name>.pt` is its checkpoint.
 
-    `finished` weights, those that later phases read, are the averaged ones.
+    Later phases read its averaged weights.
     """
 
     me: Worker
@@ -244,6 +334,9 @@ class Phase:
     optimizers: Optimizers
     average: Average
     clock: Clock
+    lr: float
+    graphs: bool
+    over: torch.Tensor  # the fraction of the phase that is over, for losses that change with it
     step: int = 0
     reading: dict = field(default_factory=dict)  # what the progress bar shows
 
@@ -253,30 +346,62 @@ class Phase:
         me: Worker,
         path: Path,
         module: nn.Module,
-        seconds: float,
+        args,
         lr: float,
         is_matrix=lambda name: False,
         decay: float = 0.999,
+        begin: Path | None = None,
     ) -> "Phase":
+        """A phase of `args.seconds`: resumed from `path`, else begun from the averaged weights in `begin`, if given."""
+        if begin is not None and not path.exists():
+            load_average(begin, module)
         module.to(me.device)
         share_start(me, module)
-        phase = cls(me, path, module, Optimizers(module, lr, is_matrix), Average(module, decay), Clock(me, seconds))
+        phase = cls(
+            me, path, module, Optimizers(module, is_matrix), Average(module, decay), Clock(me, args.seconds), lr,
+            graphs=me.device.type == "cuda" and not args.no_graph, over=torch.zeros((), device=me.device),
+        )  # fmt: skip
         if path.exists():
-            phase._resume(torch.load(path, map_location=me.device, weights_only=True), seconds)
+            phase._resume(torch.load(path, map_location=me.device, weights_only=True), args.seconds)
         return phase
 
     def _resume(self, state: dict, seconds: float) -> None:
-        self.average.values = {name: value.float() for name, value in state["average"].items()}
-        self.average.steps, self.step = state["step"], state["step"]
+        self.step = state["step"]
+        self.average.load(state["average"], self.step)
         self.module.load_state_dict(state["weights"] if "weights" in state else self.average.values, strict=False)
         if "optimizers" in state:
             self.optimizers.load_state_dict(state["optimizers"])
         self.clock = Clock(self.me, seconds, state["spent"])
 
-    def steps(self, stop_after: float = float("inf")):
-        """Yields the fraction of the phase that is over until its seconds are up, or `stop_after` seconds of this
-        run.
+    def run(self, loss_of, stop_after: float = float("inf")) -> None:
+        """Trains until the phase's seconds are up, or `stop_after` seconds of this run; then saves.
+
+        `loss_of()` draws a batch and returns its loss, a tensor, and a dict of what to show. It and the update are two
+        CUDA graphs, with the exchange between workers in the middle.
         """
+        forward = Captured(lambda: self._differentiate(loss_of), self.graphs)
+        update = Captured(self._update, self.graphs)
+        for fraction in self._fractions(stop_after):
+            self.over.fill_(fraction)
+            self.optimizers.rate.fill_(self.lr * warm_then_decay(fraction))
+            self.average.count()
+            shown = forward()
+            self.optimizers.share(self.me)
+            self.reading = shown | {"norm": update()}
+        self.save()
+
+    def _differentiate(self, loss_of) -> dict:
+        loss, shown = loss_of()
+        self.optimizers.differentiate(loss)
+        return {name: value.detach() for name, value in {"loss": loss, **shown}.items()}
+
+    def _update(self) -> torch.Tensor:
+        norm = self.optimizers.step()
+        self.average.update()
+        return norm
+
+    def _fractions(self, stop_after: float):
+        """Yields the fraction of the phase that is over, and shows it."""
         began = time.monotonic()
         with tqdm(
             total=100,
@@ -287,18 +412,12 @@ class Phase:
         ) as bar:
             while (fraction := self.clock.fraction()) < 1.0:
                 yield fraction
-                self.average.update()
                 self.step += 1
                 if self.step % 100 == 0:
                     bar.set_postfix_str(f"step {self.step} {self.note()}", refresh=False)
                     bar.update(100 * fraction - bar.n)
                 if self.step % self.clock.every == 0 and self._agreed(time.monotonic() - began > stop_after):
                     break
-        self.save()
-
-    def step_with(self, fraction: float) -> torch.Tensor:
-        """One step of the optimizers at this point of the phase; returns the gradient's norm."""
-        return self.optimizers.step(self.me, warm_then_decay(fraction))
 
     def note(self) -> str:
         return " ".join(f"{name} {float(value):.4f}" for name, value in self.reading.items())

@@ -7,41 +7,53 @@ which keeps coarse structure in coarse latents and so makes them easier for the 
 """
 
 import json
-import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from captions import BACKGROUNDS
-from networks import SHIPPED, TINY, build_vae
+from diffusers import AutoencoderKL
+from networks import SHIPPED, TINY, Shape, build_vae
 from pictures import Pack, background_rgb, compose, placement, row_weights, training_pack
 from torch import nn
-from training import Phase, Worker, in_half, load_average, options, worker
+from training import Phase, Worker, cumulated, earlier, in_half, load_average, mixed_precision, options, pick, worker
 
 
 @dataclass(frozen=True)
 class Recipe:
-    batch: int = 48  # a worker
+    batch: int = 64  # a worker
     lr: float = 1e-3
-    kl: float = 2e-3  # times the mean over latent elements
+    kl: float = 2e-3  # times the mean over latent elements, at first
+    kl_end: float = 1e-3  # and at the end
     plain: float = 0.5  # share of pictures on white, as they are
     noise: float = 0.05  # least deviation of the latents that the decoder is trained on
     half_size: float = 0.25  # share also decoded at half size
 
 
-def draw_images(pack: Pack, weights: torch.Tensor, count: int, plain: float) -> torch.Tensor:
-    """Images [count, 3, 128, 128] in [-1, 1]: some plain on white, the rest moved, turned, mirrored, on any colour."""
-    device = pack.rgba.device
-    rgba = pack.rgba[torch.multinomial(weights, count, replacement=True)]
-    untouched = torch.rand(count, device=device) < plain
-    scale = torch.where(untouched, 1.0, torch.empty(count, device=device).uniform_(0.7, 1.15))
-    shift = torch.empty(count, 2, device=device).uniform_(-10, 10) * ~untouched[:, None]
-    turn = torch.empty(count, device=device).uniform_(-0.3, 0.3) * ~untouched
-    named = background_rgb(random.choices(list(BACKGROUNDS), k=count), device)
-    anything = torch.where(torch.rand(count, 1, device=device) < 0.5, named, torch.rand(count, 3, device=device))
-    images = compose(rgba, torch.where(untouched[:, None], 1.0, anything), placement(scale, shift, turn))
-    mirrored = (torch.rand(count, device=device) < 0.5) & ~untouched
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+class Pictures:
+    """The pack on the device, drawn from without the host, so that a CUDA graph can hold it."""
+
+    def __init__(self, pack: Pack, device: torch.device):
+        self.rgba = pack.rgba.to(device)
+        self.shares = cumulated(row_weights(pack.rows)).to(device)
+        self.backgrounds = background_rgb(list(BACKGROUNDS), device)
+
+    def draw(self, count: int, plain: float) -> torch.Tensor:
+        """Images [count, 3, 128, 128] in [-1, 1]: some plain on white, the rest moved, turned, mirrored, on any
+        colour.
+        """
+        device = self.rgba.device
+        untouched = torch.rand(count, device=device) < plain
+        scale = torch.where(untouched, 1.0, torch.empty(count, device=device).uniform_(0.7, 1.15))
+        shift = torch.empty(count, 2, device=device).uniform_(-10, 10) * ~untouched[:, None]
+        turn = torch.empty(count, device=device).uniform_(-0.3, 0.3) * ~untouched
+        named = self.backgrounds[torch.randint(len(self.backgrounds), (count,), device=device)]
+        anything = torch.where(torch.rand(count, 1, device=device) < 0.5, named, torch.rand(count, 3, device=device))
+        place = placement(scale, shift, turn)
+        images = compose(self.rgba[pick(self.shares, count)], torch.where(untouched[:, None], 1.0, anything), place)
+        mirrored = (torch.rand(count, device=device) < 0.5) & ~untouched
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
 def picture_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -57,8 +69,8 @@ class Loss(nn.Module):
         super().__init__()
         self.vae, self.recipe = vae, recipe
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> the loss, and the error of the reconstruction alone."""
+    def forward(self, images: torch.Tensor, over: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> the loss when `over` (0 to 1) of the phase is over, and the error of the reconstruction alone."""
         kind = self.vae.dtype
         mean, log_variance = self.vae.encoder(images.to(kind)).float().chunk(2, 1)
         log_variance = log_variance.clamp(-20, 10)
@@ -68,7 +80,8 @@ class Loss(nn.Module):
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         few = max(1, int(len(images) * self.recipe.half_size))
         small = picture_error(self.vae.decoder(F.avg_pool2d(latent[:few], 2)), F.avg_pool2d(images[:few], 2))
-        return error + self.recipe.kl * kl + self.recipe.half_size * small, error
+        weight = self.recipe.kl + (self.recipe.kl_end - self.recipe.kl) * over
+        return error + weight * kl + self.recipe.half_size * small, error
 
 
 @torch.no_grad()
@@ -92,22 +105,42 @@ def measure(vae: nn.Module, pack: Pack) -> dict:
     }
 
 
+def read_factors(work: Path) -> dict:
+    """The shift and the scale between the autoencoder's latents and those of the flow: (latent - shift) * scale."""
+    return json.loads((work / "vae.json").read_text())
+
+
+@torch.no_grad()
+def encoded(me: Worker, vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The posterior means, float32 [B, 16, 16, 16], neither shifted nor scaled."""
+    with mixed_precision(me):
+        return vae.encoder(images).float().chunk(2, 1)[0]
+
+
+def finished_vae(work: Path, shape: Shape) -> AutoencoderKL:
+    """The trained autoencoder; with the polished decoder, once polish.py has run."""
+    vae = load_average(work / "vae.pt", build_vae(shape))
+    if (work / "polish.pt").exists():
+        load_average(work / "polish.pt", vae.decoder)
+    return vae
+
+
 def train(me: Worker, args, recipe: Recipe) -> None:
     shape = TINY if args.tiny else SHIPPED
     pack = training_pack(args.data, args.holdout, args.limit)
-    pack = Pack(pack.rows, pack.rgba.to(me.device))
-    weights = row_weights(pack.rows).to(me.device)
-    random.seed(me.rank)
+    pictures = Pictures(pack, me.device)
     vae = build_vae(shape)
-    phase = Phase.start(me, args.work / "vae.pt", vae, args.seconds, recipe.lr, decay=0.998)
-    loss_of = Loss(vae, recipe)
-    for fraction in phase.steps(args.stop_after):
-        loss, error = in_half(me, loss_of, draw_images(pack, weights, recipe.batch, recipe.plain))
-        loss.backward()
-        norm = phase.step_with(fraction)
-        phase.reading = {"loss": loss, "error": error, "norm": norm}
+    phase = Phase.start(me, args.work / "vae.pt", vae, args, recipe.lr, decay=0.998, begin=earlier(args, "vae"))
+    errors_of = Loss(vae, recipe)
+
+    def loss_of():
+        loss, error = in_half(me, errors_of, pictures.draw(recipe.batch, recipe.plain), phase.over)
+        return loss, {"error": error}
+
+    phase.run(loss_of, args.stop_after)
     if me.leads:
         some = pack.select(lambda row: int(row["id"].split("-")[0], 16) % 4 == 0)
+        some = Pack(some.rows, some.rgba.to(me.device))
         report = measure(load_average(args.work / "vae.pt", build_vae(shape)).to(me.device), some)
         (args.work / "vae.json").write_text(json.dumps(report, indent=1))
         print(json.dumps(report), flush=True)
