@@ -20,23 +20,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamflow import StreamFlow, models, pretrained
-from streamflow.models.random_weights import random_pipeline
-
-SD15 = {
-    "sample_size": 64,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768,
-    "norm_num_groups": 32,
-}
+from streamflow.models.true_size import prompt_arguments, true_size
 
 
 class Nothing(nn.Module):
@@ -46,18 +37,20 @@ class Nothing(nn.Module):
         return x
 
 
-def make_stream(device: str, dtype: torch.dtype, cfg_type: str, embedded: bool) -> StreamFlow:
+def load(device: str, dtype: torch.dtype, embedded: bool) -> Any:
+    """The pipeline that is measured."""
+    return models.load(pretrained.embedded(), dtype=dtype).to(device) if embedded else true_size("sd15", device, dtype)
+
+
+def make_stream(pipe: Any, cfg_type: str, embedded: bool) -> StreamFlow:
     """A prepared 4-stage stream of one frame, whose decode takes no time."""
     if embedded:
-        pipe = models.load(pretrained.embedded(), dtype=dtype).to(device)
         stream = StreamFlow(pipe, range(4), cfg_type=cfg_type)
-        stream.prepare("a fox, 3d render", num_inference_steps=4, guidance_scale=2.0, max_sequence_length=0)
+        prompt = {"prompt": "a fox, 3d render", "max_sequence_length": 0}
     else:
-        pipe = random_pipeline("instaflow", **SD15).to(device, dtype)
-        stream = StreamFlow(pipe, range(4), cfg_type=cfg_type, family="instaflow")
-        embeds = torch.randn(2, 1, 77, 768, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        arguments = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
-        stream.prepare(num_inference_steps=4, guidance_scale=2.0, **arguments)
+        stream = StreamFlow(pipe, range(4), cfg_type=cfg_type, family="instaflow", width=512, height=512)
+        prompt = prompt_arguments("sd15", pipe.device, pipe.dtype, guided=True)
+    stream.prepare(num_inference_steps=4, guidance_scale=2.0, **prompt)
     stream.codec.decode = lambda latents: latents
     return stream
 
@@ -119,9 +112,9 @@ def main() -> int:
     p.add_argument("--output", type=Path, help="also write the JSON here")
     a = p.parse_args()
     dtype = torch.float16 if a.device == "cuda" else torch.float32
-    found = {}
+    pipe, found = load(a.device, dtype, a.embedded), {}
     for cfg_type in ("none", "self", "full", "initialize"):
-        stream = make_stream(a.device, dtype, cfg_type, a.embedded)
+        stream = make_stream(pipe, cfg_type, a.embedded)
         raw = measure(stream, a.device, a.rounds, a.calls)
         found[cfg_type] = {name: {"median": median(v), "min": min(v), "max": max(v)} for name, v in raw.items()}
         if cfg_type == "none":
