@@ -16,12 +16,15 @@ INSTALL_REQUIRES = [
     "diffusers>=0.42,<0.50",
     "transformers>=5,<6",
     "accelerate>=1.1,<2",
+    "peft>=0.17,<1",  # diffusers loads LoRAs through it
     "safetensors>=0.8,<1",
     "huggingface_hub>=1.32,<3",
     "numpy>=1.26,<3",
     "pillow>=10.3,<14",
     "packaging>=24",
     "tqdm>=4.66,<5",
+    "filelock>=3.12",
+    "psutil>=5.9",
 ]
 
 ONNX = ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"]
@@ -44,6 +47,7 @@ EXTRAS_REQUIRE = {
     ],
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
     "video": ["av>=14"],
+    "bench": ["matplotlib>=3.8,<4"],
     "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14"],
 }
 

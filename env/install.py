@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorrt": "TensorRT (Linux and Windows; its build fetches the libraries from NVIDIA)",
     "web": "the page and its server",
     "video": "video files",
+    "bench": "plots of the benchmark",
     "dev": "the linter, and uv for env/resolve.py",
 }
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.flow import per_row, velocity_from
 from streamflow.ring import Loop, Ring, Rows
@@ -15,34 +15,6 @@ class StreamDiffusionAttributes:
     """Mixed into `StreamFlow`. Names and shapes are StreamDiffusion's; nothing here is stored twice."""
 
     _engine: Ring | Loop | None
-
-    @property
-    def unet(self) -> nn.Module:
-        """The network, UNet or transformer. Assigning another one rebuilds the velocity; the pipe keeps its own."""
-        return self.adapter.net
-
-    @unet.setter
-    def unet(self, network: nn.Module) -> None:
-        self.adapter.rebuild(network)
-
-    @property
-    def velocity(self) -> nn.Module:
-        """The network in our convention, `forward(x, t, **cond) -> v`: what is compiled, graphed or exported."""
-        return self.adapter.velocity
-
-    @velocity.setter
-    def velocity(self, module: nn.Module) -> None:
-        self.adapter.velocity = module
-
-    @property
-    def vae(self) -> nn.Module:
-        """The VAE. Assigning another one, such as a tiny twin, rebuilds the codec; ValueError for other latents."""
-        return self._vae
-
-    @vae.setter
-    def vae(self, vae: nn.Module) -> None:
-        self.codec = self.adapter.codec(vae, self.height, self.width)
-        self._vae = vae
 
     @property
     def guidance_scale(self) -> float:

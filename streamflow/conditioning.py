@@ -60,6 +60,11 @@ def _taking(cond: Cond | None, other: Cond | None, names: frozenset[str]) -> Con
     return Cond({name: other.rows[name] if name in names else value for name, value in cond.rows.items()}, cond.shared)
 
 
+def stack(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """The network's arguments for rows under these conds, all of one signature."""
+    return {**conds[0].shared, **{name: torch.cat([cond.rows[name] for cond in conds]) for name in conds[0].rows}}
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of the network: its arguments, and the rows of the batch it serves (None: all of them)."""
@@ -108,10 +113,9 @@ class CondBatch:
     def _stack(self, conds: Sequence[Cond]) -> dict[str, Tensor]:
         """Stack the conds' rows into the last buffers where those fit, else into new ones."""
         old = self._calls[0].arguments if len(self._calls) == 1 else {}
-        arguments = dict(conds[0].shared)
+        arguments = stack(conds)
         for name in conds[0].rows:
-            stacked = torch.cat([cond.rows[name] for cond in conds])
-            buffer = old.get(name)
-            fits = buffer is not None and buffer.shape == stacked.shape and buffer.dtype == stacked.dtype
-            arguments[name] = buffer.copy_(stacked) if fits else stacked
+            buffer, stacked = old.get(name), arguments[name]
+            if buffer is not None and buffer.shape == stacked.shape and buffer.dtype == stacked.dtype:
+                arguments[name] = buffer.copy_(stacked)
         return arguments

@@ -4,10 +4,12 @@
 other heavy package, and works where some of them are missing or broken.
 """
 
+import argparse
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ DISTRIBUTIONS = (
     "diffusers",
     "transformers",
     "accelerate",
+    "peft",
     "safetensors",
     "huggingface_hub",
     "numpy",
@@ -179,7 +182,7 @@ def accelerations(torch) -> list[Line]:
         *tensorrt_lines(),
         Line("several GPUs", f"available, {gpus} devices" if gpus > 1 else f"needs two CUDA devices, found {gpus}"),
     ]
-    for option, needed in (("web", ("fastapi", "uvicorn", "websockets")), ("video", ("av",))):
+    for option, needed in (("web", ("fastapi", "uvicorn", "websockets")), ("video", ("av",)), ("bench", ("matplotlib",))):
         line = Line(option, "installed") if have(*needed) else Line(option, "not installed", install_command(option))
         lines.append(line)
     return lines
@@ -218,8 +221,14 @@ def render(report: Report) -> str:
     return "\n".join(out)
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """Print the report; 0 where StreamFlow can run, 1 where something it needs is missing."""
+    parser = argparse.ArgumentParser(
+        prog="streamflow doctor",
+        description="Prints versions, devices, accelerations, and the command for whatever is missing.",
+        epilog="example: streamflow doctor",
+    )
+    parser.parse_args(list(argv))
     report = examine()
     print(render(report))
     return 1 if report.problems else 0

@@ -18,6 +18,7 @@ from streamdiffusion import StreamDiffusion
 from torch import Tensor
 
 from streamflow import guidance
+from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
 from streamflow.changes import SCOPES, Change, Prepared, Request
 from streamflow.conditioning import Prompt
@@ -36,7 +37,7 @@ from streamflow.wrap import base_view, check_dtype, check_placement, check_sampl
 logger = logging.getLogger(__name__)
 
 
-class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
+class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
     """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged.
 
     Args:
@@ -167,6 +168,8 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
                 self._state, self._change = state, None
         self.generator = generator
         self._install(state.stages)
+        if self._accelerated is None:
+            self._build()
 
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
@@ -486,6 +489,7 @@ class StreamFlow(StreamDiffusionAttributes, StreamDiffusion):
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
         if not self._closed:
             self.reset()
+            self._put_back()
         self._engine = self._state = self._change = None
         self._closed = True
 

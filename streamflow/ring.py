@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamflow.conditioning import Cond, CondBatch, Prompt, Velocity
+from streamflow.conditioning import Cond, CondBatch, Prompt, Velocity, stack
 from streamflow.flow import euler, renoise
 from streamflow.guidance import Anchors, Mode, combine
 from streamflow.schedule import Stages
@@ -77,6 +77,12 @@ class Rows:
         self.dt = (self.sigma_next - self.sigma).to(s.dtype)
         t = by_row(stages.timesteps).flatten()
         self.t = torch.cat((t[: self.extra], t))
+
+    def example(self, prompt: Prompt) -> dict[str, Tensor]:
+        """Arguments of the network as `advance` gives them: x and t, then the prompt's, all rows of x zero."""
+        count, s = self.count + self.extra, self.settings
+        x = torch.zeros((count, *s.shape), dtype=s.dtype, device=s.device)
+        return {"x": x, "t": self.t, **stack((prompt.cond,) * count)}
 
     def advance(
         self,

@@ -26,8 +26,8 @@ ROWS = (
     ),
     ("models.*",),
     ("acceleration", "acceleration.*", "parallel", "parallel.*"),
-    ("attributes", "pipeline"),
-    ("", "wrapper", "live", "config", "benchmark", "doctor"),
+    ("attributes", "accelerating", "pipeline"),
+    ("", "modes", "wrapper", "live", "config", "benchmark", "benchmark.*", "doctor"),
     ("cli",),
 )
 ACCELERATION = 4  # imported by later rows inside functions only

@@ -75,3 +75,10 @@ def load(model: str, **kwargs: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(model, **kwargs)
+
+
+def load_tiny_vae(model: str, device: Any, dtype: Any) -> Any:
+    """An AutoencoderTiny from a hub id or a folder, on the device in the dtype, for inference."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny.from_pretrained(model, torch_dtype=dtype).to(device).eval().requires_grad_(False)

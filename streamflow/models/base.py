@@ -41,6 +41,7 @@ class FlowAdapter:
         `get_timesteps` turns a strength into a start index.
     refused: arguments of the pipeline that change its loop in a way a stream does not follow.
     exportable: the network takes tensors only, so it can be exported.
+    free_size: one network in memory serves pictures of any size, as a UNet does.
     is_reference: the pipeline's own `__call__` draws what the stream draws; not where only its parts are used.
     """
 
@@ -60,6 +61,7 @@ class FlowAdapter:
     image_pipeline: ClassVar[str]
     refused: ClassVar[frozenset[str]] = frozenset()
     exportable: ClassVar[bool] = True
+    free_size: ClassVar[bool] = False
     is_reference: ClassVar[bool] = True
 
     def __init__(self, pipe: Any):

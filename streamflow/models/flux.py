@@ -4,6 +4,8 @@ call (diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
@@ -65,11 +67,12 @@ class Flux(FlowAdapter):
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         self.check_vae(vae)
+        return Codec(vae, _pack, partial(_unpack, height=height, width=width, factor=self.factor))
 
-        def pack(z: Tensor) -> Tensor:
-            return FluxPipeline._pack_latents(z, *z.shape)
 
-        def unpack(latents: Tensor) -> Tensor:
-            return FluxPipeline._unpack_latents(latents, height, width, self.factor)
+def _pack(z: Tensor) -> Tensor:
+    return FluxPipeline._pack_latents(z, *z.shape)
 
-        return Codec(vae, pack, unpack)
+
+def _unpack(latents: Tensor, height: int, width: int, factor: int) -> Tensor:
+    return FluxPipeline._unpack_latents(latents, height, width, factor)

@@ -39,6 +39,7 @@ class InstaFlow(FlowAdapter):
     text_pipeline = "StableDiffusionPipeline"
     image_pipeline = "StableDiffusionImg2ImgPipeline"
     is_reference = False
+    free_size = True
     refused = frozenset(("sigmas", "eta", "guidance_rescale"))
 
     @property

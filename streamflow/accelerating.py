@@ -1,0 +1,131 @@
+"""How a stream is accelerated: which modules it hands to `streamflow.acceleration`, and where it puts what comes back."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from streamflow.models.codec import Codec
+
+if TYPE_CHECKING:
+    from streamflow.acceleration import Accelerated, Parts
+
+logger = logging.getLogger(__name__)
+
+
+class Accelerating:
+    """Mixed into `StreamFlow`: `accelerate`, and the two things it replaces, `velocity` and `codec`."""
+
+    _plain_codec: Codec
+    _accelerated: Accelerated | None = None
+    _acceleration: tuple[str, Any] = ("none", None)
+
+    @property
+    def acceleration(self) -> str:
+        """The kind in force: "none", "cuda-graph", "compile" or "tensorrt"."""
+        return self._acceleration[0]
+
+    @property
+    def velocity(self) -> nn.Module:
+        """The network in our convention, `forward(x, t, **cond) -> v`, accelerated or not. Assigning another module, such
+        as `adapter.row_by_row(...)`, accelerates that one in its place."""
+        return self.adapter.velocity if self._accelerated is None else self._accelerated.modules["velocity"]
+
+    @velocity.setter
+    def velocity(self, module: nn.Module) -> None:
+        self._put_back()
+        self.adapter.velocity = module
+        self._build()
+
+    @property
+    def unet(self) -> nn.Module:
+        """The network, UNet or transformer. Assigning another one rebuilds the velocity; the pipe keeps its own."""
+        return self.adapter.net
+
+    @unet.setter
+    def unet(self, network: nn.Module) -> None:
+        self._put_back()
+        self.adapter.rebuild(network)
+        self._build()
+
+    @property
+    def vae(self) -> nn.Module:
+        """The VAE. Assigning another one, such as a tiny twin, rebuilds the codec; ValueError for other latents."""
+        return self._vae
+
+    @vae.setter
+    def vae(self, vae: nn.Module) -> None:
+        codec = self.adapter.codec(vae, self.height, self.width)
+        self._put_back()
+        self.codec = self._plain_codec = codec
+        self._vae = vae
+        self._build()
+
+    def accelerate(self, kind: str = "auto", **options: Any) -> None:
+        """Make the network and the VAE faster; the pictures stay the same within the kind's bound.
+
+        kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile, with a CUDA graph on
+            top on CUDA; "tensorrt" builds engines; "auto" is "compile" on CUDA and "none" elsewhere, never "tensorrt".
+        options: those of the kind, the fields of `streamflow.acceleration.<kind>.Options`.
+
+        Called before `prepare`, it takes effect there, since shapes are known only then. How long each part took to start
+        is logged.
+
+        Raises:
+            ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. Whatever compilation
+            raises; then the stream is as it was without acceleration.
+        """
+        from streamflow import acceleration
+
+        self._check_open()
+        kind = acceleration.resolve(kind, self.device)
+        checked = acceleration.check_options(kind, self.device, options)
+        self._put_back()
+        self._acceleration = kind, checked
+        self._build()
+
+    def _build(self) -> None:
+        """Accelerate what is there now, as asked, once shapes are known."""
+        kind, options = self._acceleration
+        if kind == "none" or self._state is None:
+            return
+        from streamflow import acceleration
+
+        try:
+            self._accelerated = acceleration.accelerate(kind, self._parts(), options)
+        except BaseException:
+            self._acceleration = "none", None
+            raise
+        self.codec = Codec.of(self._accelerated.modules["decoder"], self._accelerated.modules["encoder"])
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._accelerated.seconds.items())
+        logger.info("accelerated by %s: %s", kind, times)
+
+    def _put_back(self) -> None:
+        """Undo what acceleration changed; what was asked for stays asked for."""
+        if self._accelerated is not None:
+            self._accelerated.undo()
+            self._accelerated = None
+            self.codec = self._plain_codec
+
+    def _parts(self) -> Parts:
+        """The plain modules, each with arguments as a tick gives them."""
+        from streamflow.acceleration import Part, Parts
+
+        rows = self._rows(None)
+        frames = torch.zeros(self.frame_bff_size, 3, self.height, self.width, device=self.device)
+        latents = torch.zeros(self.frame_bff_size, *self._shape, device=self.device, dtype=self.dtype)
+        free = self.adapter.free_size
+        return Parts(
+            Part(
+                *("velocity", self.adapter.velocity, rows.example(self._state.prompt)),
+                positional=2,
+                shared=frozenset(self.adapter.shared_inputs),
+                free_size=free,
+                exportable=self.adapter.exportable,
+            ),
+            Part("decoder", self._plain_codec.decoder, {"latents": latents}, free_size=latents.dim() == 4),
+            Part("encoder", self._plain_codec.encoder, {"pictures": frames}, free_size=latents.dim() == 4),
+        )

@@ -1,0 +1,118 @@
+"""Ways to make a model faster from outside: module in, module out. No file here knows a family or a stream.
+
+`accelerate` takes the three modules of a model (`Part`: velocity, decoder, encoder) and gives back three that compute the
+same, and how to undo what was done. The kinds are a table; each is one file, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A module and what it is called with.
+
+    name: "velocity", "decoder" or "encoder".
+    inputs: arguments by name, in the shapes, dtypes and on the device of the stream; the batch is the first dimension.
+    positional: how many of them, from the first, are passed by position.
+    shared: the names of inputs without a batch dimension.
+    free_size: the last two dimensions of the first input are a height and a width that may change.
+    exportable: the module takes and gives tensors only.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    positional: int = 1
+    shared: frozenset[str] = frozenset()
+    free_size: bool = False
+    exportable: bool = True
+
+    @torch.no_grad()
+    def call(self, module: nn.Module | None = None) -> Tensor:
+        """What the module, or another one in its place, gives for `inputs`."""
+        values = list(self.inputs.values())[: self.positional]
+        return (module or self.module)(*values, **dict(list(self.inputs.items())[self.positional :]))
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A model: all that is accelerated."""
+
+    velocity: Part
+    decoder: Part
+    encoder: Part
+
+    def __iter__(self):
+        return iter((self.velocity, self.decoder, self.encoder))
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""
+
+
+@dataclass(frozen=True, eq=False)
+class Accelerated:
+    """The modules to call in place of the parts', ready to run, and `undo`, which leaves the parts' own as they were."""
+
+    modules: Mapping[str, nn.Module]
+    undo: Callable[[], None] = _nothing
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+KINDS = {
+    "cuda-graph": "streamflow.acceleration.cuda_graph",
+    "compile": "streamflow.acceleration.compile",
+    "tensorrt": "streamflow.acceleration.tensorrt",
+}
+
+
+def resolve(kind: str, device: torch.device) -> str:
+    """The kind that "auto" stands for on this device; any other known kind as it is. ValueError lists the known."""
+    if kind == "auto":
+        return "compile" if device.type == "cuda" else "none"
+    if kind != "none" and kind not in KINDS:
+        raise ValueError(f"unknown acceleration {kind!r}: choose one of none, auto, {', '.join(KINDS)}")
+    return kind
+
+
+def check_options(kind: str, device: torch.device, options: Mapping[str, Any]) -> Any:
+    """The kind's frozen `Options`, made of these; TypeError names those it does not have, and lists its own."""
+    if kind == "none":
+        if options:
+            raise TypeError(f"accelerate('none') takes no options, and got {', '.join(options)}")
+        return None
+    module = import_module(KINDS[kind])
+    known = [f.name for f in dataclasses.fields(module.Options)]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"accelerate({kind!r}) has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    return module.Options(**options).for_device(device)
+
+
+def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+    """The parts by this kind (resolved) with its checked options. Velocity and decoder are run once, so that the next call
+    is quick; the encoder starts with the first picture that goes in, since a stream of text alone never needs it."""
+    if kind == "none":
+        return Accelerated({part.name: part.module for part in parts})
+    made = import_module(KINDS[kind]).accelerate(parts, options)
+    seconds = dict(made.seconds)
+    try:
+        for part in (parts.velocity, parts.decoder):
+            began = time.perf_counter()
+            part.call(made.modules[part.name])
+            if (device := next(iter(part.inputs.values())).device).type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[part.name] = seconds.get(part.name, 0.0) + time.perf_counter() - began
+    except BaseException:
+        made.undo()
+        raise
+    return dataclasses.replace(made, seconds=seconds)

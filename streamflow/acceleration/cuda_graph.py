@@ -1,0 +1,169 @@
+"""CUDA graphs: a module's launches recorded once and replayed as one. The eager network at batch 1 to 4 is bound by its
+launches on a fast GPU, so this comes first and costs seconds, not minutes.
+
+Knows modules, tensors and CUDA; no family, no stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.acceleration import Accelerated, Parts
+from streamflow.acceleration.watch import Watch
+
+logger = logging.getLogger(__name__)
+WARM_UP = 3  # calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones
+
+
+def require_cuda(device: torch.device) -> None:
+    """RuntimeError where there is no CUDA device to capture on."""
+    if device.type != "cuda":
+        raise RuntimeError(f"CUDA graphs need a CUDA device and this pipe is on {device}: move it with pipe.to('cuda')")
+
+
+@dataclass(frozen=True)
+class Options:
+    """limit: how many shapes keep a graph, the longest unused leaving first."""
+
+    limit: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1:
+            raise ValueError(f"limit must be an integer of 1 or more, not {self.limit!r}")
+
+    def for_device(self, device: torch.device) -> Options:
+        """These options, or RuntimeError where the device has no graphs."""
+        require_cuda(device)
+        return self
+
+
+def accelerate(parts: Parts, options: Options) -> Accelerated:
+    """Each part's module behind a `Graphed`. The modules themselves are not touched."""
+    return Accelerated({part.name: Graphed(part.module, options.limit) for part in parts})
+
+
+Signature = tuple
+
+
+def signature(inputs: Mapping[str, Tensor | None]) -> Signature:
+    """What a graph is captured for: names, shapes, dtypes and devices. TypeError for anything but tensors and None."""
+    described = []
+    for name, value in inputs.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"a CUDA graph takes tensors only, and {name} is a {type(value).__name__}")
+        described.append((name, value if value is None else (tuple(value.shape), value.dtype, value.device)))
+    return tuple(described)
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN time its algorithms at the first call of a shape; the process's own setting comes back afterwards."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Capture:
+    """One graph: its own inputs, which calls are copied into, and its output, which calls are copied out of."""
+
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor | None], pool: object):
+        self.inputs = {name: value if value is None else value.detach().clone() for name, value in inputs.items()}
+        self._given: dict[str, tuple[Tensor, int]] = {}
+        self.graph = torch.cuda.CUDAGraph()
+        device = next(value for value in self.inputs.values() if value is not None).device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with fastest_convolutions():
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    module(**self.inputs)
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.output = module(**self.inputs)
+
+    def replay(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """The module's output for these inputs, the caller's to keep."""
+        for name, value in inputs.items():
+            if value is not None and not self._holds(name, value):
+                self.inputs[name].copy_(value)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _holds(self, name: str, value: Tensor) -> bool:
+        """Whether this very tensor, unwritten since, was copied in last time. It is kept alive so that it cannot be another
+        one at the same address."""
+        if value.is_inference():
+            return False  # such tensors do not count their changes
+        last, self._given[name] = self._given.get(name), (value, value._version)
+        return last is not None and last[0] is value and last[1] == value._version
+
+
+class Graphed(nn.Module):
+    """A module whose calls replay a CUDA graph, captured at the first call of each signature (`signature`).
+
+    The output is a tensor of its own, never overwritten by a later call. All graphs of one module share their working
+    memory, so it must not be called on two CUDA streams at once. Where the module's weights have moved or its adapters
+    have changed since (`Watch`), all is captured anew. Raises what the module raises; a module that waits for the device
+    cannot be captured, and torch says where.
+    """
+
+    def __init__(self, module: nn.Module, limit: int = 8):
+        super().__init__()
+        self.module, self.limit = module, limit
+        self._watch = Watch(module)
+        self._captures: OrderedDict[Signature, Capture] = OrderedDict()
+        self._pool = None
+
+    @property
+    def captured(self) -> int:
+        """How many signatures have a graph."""
+        return len(self._captures)
+
+    def forget(self) -> None:
+        """Drop all graphs; the next call captures anew."""
+        self._captures.clear()
+        self._pool = None
+
+    @torch.no_grad()
+    def forward(self, *positional: Tensor, **named: Tensor | None) -> Tensor:
+        inputs = {**{f"{i}": value for i, value in enumerate(positional)}, **named}
+        if self._watch.changed():
+            logger.info("%s: weights or adapters changed, capturing anew", type(self.module).__name__)
+            self.forget()
+            self._watch.renew()
+        key = signature(inputs)
+        capture = self._captures.get(key)
+        if capture is None:
+            capture = self._capture(key, inputs)
+        self._captures.move_to_end(key)
+        return capture.replay(inputs)
+
+    def _capture(self, key: Signature, inputs: Mapping[str, Tensor | None]) -> Capture:
+        while len(self._captures) >= self.limit:
+            self._captures.popitem(last=False)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._captures[key] = capture = Capture(_Numbered(self.module), inputs, self._pool)
+        logger.info("%s: CUDA graph captured, %d of %d kept", type(self.module).__name__, self.captured, self.limit)
+        return capture
+
+
+class _Numbered:
+    """Calls a module with arguments by name, those named "0", "1", ... by position."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, **inputs: Tensor | None) -> Tensor:
+        positional = [value for name, value in inputs.items() if name.isdigit()]
+        return self.module(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})

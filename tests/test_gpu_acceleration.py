@@ -1,0 +1,170 @@
+"""Acceleration where it counts: CUDA graphs and compiled code draw what the plain network draws, whatever changes."""
+
+import gc
+
+import pytest
+import torch
+from conftest import FAMILIES, PROMPT, noises, streamed
+
+from streamflow import StreamFlow
+from streamflow.acceleration.cuda_graph import Graphed
+from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+BOUNDS = {"cuda-graph": 2 / 255, "compile": 4 / 255}
+
+
+@pytest.fixture
+def stream_on_gpu():
+    def make(family="sd3", dtype=torch.float16, prepare=None, **options):
+        pipe = random_pipeline(family).to("cuda", dtype)
+        options = {"cfg_type": "none", **({"family": "instaflow"} if family == "instaflow" else {}), **options}
+        stream = StreamFlow(pipe, range(4), **options)
+        stream.prepare(PROMPT, **{"num_inference_steps": 4, **(prepare or {})})
+        return stream
+
+    return make
+
+
+def drawn(stream, n=6):
+    latents = streamed(stream, noises(stream, n))
+    return (torch.cat([stream.decode_image(x) for x in latents.split(stream.frame_bff_size)]).float() + 1) / 2
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pictures_are_the_same(stream_on_gpu, family, kind):
+    stream = stream_on_gpu(family)
+    before = drawn(stream)
+    stream.accelerate(kind)
+    assert (drawn(stream) - before).abs().max() <= BOUNDS[kind]
+    stream.accelerate("none")
+    assert torch.equal(drawn(stream), before)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_compiled_bfloat16_is_no_farther_from_float32_than_eager(stream_on_gpu, family):
+    exact = drawn(stream_on_gpu(family, dtype=torch.float32))
+    stream = stream_on_gpu(family, dtype=torch.bfloat16)
+    eager = (drawn(stream) - exact).square().mean()
+    stream.accelerate("compile")
+    assert (drawn(stream) - exact).square().mean() <= 1.5 * eager
+
+
+@pytest.mark.parametrize("cfg_type", ["none", "full", "self", "initialize"])
+def test_changes_under_way_act_without_another_capture(stream_on_gpu, cfg_type, picture):
+    fast, plain = (stream_on_gpu(cfg_type=cfg_type, prepare={"guidance_scale": 2.0}) for _ in range(2))
+    fast.accelerate("cuda-graph")
+    captured = fast.velocity.captured
+    for stream in (fast, plain):
+        stream(picture(0))
+        stream.update(prompt="a boat", guidance_scale=3.0, seed=9)
+    out = [[stream(picture(k)).float() for k in range(1, 6)] for stream in (fast, plain)]
+    assert all((a - b).abs().max() <= 2 * BOUNDS["cuda-graph"] for a, b in zip(*out, strict=True))
+    assert fast.velocity.captured == captured
+
+
+def test_other_shapes_capture_anew_and_the_oldest_leaves():
+    graphed = Graphed(torch.nn.Linear(8, 8).cuda().requires_grad_(False), limit=2)
+    for rows in (1, 2, 3, 2, 1):
+        x = torch.randn(rows, 8, device="cuda")
+        assert torch.allclose(graphed(x), graphed.module(x), atol=1e-6)
+        assert graphed.captured <= 2
+
+
+def test_more_stages_and_another_size_of_buffer(stream_on_gpu):
+    fast, plain = stream_on_gpu(), stream_on_gpu()
+    fast.accelerate("cuda-graph")
+    for stream in (fast, plain):
+        stream.update(num_inference_steps=8, t_index_list=range(8))
+    assert (drawn(fast) - drawn(plain)).abs().max() <= BOUNDS["cuda-graph"]
+
+
+def test_what_a_caller_holds_is_not_overwritten(stream_on_gpu):
+    stream = stream_on_gpu()
+    stream.accelerate("cuda-graph")
+    held = stream.txt2img()
+    copy = held.clone()
+    for _ in range(6):
+        stream.txt2img()
+    assert torch.equal(held, copy)
+
+
+def test_weights_changed_in_place_and_a_vae_swapped(stream_on_gpu):
+    stream = stream_on_gpu()
+    stream.accelerate("cuda-graph")
+    before = drawn(stream)
+    with torch.no_grad():
+        stream.unet.proj_out.weight.mul_(0.5)
+    changed = drawn(stream)
+    assert (changed - before).abs().max() > 0.01
+    stream.vae = random_tiny_vae(16).to("cuda", torch.float16)
+    swapped = drawn(stream)
+    stream.accelerate("none")
+    assert (drawn(stream) - swapped).abs().max() <= BOUNDS["cuda-graph"]
+
+
+def test_a_lora_that_comes_goes_and_changes_strength(stream_on_gpu):
+    peft = pytest.importorskip("peft", reason="needs peft, which LoRAs in diffusers need")
+    stream, plain = stream_on_gpu(), stream_on_gpu()
+    stream.accelerate("cuda-graph")
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    state = None
+    for act in (
+        lambda net: net.add_adapter(config, "style"),
+        lambda net: net.set_adapters("style", 0.3),
+        lambda net: net.disable_adapters(),
+        lambda net: net.enable_adapters(),
+        lambda net: net.delete_adapters("style"),
+    ):
+        for one in (stream, plain):
+            act(one.unet)
+        lora = {name: value for name, value in stream.unet.state_dict().items() if "lora_" in name}
+        plain.unet.load_state_dict(lora, strict=False)
+        a, b = drawn(stream), drawn(plain)
+        assert (a - b).abs().max() <= BOUNDS["cuda-graph"]
+        assert state is None or not torch.equal(a, state)
+        state = a
+
+
+def test_the_hot_path_never_waits(stream_on_gpu, picture):
+    stream = stream_on_gpu(cfg_type="self", prepare={"guidance_scale": 2.0})
+    stream.accelerate("cuda-graph")
+    pictures = stream.preprocess([picture(k) for k in range(6)]).pin_memory()
+    stream(pictures[:1])
+    stream.txt2img()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for one in pictures.split(1):
+            stream(one)
+            stream.txt2img()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_stays_where_it_was(stream_on_gpu):
+    stream = stream_on_gpu("instaflow")
+    stream.accelerate("cuda-graph")
+    for _ in range(20):
+        stream.txt2img()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(500):
+        stream.txt2img()
+    gc.collect()
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+def test_fused_projections_draw_the_same(stream_on_gpu):
+    stream = stream_on_gpu("instaflow")
+    before = drawn(stream)
+    stream.accelerate("compile", fuse_qkv=True)
+    assert (drawn(stream) - before).abs().max() <= BOUNDS["compile"]
+    stream.accelerate("none")
+    assert torch.equal(drawn(stream), before)
