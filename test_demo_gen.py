@@ -36,6 +36,7 @@ from streamflow import StreamFlow, models, pretrained  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt")
 # How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst picture.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -67,11 +68,10 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     p.add_argument("--image", type=Path, help="image-to-image: a picture to start from")
     p.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1 (default 0.75)")
     p.add_argument("--tiny-vae", action="store_true", help="decode with the embedded model's tiny VAE, both ways")
-    p.add_argument("--tensorrt", action="store_true", help="compile with TensorRT (not there yet)")
+    p.add_argument("--accelerate", choices=KINDS, default="none", help="how the streamed way is made faster (default none)")
+    p.add_argument("--tensorrt", dest="accelerate", action="store_const", const="tensorrt", help="--accelerate tensorrt")
     p.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="default: %(default)s")
     a = p.parse_args(argv)
-    if a.tensorrt:
-        p.error("--tensorrt: StreamFlow's TensorRT part does not exist yet; leave the option out")
     if a.strength is not None and a.image is None:
         p.error("--strength goes with --image")
     if a.tiny_vae and a.model:
@@ -269,6 +269,7 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
         "steps": a.steps,
         "frames": a.frames,
         "cfg_type": a.cfg_type,
+        "accelerate": a.accelerate,
         "reference": reference,
         "sequential_pictures_per_s": round(median(p.rate for p, _ in rounds), 3),
         "streamed_pictures_per_s": round(median(s.rate for _, s in rounds), 3),
@@ -306,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         loop = make_stream(a, pipe, batched=False) if own_rule else None
         if a.image:
             Image.open(a.image).verify()
+        stream.accelerate(a.accelerate)
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
         parser.error(str(error))
     reference = "StreamFlow's own loop" if loop else "plain diffusers"
@@ -316,7 +318,9 @@ def main(argv: list[str] | None = None) -> int:
         if loop:
             plain = draw_streamed(a, loop, "one by one")
         else:
+            stream.accelerate("none")  # it may act on the pipe's own modules
             plain = draw_with_pipeline(a, pipe, stream, "one by one")
+        stream.accelerate(a.accelerate)
         rounds.append((plain, draw_streamed(a, stream, "streamed  ")))
     a.output.parent.mkdir(parents=True, exist_ok=True)
     captions = [a.prompt[k % len(a.prompt)] for k in range(a.frames)]

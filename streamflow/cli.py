@@ -1,20 +1,28 @@
-"""The command `streamflow`: a table of subcommands, each a function that returns an exit code."""
+"""The command `streamflow`: a table of subcommands. Each is a `main(argv)` that has its own `--help` and returns an exit
+code, imported when it is asked for."""
 
 import argparse
+import sys
 from collections.abc import Sequence
-
-from streamflow import doctor
+from importlib import import_module
 
 COMMANDS = {
-    "doctor": (doctor.main, "print versions, devices, accelerations, and the command for whatever is missing"),
+    "doctor": ("streamflow.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),
+    "benchmark": ("streamflow.benchmark", "measure one model on this machine: where each factor of the speed comes from"),
+    "engines": ("streamflow.acceleration.tensorrt.cli", "list or delete the TensorRT engines that are kept between runs"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    parser = argparse.ArgumentParser(prog="streamflow", description="Rectified-flow pipelines, streamed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, description=text, epilog=f"example: streamflow {name}")
-    function, _ = COMMANDS[parser.parse_args(argv).command]
-    return function()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="streamflow",
+        description="Rectified-flow pipelines, streamed.",
+        epilog=f"commands:\n{lines}\n\nexample: streamflow doctor\n`streamflow COMMAND --help` tells what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")
+    command = parser.parse_args(arguments[:1]).command
+    return import_module(COMMANDS[command][0]).main(arguments[1:])

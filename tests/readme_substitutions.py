@@ -8,7 +8,7 @@ SUBSTITUTIONS = [
         "the TensorRT snippet",
         r"\Afrom streamdiffusion\.acceleration\.tensorrt import[\s\S]*",
         "",
-        "left out: StreamFlow's TensorRT part does not exist yet",
+        "left out: engines run on NVIDIA GPUs",
     ),
     ("module names", r"\bstreamdiffusion\b", "streamflow", "the package"),
     ("class names", r"\bStreamDiffusion\b", "StreamFlow", "the class"),
