@@ -1,0 +1,117 @@
+"""The command: read the settings, load the model once, measure, write the table, the plot and the JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from streamflow.benchmark import plot, report
+from streamflow.benchmark.latency import measure_latency
+from streamflow.benchmark.machine import clocks, compile_cache, machine
+from streamflow.benchmark.measure import measure_all
+from streamflow.benchmark.settings import parse
+from streamflow.benchmark.subject import Subject, load
+from streamflow.benchmark.sweep import measure_sweeps, points
+from streamflow.benchmark.ways import VARIANTS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; the exit code: 0, 1 where a variant failed, 2 for an argument that cannot be."""
+    imported = time.process_time()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, settings = parse(argv, list(VARIANTS))
+    cache = compile_cache() if settings.compiles else None
+    with log_to_stderr(), current(settings.torch_device):
+        try:
+            if settings.plot:
+                plot.require()
+            subject = sized(load(settings))
+            check(subject)
+        except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+            parser.error(str(error))
+        command = " ".join(["python -m streamflow.benchmark", shlex.join(argv)]).strip()
+        result = run(subject, {"command": command, "import_cpu_s": imported, "compile_cache_before": cache})
+    paths = report.write(result, settings.output, subject.settings.name)
+    if settings.plot:
+        paths += plot.draw(result, settings.output, subject.settings.name)
+    print(report.table(result), "", *(f"saved {path}" for path in paths), sep="\n")
+    print(json.dumps(result, allow_nan=False))
+    return 1 if report.failures(result) else 0
+
+
+def sized(subject: Subject) -> Subject:
+    """The subject under settings that say the size, the model's own where none was given."""
+    with subject.stream(tiny=False) as stream:
+        return subject.under(replace(subject.settings, width=stream.width, height=stream.height))
+
+
+def check(subject: Subject) -> None:
+    """ValueError for what the model cannot do of what is asked for, before anything is measured."""
+    s = subject.settings
+    if s.sweep and s.sweep_vae == "tiny" and subject.tiny is None:
+        raise ValueError("--sweep-vae tiny: no tiny VAE was given: --tiny-vae")
+    for name, value, settings in points(s):
+        try:
+            subject.under(settings).stream(tiny=False).close()
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"--sweep {name}={value}: {error}") from error
+
+
+def run(subject: Subject, known: dict[str, Any]) -> dict[str, Any]:
+    """All that was asked for, measured; the result, with what is known beforehand, as JSON takes it."""
+    s = subject.settings
+    before = clocks(subject.device)
+    found = measure_all(subject)
+    result = {
+        **known,
+        "model": s.model,
+        "random_weights": s.random_weights,
+        "width": s.width,
+        "height": s.height,
+        "steps": s.steps,
+        "cfg_type": s.cfg_type,
+        "frame_buffer_size": s.frame_buffer_size,
+        "dtype": str(subject.pipe.dtype).removeprefix("torch."),
+        "rounds": s.rounds,
+        "warmup": s.warmup,
+        "load_s": subject.seconds,
+        "machine": machine(subject.device),
+        "clocks_before": before,
+        "variants": found,
+        "factors": report.factors(found),
+        "ratios": report.ratios(found),
+    }
+    if s.sweep:
+        result["sweeps"] = measure_sweeps(subject)
+    if s.latency:
+        result["latency"] = measure_latency(subject)
+    return report.rounded(result)
+
+
+def current(device: torch.device) -> Any:
+    """A context in which this CUDA device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Shows what this package logs, while it lasts; stdout is for the results."""
+    logger, handler = logging.getLogger("streamflow"), logging.StreamHandler()
+    before = logger.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

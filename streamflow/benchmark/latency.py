@@ -1,0 +1,81 @@
+"""Latency against rate: how old a picture is when it is finished, for cameras of several rates, in the ways there are to
+feed a stream (`streamflow.modes`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from streamflow.benchmark.measure import attempt, clean
+from streamflow.benchmark.subject import Subject
+from streamflow.benchmark.timing import wait
+from streamflow.modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
+from streamflow.pipeline import StreamFlow
+
+logger = logging.getLogger(__name__)
+INPUT_RATES = (24, 30, 60)  # camera frames a second
+STAGES = (1, 2, 4)
+PICTURES = 8  # that the camera shows in turn
+
+
+def measure_latency(subject: Subject) -> dict[str, Any]:
+    """For every number of stages and input rate: rate and latency of each mode, and the mode that `auto` takes. Pictures
+    are drawn one at a time, image-to-image, with the tiny VAE where there is one."""
+    s, tiny = subject.settings, subject.tiny is not None
+    rows = []
+    for stages in STAGES:
+        logger.info("latency, %d stages", stages)
+        at = subject.under(replace(s, steps=stages, frame_buffer_size=1))
+        found = attempt(f"latency at {stages} stages", lambda at=at: {"rates": measure_rates(at, tiny)})
+        rows += [{"stages": stages, **row} for row in found.get("rates", [found])]
+    vae = "tiny" if tiny else "own"
+    return {"vae": vae, "acceleration": s.kind, "seconds": s.latency_seconds, "rows": rows}
+
+
+def measure_rates(subject: Subject, tiny: bool) -> list[dict[str, Any]]:
+    """One row an input rate."""
+    s = subject.settings
+    found: dict[int, list[Measured]] = {rate: [] for rate in INPUT_RATES}
+    for batched in (True, False):
+        clean(subject.device)
+        with ExitStack() as stack:
+            stream = stack.enter_context(subject.stream(tiny, batched, skipped=1))
+            stream.accelerate(s.kind)
+            tick = ticking(stream)
+            for _ in range(1 + s.warmup):
+                tick(0)
+            modes = (fed(tick, s.steps), free(tick, s.steps)) if batched else (sequential(tick),)
+            for rate in INPUT_RATES:
+                found[rate] += [measured(mode, rate, s.latency_seconds) for mode in modes]
+    return [row(rate, modes) for rate, modes in found.items()]
+
+
+def measured(mode: Mode, rate: float, seconds: float) -> Measured:
+    """One mode at one input rate, by the real clock."""
+    return play(mode, RealClock(), 1 / rate, seconds)
+
+
+def ticking(stream: StreamFlow) -> Callable[[int], None]:
+    """A tick of the stream: a picture as a camera gives it goes in, and what comes out is finished on the device."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (PICTURES, stream.height, stream.width, 3), dtype=np.uint8)
+
+    def tick(frame: int) -> None:
+        stream(pictures[frame % PICTURES])
+        wait(stream.device)
+
+    return tick
+
+
+def row(rate: int, modes: list[Measured]) -> dict[str, Any]:
+    """The modes at one input rate, times in milliseconds."""
+    figures = {
+        m.name: {"pictures_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "pictures": m.pictures}
+        for m in modes
+    }
+    return {"input_rate": rate, "modes": figures, "auto": choose_mode(modes, rate).name}

@@ -1,0 +1,249 @@
+"""What is to be measured, as the command line says it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CFG_TYPES = ("none", "self", "full")
+VAES = ("own", "tiny")
+EXAMPLE = """examples:
+  python -m streamflow.benchmark --model sd15 --random-weights --width 512 --height 512 --steps 4 --output outputs/benchmark
+  python -m streamflow.benchmark --variants none --sweep steps=1,2,4,8 --sweep cfg=none,self,full --latency
+
+The last line is JSON. Exit code 2 for an argument that cannot be."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. model: a true size (`streamflow.models.true_size.SIZES`, with `random_weights`), "embedded", a hub id or a
+    folder. width, height in pixels, None: the model's own. frames: most ticks a round. rounds: how often each figure is
+    taken. round_seconds: how long a round may last, so that slow ways take fewer ticks. warmup: ticks before the first
+    round. variants None: all that there are. compile None: on CUDA. sweep: by the names of `SWEEPS`, values that one
+    setting takes while the others stay; sweep_vae: "own" or "tiny". latency: modes are measured too (`latency`), each
+    for `latency_seconds`."""
+
+    model: str = "embedded"
+    random_weights: bool = False
+    family: str | None = None
+    steps: int = 4
+    width: int | None = None
+    height: int | None = None
+    frames: int = 30
+    rounds: int = 5
+    round_seconds: float = 0.4
+    warmup: int = 3
+    variants: tuple[str, ...] | None = None
+    tiny_vae: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    cfg_type: str = "none"
+    frame_buffer_size: int = 1
+    output: Path = Path("outputs/benchmark")
+    plot: bool = True
+    compile: bool | None = None
+    sweep: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    sweep_vae: str = "own"
+    latency: bool = False
+    latency_seconds: float = 2.0
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is used: as asked, otherwise on CUDA."""
+        return self.cuda if self.compile is None else self.compile
+
+    @property
+    def kind(self) -> str:
+        """The best acceleration that these settings allow."""
+        return "compile" if self.compiles else "cuda-graph" if self.cuda else "none"
+
+    @property
+    def name(self) -> str:
+        """A file name for the results, without an ending."""
+        model = Path(self.model).name if Path(self.model).exists() else self.model
+        return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}-{self.width}x{self.height}-{self.steps}steps"
+
+
+class OncePerName(argparse.Action):
+    """Gathers (name, values) of an option that may be given once for each name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        name, given = values
+        gathered = getattr(namespace, self.dest)
+        if name in gathered:
+            raise argparse.ArgumentError(self, f"{name} is given twice")
+        setattr(namespace, self.dest, {**gathered, name: given})
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and ends with 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parser(variants: Sequence[str]) -> Parser:
+    """The command line; `variants` are the known ones."""
+    known = ", ".join(variants)
+    p = Parser(
+        prog="streamflow benchmark",
+        description="Measures one model on one machine: where each factor of the speed comes from.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model",
+        default="embedded",
+        help="sd15, sd3-medium, flux-schnell (with --random-weights), embedded, a hub id or a folder",
+    )
+    p.add_argument(
+        "--random-weights", action="store_true", help="a network of the named size with random weights: no download"
+    )
+    p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not tell")
+    p.add_argument("--steps", type=at_least(1), default=4, help="steps a picture (default 4)")
+    p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
+    p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
+    p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
+    p.add_argument("--rounds", type=at_least(1), default=5, help="how often each figure is taken (default 5)")
+    p.add_argument("--round-seconds", type=seconds, default=0.4, help="a slow way takes fewer ticks a round (default 0.4)")
+    p.add_argument("--warmup", type=at_least(0), default=3, help="ticks before the first round (default 3)")
+    p.add_argument("--variants", type=chosen(variants), help=f"comma-separated, of {known}; or none (default: all)")
+    p.add_argument("--tiny-vae", help="hub id or folder of an AutoencoderTiny of the model's latents")
+    p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, the model's own elsewhere")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--cfg-type", choices=CFG_TYPES, default="none", help="guidance (default none)")
+    p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
+    p.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
+    p.add_argument(
+        "--sweep",
+        type=sweep,
+        action=OncePerName,
+        default={},
+        metavar="NAME=VALUE,...",
+        help=f"rates at each value, and the roofline; NAME is one of {', '.join(SWEEPS)}; may be given several times",
+    )
+    p.add_argument("--sweep-vae", choices=VAES, default="own", help="the VAE of the sweeps (default own)")
+    p.add_argument(
+        "--latency", action="store_true", help="rate and latency of the modes, for cameras of 24, 30 and 60 a second"
+    )
+    p.add_argument("--latency-seconds", type=seconds, default=2.0, help="how long each mode is measured (default 2)")
+    p.add_argument("--no-plot", dest="plot", action="store_false", help="table and JSON only")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    return p
+
+
+def parse(argv: Sequence[str] | None, variants: Sequence[str]) -> tuple[Parser, Settings]:
+    """The settings that a command line asks for; it ends with 2 and one line where it cannot be."""
+    p = parser(variants)
+    a = p.parse_args(argv)
+    if (a.width is None) != (a.height is None):
+        p.error("--width and --height go together")
+    device_problem = unusable(a.device)
+    if device_problem:
+        p.error(f"--device {a.device}: {device_problem}")
+    return p, Settings(**vars(a))
+
+
+def unusable(device: str) -> str | None:
+    """Why torch cannot use this device; None where it can."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        return str(error).splitlines()[0]
+    return None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer that is not below."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return integer
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a positive number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def chosen(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: some of the known names, in their order."""
+
+    def names(text: str) -> tuple[str, ...]:
+        asked = [name.strip() for name in text.split(",")]
+        if asked == ["none"]:
+            return ()
+        if unknown := [name for name in asked if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}: choose of {', '.join(known)}")
+        return tuple(name for name in known if name in asked)
+
+    return names
+
+
+def one_of(known: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: a known name."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return text
+
+    return name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A setting that can be swept. label: what its values are. value: reads one. fields: those of `Settings` set by it."""
+
+    label: str
+    value: Callable[[str], int | str]
+    fields: tuple[str, ...]
+
+
+SWEEPS = {
+    "steps": Sweep("steps a picture", at_least(1), ("steps",)),
+    "size": Sweep("pixels a side", at_least(1), ("width", "height")),
+    "buffer": Sweep("frames a tick", at_least(1), ("frame_buffer_size",)),
+    "cfg": Sweep("guidance", one_of(CFG_TYPES), ("cfg_type",)),
+}
+
+
+def with_value(settings: Settings, name: str, value: int | str) -> Settings:
+    """The settings with one swept setting at a value."""
+    return replace(settings, **dict.fromkeys(SWEEPS[name].fields, value))
+
+
+def sweep(text: str) -> tuple[str, tuple[int | str, ...]]:
+    """An argparse type: `name=value,value,...`; each value once."""
+    name, equals, given = text.partition("=")
+    if name not in SWEEPS or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,... with a name of {', '.join(SWEEPS)}")
+    values = []
+    for one in given.split(","):
+        try:
+            values.append(SWEEPS[name].value(one.strip()))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name}={one}: {one!r} is not a whole number") from error
+    return name, tuple(dict.fromkeys(values))

@@ -1,0 +1,96 @@
+"""Clocks: how long calls take, by device events on CUDA, and how far figures spread. Knows calls, no streams."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+Call = Callable[[], object]
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@dataclass(frozen=True)
+class Round:
+    """A batch of calls: `total` seconds of host time until the device was done, and `each` call's seconds, from the end of
+    the one before to its own, by device events on CUDA."""
+
+    total: float
+    each: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Seconds a call."""
+        return self.total / len(self.each)
+
+
+def timed(call: Call, count: int, device: torch.device) -> Round:
+    """`count` calls back to back, the device waited for once, at the end."""
+    return (_timed_by_events if device.type == "cuda" else _timed_by_host)(call, count, device)
+
+
+def _timed_by_events(call: Call, count: int, device: torch.device) -> Round:
+    with torch.cuda.device(device):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        wait(device)
+        began = time.perf_counter()
+        marks[0].record()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+        wait(device)
+        total = time.perf_counter() - began
+    each = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
+    return Round(total, tuple(each))
+
+
+def _timed_by_host(call: Call, count: int, device: torch.device) -> Round:
+    wait(device)
+    marks = [time.perf_counter()]
+    for _ in range(count):
+        call()
+        wait(device)
+        marks.append(time.perf_counter())
+    return Round(marks[-1] - marks[0], tuple(b - a for a, b in zip(marks, marks[1:], strict=False)))
+
+
+def latencies(call: Call, depth: int, count: int, device: torch.device) -> list[float]:
+    """Seconds from the start of the call that takes a picture in to the finished end of the call that gives it back,
+    `depth` calls later counting itself, each call waited for, as one who shows every picture does."""
+    starts, ends = [], []
+    wait(device)
+    for _ in range(count + depth - 1):
+        starts.append(time.perf_counter())
+        call()
+        wait(device)
+        ends.append(time.perf_counter())
+    return [end - start for start, end in zip(starts, ends[depth - 1 :], strict=False)]
+
+
+def ticks_within(seconds: float, call: Call, most: int, device: torch.device) -> int:
+    """How many calls fit in so many seconds: at least 3 if `most` allows, and not more than `most`."""
+    once = timed(call, min(2, most), device).mean
+    return min(most, max(3, int(seconds / max(once, 1e-9))))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure with its spread: median, least and most over the rounds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))

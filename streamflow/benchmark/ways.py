@@ -1,0 +1,162 @@
+"""The ways of drawing that are compared: a table of small functions. Each opens a `Way`, which gives pictures tick by tick,
+the same frames from the same noise in every way, and leaves the model as it was when closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamflow.benchmark.settings import Settings
+from streamflow.benchmark.subject import Subject
+from streamflow.image_utils import denormalize
+from streamflow.pipeline import StreamFlow
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """tick: the next `frames` pictures, `[frames, 3, H, W]` in [0, 1], of frame 0 on. depth: how many ticks a picture
+    passes through. by_hand: the network's and the decoder's calls of one tick with nothing around them. details: what is
+    known of how it was made."""
+
+    tick: Callable[[], Tensor]
+    frames: int = 1
+    depth: int = 1
+    by_hand: Callable[[], object] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def plain(subject: Subject, tiny: bool) -> Iterator[Way]:
+    """The diffusers pipeline's own call, one picture after another."""
+    with subject.stream(tiny) as stream:
+        pipe, ids = subject.with_vae(tiny), count()
+        yield Way(lambda: subject.draw(pipe, stream.frame_noise(next(ids)), stream))
+
+
+@contextmanager
+def streamed(subject: Subject, kind: str, tiny: bool, batched: bool, anchored: bool = False) -> Iterator[Way]:
+    """Our stream, accelerated by `kind`; not `batched`, its network runs at batch 1, step by step. `anchored`: under
+    `cfg_type="self"` frames carry an anchor, without which that guidance does nothing."""
+    with subject.stream(tiny, batched) as stream:
+        stream.accelerate(kind)
+        yield Way(
+            with_anchors(stream) if anchored and stream.cfg_type == "self" else lambda: denormalize(stream.txt2img()),
+            stream.frame_bff_size,
+            subject.settings.steps if batched else 1,
+            by_hand(stream),
+            {"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
+        )
+
+
+def with_anchors(stream: StreamFlow) -> Callable[[], Tensor]:
+    """A tick of frames from noise that carry an anchor; what it holds does not change the speed."""
+    ids, frames = count(), stream.frame_bff_size
+
+    def tick() -> Tensor:
+        x0 = None
+        while x0 is None:  # the ring fills
+            noise = torch.cat([stream.frame_noise(next(ids)) for _ in range(frames)])
+            x0 = stream.predict_x0_batch(noise, torch.zeros_like(noise))
+        return denormalize(stream.decode_image(x0))
+
+    return tick
+
+
+def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
+    """One tick's network and decoder called with nothing around them; their graphs replayed where there are graphs. None
+    without a denoising batch."""
+    from streamflow.acceleration.cuda_graph import Graphed
+
+    if not stream.use_denoising_batch:
+        return None
+    parts = stream._parts()
+    calls = ((parts.velocity, stream.velocity), (parts.decoder, stream.codec.decoder))
+
+    def call() -> None:
+        for part, module in calls:
+            part.call(module)
+
+    if not all(isinstance(module, Graphed) for _, module in calls):
+        return call
+    call()
+    graphs = [next(reversed(module._captures.values())).graph for _, module in calls]
+
+    def replay() -> None:
+        for graph in graphs:
+            graph.replay()
+
+    return replay
+
+
+Open = Callable[[Subject], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table. title: what it is. tiny: with the tiny VAE. open: a context manager that gives its `Way`.
+    problem: why it cannot be measured under these settings, or None."""
+
+    title: str
+    tiny: bool
+    open: Open
+    problem: Callable[[Settings], str | None] = lambda settings: None
+
+
+def best(subject: Subject) -> str:
+    """The strongest acceleration that the settings allow."""
+    return subject.settings.kind
+
+
+def no_graphs(s: Settings) -> str | None:
+    return None if s.cuda else "CUDA graphs need a CUDA device"
+
+
+def no_compile(s: Settings) -> str | None:
+    return None if s.compiles else "torch.compile was not asked for: --compile"
+
+
+def nothing_faster(s: Settings) -> str | None:
+    return no_compile(s) if s.kind == "none" else None
+
+
+def no_tensorrt(s: Settings) -> str | None:
+    from importlib.util import find_spec
+
+    if not s.cuda:
+        return "TensorRT needs a CUDA device"
+    if find_spec("streamflow.acceleration.tensorrt") is None:
+        return "this version of StreamFlow has no TensorRT part"
+    if find_spec("tensorrt") is None and find_spec("tensorrt_rtx_bindings") is None:
+        return 'TensorRT is not installed: pip install "streamflow-rf[tensorrt-rtx]"'
+    if find_spec("tensorrt") is None and torch.cuda.get_device_capability(s.torch_device) == (9, 0):
+        return "TensorRT for RTX does not run on compute capability 9.0"
+    return None
+
+
+VARIANTS: dict[str, Variant] = {
+    "1": Variant("plain diffusers, eager, one after another", False, lambda s: plain(s, False)),
+    "1t": Variant("(1) with the tiny VAE", True, lambda s: plain(s, True)),
+    "2": Variant("the same, accelerated, without us", False, lambda s: streamed(s, best(s), False, False), nothing_faster),
+    "2t": Variant("(2) with the tiny VAE", True, lambda s: streamed(s, best(s), True, False), nothing_faster),
+    "3": Variant("the denoising batch", False, lambda s: streamed(s, "none", False, True)),
+    "4": Variant("+ CUDA graph", False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
+    "5": Variant("+ compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
+    "6": Variant("+ tiny VAE", True, lambda s: streamed(s, best(s), True, True)),
+    "7": Variant("+ TensorRT", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
+}
+CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
+SAME_VAE = (("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2"), ("6", "1t"), ("6", "2t"), ("7", "1t"), ("7", "2t"))
+
+
+def problem(name: str, settings: Settings, subject: Subject | None = None) -> str | None:
+    """Why this variant cannot be measured, or None."""
+    variant = VARIANTS[name]
+    if subject is not None and variant.tiny and subject.tiny is None:
+        return "no tiny VAE was given: --tiny-vae"
+    return variant.problem(settings)
