@@ -95,7 +95,7 @@ class Accelerating:
         from streamflow import acceleration
 
         try:
-            self._accelerated = acceleration.accelerate(kind, self._parts(), options)
+            self._accelerated = acceleration.accelerate(kind, self.parts(), options)
         except BaseException:
             self._acceleration = "none", None
             raise
@@ -110,7 +110,7 @@ class Accelerating:
             self._accelerated = None
             self.codec = self._plain_codec
 
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
         """The plain modules, each with arguments as a tick gives them."""
         from streamflow.acceleration import Part, Parts
 

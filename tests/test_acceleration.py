@@ -51,8 +51,8 @@ def drawn(stream, n=5):
     [
         *((family, {}) for family in FAMILIES if family != "schnell"),  # which is a Flux
         ("sd3", {"fuse_qkv": True}),
-        ("instaflow", {"fuse_qkv": True}),
-        ("flux", {"channels_last": False}),
+        pytest.param("instaflow", {"fuse_qkv": True}, marks=pytest.mark.slow),
+        pytest.param("flux", {"channels_last": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -96,6 +96,7 @@ def test_an_update_reaches_the_compiled_network(own_stream):
     assert torch.allclose(drawn(fast), drawn(plain), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_network_or_vae_is_accelerated_in_its_place(own_stream):
     stream, other = own_stream(), random_pipeline("sd3", seed=1)
     stream.accelerate("compile", **GRAPHLESS)

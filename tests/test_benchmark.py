@@ -148,7 +148,7 @@ def test_flops_are_what_torch_counts_and_grow_with_the_rows(subject_of, family):
     found = roofline.flops(subject, tiny=True)
     counter = FlopCounterMode(display=False)
     with subject.stream(tiny=True) as stream, sdpa_kernel(SDPBackend.MATH), counter:
-        stream._parts().velocity.call()
+        stream.parts().velocity.call()
     assert found["network"] == counter.get_total_flops() > 0 and found["decoder"] > 0
     for change, times in (({"steps": 8, "frame_buffer_size": 2}, 2), ({"cfg_type": "full"}, 2)) * (family == "sd3"):
         other = roofline.flops(subject.under(replace(subject.settings, **change)), tiny=True)

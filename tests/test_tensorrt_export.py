@@ -4,6 +4,7 @@ engines are not executed: that takes a GPU (`python -m streamflow.acceleration.t
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ from streamflow.models.codec import Codec
 from streamflow.models.random_weights import random_tiny_vae
 from streamflow.pretrained import embedded, embedded_tiny_vae
 
+pytestmark = [
+    pytest.mark.tensorrt,
+    pytest.mark.skipif(
+        not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+        reason="onnx, onnxscript and onnxruntime are not installed: python env/install.py --tensorrt-rtx",
+    ),
+]
 BATCHES = (1, 2, 4, 3)
 TOLERANCE = 1e-4  # float32: absolute, and relative to the largest value
 

@@ -45,6 +45,13 @@ def say_absent(folder: Path) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
+def forget(path: Path, name: str) -> None:
+    """Take an entry out of a JSON file."""
+    entries = json.loads(path.read_text())
+    del entries[name]
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+
+
 def export(args) -> None:
     build_pipeline(args).to(torch.float16).save_pretrained(args.output)
     say_float32(args.output)
@@ -52,6 +59,7 @@ def export(args) -> None:
     if (args.work / "tiny_vae.pt").exists():
         twin = load_average(args.work / "tiny_vae.pt", build_tiny_vae(TINY if args.tiny else SHIPPED))
         twin.half().save_pretrained(args.output / "vae_tiny")
+        forget(args.output / "vae_tiny" / "config.json", "block_out_channels")  # diffusers derives it
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ class Graphed(nn.Module):
         self._captures.clear()
         self._pool = None
 
+    def replay_last(self) -> None:
+        """Replay the graph of the last call as it is; nothing is copied in or out. RuntimeError before any call."""
+        if not self._captures:
+            raise RuntimeError("no graph is captured yet: call the module first")
+        next(reversed(self._captures.values())).graph.replay()
+
     @torch.no_grad()
     def forward(self, *positional: Tensor, **named: Tensor | None) -> Tensor:
         inputs = {**{f"{i}": value for i, value in enumerate(positional)}, **named}

@@ -40,7 +40,7 @@ def flops(subject: Subject, tiny: bool) -> dict[str, float]:
 
     with subject.stream(tiny) as stream:
         counted = {}
-        for part in (stream._parts().velocity, stream._parts().decoder):
+        for part in (stream.parts().velocity, stream.parts().decoder):
             counter = FlopCounterMode(display=False)
             with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
                 part.call()

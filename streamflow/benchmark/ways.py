@@ -75,7 +75,7 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
 
     if not stream.use_denoising_batch:
         return None
-    parts = stream._parts()
+    parts = stream.parts()
     calls = ((parts.velocity, stream.velocity), (parts.decoder, stream.codec.decoder))
 
     def call() -> None:
@@ -85,11 +85,10 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
     if not all(isinstance(module, Graphed) for _, module in calls):
         return call
     call()
-    graphs = [next(reversed(module._captures.values())).graph for _, module in calls]
 
     def replay() -> None:
-        for graph in graphs:
-            graph.replay()
+        for _, module in calls:
+            module.replay_last()
 
     return replay
 
