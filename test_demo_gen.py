@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,20 +32,14 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from streamflow import StreamFlow, models, pretrained  # noqa: E402
+from streamflow import StreamFlow, acceleration, models, pretrained  # noqa: E402
+from streamflow.command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt")
 # How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst picture.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -55,11 +49,11 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not tell")
     p.add_argument("--prompt", action="append", help="repeat it for several, drawn in turn (default: sixteen of ours)")
     p.add_argument("--negative-prompt", default="", help="what --cfg-type full and initialize steer away from")
-    p.add_argument("--steps", type=_at_least(1), default=4, help="Euler steps a picture (default 4)")
-    p.add_argument("--frames", type=_at_least(1), default=16, help="how many pictures (default 16)")
-    p.add_argument("--rounds", type=_at_least(1), default=1, help="repeat both ways, to see the spread (default 1)")
-    p.add_argument("--width", type=_at_least(1), help="pixels (default: the model's)")
-    p.add_argument("--height", type=_at_least(1), help="pixels (default: the model's)")
+    p.add_argument("--steps", type=at_least(1), default=4, help="Euler steps a picture (default 4)")
+    p.add_argument("--frames", type=at_least(1), default=16, help="how many pictures (default 16)")
+    p.add_argument("--rounds", type=at_least(1), default=1, help="repeat both ways, to see the spread (default 1)")
+    p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
+    p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--device", default=_best_device(), help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, float16 elsewhere")
     p.add_argument("--seed", type=int, default=2, help="default 2")
@@ -79,17 +73,6 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     if a.dtype is None:
         a.dtype = "float32" if a.device == "cpu" else "float16"
     return p, a
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    parse.__name__ = "integer"
-    return parse
 
 
 def _best_device() -> str:
@@ -307,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         loop = make_stream(a, pipe, batched=False) if own_rule else None
         if a.image:
             Image.open(a.image).verify()
-        stream.accelerate(a.accelerate)
+        kind = acceleration.resolve(a.accelerate, pipe.device)
+        acceleration.check_options(kind, pipe.device, {})
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
         parser.error(str(error))
     reference = "StreamFlow's own loop" if loop else "plain diffusers"
@@ -315,12 +299,12 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(a.rounds):
         for fresh in filter(None, (stream, loop)):
             fresh.reset()
+        stream.accelerate("none")  # it may act on the pipe's own modules, which both ways use
         if loop:
             plain = draw_streamed(a, loop, "one by one")
         else:
-            stream.accelerate("none")  # it may act on the pipe's own modules
             plain = draw_with_pipeline(a, pipe, stream, "one by one")
-        stream.accelerate(a.accelerate)
+        stream.accelerate(kind)
         rounds.append((plain, draw_streamed(a, stream, "streamed  ")))
     a.output.parent.mkdir(parents=True, exist_ok=True)
     captions = [a.prompt[k % len(a.prompt)] for k in range(a.frames)]

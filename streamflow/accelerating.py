@@ -112,20 +112,9 @@ class Accelerating:
 
     def parts(self) -> Parts:
         """The plain modules, each with arguments as a tick gives them."""
-        from streamflow.acceleration import Part, Parts
+        from streamflow.acceleration import Parts
 
-        rows = self._rows(None)
-        frames = torch.zeros(self.frame_bff_size, 3, self.height, self.width, device=self.device)
+        pictures = torch.zeros(self.frame_bff_size, 3, self.height, self.width, device=self.device)
         latents = torch.zeros(self.frame_bff_size, *self._shape, device=self.device, dtype=self.dtype)
-        free = self.adapter.free_size
-        return Parts(
-            Part(
-                *("velocity", self.adapter.velocity, rows.example(self._state.prompt)),
-                positional=2,
-                shared=frozenset(self.adapter.shared_inputs),
-                free_size=free,
-                exportable=self.adapter.exportable,
-            ),
-            Part("decoder", self._plain_codec.decoder, {"latents": latents}, free_size=latents.dim() == 4),
-            Part("encoder", self._plain_codec.encoder, {"pictures": frames}, free_size=latents.dim() == 4),
-        )
+        inputs = self._rows(None).example(self._state.prompt)
+        return Parts.of(self.adapter, self._plain_codec, inputs, latents, pictures)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -47,6 +49,38 @@ def stream_of(pipes):
         return stream
 
     return make
+
+
+@pytest.fixture
+def cuda_stream():
+    """`cuda_stream(family, steps, dtype, prepare={}, ...)`: a prepared stream, its random pipeline on the GPU."""
+
+    def make(family="sd3", steps=4, dtype=torch.float32, prepare=None, **options):
+        pipe = random_pipeline(family).to("cuda", dtype)
+        options = {"cfg_type": "none", **({"family": "instaflow"} if family == "instaflow" else {}), **options}
+        stream = StreamFlow(pipe, range(steps), **options)
+        stream.prepare(PROMPT, **{"num_inference_steps": steps, **(prepare or {})})
+        return stream
+
+    return make
+
+
+@contextmanager
+def never_waiting():
+    """Inside, whatever makes the host wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def cuda_memory() -> tuple[int, int]:
+    """Bytes that tensors hold on the GPU, and bytes that torch has taken of it, once all work is done."""
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 @pytest.fixture

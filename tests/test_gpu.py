@@ -1,10 +1,8 @@
 """The same promises on a GPU: the pipeline's bits, no waiting in the hot path, no memory that grows."""
 
-import gc
-
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, cuda_memory, never_waiting, noises, relative_error, streamed
 
 from streamflow import StreamFlow
 from streamflow.models.random_weights import random_pipeline
@@ -14,19 +12,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture
-def cuda_stream():
-    def make(family="sd3", steps=4, dtype=torch.float32, prepare=None, **options):
-        pipe = random_pipeline(family).to("cuda", dtype)
-        if family == "instaflow":
-            options["family"] = "instaflow"
-        stream = StreamFlow(pipe, range(steps), **{"cfg_type": "none", **options})
-        stream.prepare(PROMPT, **{"num_inference_steps": steps, **(prepare or {})})
-        return stream
-
-    return make
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,30 +58,22 @@ def test_the_hot_path_never_waits(cuda_stream, cfg_type, picture):
     for one in pictures.split(1):
         stream(one)
     stream.txt2img()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for one in pictures.split(1):
             stream(one)
             stream.txt2img()
         stream.update(guidance_scale=3.0)
         stream(pictures[:1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_thousand_ticks_leave_memory_where_it_was_after_twenty(cuda_stream):
     stream = cuda_stream("instaflow", cfg_type="self")
     for _ in range(20):
         stream.txt2img()
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before = cuda_memory()
     for _ in range(1980):
         stream.txt2img()
-    gc.collect()
-    torch.cuda.synchronize()
-    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert cuda_memory() == before
 
 
 def test_inference_time_is_read_without_waiting(cuda_stream):

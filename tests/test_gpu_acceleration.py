@@ -1,14 +1,13 @@
 """Acceleration where it counts: CUDA graphs and compiled code draw what the plain network draws, whatever changes."""
 
-import gc
+from functools import partial
 
 import pytest
 import torch
-from conftest import FAMILIES, PROMPT, noises, streamed
+from conftest import FAMILIES, cuda_memory, never_waiting, noises, streamed
 
-from streamflow import StreamFlow
 from streamflow.acceleration.cuda_graph import Graphed
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+from streamflow.models.random_weights import random_tiny_vae
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,15 +17,8 @@ BOUNDS = {"cuda-graph": 2 / 255, "compile": 4 / 255}
 
 
 @pytest.fixture
-def stream_on_gpu():
-    def make(family="sd3", dtype=torch.float16, prepare=None, **options):
-        pipe = random_pipeline(family).to("cuda", dtype)
-        options = {"cfg_type": "none", **({"family": "instaflow"} if family == "instaflow" else {}), **options}
-        stream = StreamFlow(pipe, range(4), **options)
-        stream.prepare(PROMPT, **{"num_inference_steps": 4, **(prepare or {})})
-        return stream
-
-    return make
+def stream_on_gpu(cuda_stream):
+    return partial(cuda_stream, dtype=torch.float16)
 
 
 def drawn(stream, n=6):
@@ -136,14 +128,10 @@ def test_the_hot_path_never_waits(stream_on_gpu, picture):
     pictures = stream.preprocess([picture(k) for k in range(6)]).pin_memory()
     stream(pictures[:1])
     stream.txt2img()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for one in pictures.split(1):
             stream(one)
             stream.txt2img()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_stays_where_it_was(stream_on_gpu):
@@ -151,14 +139,10 @@ def test_memory_stays_where_it_was(stream_on_gpu):
     stream.accelerate("cuda-graph")
     for _ in range(20):
         stream.txt2img()
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before = cuda_memory()
     for _ in range(500):
         stream.txt2img()
-    gc.collect()
-    torch.cuda.synchronize()
-    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert cuda_memory() == before
 
 
 def test_fused_projections_draw_the_same(stream_on_gpu):

@@ -18,7 +18,18 @@ ROOT = Path(streamflow.__file__).parent
 
 # Names without `streamflow.`; `models.*` is every module of models that is not named by itself.
 ROWS = (
-    ("_version", "requirements_check", "pretrained", "wrap", "flow", "image_utils", "image_filter", "io.*", "parallel.plan"),
+    (
+        "_version",
+        "requirements_check",
+        "command_line",
+        "pretrained",
+        "wrap",
+        "flow",
+        "image_utils",
+        "image_filter",
+        "io.*",
+        "parallel.plan",
+    ),
     ("schedule", "guidance"),
     (
         *("noise", "conditioning", "ring", "frames", "changes", "planner", "inpaint"),

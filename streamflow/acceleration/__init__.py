@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -52,7 +52,24 @@ class Parts:
     decoder: Part
     encoder: Part
 
-    def __iter__(self):
+    @classmethod
+    def of(cls, adapter: Any, codec: Any, inputs: Mapping[str, Tensor], latents: Tensor, pictures: Tensor) -> Parts:
+        """Those of a family's adapter and of a codec (`streamflow.models`). inputs: the velocity's, x and t first. latents
+        `[F, ...]` go into the decoder, pictures `[F, 3, height, width]` into the encoder."""
+        velocity = Part(
+            "velocity",
+            adapter.velocity,
+            inputs,
+            positional=2,
+            shared=frozenset(adapter.shared_inputs),
+            free_size=adapter.free_size,
+            exportable=adapter.exportable,
+        )
+        maps = latents.dim() == 4  # packed latents have lost their height and width
+        decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=maps)
+        return cls(velocity, decoder, Part("encoder", codec.encoder, {"pictures": pictures}, free_size=maps))
+
+    def __iter__(self) -> Iterator[Part]:
         return iter((self.velocity, self.decoder, self.encoder))
 
 

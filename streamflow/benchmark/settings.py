@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from streamflow.command_line import Parser, at_least
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CFG_TYPES = ("none", "self", "full")
 VAES = ("own", "tiny")
@@ -90,13 +92,6 @@ class OncePerName(argparse.Action):
         setattr(namespace, self.dest, {**gathered, name: given})
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and ends with 2."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def parser(variants: Sequence[str]) -> Parser:
     """The command line; `variants` are the known ones."""
     known = ", ".join(variants)
@@ -166,18 +161,6 @@ def unusable(device: str) -> str | None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         return str(error).splitlines()[0]
     return None
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is not below."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return integer
 
 
 def seconds(text: str) -> float:

@@ -12,7 +12,7 @@ from streamflow.benchmark.report import ratio
 from streamflow.benchmark.roofline import flops, matrix_rate
 from streamflow.benchmark.settings import Settings, with_value
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.ways import Way, streamed
+from streamflow.benchmark.ways import streamed
 
 logger = logging.getLogger(__name__)
 Point = dict[str, Any]
@@ -71,11 +71,6 @@ def rate_of(subject: Subject, tiny: bool, batched: bool) -> dict[str, Any]:
     clean(subject.device)
     with streamed(subject, subject.settings.kind, tiny, batched, anchored=True) as way:
         rate = vars(steady_rate(subject, way))
-        found = {"pictures_per_s": rate, "network_rows": rows(way), "clocks": clocks(subject.device)}
+        found = {"pictures_per_s": rate, "network_rows": way.details["network_rows"], "clocks": clocks(subject.device)}
     logger.info("  %s: %.2f pictures/s", "ring" if batched else "sequential", found["pictures_per_s"]["median"])
     return found
-
-
-def rows(way: Way) -> int:
-    """How many rows a call of the network has, guidance's included."""
-    return way.details["network_rows"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from streamflow.acceleration import Part, Parts
+from streamflow.acceleration import Parts
+from streamflow.conditioning import stack
 
 PROMPT = "a red apple, 3d render"
 
@@ -23,16 +24,6 @@ def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | No
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(rows, *shape, generator=draw).to(device, dtype)
     times = schedule.timesteps[torch.arange(rows) % len(schedule)].to(device, torch.float32)
-    cond = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in prompt.cond.rows.items()}
-    codec = adapter.codec(pipe.vae, size, size)
     pictures = torch.rand(rows, 3, size, size, generator=draw).to(device) * 2 - 1
-    velocity = Part(
-        *("velocity", adapter.velocity, {"x": latents, "t": times, **cond, **prompt.cond.shared}),
-        positional=2,
-        shared=frozenset(adapter.shared_inputs),
-        free_size=getattr(adapter, "free_size", False),
-        exportable=adapter.exportable,
-    )
-    free = latents.dim() == 4
-    decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=free)
-    return Parts(velocity, decoder, Part("encoder", codec.encoder, {"pictures": pictures}, free_size=free))
+    inputs = {"x": latents, "t": times, **stack((prompt.cond,) * rows)}
+    return Parts.of(adapter, adapter.codec(pipe.vae, size, size), inputs, latents, pictures)
