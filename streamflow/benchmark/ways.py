@@ -140,14 +140,16 @@ def no_tensorrt(s: Settings) -> str | None:
 
 VARIANTS: dict[str, Variant] = {
     "1": Variant("plain diffusers, eager, one after another", False, lambda s: plain(s, False)),
-    "1t": Variant("(1) with the tiny VAE", True, lambda s: plain(s, True)),
-    "2": Variant("the same, accelerated, without us", False, lambda s: streamed(s, best(s), False, False), nothing_faster),
-    "2t": Variant("(2) with the tiny VAE", True, lambda s: streamed(s, best(s), True, False), nothing_faster),
+    "1t": Variant("plain diffusers, eager, tiny VAE", True, lambda s: plain(s, True)),
+    "2": Variant("one after another, accelerated", False, lambda s: streamed(s, best(s), False, False), nothing_faster),
+    "2t": Variant(
+        "one after another, accelerated, tiny VAE", True, lambda s: streamed(s, best(s), True, False), nothing_faster
+    ),
     "3": Variant("the denoising batch", False, lambda s: streamed(s, "none", False, True)),
-    "4": Variant("+ CUDA graph", False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
-    "5": Variant("+ compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
-    "6": Variant("+ tiny VAE", True, lambda s: streamed(s, best(s), True, True)),
-    "7": Variant("+ TensorRT", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
+    "4": Variant("the batch + CUDA graph", False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
+    "5": Variant("the batch + CUDA graph + compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
+    "6": Variant("the batch, accelerated, tiny VAE", True, lambda s: streamed(s, best(s), True, True)),
+    "7": Variant("the batch + TensorRT, tiny VAE", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
 }
 CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
 SAME_VAE = (("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2"), ("6", "1t"), ("6", "2t"), ("7", "1t"), ("7", "2t"))
