@@ -35,6 +35,7 @@ EXTRAS = {
     "web": "the page and its server",
     "video": "video files",
     "bench": "plots of the benchmark",
+    "quantize": "matrices of eight bits (torchao)",
     "dev": "the linter, and uv for env/resolve.py",
 }
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")

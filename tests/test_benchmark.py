@@ -130,7 +130,7 @@ def test_a_sweep_measures_each_setting_once_and_keeps_the_others(monkeypatch):
     found = sweep.measure_sweeps(Subject(replace(QUICK, sweep=values), pipe, {}))
     assert {name: [p["value"] for p in found[name]] for name in values} == {n: list(v) for n, v in values.items()}
     assert len(counted) == len(set(counted)) == 2 * 4 + 1 + 1  # one for two frames a tick, one that failed
-    assert found["size"][1] == {"value": 100, "failed": "OutOfMemoryError: too large"}
+    assert found["size"][1] == {"value": 100, "failed": "OutOfMemoryError: too large by far"}
     assert found["steps"][1] == {**found["cfg"][0], "value": 4} == {**found["buffer"][0], "value": 4}
     first, fourth = found["steps"]
     assert (first["ratio"]["median"], fourth["ratio"]["median"]) == (1.25, 5.0)

@@ -49,6 +49,7 @@ OWNERS = {
     "onnx": ("acceleration.*",),
     "onnxruntime": ("acceleration.*",),
     "polygraphy": ("acceleration.*",),
+    "torchao": ("acceleration.*",),
 }
 
 

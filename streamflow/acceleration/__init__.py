@@ -41,7 +41,7 @@ class Part:
     def call(self, module: nn.Module | None = None) -> Tensor:
         """What the module, or another one in its place, gives for `inputs`."""
         values = list(self.inputs.values())[: self.positional]
-        return (module or self.module)(*values, **dict(list(self.inputs.items())[self.positional :]))
+        return (self.module if module is None else module)(*values, **dict(list(self.inputs.items())[self.positional :]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,19 +8,23 @@ generates is kept on disk by torch itself (`TORCHINDUCTOR_CACHE_DIR`), so a seco
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow.acceleration import Accelerated, Part, Parts
+from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
+from streamflow.acceleration.quantize import quantize, require
 
 logger = logging.getLogger(__name__)
 RECOMPILATIONS = 64  # shapes a stream may come to have; torch's own limit is 8
 MOST = 0.8  # the share of a network's weights that its repeated blocks must hold to be compiled alone
 REPEATS = 4  # how often a block must come to count as repeated
+HALF_JOINED, JOINED = 0.05, 1e-4  # how far joined projections may be off, relative, in half precision and in single
 
 
 @dataclass(frozen=True)
@@ -29,35 +33,46 @@ class Options:
     regional: compile repeated blocks, not the whole; None: where they hold 80 % of the weights.
     fullgraph: an error instead of a graph break. channels_last: convolutions in that layout.
     fuse_qkv: attention projections as one matrix, where the network has that switch and no adapters (LoRA) are loaded.
-    backend, mode: torch.compile's own. limit: how many shapes keep a CUDA graph."""
+    quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`); the pictures change,
+    beyond the bound of this kind. attention: a backend of diffusers (`attention.choose_attention`).
+    backend, mode, options: torch.compile's own; it takes a mode or options. limit: how many shapes keep a CUDA graph."""
 
     cuda_graph: bool | None = None
     regional: bool | None = None
     fullgraph: bool = True
     channels_last: bool = True
     fuse_qkv: bool = False
+    quantize: str | None = None
+    attention: str | None = None
     backend: str = "inductor"
     mode: str | None = None
+    options: Mapping[str, Any] | None = None
     limit: int = 8
 
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.options is not None:
+            raise ValueError(f"torch.compile takes a mode or options, and got mode={self.mode!r} and {dict(self.options)}")
+
     def for_device(self, device: torch.device) -> Options:
-        """These options with `cuda_graph` decided; RuntimeError where it was asked for and cannot be."""
+        """These options with `cuda_graph` decided; RuntimeError where what was asked for cannot be on this device."""
         if self.cuda_graph:
             require_cuda(device)
+        if self.quantize is not None:
+            require(self.quantize, device)
         on_cuda = device.type == "cuda"
         return replace(self, cuda_graph=on_cuda if self.cuda_graph is None else self.cuda_graph)
 
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
-    """Each part compiled. Layout and fused projections are changed in place and undone by `undo`."""
+    """Each part compiled. What is changed in place (layout, projections, attention, weights) is undone by `undo`."""
     undo: list[Callable[[], None]] = []
     modules = {}
     try:
         for part in parts:
             if options.channels_last:
                 undo.append(channels_last(part.module))
-            if options.fuse_qkv and part.name == "velocity":
-                undo.append(fuse_projections(part.module))
+            if part.name == "velocity":
+                change_network(part, options, undo)
             compiled, undo_compile = compile_part(part, options)
             undo.append(undo_compile)
             modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph else compiled
@@ -65,6 +80,16 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
         run_backwards(undo)
         raise
     return Accelerated(modules, lambda: run_backwards(undo))
+
+
+def change_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:
+    """What is done to the network alone, in this order; how to take each back is appended to `undo`."""
+    if options.fuse_qkv:
+        undo.append(fuse_projections(part))
+    if options.attention is not None:
+        undo.append(choose_attention(part.module, options.attention))
+    if options.quantize is not None:
+        undo.append(quantize(part, repeated_blocks(part.module), options.quantize))
 
 
 def run_backwards(undo: list[Callable[[], None]]) -> None:
@@ -95,7 +120,8 @@ class Compiled(nn.Module):
 
 def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], None]]:
     """The part's module compiled whole, or its repeated blocks alone; and how to undo the latter."""
-    how = {"fullgraph": options.fullgraph, "backend": options.backend, "mode": options.mode, "dynamic": False}
+    own = {"backend": options.backend, "mode": options.mode, "options": options.options and dict(options.options)}
+    how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
         raise ValueError("regional=True, and this network has no blocks that repeat: leave it out to compile it whole")
@@ -137,24 +163,42 @@ def channels_last(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def fuse_projections(module: nn.Module) -> Callable[[], None]:
-    """Join the attention projections of the network inside, by diffusers' own switch; returns how to part them."""
-    networks = [m for m in module.modules() if hasattr(m, "fuse_qkv_projections")]
+def fuse_projections(part: Part) -> Callable[[], None]:
+    """Join the attention projections of the network inside, by diffusers' own switch; returns how to part them.
+
+    ValueError where the network has adapters, or computes something else once they are joined: diffusers' joined attention
+    of Stable Diffusion 3 leaves the norms of queries and keys out, which SD 3.5 has. Two plain calls find that out."""
+    networks = [m for m in part.module.modules() if hasattr(m, "fuse_qkv_projections")]
+    if any(getattr(network, "peft_config", None) for network in networks):
+        raise ValueError("fuse_qkv cannot join projections that carry adapters (LoRA): fuse_lora() first, or leave it out")
+    before = part.call()
     for network in networks:
-        if getattr(network, "peft_config", None):
-            raise ValueError(
-                "fuse_qkv cannot join projections that carry adapters (LoRA): fuse_lora() first, or leave it out"
-            )
         network.fuse_qkv_projections()
+    try:
+        off = difference(part.call(), before)
+        if not off <= (HALF_JOINED if before.dtype.itemsize == 2 else JOINED):
+            raise ValueError(
+                f"fuse_qkv changes what this network computes: diffusers' joined attention makes a difference of {off:.2g} "
+                f"of the output's norm; leave it out"
+            )
+    except BaseException:
+        unfuse(networks)
+        raise
+    return lambda: unfuse(networks)
 
-    def undo() -> None:
-        for network in networks:
-            network.unfuse_qkv_projections()
-            for m in network.modules():
-                for name in ("to_qkv", "to_kv", "to_added_qkv"):
-                    if name in m._modules:
-                        del m._modules[name]
-                if getattr(m, "fused_projections", False):
-                    m.fused_projections = False
 
-    return undo
+def difference(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def unfuse(networks: Sequence[nn.Module]) -> None:
+    """Part joined projections, and remove what diffusers leaves behind."""
+    for network in networks:
+        network.unfuse_qkv_projections()
+        for m in network.modules():
+            for name in ("to_qkv", "to_kv", "to_added_qkv"):
+                if name in m._modules:
+                    del m._modules[name]
+            if getattr(m, "fused_projections", False):
+                m.fused_projections = False

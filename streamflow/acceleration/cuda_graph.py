@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.acceleration import Accelerated, Parts
+from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,11 @@ def require_cuda(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """limit: how many shapes keep a graph, the longest unused leaving first."""
+    """limit: how many shapes keep a graph, the longest unused leaving first. attention: a backend of diffusers for the
+    network (`attention.choose_attention`)."""
 
     limit: int = 8
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1:
@@ -45,8 +48,11 @@ class Options:
 
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
-    """Each part's module behind a `Graphed`. The modules themselves are not touched."""
-    return Accelerated({part.name: Graphed(part.module, options.limit) for part in parts})
+    """Each part's module behind a `Graphed`. The modules are not touched, but for the attention where it is chosen."""
+    modules = {part.name: Graphed(part.module, options.limit) for part in parts}
+    if options.attention is None:
+        return Accelerated(modules)
+    return Accelerated(modules, choose_attention(parts.velocity.module, options.attention))
 
 
 Signature = tuple

@@ -3,7 +3,10 @@ strong as they were when it was captured; values changed in place it sees by its
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Watch:
@@ -16,7 +19,9 @@ class Watch:
 
     def renew(self) -> None:
         """Remember the module as it is now."""
-        self._tensors = [*self.module.parameters(), *self.module.buffers()]
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        self._plain = [t for t in tensors if not is_traceable_wrapper_subclass(t)]
+        self._made_of_others = [t for t in tensors if is_traceable_wrapper_subclass(t)]
         modules = list(self.module.modules())
         self._networks = [m for m in modules if hasattr(m, "add_adapter")]
         self._adapters = [m for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
@@ -28,7 +33,16 @@ class Watch:
 
     def _state(self) -> tuple:
         return (
-            [t.data_ptr() for t in self._tensors],
+            [t.data_ptr() for t in self._plain],
+            [inner.data_ptr() for t in self._made_of_others for inner in inner_tensors(t)],
             [tuple(getattr(m, "peft_config", None) or ()) for m in self._networks],
             [(tuple(m.active_adapters), tuple(m.scaling.items()), m.disable_adapters) for m in self._adapters],
         )
+
+
+def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the memory of one that is made of others, as quantised weights are: its own address says
+    nothing."""
+    for name in tensor.__tensor_flatten__()[0]:
+        inner = getattr(tensor, name)
+        yield from inner_tensors(inner) if is_traceable_wrapper_subclass(inner) else (inner,)

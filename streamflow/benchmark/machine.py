@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("streamflow-rf", "torch", "diffusers", "transformers", "triton", "tensorrt", "numpy")
+PACKAGES = ("streamflow-rf", "torch", "diffusers", "transformers", "triton", "torchao", "tensorrt", "numpy")
 QUERY = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "driver_version")
 
 

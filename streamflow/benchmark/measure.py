@@ -51,7 +51,12 @@ def attempt(what: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return call()
     except FAILURES as error:
         logger.exception("%s failed", what)
-        return {"failed": " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])}
+        return {"failed": cause(error)}
+
+
+def cause(error: BaseException, most: int = 600) -> str:
+    """An error's kind and the beginning of what it says, in one line; compilers put the cause into the later lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
 
 
 def in_short(figures: dict[str, Any]) -> str:

@@ -1,0 +1,186 @@
+"""Matrices of eight bits, by torchao: weights once, activations anew in every call, multiplied in eight bits. For networks
+that fill the GPU with matrix products (large transformers); the pictures change, see `streamflow.acceleration.compile`.
+
+What is quantised: the Linear layers of the network's repeated blocks that have `FEATURES` or more on both sides and see
+`ROWS` or more rows in a call. Fewer rows, as in modulation, which sees one a picture, leave nothing to gain and cost
+precision; the rows are counted in one plain call. Embeddings and the output layer stay as they are.
+
+A quantised weight stands in the place of the parameter, which is kept and put back: half as much memory is needed again.
+torchao is imported when it is used. Knows parts and matrices; no family, no stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.acceleration import Part
+
+logger = logging.getLogger(__name__)
+FEATURES = 512  # the least of a layer's inputs and outputs: the smaller, the more quantising costs beside multiplying
+ROWS = 64  # the least rows that a layer sees in a call
+MULTIPLE = 16  # of features: what the GPU's eight-bit products take
+REMEDY = 'pip install "streamflow-rf[quantize]"'
+
+
+@dataclass(frozen=True)
+class Kind:
+    """config: makes torchao's own. capability: the least compute capability of a GPU. dtypes: of the weights it takes.
+    cpu: works there too."""
+
+    config: Callable[[], Any]
+    capability: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+    cpu: bool = False
+
+
+def _float8(granularity: str) -> Any:
+    from torchao import quantization
+
+    scaled = getattr(quantization, granularity)()
+    return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=scaled, set_inductor_config=False)
+
+
+def _int8() -> Any:
+    from torchao import quantization
+
+    return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+KINDS = {
+    "fp8": Kind(lambda: _float8("PerRow"), (8, 9), (torch.bfloat16,)),
+    "fp8-tensor": Kind(lambda: _float8("PerTensor"), (8, 9), HALVES),
+    "int8": Kind(_int8, (8, 0), (*HALVES, torch.float32), cpu=True),
+}
+
+
+def require(name: str, device: torch.device) -> None:
+    """That this kind can be had on this device.
+
+    Raises:
+        ValueError: unknown, the known are listed. RuntimeError: the device cannot multiply in it. ImportError: no torchao.
+    """
+    if name not in KINDS:
+        raise ValueError(f"unknown quantize {name!r}: choose one of {', '.join(KINDS)}")
+    kind, least = KINDS[name], "{}.{}".format(*KINDS[name].capability)
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found < kind.capability:
+            raise RuntimeError(
+                f"quantize={name!r} needs a GPU of compute capability {least} or more, and "
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: {_others(found)}"
+            )
+    elif device.type != "cpu" or not kind.cpu:
+        raise RuntimeError(f"quantize={name!r} needs a CUDA device of capability {least} or more, not {device}")
+    try:
+        kind.config()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ImportError(f"quantize={name!r} needs torchao 0.18 on torch 2.11 or newer: {REMEDY} ({error})") from error
+
+
+def _others(capability: tuple[int, int]) -> str:
+    able = [name for name, kind in KINDS.items() if kind.capability <= capability]
+    return f"it can do {', '.join(able)}" if able else "leave it out"
+
+
+def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[], None]:
+    """Quantise the matrices of a part's repeated blocks; returns how to put the weights back, the same objects as before.
+
+    Raises:
+        ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, or weights of a
+            dtype that the kind does not take; each with what was found.
+    """
+    kind = KINDS[name]
+    _refuse_adapters(part.module, name)
+    layers = matrices(part, blocks, name)
+    if wrong := {layer.weight.dtype for layer in layers} - set(kind.dtypes):
+        takes = " or ".join(map(str, kind.dtypes))
+        raise ValueError(f"quantize={name!r} takes weights in {takes}, and there are some in {wrong.pop()}: cast the pipe")
+    before = [(layer, layer.weight) for layer in layers]
+
+    def undo() -> None:
+        for layer, weight in before:
+            layer.weight = weight
+
+    config = kind.config()
+    try:
+        for layer, weight in before:
+            layer.weight = quantised(weight, config)
+    except BaseException:
+        undo()
+        raise
+    held = sum(weight.nbytes for _, weight in before) / 2**20
+    logger.info("%s: %d matrices, %.0f MiB, are quantised to %s", part.name, len(layers), held, name)
+    return undo
+
+
+def quantised(weight: nn.Parameter, config: Any) -> nn.Parameter:
+    """The weight as torchao's config makes it; the one given stays as it is."""
+    from torchao.quantization import quantize_
+
+    shell = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    shell.weight = weight
+    quantize_(shell, config)
+    if shell.weight is weight:
+        raise RuntimeError(f"torchao left a weight of shape {tuple(weight.shape)} as it was under {config}")
+    return shell.weight
+
+
+def matrices(part: Part, blocks: Sequence[nn.Module], name: str) -> list[nn.Linear]:
+    """The layers of the blocks that are worth it (module head). ValueError where there are none, with what there is."""
+    if not blocks:
+        raise ValueError(
+            f"quantize={name!r} is for transformers, whose weights lie in repeated blocks: {type(part.module).__name__} has "
+            f"{_share(part.module):.0%} of its weights in Linear layers and no such blocks; leave it out"
+        )
+    linears = [m for block in blocks for m in block.modules() if type(m) is nn.Linear]
+    large = [m for m in linears if _least(m) >= FEATURES and m.in_features % MULTIPLE == m.out_features % MULTIPLE == 0]
+    rows = rows_seen(part, large)
+    chosen = [layer for layer in large if rows.get(layer, 0) >= ROWS]
+    if not chosen:
+        raise ValueError(
+            f"quantize={name!r} finds no Linear layer of {FEATURES} or more features that sees {ROWS} or more rows: the "
+            f"largest of {len(linears)} has {max(map(_least, linears), default=0)}, and {len(large)} are large enough; "
+            f"leave it out"
+        )
+    return chosen
+
+
+def rows_seen(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
+    """The most rows that each layer gives in one call of the part; layers that are not called are missing."""
+    seen: dict[nn.Module, int] = {}
+
+    def see(layer: nn.Linear, inputs: Any, output: Tensor) -> None:
+        seen[layer] = max(seen.get(layer, 0), output.numel() // layer.out_features)
+
+    hooks = [layer.register_forward_hook(see) for layer in layers]
+    try:
+        part.call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _least(layer: nn.Linear) -> int:
+    return min(layer.in_features, layer.out_features)
+
+
+def _share(module: nn.Module) -> float:
+    """Of a module's weights, those of Linear layers."""
+    held = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return held / max(1, sum(p.numel() for p in module.parameters()))
+
+
+def _refuse_adapters(module: nn.Module, name: str) -> None:
+    if any(getattr(m, "peft_config", None) for m in module.modules()):
+        raise ValueError(
+            f"quantize={name!r} cannot take a network that carries adapters (LoRA): fuse_lora() and unload_lora_weights() "
+            f"first, or leave it out"
+        )
