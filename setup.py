@@ -45,6 +45,7 @@ EXTRAS_REQUIRE = {
         "onnx-graphsurgeon>=0.6,<0.7",
         *ONNX,
     ],
+    "onnxruntime": ONNX,
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
     "video": ["av>=14"],
     "bench": ["matplotlib>=3.8,<4"],

@@ -37,7 +37,7 @@ from streamflow.command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt")
+KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime")
 # How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst picture.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 

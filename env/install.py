@@ -32,6 +32,7 @@ STAMP = "streamflow-install.json"
 EXTRAS = {
     "tensorrt-rtx": "TensorRT for RTX (Linux and Windows; GeForce and RTX cards)",
     "tensorrt": "TensorRT (Linux and Windows; its build fetches the libraries from NVIDIA)",
+    "onnxruntime": "onnxruntime, the quickest on a CPU",
     "web": "the page and its server",
     "video": "video files",
     "bench": "plots of the benchmark",

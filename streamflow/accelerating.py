@@ -25,7 +25,7 @@ class Accelerating:
 
     @property
     def acceleration(self) -> str:
-        """The kind in force: "none", "cuda-graph", "compile" or "tensorrt"."""
+        """The kind in force: "none", "cuda-graph", "compile", "tensorrt" or "onnxruntime"."""
         return self._acceleration[0]
 
     @property
@@ -68,7 +68,7 @@ class Accelerating:
         """Make the network and the VAE faster; the pictures stay the same within the kind's bound.
 
         kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile, with a CUDA graph on
-            top on CUDA; "tensorrt" builds engines; "auto" is "compile" on CUDA and "none" elsewhere, never "tensorrt".
+            top on CUDA; "tensorrt" builds engines; "onnxruntime" is for a CPU; "auto" is "compile" on CUDA, else "none".
         options: those of the kind, the fields of `streamflow.acceleration.<kind>.Options`.
 
         Called before `prepare`, it takes effect there, since shapes are known only then. How long each part took to start

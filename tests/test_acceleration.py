@@ -208,6 +208,10 @@ def test_a_watch_sees_adapters_come_go_and_change_strength():
     network.set_adapters("style", 0.5)
     assert watch.changed()
     watch.renew()
+    network.fuse_lora()  # a graph captured before would apply it twice
+    assert watch.changed()
+    network.unfuse_lora()
+    assert not watch.changed()
     network.disable_adapters()
     assert watch.changed()
     watch.renew()

@@ -30,7 +30,7 @@ from streamflow.acceleration.tensorrt import (
     engines,
     library,
 )
-from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive, Baked
+from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive
 from streamflow.acceleration.tensorrt.background import Build, check_room, write_job
 from streamflow.acceleration.tensorrt.build import Target
 from streamflow.acceleration.tensorrt.cache import entry_for, list_engines
@@ -38,6 +38,7 @@ from streamflow.acceleration.tensorrt.check import CALLS, Trial, compare, varied
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import export
 from streamflow.acceleration.tensorrt.profile import profile_of
+from streamflow.acceleration.watch import Baked
 
 CPU = torch.device("cpu")
 

@@ -90,6 +90,7 @@ KINDS = {
     "cuda-graph": "streamflow.acceleration.cuda_graph",
     "compile": "streamflow.acceleration.compile",
     "tensorrt": "streamflow.acceleration.tensorrt",
+    "onnxruntime": "streamflow.acceleration.onnxruntime",
 }
 
 

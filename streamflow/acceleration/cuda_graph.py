@@ -50,7 +50,7 @@ class Options:
 def accelerate(parts: Parts, options: Options) -> Accelerated:
     """Each part's module behind a `Graphed`. The modules are not touched, but for the attention where it is chosen."""
     modules = {part.name: Graphed(part.module, options.limit) for part in parts}
-    if options.attention is None:
+    if options.attention is None or "velocity" not in modules:
         return Accelerated(modules)
     return Accelerated(modules, choose_attention(parts.velocity.module, options.attention))
 

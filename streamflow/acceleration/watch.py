@@ -36,8 +36,22 @@ class Watch:
             [t.data_ptr() for t in self._plain],
             [inner.data_ptr() for t in self._made_of_others for inner in inner_tensors(t)],
             [tuple(getattr(m, "peft_config", None) or ()) for m in self._networks],
-            [(tuple(m.active_adapters), tuple(m.scaling.items()), m.disable_adapters) for m in self._adapters],
+            [self._set(m) for m in self._adapters],
         )
+
+    def _set(self, layer: nn.Module) -> tuple:
+        """How a layer's adapters are set: which are active, how strong, whether off, and which are merged into the weights."""
+        merged = tuple(getattr(layer, "merged_adapters", ()))
+        return tuple(layer.active_adapters), tuple(layer.scaling.items()), layer.disable_adapters, merged
+
+
+class Baked(Watch):
+    """For whatever holds a copy of the weights: also sees values changed in place, which a CUDA graph would follow. It does
+    not see writes through `.data`, which torch does not count."""
+
+    def _state(self) -> tuple:
+        tensors = (*self._plain, *self._made_of_others)
+        return (*super()._state(), [-1 if t.is_inference() else t._version for t in tensors])
 
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:

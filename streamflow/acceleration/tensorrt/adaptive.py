@@ -17,7 +17,7 @@ from streamflow.acceleration.tensorrt.check import Trial
 from streamflow.acceleration.tensorrt.engine import named
 from streamflow.acceleration.tensorrt.errors import EngineMismatch
 from streamflow.acceleration.tensorrt.profile import Profile
-from streamflow.acceleration.watch import Watch
+from streamflow.acceleration.watch import Baked
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +25,6 @@ KEPT = 4  # engines of one part, for as many profiles
 PATIENCE = 2  # calls outside of all profiles before a build: one odd call is not worth one
 
 Start = Callable[[Part, Profile], Build]
-
-
-class Baked(Watch):
-    """Has a module changed since its weights were written into an engine? Also sees values changed in place, which a CUDA
-    graph would follow, and merged adapters. It does not see writes through `.data`."""
-
-    def _state(self) -> tuple:
-        versions = [-1 if t.is_inference() else t._version for t in self._tensors]
-        return (*super()._state(), versions, [tuple(getattr(m, "merged_adapters", ())) for m in self._adapters])
 
 
 class Adaptive(nn.Module):

@@ -1,0 +1,137 @@
+"""onnxruntime in torch's place on a CPU: a part is exported to ONNX at the first call of its sizes and run from there.
+
+Knows modules, tensors and onnxruntime's CPU provider; no family, no stream. The modules themselves are not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.acceleration import Accelerated, Part, Parts
+from streamflow.acceleration.tensorrt.engine import named
+from streamflow.acceleration.tensorrt.export import check_exportable, export
+from streamflow.acceleration.tensorrt.options import Options as Sizes
+from streamflow.acceleration.tensorrt.profile import profile_of
+from streamflow.acceleration.watch import Baked
+
+logger = logging.getLogger(__name__)
+NEEDS = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Options:
+    """threads: that share one call; None: as many as torch has.
+    limit: how many sizes of a part keep a session, the longest unused leaving first. A row count is no size of its own."""
+
+    threads: int | None = None
+    limit: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "limit"):
+            value = getattr(self, name)
+            if name == "threads" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+
+    def for_device(self, device: torch.device) -> Options:
+        """These options with `threads` decided. RuntimeError off the CPU, ImportError without the packages."""
+        if device.type != "cpu":
+            raise RuntimeError(f"onnxruntime is for CPUs and this pipe is on {device}: use accelerate('auto') there")
+        if missing := [name for name in NEEDS if find_spec(name) is None]:
+            raise ImportError(
+                f"accelerate('onnxruntime') needs {', '.join(missing)}: pip install 'streamflow-rf[onnxruntime]'"
+            )
+        return dataclasses.replace(self, threads=self.threads or torch.get_num_threads())
+
+
+def accelerate(parts: Parts, options: Options) -> Accelerated:
+    """Each part behind its sessions. NotExportable, by name, for a network that takes more than tensors; ValueError for
+    one in another dtype than float32."""
+    for part in parts:
+        check_exportable(part)
+        dtype = next(iter(part.inputs.values())).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"accelerate('onnxruntime') is for float32 and the {part.name} takes {dtype}: "
+                f"pipe.to(dtype=torch.float32), or use accelerate('compile')"
+            )
+    return Accelerated({part.name: Sessions(part, options) for part in parts})
+
+
+class Sessions(nn.Module):
+    """A part run by onnxruntime: exported at the first call of other sizes, row counts aside, and again, which takes
+    seconds, where weights or adapters have changed. The output is a tensor of its own.
+
+    Raises:
+        ExportError: the module cannot be written as ONNX.
+    """
+
+    def __init__(self, part: Part, options: Options):
+        super().__init__()
+        self._part, self._options = part, options
+        self._watch = Baked(part.module)
+        self._sessions: OrderedDict[tuple, Session] = OrderedDict()
+
+    @property
+    def kept(self) -> int:
+        """How many sizes have a session."""
+        return len(self._sessions)
+
+    @torch.no_grad()
+    def forward(self, *positional: Tensor, **given: Tensor | None) -> Tensor:
+        inputs = named(self._part.inputs, positional, given)
+        if self._watch.changed():
+            logger.info("%s: weights or adapters changed, exporting anew", self._part.name)
+            self._sessions.clear()
+            self._watch.renew()
+        key = self._sizes(inputs)
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._start(key, inputs)
+        self._sessions.move_to_end(key)
+        return session(inputs)
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> tuple:
+        shared = self._part.shared
+        return tuple((name, t.dtype, tuple(t.shape if name in shared else t.shape[1:])) for name, t in inputs.items())
+
+    def _start(self, key: tuple, inputs: Mapping[str, Tensor]) -> Session:
+        while self.kept >= self._options.limit:
+            self._sessions.popitem(last=False)
+        began = time.perf_counter()
+        part = dataclasses.replace(self._part, inputs=dict(inputs))
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            self._sessions[key] = session = Session(export(part, profile_of(part, Sizes()), Path(folder)), self._options)
+        logger.info("%s: onnxruntime session of %s in %.1f s", part.name, key, time.perf_counter() - began)
+        return session
+
+
+class Session:
+    """One ONNX file, loaded. Its threads spin while a call runs and stop with it: torch and the other parts' sessions need
+    the cores in between."""
+
+    def __init__(self, path: Path, options: Options):
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        settings.log_severity_level = 3  # errors
+        self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        self._reads = [value.name for value in self._session.get_inputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        (output,) = self._session.run(None, {name: inputs[name].numpy() for name in self._reads})
+        return torch.from_numpy(output)
