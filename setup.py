@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
     "video": ["av>=14"],
     "bench": ["matplotlib>=3.8,<4"],
+    "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11
     "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14"],
 }

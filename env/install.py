@@ -36,6 +36,7 @@ EXTRAS = {
     "web": "the page and its server",
     "video": "video files",
     "bench": "plots of the benchmark",
+    "ray": "Ray Serve and Ray Data, for many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",
     "dev": "the linter, and uv for env/resolve.py",
 }
@@ -187,7 +188,7 @@ def read_pins(files):
             line = line.partition("#")[0].strip()
             if line:
                 name, _, version = line.partition("==")
-                pins[name] = version
+                pins[name.partition("[")[0]] = version
     return pins
 
 

@@ -58,11 +58,19 @@ class Accelerating:
 
     @vae.setter
     def vae(self, vae: nn.Module) -> None:
-        codec = self.adapter.codec(vae, self.height, self.width)
+        codec = self._codec_of(vae)
         self._put_back()
         self.codec = self._plain_codec = codec
         self._vae = vae
         self._build()
+
+    def _codec_of(self, vae: nn.Module) -> Codec:
+        """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`)."""
+
+        def make(one: nn.Module) -> Codec:
+            return self.adapter.codec(one, self.height, self.width)
+
+        return vae.codec_of(make) if hasattr(vae, "codec_of") else make(vae)
 
     def accelerate(self, kind: str = "auto", **options: Any) -> None:
         """Make the network and the VAE faster; the pictures stay the same within the kind's bound.
@@ -92,10 +100,10 @@ class Accelerating:
         kind, options = self._acceleration
         if kind == "none" or self._state is None:
             return
-        from streamflow import acceleration
+        from streamflow.parallel.accelerated import accelerate
 
         try:
-            self._accelerated = acceleration.accelerate(kind, self.parts(), options)
+            self._accelerated = accelerate(kind, self.parts(), options)
         except BaseException:
             self._acceleration = "none", None
             raise

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,24 +43,28 @@ class _Input:
 
 
 class Order:
-    """Matches pictures with the inputs that wait for them. `expect` in input order, `arrive` in any, `ready` in order."""
+    """Matches pictures with the inputs that wait for them. `expect` in input order, `decoding` in any, `ready` in order."""
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
+        self._decoding: deque[tuple[tuple[int, ...], Any]] = deque()
         self._pictures: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
         """An input came in; its picture will be that of frame `source`, which is itself unless it was skipped."""
         self._inputs.append(_Input(frame_id, source, time.perf_counter()))
 
-    def arrive(self, ids: tuple[int, ...], pictures: Tensor) -> None:
-        """Pictures `[>= len(ids), 3, H, W]` of these frames; rows beyond the ids are padding."""
-        event = _event(pictures)
-        for frame_id, picture in zip(ids, pictures, strict=False):
-            self._pictures[frame_id] = (picture, event)
+    def decoding(self, ids: tuple[int, ...], decoding: Any) -> None:
+        """Pictures of these frames are under way: `decoding.done()` says when, `decoding.result()` waits and gives them,
+        `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
+        self._decoding.append((ids, decoding))
 
-    def ready(self) -> Iterator[Frame]:
-        """The frames whose turn it is. A picture is let go when no later input can refer to it."""
+    def ready(self, most: int = 0) -> Iterator[Frame]:
+        """The frames whose turn it is, waiting only for those beyond `most` that are still under way. A picture is let go
+        when no later input can refer to it."""
+        while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
+            ids, decoding = self._decoding.popleft()
+            self._arrive(ids, decoding.result())
         while self._inputs and self._inputs[0].source in self._pictures:
             waiting = self._inputs.popleft()
             for old in [i for i in self._pictures if i < waiting.source]:
@@ -68,13 +73,16 @@ class Order:
             latency = time.perf_counter() - waiting.since
             yield Frame(waiting.id, picture, latency, waiting.id != waiting.source, event)
 
+    def _arrive(self, ids: tuple[int, ...], pictures: Tensor) -> None:
+        event = _event(pictures)
+        for frame_id, picture in zip(ids, pictures, strict=False):
+            self._pictures[frame_id] = (picture, event)
+
 
 def _event(pictures: Tensor) -> torch.cuda.Event | None:
     if pictures.device.type != "cuda":
         return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    return torch.cuda.current_stream(pictures.device).record_event()
 
 
 class CallTimer:

@@ -377,6 +377,7 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         for done in self._engine.drain(self.velocity):
             self._finished.append(done)
             yield from self._deliver(order)
+        yield from self._deliver(order, last=True)
 
     def _push_buffer(self, buffer: list[tuple[int, Normalized | None, Prompt]]) -> None:
         """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""
@@ -388,11 +389,12 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         self._push(replace(make, ids=ids, prompts=tuple(prompt for _, _, prompt in padded)))
         buffer.clear()
 
-    def _deliver(self, order: Order) -> Iterator[Frame]:
+    def _deliver(self, order: Order, last: bool = False) -> Iterator[Frame]:
+        """Decode what is finished and give what is decoded, leaving as many decodes under way as there are lanes for."""
         while self._finished:
             done = self._finished.popleft()
-            order.arrive(done.ids, self.decode_image(done.x0))
-        yield from order.ready()
+            order.decoding(done.ids, self.codec.decode_later(done.x0))
+        yield from order.ready(0 if last else self.codec.lanes)
 
     @torch.no_grad()
     def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:

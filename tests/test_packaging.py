@@ -64,7 +64,7 @@ def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
 def pins(name: str) -> dict[str, str]:
     """The pins in a file of env/, {canonical name: version}."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / "env" / name).read_text().splitlines())
-    return {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if line}
+    return {canonicalize_name(re.split(r"[\[=]", line)[0]): line.partition("==")[2] for line in lines if line}
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

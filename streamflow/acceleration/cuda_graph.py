@@ -7,6 +7,7 @@ Knows modules, tensors and CUDA; no family, no stream.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.watch import Watch
 
 logger = logging.getLogger(__name__)
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 WARM_UP = 3  # calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones
 
 
@@ -89,12 +91,13 @@ class Capture:
         device = next(value for value in self.inputs.values() if value is not None).device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with fastest_convolutions():
+        with CAPTURING, fastest_convolutions():
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     module(**self.inputs)
             torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            # torch's own capture stream belongs to one device for good; this one to the module's.
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.output = module(**self.inputs)
 
     def replay(self, inputs: Mapping[str, Tensor | None]) -> Tensor:

@@ -35,12 +35,16 @@ class Watch:
         return (
             [t.data_ptr() for t in self._plain],
             [inner.data_ptr() for t in self._made_of_others for inner in inner_tensors(t)],
-            [tuple(getattr(m, "peft_config", None) or ()) for m in self._networks],
-            [self._set(m) for m in self._adapters],
+            self.adapters(),
         )
 
+    def adapters(self) -> tuple:
+        """Which adapters there are and how they are set, to be compared with what it was."""
+        there = [tuple(getattr(m, "peft_config", None) or ()) for m in self._networks]
+        return there, [self._set(m) for m in self._adapters]
+
     def _set(self, layer: nn.Module) -> tuple:
-        """How a layer's adapters are set: which are active, how strong, whether off, and which are merged into the weights."""
+        """How a layer's adapters are set: which are active, how strong, whether off, which are merged into the weights."""
         merged = tuple(getattr(layer, "merged_adapters", ()))
         return tuple(layer.active_adapters), tuple(layer.scaling.items()), layer.disable_adapters, merged
 

@@ -1,12 +1,14 @@
 """The VAE as two modules: pictures `[n, 3, H, W]` in [-1, 1] to latents in the pipeline's own `latents=` form, and back.
 
-Scaling, shift and factor come from the VAE's config; a family whose pipeline packs its latents hands in how. What is
-compiled, graphed, exported or spread over devices is `decoder` and `encoder`: tensor in, tensor out.
+Scaling and shift come from the VAE's config; a family whose pipeline packs its latents, or normalises them in another way,
+hands in how. What is compiled, graphed, exported or spread over devices is `decoder` and `encoder`: tensor in, tensor out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -20,12 +22,35 @@ def _as_is(latents: Tensor) -> Tensor:
 
 
 def _factors(vae: nn.Module) -> tuple[float, float]:
-    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    """(scaling, shift); 1 and 0 for VAEs whose normalisation is the family's layout's."""
+    return getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def _mode(encoded: Any) -> Tensor:
+    return encoded.latent if hasattr(encoded, "latent") else retrieve_latents(encoded, sample_mode="argmax")
+
+
+class Normalized(nn.Module):
+    """Latents with a mean and a standard deviation per channel, `[channels, ...]` broadcast against `[n, channels, ...]`.
+    In the dtype of what it is given, as the pipelines do."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.detach().clone(), persistent=False)
+        self.register_buffer("std", std.detach().clone(), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """From the VAE's own scale."""
+        return (z - self.mean.to(z.dtype)) / self.std.to(z.dtype)
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """To the VAE's own scale."""
+        return latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype)
 
 
 class Decoder(nn.Module):
-    """`z / scaling_factor + shift_factor`, the VAE's decode, a clamp (pipelines/stable_diffusion_3/
-    pipeline_stable_diffusion_3.py, the end of `__call__`), for AutoencoderKL and AutoencoderTiny."""
+    """In the VAE's dtype `z / scaling_factor + shift_factor`, the VAE's decode, a clamp (pipelines/stable_diffusion_3/
+    pipeline_stable_diffusion_3.py, the end of `__call__`)."""
 
     def __init__(self, vae: nn.Module, unpack: Layout):
         super().__init__()
@@ -33,8 +58,8 @@ class Decoder(nn.Module):
         self.scaling, self.shift = _factors(vae)
 
     def forward(self, latents: Tensor) -> Tensor:
-        z = self.unpack(latents) / self.scaling + self.shift
-        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].clamp(-1.0, 1.0)
+        z = self.unpack(latents.to(self.vae.dtype)) / self.scaling + self.shift
+        return self.vae.decode(z, return_dict=False)[0].clamp(-1.0, 1.0)
 
 
 class Encoder(nn.Module):
@@ -46,8 +71,21 @@ class Encoder(nn.Module):
         self.scaling, self.shift = _factors(vae)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        z = retrieve_latents(self.vae.encode(pictures.to(self.vae.dtype)), sample_mode="argmax")
+        z = _mode(self.vae.encode(pictures.to(self.vae.dtype)))
         return self.pack((z - self.shift) * self.scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Pictures that are there already, in the form of those that are on their way."""
+
+    pictures: Tensor
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Tensor:
+        return self.pictures
 
 
 class Codec:
@@ -68,6 +106,15 @@ class Codec:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents, as the pipeline's `output_type="latent"` gives them, to pictures in [-1, 1]."""
         return self.decoder(latents)
+
+    @property
+    def lanes(self) -> int:
+        """How many decodes can be under way beside the stream, on other devices or in other processes; 0: none."""
+        return getattr(self.decoder, "lanes", 0)
+
+    def decode_later(self, latents: Tensor) -> Any:
+        """Start decoding. What comes back has `result()`, which gives the pictures, and `done()`."""
+        return self.decoder.submit(latents) if self.lanes else Decoded(self.decode(latents))
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

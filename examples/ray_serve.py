@@ -1,0 +1,181 @@
+"""A server that draws for many users: a Ray Serve deployment with one replica a GPU (or a CPU core), requests that come
+together drawn as one denoising batch, and more replicas while there are more requests.
+
+    pip install 'streamflow-rf[ray]'
+    python examples/ray_serve.py                  # start, ask for 16 pictures over HTTP, save them as a sheet, end
+    python examples/ray_serve.py --stay           # start and serve until Ctrl-C
+    curl 'http://127.0.0.1:8000/?prompt=a+fox,+3d+render&seed=7' -o fox.png
+
+With a cluster (`ray start --head` on one machine, `ray start --address=HOST:6379` on the others) add `--address auto`. A
+replica that dies is replaced by Ray Serve; what it was asked is answered by status 500, and `ask` asks again, as clients do.
+A picture depends on its prompt and seed alone, whichever replica and whatever batch draws it (up to rounding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tell nobody what runs here
+
+import ray  # noqa: E402
+from PIL import Image  # noqa: E402
+from ray import serve  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import Response  # noqa: E402
+
+from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow.pretrained import EXAMPLE_PROMPTS, embedded  # noqa: E402
+
+BATCH, STEPS = 8, 4
+
+
+@serve.deployment(max_ongoing_requests=2 * BATCH, health_check_period_s=2, graceful_shutdown_timeout_s=5)
+class Draw:
+    """A replica: the embedded model on its own GPU or core."""
+
+    def __init__(self) -> None:
+        import torch
+        from diffusers import StableDiffusion3Pipeline
+
+        from streamflow import StreamFlow
+
+        pipe = StableDiffusion3Pipeline.from_pretrained(embedded(), text_encoder_3=None, tokenizer_3=None)
+        self.stream = StreamFlow(pipe.to("cuda" if torch.cuda.is_available() else "cpu"), range(STEPS), cfg_type="none")
+        self.stream.prepare(EXAMPLE_PROMPTS[0], num_inference_steps=STEPS, max_sequence_length=0)
+        self.draw([(EXAMPLE_PROMPTS[0], 0)])  # the first picture takes longest
+
+    def draw(self, asked: list[tuple[str, int]]) -> list[bytes]:
+        """PNG files of these (prompt, seed), streamed through the denoising batch and decoded together."""
+        import torch
+
+        from streamflow.image_utils import postprocess_image
+
+        stream, shape = self.stream, self.stream.frame_noise(0).shape
+        done = []
+        for prompt, seed in asked:
+            stream.update_prompt(prompt, scope="frame")
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(stream.device, stream.dtype)
+            done.append(stream.predict_x0_batch(noise))
+        latents = torch.cat([x for x in done if x is not None] + stream.flush())
+        return [as_png(picture) for picture in postprocess_image(stream.decode_image(latents), "pil")]
+
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.02)
+    async def together(self, asked: list[tuple[str, int]]) -> list[bytes]:
+        """What came within 20 ms, one batch at a time."""
+        return await asyncio.to_thread(self.draw, asked)
+
+    async def __call__(self, request: Request) -> Response:
+        """GET /?prompt=...&seed=...: a PNG."""
+        prompt, seed = request.query_params.get("prompt", ""), request.query_params.get("seed", "2")
+        if not prompt or not seed.isdecimal() or int(seed) >= 2**63:
+            return Response("give ?prompt=... and, if you like, &seed=... (a number of 0 or more)", 400)
+        return Response(await self.together((prompt, int(seed))), media_type="image/png")
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """The file's bytes."""
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--replicas", type=at_least(1), help="the most there may be (default: one a GPU, else one a CPU core)")
+    p.add_argument("--port", type=at_least(1), default=8000, help="default: %(default)s")
+    p.add_argument("--address", help="of a running cluster; by default one is started on this machine, and ended")
+    p.add_argument("--stay", action="store_true", help="serve until Ctrl-C in place of asking")
+    p.add_argument("--requests", type=at_least(1), default=16, help="how many pictures are asked for (default 16)")
+    p.add_argument("--output", type=Path, default=Path("outputs/ray_serve.png"), help="default: %(default)s")
+    return p.parse_args()
+
+
+def start(a: argparse.Namespace) -> int:
+    """Deploy; the most replicas there may be."""
+    ray.init(address=a.address, include_dashboard=False, log_to_driver=False)
+    have = ray.cluster_resources()
+    gpus, cores = int(have.get("GPU", 0)), int(have["CPU"])
+    most = a.replicas or gpus or cores
+    if most > (gpus or cores):
+        raise ValueError(f"--replicas {most}: there are {gpus} GPUs and {cores} CPU cores, and each replica takes one")
+    autoscaling = {
+        "min_replicas": 1,
+        "max_replicas": most,
+        "target_ongoing_requests": BATCH // 2,
+        "upscale_delay_s": 2,
+        "downscale_delay_s": 60,
+    }
+    needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+    serve.start(http_options={"host": "127.0.0.1", "port": a.port})
+    serve.run(Draw.options(autoscaling_config=autoscaling, ray_actor_options=needs).bind())
+    return most
+
+
+def ask(port: int, prompt: str, seed: int, patience: float = 120.0) -> bytes:
+    """One picture; where a replica died or none is free, again until `patience` seconds are over."""
+    url = f"http://127.0.0.1:{port}/?" + urllib.parse.urlencode({"prompt": prompt, "seed": seed})
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=patience) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or time.monotonic() > deadline:
+                raise
+            print(f"status {error.code}, asking again: {prompt}, seed {seed}", flush=True)
+            time.sleep(0.5)
+
+
+def ask_all(a: argparse.Namespace) -> list[Any]:
+    """Many users at once."""
+    asked = [(EXAMPLE_PROMPTS[k % len(EXAMPLE_PROMPTS)], k) for k in range(a.requests)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2 * BATCH) as users:
+        answers = list(users.map(lambda one: ask(a.port, *one), asked))
+    print(f"{len(answers)} pictures, {len(answers) / (time.perf_counter() - start):.2f} a second")
+    return [Image.open(io.BytesIO(answer)) for answer in answers]
+
+
+def contact_sheet(images: list[Image.Image], columns: int = 4) -> Image.Image:
+    """All pictures in a grid."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * width, k // columns * height))
+    return sheet
+
+
+def main() -> int:
+    """Exit code 0."""
+    a = arguments()
+    try:
+        most = start(a)
+        print(f"http://127.0.0.1:{a.port}/?prompt=... is served by 1 to {most} replicas", flush=True)
+        if a.stay:
+            while True:
+                time.sleep(3600)
+        a.output.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(ask_all(a)).save(a.output)
+        print(f"saved {a.output}")
+    except KeyboardInterrupt:
+        print("stopping")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Acceleration of parts that are on several devices: each copy by itself, on its device. What spreads the work (threads,
+copies between devices) is never compiled or captured.
+
+A part is on several devices if its module has `replicas`, `devices`, `inputs_of(index, inputs)` and `over(modules)`, as
+`Sharded` has. Knows parts and kinds; no family, no stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamflow import acceleration
+from streamflow.acceleration import KINDS, Accelerated, Part, Parts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Some(Parts):
+    """Parts of which a kind is to take these alone."""
+
+    names: tuple[str, ...] = ()
+
+    def __iter__(self):
+        return (part for part in super().__iter__() if part.name in self.names)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether a module is one on several devices."""
+    return all(hasattr(module, name) for name in ("replicas", "devices", "inputs_of", "over"))
+
+
+def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+    """As `acceleration.accelerate`, where parts may be on several devices; without such it is the same call."""
+    spread = [part for part in parts if is_spread(part.module)]
+    if kind == "none" or not spread:
+        return acceleration.accelerate(kind, parts, options)
+    undo: list[Callable[[], None]] = []
+    modules: dict[str, nn.Module] = {}
+    seconds: dict[str, float] = {}
+    try:
+        single = tuple(part.name for part in parts if part not in spread)
+        made = _by_kind(kind, parts, single, options)
+        undo.append(made.undo)
+        modules.update(made.modules)
+        for part in (one for one in parts if one.name in single and one.name != "encoder"):
+            seconds[part.name] = _timed(lambda part=part: part.call(modules[part.name]), part)
+        for part in spread:
+            modules[part.name] = part.module.over(_copies(kind, parts, part, options, undo))
+            if part.name != "encoder":
+                seconds[part.name] = _timed(lambda part=part: _start(modules[part.name], part), part)
+    except BaseException:
+        _run_backwards(undo)
+        raise
+    return Accelerated(modules, lambda: _run_backwards(undo), seconds)
+
+
+def _copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callable[[], None]]) -> list[nn.Module]:
+    """A part's copies, each accelerated on its device; those that the kind cannot serve stay plain, and that is logged."""
+    made = []
+    for index, (module, device) in enumerate(zip(part.module.replicas, part.module.devices, strict=True)):
+        here = replace(part, module=module, inputs=part.module.inputs_of(index, part.inputs))
+        fitting = _for_device(options, device)
+        if fitting is None:
+            logger.info("%s on %s stays as it is: %s needs a CUDA device", part.name, device, kind)
+            made.append(module)
+            continue
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            one = _by_kind(kind, replace(parts, **{part.name: here}), (part.name,), fitting)
+        undo.append(one.undo)
+        made.append(one.modules[part.name])
+    return made
+
+
+def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: Any) -> Accelerated:
+    some = _Some(parts.velocity, parts.decoder, parts.encoder, names)
+    return import_module(KINDS[kind]).accelerate(some, options)
+
+
+def _for_device(options: Any, device: torch.device) -> Any:
+    """The options as this device can have them: without a CUDA graph on a CPU; None where it cannot have the kind."""
+    if device.type != "cuda" and getattr(options, "cuda_graph", None):
+        options = dataclasses.replace(options, cuda_graph=False)
+    try:
+        return options.for_device(device)
+    except RuntimeError:
+        return None
+
+
+def _start(module: nn.Module, part: Part) -> None:
+    """Run every copy once: what has a thread for each device in that thread, anything else as it is."""
+    if not hasattr(module, "start"):
+        part.call(module)
+        return
+    for index in range(len(module.replicas)):
+        module.start(index, list(module.inputs_of(index, part.inputs).values()))
+
+
+def _timed(act: Callable[[], Any], part: Part) -> float:
+    began = time.perf_counter()
+    act()
+    if (device := next(iter(part.inputs.values())).device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _run_backwards(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()

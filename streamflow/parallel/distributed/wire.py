@@ -1,0 +1,183 @@
+"""Messages between two ranks: a header of fixed size that says what comes, then tensors as bytes. Knows point-to-point
+operations of torch.distributed; knows no module and no picture.
+
+Headers always go over gloo, so a peer that is gone is an error of the next message at the latest: at once where its process
+ended, within the group's timeout where its machine is silent. Tensors go over gloo too, or over NCCL between two GPUs. An
+NCCL operation cannot be given up once it waits on the GPU, so both sides first agree over gloo that the other one is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+TENSORS, DIMENSIONS, NAME = 16, 8, 48  # the most tensors a message, dimensions a tensor, bytes a name
+RECORD = 3 + DIMENSIONS + NAME // 8
+HEADER = 3 + TENSORS * RECORD
+
+
+class Op(IntEnum):
+    """What a message asks or answers."""
+
+    CALL = 1
+    PING = 2
+    STOP = 3
+    DONE = 4
+    FAILED = 5
+
+
+class Unsendable(ValueError):
+    """A message that a header cannot say; nothing of it was sent."""
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone, or did not answer in time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Argument:
+    """One tensor. `name`: "" where it is passed by position. `kept`: it does not travel, since the receiver still has what
+    came last under this name; its shape and dtype are not told then, and the receiver finds `tensor` None."""
+
+    tensor: Tensor | None
+    name: str = ""
+    kept: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """`part`: the number of the module that is meant."""
+
+    op: Op
+    part: int = 0
+    arguments: tuple[Argument, ...] = ()
+
+    @classmethod
+    def failed(cls, text: str) -> Message:
+        """The answer to a call that raised."""
+        return cls(Op.FAILED, arguments=(Argument(torch.tensor(list(text.encode()), dtype=torch.uint8)),))
+
+    @property
+    def text(self) -> str:
+        """What `failed` was told."""
+        return bytes(self.arguments[0].tensor.tolist()).decode()
+
+
+def header(message: Message) -> Tensor:
+    """The message but for its tensors' values, int64 `[HEADER]`.
+
+    Raises:
+        Unsendable: more or larger than a header can say.
+    """
+    if len(message.arguments) > TENSORS:
+        raise Unsendable(f"a message carries {TENSORS} tensors at most, not {len(message.arguments)}")
+    records = [number for argument in message.arguments for number in _record(argument)]
+    numbers = [message.op, message.part, len(message.arguments), *records]
+    return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
+
+
+def _record(argument: Argument) -> list[int]:
+    name = argument.name.encode()
+    if len(name) > NAME:
+        raise Unsendable(f"a name has {NAME} bytes at most: {argument.name!r}")
+    name = name.ljust(NAME, b"\0")
+    words = [int.from_bytes(name[i : i + 8], "little", signed=True) for i in range(0, NAME, 8)]
+    if argument.kept:
+        return [1, 0, 0, *[0] * DIMENSIONS, *words]
+    tensor = argument.tensor
+    if tensor.dtype not in DTYPES or tensor.dim() > DIMENSIONS:
+        raise Unsendable(f"a {tensor.dtype} tensor of shape {list(tensor.shape)} does not travel between ranks")
+    shape = [*tensor.shape, *[0] * (DIMENSIONS - tensor.dim())]
+    return [0, DTYPES.index(tensor.dtype), tensor.dim(), *shape, *words]
+
+
+def read_header(numbers: Tensor, device: torch.device) -> Message:
+    """The message of a header, its tensors allocated on the device and not filled yet."""
+    op, part, count, *rest = numbers.tolist()
+    records = [rest[i * RECORD : (i + 1) * RECORD] for i in range(count)]
+    return Message(Op(op), part, tuple(_argument(record, device) for record in records))
+
+
+def _argument(record: Sequence[int], device: torch.device) -> Argument:
+    kept, dtype, dimensions, *rest = record
+    name = b"".join(word.to_bytes(8, "little", signed=True) for word in rest[DIMENSIONS:]).rstrip(b"\0").decode()
+    if kept:
+        return Argument(None, name, kept=True)
+    return Argument(torch.empty(rest[:dimensions], dtype=DTYPES[dtype], device=device), name)
+
+
+class Link:
+    """This rank's end of the way to one other rank. `group` holds the two of them and nobody else, so that a failure of one
+    pair leaves the others alone. `wire`: the device from which tensors travel, the CPU, or a GPU by NCCL. `device`: where
+    tensors come from and where they are put.
+
+    One message at a time: a thread owns a link. Every method raises `RankLost` where the other rank is gone or silent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, other: int, wire: torch.device, device: torch.device):
+        self.group, self.other, self.wire, self.device = group, other, wire, device
+
+    def send(self, message: Message) -> None:
+        """Send all of a message; returns when the tensors may be changed again."""
+        self._send(header(message))
+        travelling = [a.tensor.to(self.wire).contiguous() for a in message.arguments if not a.kept]
+        if self._agrees(travelling):
+            self._receive(torch.empty(1, dtype=torch.int64))
+        for tensor in travelling:
+            self._send(tensor)
+        self._finish()
+
+    def receive(self) -> Message:
+        """Wait for the next message."""
+        numbers = torch.empty(HEADER, dtype=torch.int64)
+        self._receive(numbers)
+        message = read_header(numbers, self.wire)
+        travelling = [a.tensor for a in message.arguments if not a.kept]
+        if self._agrees(travelling):
+            self._send(torch.zeros(1, dtype=torch.int64))
+        for tensor in travelling:
+            self._receive(tensor)
+        arguments = tuple(a if a.kept else Argument(a.tensor.to(self.device), a.name) for a in message.arguments)
+        self._finish()
+        return Message(message.op, message.part, arguments)
+
+    def ask(self, message: Message) -> Message:
+        """Send a message and wait for its answer."""
+        self.send(message)
+        return self.receive()
+
+    def abandon(self) -> None:
+        """Give up what waits in this link's NCCL communicator, if it has one; the link cannot be used again."""
+        if self.wire.type == "cuda":
+            self.group.abort()
+
+    def _agrees(self, tensors: Sequence[Tensor]) -> bool:
+        return self.wire.type == "cuda" and any(tensor.numel() for tensor in tensors)
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _send(self, tensor: Tensor) -> None:
+        self._transfer(dist.send, tensor)
+
+    def _receive(self, tensor: Tensor) -> None:
+        self._transfer(dist.recv, tensor)
+
+    def _transfer(self, transfer: object, tensor: Tensor) -> None:
+        """As bytes, so that every dtype travels by every backend."""
+        if not tensor.numel():
+            return
+        try:
+            transfer(tensor.reshape(-1).view(torch.uint8), self.other, group=self.group)
+        except RuntimeError as error:  # what gloo and NCCL raise, and the parent of torch's own
+            raise RankLost(str(error).strip().splitlines()[0]) from error
