@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from streamflow.benchmark import latency, main, plot, roofline, sweep
+from streamflow.benchmark import latency, main, plot, roofline, sweep, ways
 from streamflow.benchmark.command import check, sized
 from streamflow.benchmark.measure import differences, measure_all
 from streamflow.benchmark.report import factors, failures, ratios, table
 from streamflow.benchmark.settings import Settings, parse
-from streamflow.benchmark.subject import GUIDANCE, PROMPT, Subject, load
+from streamflow.benchmark.subject import COMPARED, GUIDANCE, PROMPT, Subject, load
 from streamflow.benchmark.timing import latencies, timed
 from streamflow.benchmark.ways import CHAIN, VARIANTS
 from streamflow.models import true_size as sizes
@@ -59,6 +59,14 @@ def test_every_way_draws_the_pictures_of_the_plain_pipeline(subject_of, family, 
         assert difference["largest"] <= 1e-4, name
         assert difference["contrast"] > 1e-2, name
     assert all(found[name]["skipped"] for name in set(VARIANTS) - set(ON_CPU))
+
+
+def test_decoding_on_other_devices_draws_the_same(subject_of):
+    subject = subject_of("sd3", frame_buffer_size=2)
+    with ways.decoded_elsewhere(subject, "none", ["cpu"] * 3) as way:
+        drawn = torch.cat([way.tick() for _ in range(2)])
+        assert len(drawn) == 2 * way.frames == 4 and way.details["decoders"] == 3
+        assert differences(drawn[:COMPARED], subject.reference(False))["largest"] <= 1e-4
 
 
 def test_compiled_ways_draw_the_same(subject_of):
@@ -295,7 +303,6 @@ def test_a_sweep_that_the_model_cannot_do_is_refused_before_it_starts(subject_of
 @pytest.mark.parametrize(
     "argv,said",
     [
-        (["--model", "sdxl", "--random-weights"], "not yet"),
         (["--model", "dalle", "--random-weights"], "sd15, sd3-medium, flux-schnell"),
         (["--model", "sd15"], "--random-weights"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),

@@ -13,9 +13,12 @@ Call = Callable[[], object]
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Until the device, and every other GPU that is in use, has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        for other in range(torch.cuda.device_count()):
+            if other != device.index and torch.cuda.memory_reserved(other):
+                torch.cuda.synchronize(other)
     elif device.type == "mps":
         torch.mps.synchronize()
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from itertools import count, repeat
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject
 from streamflow.image_utils import denormalize
 from streamflow.pipeline import StreamFlow
+
+if TYPE_CHECKING:
+    from streamflow.parallel.replicas import Devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,34 @@ def streamed(subject: Subject, kind: str, tiny: bool, batched: bool, anchored: b
             by_hand(stream),
             {"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
         )
+
+
+@contextmanager
+def decoded_elsewhere(subject: Subject, kind: str, devices: Devices = "all") -> Iterator[Way]:
+    """Our stream, accelerated by `kind`, whose pictures are decoded frame by frame on these devices while the next ones are
+    denoised; as many decodes as devices are under way."""
+    from streamflow.parallel import shard_vae
+
+    with subject.stream(tiny=False) as stream, shard_vae(stream.vae, devices) as vae:
+        stream.vae = vae
+        stream.accelerate(kind)
+        yield Way(
+            frame_by_frame(stream),
+            stream.frame_bff_size,
+            subject.settings.steps + vae.lanes,
+            details={"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size, "decoders": vae.lanes},
+        )
+
+
+def frame_by_frame(stream: StreamFlow) -> Callable[[], Tensor]:
+    """A tick of frames drawn from noise, wherever they were decoded."""
+    frames = stream.frames(repeat(None))
+
+    def tick() -> Tensor:
+        images = [next(frames).image.to(stream.device) for _ in range(stream.frame_bff_size)]
+        return denormalize(torch.stack(images))
+
+    return tick
 
 
 def with_anchors(stream: StreamFlow) -> Callable[[], Tensor]:
@@ -138,6 +169,11 @@ def no_tensorrt(s: Settings) -> str | None:
     return None
 
 
+def one_device(s: Settings) -> str | None:
+    found = torch.cuda.device_count() if s.cuda else 0
+    return None if found > 1 else f"there are {found} GPUs, and sharded decoding takes two or more"
+
+
 VARIANTS: dict[str, Variant] = {
     "1": Variant("plain diffusers, eager, one after another", False, lambda s: plain(s, False)),
     "1t": Variant("plain diffusers, eager, tiny VAE", True, lambda s: plain(s, True)),
@@ -150,9 +186,13 @@ VARIANTS: dict[str, Variant] = {
     "5": Variant("the batch + CUDA graph + compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
     "6": Variant("the batch, accelerated, tiny VAE", True, lambda s: streamed(s, best(s), True, True)),
     "7": Variant("the batch + TensorRT, tiny VAE", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
+    "8": Variant("the batch + compile, decoded on all GPUs", False, lambda s: decoded_elsewhere(s, best(s)), one_device),
 }
 CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
-SAME_VAE = (("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2"), ("6", "1t"), ("6", "2t"), ("7", "1t"), ("7", "2t"))
+SAME_VAE = (
+    *(("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2"), ("8", "1"), ("8", "2"), ("8", "5")),
+    *(("6", "1t"), ("6", "2t"), ("7", "1t"), ("7", "2t")),
+)
 
 
 def problem(name: str, settings: Settings, subject: Subject | None = None) -> str | None:
