@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from streamflow.conditioning import Prompt
+from streamflow.guidance import Weight
 from streamflow.noise import NoiseSource
 from streamflow.schedule import Schedule, Stages
 
@@ -88,7 +89,7 @@ class Prepared:
     stages: Stages
     prompt: Prompt
     guidance_scale: float
-    weight: float
+    weight: Weight
     noise: NoiseSource
 
 

@@ -12,9 +12,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from streamflow.flow import guide, predict_x0, velocity_from
+from streamflow.flow import guide, per_row, predict_x0, velocity_from
+
+Rule = Callable[[Tensor, Tensor, float], Tensor]
+ALWAYS, NEVER = 0.0, 2.0  # of `Weight.until`: below, and above, every sigma
+
+
+class Weight(float):
+    """The guidance weight w, a number, which knows how its pipeline guides with it.
+
+    rule: (v_cond, v_uncond, w) to the guided velocity; by default `streamflow.flow.guide`. A pipeline that goes on to
+        normalise what it guided says so here. Called with w > 1 only.
+    until: rows whose sigma is below it take their own velocity, for pipelines that stop guiding at some step.
+    """
+
+    rule: Rule
+    until: float
+
+    def __new__(cls, w: float, rule: Rule = guide, until: float = ALWAYS) -> Weight:
+        weight = super().__new__(cls, w)
+        weight.rule, weight.until = rule, until
+        return weight
+
+    def guided(self, v_cond: Tensor, v_uncond: Tensor, sigma: Tensor, known: Tensor | None = None) -> Tensor:
+        """The guided velocity of rows `[rows, ...]` at levels `sigma`; `known`, bool `[rows]`: which have a v_uncond."""
+        v = self.rule(v_cond, v_uncond, self)
+        if self.until > ALWAYS:
+            late = sigma.flatten() >= self.until
+            known = late if known is None else known & late
+        return v if known is None else torch.where(per_row(known, v), v, v_cond)
+
+
+UNGUIDED = Weight(1.0)
+
+
+def renormalized(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
+    """Guided, then brought back to the length of v_cond along the last dimension, as Qwen-Image and Lumina2 do
+    (diffusers pipelines/qwenimage/pipeline_qwenimage.py, the denoising loop)."""
+    v = guide(v_cond, v_uncond, w)
+    return v * (torch.norm(v_cond, dim=-1, keepdim=True) / torch.norm(v, dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -35,9 +74,10 @@ class Mode:
         """Whether a frame's anchor comes from a negative row at its first stage, and so is known of every frame."""
         return self.carries_anchor and self.extra_rows(1, 1) > 0
 
-    def weight(self, w: float, delta: float) -> float:
-        """The weight in force: w, and under an anchor `1 + (w - 1) delta`."""
-        return 1.0 + (w - 1.0) * delta if self.carries_anchor else w
+    def scale(self, scale: float, delta: float, unguided: float = 1.0) -> float:
+        """The pipeline's guidance scale in force: the given one, and under an anchor `delta` of the way to it from the
+        scale that does not guide, `unguided + (scale - unguided) delta`."""
+        return unguided + (scale - unguided) * delta if self.carries_anchor else scale
 
 
 MODES = {
@@ -67,17 +107,17 @@ class Anchors:
     known: Tensor | None = None
 
 
-def combine(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: float, anchors: Anchors | None) -> Tensor:
+def combine(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Weight, anchors: Anchors | None) -> Tensor:
     """The guided velocity of all rows, `[rows, ...]`.
 
     v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins. With anchors the twins'
     rows get theirs measured here, and it is kept.
     """
     n = len(v_extra)
-    if anchors is None:
-        return guide(v_cond, v_extra, w) if n else v_cond
-    if n:
+    if anchors is not None and n:
         anchors.x0[:n] = predict_x0(x[:n], v_extra, sigma[:n])
-    if w <= 1.0:
+    if w <= 1.0 or (anchors is None and not n):
         return v_cond
-    return guide(v_cond, velocity_from(x, anchors.x0, sigma).to(v_cond.dtype), w, anchors.known)
+    if anchors is None:
+        return w.guided(v_cond, v_extra, sigma)
+    return w.guided(v_cond, velocity_from(x, anchors.x0, sigma).to(v_cond.dtype), sigma, anchors.known)

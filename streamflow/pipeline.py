@@ -100,7 +100,7 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         super().__init__(
             base_view(pipe, adapter.net, adapter.factor),
             list(t_index_list or [0]),
-            dtype,
+            adapter.latent_dtype or dtype,
             width,
             height,
             do_add_noise,

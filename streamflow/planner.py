@@ -9,7 +9,7 @@ import torch
 
 from streamflow.changes import Prepared, Request, check_number, same_key
 from streamflow.conditioning import Prompt
-from streamflow.guidance import Mode
+from streamflow.guidance import Mode, Weight
 from streamflow.models.base import FlowAdapter
 from streamflow.noise import NoiseSource
 from streamflow.schedule import Schedule, Stages
@@ -28,20 +28,30 @@ class Planner:
     height: int
     width: int
 
+    def __post_init__(self) -> None:
+        if self._guided:
+            self.adapter.check_guided()
+
+    @property
+    def _guided(self) -> bool:
+        """Whether a negative prompt takes part."""
+        return self.mode.extra_rows(1, 1) > 0
+
     def plan(self, request: Request, generator: torch.Generator | None, seed: int | None) -> Prepared:
         """What this request comes to, from nothing. Raises what is wrong with it."""
-        noise, guidance = self.noise(generator, seed), self._guidance(request)
+        noise, scale = self.noise(generator, seed), self._scale(request)
         schedule, prompt = self._read(request)
+        guidance = self._guidance(request, scale, schedule)
         return Prepared(request, schedule, self._pick(request, schedule), prompt, *guidance, noise)
 
     def change(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
         """What `asked` becomes under another request; the pipeline is asked again only where it must be."""
         noise = asked.noise if seed is None else self.noise(None, seed)
-        guidance = self._guidance(request)
-        name = self.adapter.guidance_argument
+        scale, name = self._scale(request), self.adapter.guidance_argument
         schedule, prompt = asked.schedule, asked.prompt
         if not same_key(request.read_key(name), asked.request.read_key(name)):
             schedule, prompt = self._read(request)
+        guidance = self._guidance(request, scale, schedule)
         stages = self._pick(request, schedule)
         if stages.same_levels(asked.stages):
             stages = asked.stages
@@ -65,28 +75,33 @@ class Planner:
         arguments = dict(request.arguments)
         if request.prompt is not None:
             arguments["prompt"] = request.prompt
-        if "negative_prompt_embeds" not in arguments:
-            arguments["negative_prompt"] = request.negative_prompt
+        given = "negative_prompt_embeds" in arguments
+        arguments["negative_prompt"] = None if given else request.negative_prompt
         if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
             arguments["guidance_scale"] = request.guidance_scale
-        guided = self.mode.extra_rows(1, 1) > 0
-        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, guided)
+        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, self._guided)
 
     def _pick(self, request: Request, schedule: Schedule) -> Stages:
         if request.strength is not None:
             return schedule.pick(range(self.adapter.start_index(schedule, request.strength), len(schedule)))
         return schedule.pick(range(len(schedule)) if request.t_index_list is None else request.t_index_list)
 
-    def _guidance(self, request: Request) -> tuple[float, float]:
-        """(the pipeline's guidance_scale, the weight in force) under this request."""
-        name = self.adapter.guidance_argument
-        own = name == "guidance_scale"
-        w = request.guidance_scale if own else request.arguments.get(name)
-        check_number(name, w)
-        if w is None:
-            w = RESIDUAL_GUIDANCE if self.mode.carries_anchor else self.adapter.default(name)
+    def _scale(self, request: Request) -> float:
+        """The pipeline's guidance scale that is asked for, by name or by default."""
+        adapter, name = self.adapter, self.adapter.guidance_argument
+        scale = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
+        check_number(name, scale)
         if self.mode.name == "none":
-            w = 1.0
-        scale = w if own else request.guidance_scale
-        scale = self.adapter.default("guidance_scale") if scale is None else scale
-        return float(scale), self.mode.weight(float(w), request.delta)
+            return adapter.unguided
+        if scale is not None:
+            return float(scale)
+        return RESIDUAL_GUIDANCE - (1.0 - adapter.unguided) if self.mode.carries_anchor else adapter.default(name)
+
+    def _guidance(self, request: Request, scale: float, schedule: Schedule) -> tuple[float, Weight]:
+        """(the pipeline's guidance_scale, the weight in force) under this request."""
+        adapter = self.adapter
+        shown = scale
+        if adapter.guidance_argument != "guidance_scale":
+            shown = adapter.default("guidance_scale") if request.guidance_scale is None else request.guidance_scale
+        in_force = self.mode.scale(scale, request.delta, adapter.unguided)
+        return float(scale if shown is None else shown), adapter.weight(in_force, request.arguments, schedule)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamflow.conditioning import Cond, CondBatch, Prompt, Velocity, stack
 from streamflow.flow import euler, renoise
-from streamflow.guidance import Anchors, Mode, combine
+from streamflow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
 from streamflow.schedule import Stages
 
 
@@ -89,7 +89,7 @@ class Rows:
         network: Velocity,
         x: Tensor,
         prompts: Sequence[Prompt],
-        weight: float,
+        weight: Weight,
         anchors: Anchors | None = None,
         noise: Tensor | None = None,
         t: Tensor | None = None,
@@ -117,7 +117,7 @@ class Ring:
     """S stages x F frames, advanced together. The verbs are push, flush and reset. `weight` is the guidance weight of all
     rows, those under way too."""
 
-    def __init__(self, settings: Settings, weight: float = 1.0):
+    def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         s = self.settings = settings
         self.weight = weight
         self.rows = Rows(s, 0, len(s.stages))
@@ -237,7 +237,7 @@ class Loop:
     waiting = None
     known_anchors = None
 
-    def __init__(self, settings: Settings, weight: float = 1.0):
+    def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         self.settings, self.weight = settings, weight
         self.stages = [Rows(settings, i, i + 1) for i in range(len(settings.stages))]
 

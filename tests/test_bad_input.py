@@ -35,7 +35,7 @@ CONSTRUCTOR = {
     "too large": ({"width": 1024, "height": 64}, ValueError, "1024x64 is beyond .*: at most 256 a side"),
     "width in words": ({"width": "wide"}, TypeError, "width must be an integer number of pixels, not 'wide'"),
     "cfg_type": ({"cfg_type": "cfg"}, ValueError, "'cfg': choose one of 'none', 'full', 'self', 'initialize'"),
-    "family": ({"family": "sd9"}, ValueError, r"'sd9': choose one of .*flux, instaflow, .*sd3.* or register\(\) yours"),
+    "family": ({"family": "sd9"}, ValueError, r"'sd9': choose one of .*flux, .*instaflow, .*sd3.* or register\(\) yours"),
     "another family": ({"family": "instaflow"}, ValueError, "StableDiffusion3Pipeline has no unet, .*another family="),
     "dtype by name": ({"torch_dtype": "float16"}, TypeError, "torch.dtype such as torch.float32, not 'float16'"),
     "integer dtype": ({"torch_dtype": torch.int8}, TypeError, "torch.dtype such as torch.float32, not torch.int8"),

@@ -237,7 +237,12 @@ def test_timing_counts_what_it_calls():
 
 @pytest.mark.parametrize(
     "model,parameters,vae",
-    [("sd15", 859.52e6, 83.65e6), ("sd3-medium", 2.028e9, 83.82e6), ("flux-schnell", 11.89e9, 83.82e6)],
+    [
+        ("sd15", 859.52e6, 83.65e6),
+        ("sdxl", 2.5675e9, 83.65e6),
+        ("sd3-medium", 2.028e9, 83.82e6),
+        ("flux-schnell", 11.89e9, 83.82e6),
+    ],
 )
 def test_true_sizes_are_the_published_ones(model, parameters, vae):
     pipe = sizes.true_size(model, "meta")

@@ -33,6 +33,8 @@ def test_every_entry_of_the_table_names_a_diffusers_class_and_an_adapter():
 def test_a_diffusion_model_is_refused_with_what_to_pass(pipes):
     with pytest.raises(ValueError, match="diffusion model, not a flow.*family='instaflow'"):
         StreamFlow(pipes("instaflow"), [0])
+    with pytest.raises(ValueError, match="diffusion model, not a flow.*family='sdxl'"):
+        StreamFlow(pipes("sdxl"), [0])
 
 
 def test_unknown_classes_and_families_list_the_known(pipes):
@@ -40,7 +42,7 @@ def test_unknown_classes_and_families_list_the_known(pipes):
     pipe.__class__ = type("SomethingElsePipeline", (type(pipe).__mro__[1],), {})
     with pytest.raises(ValueError, match="SomethingElsePipeline.*FluxPipeline.*StableDiffusion3Pipeline"):
         models.adapter_for(pipe)
-    with pytest.raises(ValueError, match="unknown family 'sd4'.*flux, instaflow, sd3"):
+    with pytest.raises(ValueError, match="unknown family 'sd4'.*flux, .*instaflow, .*sd3"):
         models.adapter_for(pipes("sd3"), "sd4")
     with pytest.raises(ValueError, match="has no unet"):
         models.adapter_for(pipes("sd3"), "instaflow")
@@ -117,3 +119,20 @@ def test_the_probe_sees_what_the_network_is_given(pipes):
     (call,) = recording.calls
     for name in ("encoder_hidden_states", "pooled_projections", "guidance", "txt_ids", "img_ids", "timestep"):
         assert torch.equal(call[name], seen[0][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model,network,vae,tiny", [("sdxl", 2567.46e6, 83.65e6, 2.445e6), ("sana", 1604.46e6, 312.25e6, 3.95e6)]
+)
+def test_the_true_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
+    from streamflow.models import true_size as sizes
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    pipe = sizes.true_size(model, "meta")
+    adapter = models.adapter_for(pipe, sizes.size_of(model).family)
+    found = count(adapter.net), count(pipe.vae), count(sizes.true_tiny_vae(model, "meta"))
+    assert found == pytest.approx((network, vae, tiny), rel=2e-3)
+    assert set(sizes.prompt_arguments(model, "cpu")) <= set(adapter._parameters())

@@ -104,7 +104,7 @@ def parser(variants: Sequence[str]) -> Parser:
     p.add_argument(
         "--model",
         default="embedded",
-        help="sd15, sd3-medium, flux-schnell (with --random-weights), embedded, a hub id or a folder",
+        help="sd15, sdxl, sd3-medium, flux-schnell, sana (with --random-weights), embedded, a hub id or a folder",
     )
     p.add_argument(
         "--random-weights", action="store_true", help="a network of the named size with random weights: no download"

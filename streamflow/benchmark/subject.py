@@ -133,9 +133,9 @@ def _true_size(s: Settings) -> Subject:
 
 
 def _pretrained(s: Settings) -> Subject:
-    from streamflow.models.true_size import NOT_YET, SCHEDULERS, SIZES
+    from streamflow.models.true_size import SCHEDULERS, SIZES
 
-    if s.model in (*SIZES, *NOT_YET):
+    if s.model in SIZES:
         raise ValueError(f"{s.model!r} names a size: add --random-weights, or pass the hub id or folder of a model")
     dtype = DTYPES[s.dtype or ("float32" if s.torch_device.type == "cpu" else "float16")]
     pipe = models.load(pretrained.embedded() if s.model == "embedded" else s.model, dtype=dtype)

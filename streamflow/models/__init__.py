@@ -15,6 +15,14 @@ FAMILIES: dict[str, Any] = {
     "sd3": "streamflow.models.sd3:StableDiffusion3",
     "flux": "streamflow.models.flux:Flux",
     "instaflow": "streamflow.models.instaflow:InstaFlow",
+    "chroma": "streamflow.models.chroma:Chroma",
+    "flux2": "streamflow.models.flux2:Flux2",
+    "flux2-klein": "streamflow.models.flux2:Flux2Klein",
+    "sana": "streamflow.models.sana:Sana",
+    "lumina2": "streamflow.models.lumina2:Lumina2",
+    "qwenimage": "streamflow.models.qwenimage:QwenImage",
+    "sdxl": "streamflow.models.sdxl:RectifiedSDXL",
+    "zimage": "streamflow.models.zimage:ZImage",
 }
 
 PIPELINES = {
@@ -23,6 +31,24 @@ PIPELINES = {
     "FluxPipeline": "flux",
     "FluxImg2ImgPipeline": "flux",
     "RectifiedFlowPipeline": "instaflow",
+    "ChromaPipeline": "chroma",
+    "ChromaImg2ImgPipeline": "chroma",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2-klein",
+    "SanaPipeline": "sana",
+    "QwenImagePipeline": "qwenimage",
+    "QwenImageImg2ImgPipeline": "qwenimage",
+    "Lumina2Pipeline": "lumina2",
+    "ZImagePipeline": "zimage",
+    "ZImageImg2ImgPipeline": "zimage",
+}
+
+# Diffusion pipelines, by the start of their class's name, and the family of the same network once rectified.
+RECTIFIED = {
+    "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
+    "StableDiffusionXLImg2Img": ("sdxl", "SDXL"),
+    "StableDiffusionPipeline": ("instaflow", "InstaFlow, 2-Rectified-Flow"),
+    "StableDiffusionImg2Img": ("instaflow", "InstaFlow, 2-Rectified-Flow"),
 }
 
 
@@ -51,11 +77,10 @@ def _family_of(pipe: Any) -> str:
     known = next((PIPELINES[name] for name in names if name in PIPELINES), None)
     if known:
         return known
-    if any(name.startswith("StableDiffusionPipeline") or name.startswith("StableDiffusionImg2Img") for name in names):
-        scheduler = type(pipe.scheduler).__name__
+    for family, models in (found for name in names for start, found in RECTIFIED.items() if name.startswith(start)):
         raise ValueError(
-            f"{names[0]} with {scheduler} is a diffusion model, not a flow: StreamDiffusion streams it. If its UNet was "
-            f"rectified (InstaFlow, 2-Rectified-Flow), pass family='instaflow'"
+            f"{names[0]} with {type(pipe.scheduler).__name__} is a diffusion model, not a flow: StreamDiffusion streams it. "
+            f"If its UNet was rectified ({models}), pass family={family!r}"
         )
     raise ValueError(
         f"no family is known for {names[0]}. Known pipelines: {', '.join(sorted(PIPELINES))}. "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.conditioning import Cond, Prompt
+from streamflow.guidance import Weight
 from streamflow.models.codec import Codec
 from streamflow.models.probe import Recording, record
 from streamflow.models.rows import RowByRow
@@ -29,16 +30,19 @@ RESERVED = frozenset(
 class FlowAdapter:
     """One family's conventions. A subclass states the class attributes and gives `latent_shape`.
 
-    network: the pipeline's attribute that holds the network; `sample`: that network's first argument.
+    network: the pipeline's attribute that holds the network; `sample` and `time`: that network's first two arguments.
     Velocity: the nn.Module class made of the network, `forward(x, t, **cond) -> v = dx/dsigma`; x `[rows, ...]` in the
         pipeline's own `latents=` form, t `[rows]` as the pipeline's scheduler lists timesteps, cond tensors only.
     row_inputs / shared_inputs: the network's arguments that a prompt sets, with and without a batch dimension.
     widths: for a row input, the entry of the network's config that its last dimension must equal.
     embeds: the pipeline's names for given embeddings, and which row input each becomes; `negative_` before a name likewise.
-    guidance_argument: the pipeline's name for the classifier-free guidance weight w.
+    guidance_argument: the pipeline's name for its scale of classifier-free guidance; None where it has none.
+    unguided: the largest such scale at which the pipeline does not guide; w is 1 there, and grows with the scale.
     guidance_in_one_call: the pipeline calls its network once a step with [negative, prompt], not twice.
+    latent_dtype: what the pipeline keeps its latents in between steps; None: in the network's dtype.
+    vae_channels: the entry of the VAE's config that says how many channels its latents have.
     text_pipeline / image_pipeline: diffusers class names, the plain text-to-image one and the one whose
-        `get_timesteps` turns a strength into a start index.
+        `get_timesteps` turns a strength into a start index; Stable Diffusion 3's where a family has no image pipeline.
     refused: arguments of the pipeline that change its loop in a way a stream does not follow.
     exportable: the network takes tensors only, so it can be exported.
     free_size: one network in memory serves pictures of any size, as a UNet does.
@@ -47,6 +51,7 @@ class FlowAdapter:
 
     network: ClassVar[str] = "transformer"
     sample: ClassVar[str] = "hidden_states"
+    time: ClassVar[str] = "timestep"
     Velocity: ClassVar[type[nn.Module]]
     row_inputs: ClassVar[tuple[str, ...]]
     shared_inputs: ClassVar[tuple[str, ...]] = ()
@@ -55,10 +60,13 @@ class FlowAdapter:
         "prompt_embeds": "encoder_hidden_states",
         "pooled_prompt_embeds": "pooled_projections",
     }
-    guidance_argument: ClassVar[str] = "guidance_scale"
+    guidance_argument: ClassVar[str | None] = "guidance_scale"
+    unguided: ClassVar[float] = 1.0
     guidance_in_one_call: ClassVar[bool] = True
+    latent_dtype: ClassVar[torch.dtype | None] = None
+    vae_channels: ClassVar[str] = "latent_channels"
     text_pipeline: ClassVar[str]
-    image_pipeline: ClassVar[str]
+    image_pipeline: ClassVar[str] = "StableDiffusion3Img2ImgPipeline"
     refused: ClassVar[frozenset[str]] = frozenset()
     exportable: ClassVar[bool] = True
     free_size: ClassVar[bool] = False
@@ -123,11 +131,11 @@ class FlowAdapter:
 
     def check_vae(self, vae: nn.Module) -> None:
         """Raise ValueError where a VAE's latents are not of the network's kind."""
-        channels = vae.config.latent_channels
+        channels = getattr(vae.config, self.vae_channels, None)
         if channels != self.latent_channels:
             raise ValueError(
-                f"this {type(vae).__name__} has {channels} latent channels, the network draws {self.latent_channels}: "
-                f"load the VAE that belongs to this family"
+                f"this {type(vae).__name__} has {channels or 'no'} latent channels, the network draws "
+                f"{self.latent_channels}: load the VAE that belongs to this family"
             )
 
     # -- what the pipeline would do ------------------------------------------------------------------------------------
@@ -146,12 +154,26 @@ class FlowAdapter:
         scheduler = recording.scheduler
         name, config = type(scheduler).__name__, scheduler.config
         if name != "FlowMatchEulerDiscreteScheduler" or config.get("invert_sigmas"):
+            shift = ", shift=pipe.scheduler.config.flow_shift" if "flow_shift" in config else ""
             raise ValueError(
                 f"{name}{' with invert_sigmas' if config.get('invert_sigmas') else ''} does not step by Euler along "
                 f"falling sigmas: give the pipeline a FlowMatchEulerDiscreteScheduler, made with "
-                f"FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+                f"FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config{shift})"
             )
         return recording.schedule
+
+    def weight(self, scale: float, arguments: Mapping[str, Any], schedule: Schedule) -> Weight:
+        """The guidance weight at this scale of `guidance_argument`, with all that the pipeline does to what it guides.
+        `arguments` are the pipeline's own, as far as given; `schedule` says at which steps it guides."""
+        return Weight(scale)
+
+    def check_guided(self) -> None:
+        """Raise ValueError where the pipeline knows no negative prompt, which "full" and "initialize" need."""
+        if self.guidance_argument is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} has no classifier-free guidance, only what is embedded in its network: choose "
+                f"cfg_type='none', or 'self' for images"
+            )
 
     def start_index(self, schedule: Schedule, strength: float) -> int:
         """The first step of image-to-image at this strength, read off the image pipeline's own `get_timesteps`."""
@@ -198,8 +220,8 @@ class FlowAdapter:
         return parameters
 
     def _text_to_image(self, pipe: Any) -> Any:
-        """The pipe itself, or the text-to-image pipeline of the same parts if it wants an image."""
-        if "image" not in inspect.signature(type(pipe).__call__).parameters:
+        """The pipe itself, or the text-to-image pipeline of the same parts if it starts from an image."""
+        if "strength" not in inspect.signature(type(pipe).__call__).parameters:
             return pipe
         import diffusers
 
@@ -208,12 +230,26 @@ class FlowAdapter:
     def _record(self, arguments: dict[str, Any], steps: int, height: int, width: int, guided: bool) -> Recording:
         if guided:
             arguments[self.guidance_argument] = max(2.0, arguments.get(self.guidance_argument) or 0.0)
+            self._settle_negative_prompt(arguments)
         else:
-            arguments[self.guidance_argument] = 1.0
             arguments.pop("negative_prompt", None)
-        latents = torch.zeros(1, *self.latent_shape(height, width), device=self.pipe.device, dtype=self.net.dtype)
+            if "negative_prompt" in self._parameters():
+                arguments["negative_prompt"] = None
+            if self.guidance_argument:
+                arguments[self.guidance_argument] = self.unguided
+        dtype = self.latent_dtype or self.net.dtype
+        latents = torch.zeros(1, *self.latent_shape(height, width), device=self.pipe.device, dtype=dtype)
         size = {"height": height, "width": width, "latents": latents, "num_inference_steps": steps}
         return record(self.pipe, self.network, self.sample, **size, **arguments)
+
+    def _settle_negative_prompt(self, arguments: dict[str, Any]) -> None:
+        """Leave out an empty negative prompt where the pipeline takes none; refuse another one, and none at all."""
+        name = type(self.pipe).__name__
+        if "negative_prompt" not in self._parameters():
+            if arguments.pop("negative_prompt", None):
+                raise ValueError(f"{name} takes no negative_prompt text, only an empty one: pass negative_prompt_embeds")
+        elif arguments.get("negative_prompt") is None and arguments.get("negative_prompt_embeds") is None:
+            raise ValueError(f"guidance of {name} needs a negative prompt: pass negative_prompt='' or a text")
 
     def _prompt(self, recording: Recording, guided: bool) -> Prompt:
         calls = [self._inputs(call) for call in recording.calls]
@@ -225,7 +261,7 @@ class FlowAdapter:
 
     def _inputs(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a recorded call that belong to the prompt; an unforeseen one is refused by name."""
-        plain = {self.sample, "timestep", "return_dict"}
+        plain = {self.sample, self.time, "return_dict"}
         inputs = {}
         for name, value in call.items():
             if name in plain or value is None or (isinstance(value, dict) and not value):

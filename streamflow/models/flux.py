@@ -42,17 +42,8 @@ class FluxVelocity(nn.Module):
         )[0]
 
 
-class Flux(FlowAdapter):
-    """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
-
-    Velocity = FluxVelocity
-    row_inputs = ("encoder_hidden_states", "pooled_projections", "guidance")
-    shared_inputs = ("txt_ids", "img_ids")
-    widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
-    guidance_argument = "true_cfg_scale"
-    guidance_in_one_call = False
-    text_pipeline = "FluxPipeline"
-    image_pipeline = "FluxImg2ImgPipeline"
+class Packed:
+    """Mixed into families whose pipeline packs latents 2x2 into tokens."""
 
     @property
     def multiple(self) -> int:
@@ -67,12 +58,27 @@ class Flux(FlowAdapter):
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         self.check_vae(vae)
-        return Codec(vae, _pack, partial(_unpack, height=height, width=width, factor=self.factor))
+        return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
 
 
-def _pack(z: Tensor) -> Tensor:
+class Flux(Packed, FlowAdapter):
+    """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
+
+    Velocity = FluxVelocity
+    row_inputs = ("encoder_hidden_states", "pooled_projections", "guidance")
+    shared_inputs = ("txt_ids", "img_ids")
+    widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
+    guidance_argument = "true_cfg_scale"
+    guidance_in_one_call = False
+    text_pipeline = "FluxPipeline"
+    image_pipeline = "FluxImg2ImgPipeline"
+
+
+def pack(z: Tensor) -> Tensor:
+    """Latents `[n, 16, 2 height, 2 width]` to tokens `[n, height width, 64]`."""
     return FluxPipeline._pack_latents(z, *z.shape)
 
 
-def _unpack(latents: Tensor, height: int, width: int, factor: int) -> Tensor:
-    return FluxPipeline._unpack_latents(latents, height, width, factor)
+def unpack(latents: Tensor, height: int, width: int) -> Tensor:
+    """Tokens of a picture of height x width tokens back to latents."""
+    return FluxPipeline._unpack_latents(latents, 2 * height, 2 * width, vae_scale_factor=1)

@@ -8,6 +8,7 @@ scheduler and the global random state stay as they were.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +43,17 @@ class _StandIn(nn.Module):
         super().__init__()
         object.__setattr__(self, "_network", network)
         self._sample = sample
+        self._signature = inspect.signature(network.forward)
         self.calls: list[dict[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_network"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        arguments = dict(zip((self._sample, "timestep"), args, strict=False)) | kwargs
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | list[Tensor]]:
+        arguments = self._signature.bind(*args, **kwargs).arguments
         self.calls.append(arguments)
-        return (torch.zeros_like(arguments[self._sample]),)
+        x = arguments[self._sample]
+        return ([torch.zeros_like(one) for one in x] if isinstance(x, list) else torch.zeros_like(x),)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ benchmarks (speed does not depend on weights) and to try code out without a mode
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -28,20 +30,38 @@ from transformers import (
 )
 
 TOKENS = 77
+CHAT = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
+
+# Which function makes the pipeline of a family; those of other files are imported when they are used.
+MAKERS = {
+    "sd3": f"{__name__}:_sd3",
+    "flux": f"{__name__}:_flux",
+    "schnell": f"{__name__}:_schnell",
+    "instaflow": f"{__name__}:_instaflow",
+    "sdxl": f"{__name__}:_sdxl",
+    "sana": "streamflow.models.random_transformers:sana",
+    "chroma": "streamflow.models.random_transformers:chroma",
+    "flux2": "streamflow.models.random_transformers:flux2",
+    "flux2-klein": "streamflow.models.random_transformers:flux2_klein",
+    "qwenimage": "streamflow.models.random_transformers:qwenimage",
+    "lumina2": "streamflow.models.random_transformers:lumina2",
+    "zimage": "streamflow.models.random_transformers:zimage",
+}
 
 
 def random_pipeline(family: str, seed: int = 0, **changes: Any) -> Any:
     """A pipeline of this family, float32 on the CPU, whose weights are a function of `seed` alone.
 
-    family: "sd3", "flux", "schnell" (flux without guidance embedding, shift 1) or "instaflow".
+    family: a key of `MAKERS`; "schnell" is flux without guidance embedding, at shift 1.
     changes: entries of the network's config to replace; `scheduler`, a dict, replaces entries of the scheduler's.
     """
-    makers = {"sd3": _sd3, "flux": _flux, "schnell": _schnell, "instaflow": _instaflow}
-    if family not in makers:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(makers)}")
+    if family not in MAKERS:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(MAKERS)}")
+    module, _, name = MAKERS[family].partition(":")
+    make = getattr(import_module(module), name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = makers[family](**changes)
+        pipe = make(**changes)
         _wake(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -71,18 +91,23 @@ def _wake(pipe: Any) -> None:
                     parameter.normal_(std=0.05)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, so any text works."""
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, so any text works; a chat is its texts one after another."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|start|>", "<|end|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<|end|>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(
+    encoder = Tokenizer(models.BPE(vocabulary, [], unk_token="<|end|>"))
+    encoder.normalizer = normalizers.Lowercase()
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.post_processor = processors.TemplateProcessing(
         single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 0), ("<|end|>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>", model_max_length=TOKENS
+        tokenizer_object=encoder,
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        model_max_length=TOKENS,
+        chat_template=CHAT,
     )
 
 
@@ -102,7 +127,7 @@ def _clip(width: int, projection: bool) -> torch.nn.Module:
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def _kl(channels: int, **config: Any) -> AutoencoderKL:
+def kl(channels: int, **config: Any) -> AutoencoderKL:
     return AutoencoderKL(
         latent_channels=channels,
         block_out_channels=(8, 8, 16, 16),
@@ -132,11 +157,11 @@ def _sd3(scheduler: dict | None = None, **changes: Any) -> StableDiffusion3Pipel
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**{**config, **changes}),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
-        vae=_kl(16, scaling_factor=1.5305, shift_factor=0.0609),
+        vae=kl(16, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=_clip(16, projection=True),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=_clip(32, projection=True),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
     )
@@ -158,11 +183,11 @@ def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
     pipe = FluxPipeline(
         transformer=FluxTransformer2DModel(**{**config, **changes}),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **(scheduler or {})}),
-        vae=_kl(16, scaling_factor=0.3611, shift_factor=0.1159),
+        vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=_clip(16, projection=False),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=T5EncoderModel(text),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tokenizer(),
     )
     pipe.default_sample_size = 8
     return pipe
@@ -190,10 +215,41 @@ def _instaflow(**changes: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         unet=UNet2DConditionModel(**{**config, **changes}),
         scheduler=PNDMScheduler(),
-        vae=_kl(4, scaling_factor=0.18215),
+        vae=kl(4, scaling_factor=0.18215),
         text_encoder=_clip(32, projection=False),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def _sdxl(**changes: Any) -> StableDiffusionXLPipeline:
+    from streamflow.models.true_size import RectifiedFlowScheduler
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 48,
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        "norm_num_groups": 8,
+    }
+    return StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(**{**config, **changes}),
+        scheduler=RectifiedFlowScheduler(),
+        vae=kl(4, scaling_factor=0.13025),
+        text_encoder=_clip(16, projection=False),
+        tokenizer=tokenizer(),
+        text_encoder_2=_clip(32, projection=True),
+        tokenizer_2=tokenizer(),
+        add_watermarker=False,
     )

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 class RowByRow(nn.Module):
     """Wraps a velocity module. `pairs`: rows come as [negatives..., prompts...] and the pipeline calls its network with
-    [negative, prompt] of one frame; otherwise one row a call. `shared`: arguments without a batch dimension."""
+    [negative, prompt] of one frame; otherwise, and where a call holds rows of one kind only, one row a call. `shared`:
+    arguments without a batch dimension."""
 
     def __init__(self, velocity: nn.Module, pairs: bool = False, shared: tuple[str, ...] = ()):
         super().__init__()
@@ -19,10 +20,11 @@ class RowByRow(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         n = len(x)
-        frames = n // 2 if self.pairs else n
+        pairs = self.pairs and n % 2 == 0 and torch.equal(t[: n // 2], t[n // 2 :])
+        frames = n // 2 if pairs else n
         v = torch.empty_like(x)
         for i in range(frames):
-            rows = [i, frames + i] if self.pairs else [i]
+            rows = [i, frames + i] if pairs else [i]
             batched = {name: value if name in self.shared else value[rows] for name, value in cond.items()}
             v[rows] = self.velocity(x[rows], t[rows], **batched)
         return v

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
     ConfigMixin,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
@@ -58,13 +62,14 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 
 
 # Schedulers for families whose flow no scheduler of diffusers walks: with them the pipeline's own call draws it.
-SCHEDULERS: dict[str, Callable[[], Any]] = {"instaflow": RectifiedFlowScheduler}
+SCHEDULERS: dict[str, Callable[[], Any]] = {"instaflow": RectifiedFlowScheduler, "sdxl": RectifiedFlowScheduler}
 
 
 @dataclass(frozen=True)
 class Size:
     """One model: how its pipeline is made of (network, vae), the configs of both, and the shapes of a prompt's embeddings,
-    by the pipeline's own argument names, batch included. `family`: where the pipeline's class does not tell."""
+    by the pipeline's own argument names, batch included. `family`: where the pipeline's class does not tell. `make_vae`: of
+    its config, an AutoencoderKL where None. `tiny`: the tiny twin's config, where it is not the usual one."""
 
     pipeline: Callable[[nn.Module, nn.Module], Any]
     network: type[nn.Module]
@@ -73,6 +78,8 @@ class Size:
     embeds: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     family: str | None = None
+    make_vae: Callable[..., nn.Module] | None = None
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _stable_diffusion(unet: nn.Module, vae: nn.Module) -> StableDiffusionPipeline:
@@ -98,6 +105,16 @@ def _flux_schnell(transformer: nn.Module, vae: nn.Module) -> FluxPipeline:
     texts = {f"{kind}{n}": None for kind in ("text_encoder", "tokenizer") for n in ("", "_2")}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts)
+
+
+def _stable_diffusion_xl(unet: nn.Module, vae: nn.Module) -> StableDiffusionXLPipeline:
+    texts = {f"{kind}{n}": None for kind in ("text_encoder", "tokenizer") for n in ("", "_2")}
+    return StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=RectifiedFlowScheduler(), add_watermarker=False, **texts)
+
+
+def _sana(transformer: nn.Module, vae: nn.Module) -> SanaPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None)
 
 
 _NO_QUANT_CONV = {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -151,15 +168,55 @@ SIZES: dict[str, Size] = {
         {"prompt_embeds": (1, 256, 4096), "pooled_prompt_embeds": (1, 768)},
         torch.bfloat16,
     ),
+    "sdxl": Size(
+        _stable_diffusion_xl,
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {"latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": False},
+        {"prompt_embeds": (1, 77, 2048), "pooled_prompt_embeds": (1, 1280)},
+        torch.float16,
+        "sdxl",
+    ),
+    "sana": Size(
+        _sana,
+        SanaTransformer2DModel,
+        {},  # diffusers' defaults are those of Sana 1.6B
+        {
+            "latent_channels": 32,
+            "scaling_factor": 0.41407,
+            "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+            "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+            "downsample_block_type": "conv",
+            "upsample_block_type": "interpolate",
+        },
+        {"prompt_embeds": (1, 300, 2304), "prompt_attention_mask": (1, 300)},
+        torch.bfloat16,
+        make_vae=AutoencoderDC,
+        tiny={
+            **{f"{side}_block_out_channels": (64,) * 6 for side in ("encoder", "decoder")},
+            "num_encoder_blocks": (1, 3, 3, 3, 3, 3),
+            "num_decoder_blocks": (3, 3, 3, 3, 3, 1),
+        },
+    ),
 }
-NOT_YET = ("sdxl", "sana")  # well known, but of families that `streamflow.models` has no adapter for
 
 
 def size_of(model: str) -> Size:
     """The sizes of this model. ValueError lists the known."""
     if model not in SIZES:
-        why = "not yet: its family has no adapter" if model in NOT_YET else "unknown"
-        raise ValueError(f"true size of {model!r}: {why}; known are {', '.join(SIZES)}")
+        raise ValueError(f"unknown true size {model!r}: known are {', '.join(SIZES)}")
     return SIZES[model]
 
 
@@ -168,7 +225,7 @@ def true_size(model: str, device: torch.device | str, dtype: torch.dtype | None 
     the model is published in. The device's random state stays as it was."""
     size = size_of(model)
     with _making(device, dtype or size.dtype, seed):
-        parts = network(model), _kl(**size.vae)
+        parts = network(model), (size.make_vae or _kl)(**size.vae)
     pipe = size.pipeline(*(_finished(part, dtype or size.dtype) for part in parts))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -187,7 +244,7 @@ def true_tiny_vae(
     size = size_of(model)
     dtype = dtype or size.dtype
     with _making(device, dtype, seed):
-        vae = _finished(AutoencoderTiny(latent_channels=size.vae["latent_channels"]), dtype)
+        vae = _finished(AutoencoderTiny(latent_channels=size.vae["latent_channels"], **size.tiny), dtype)
         if torch.device(device).type != "meta":
             _spread(vae.decoder, size.vae["latent_channels"])
     return vae
@@ -196,13 +253,14 @@ def true_tiny_vae(
 def prompt_arguments(
     model: str, device: torch.device | str, dtype: torch.dtype | None = None, guided: bool = False, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random embeddings in place of a prompt, under the names and in the shapes that the pipeline takes; `guided`: and in
-    place of a negative prompt."""
+    """Random embeddings in place of a prompt, under the names and in the shapes that the pipeline takes, masks all ones;
+    `guided`: and in place of a negative prompt."""
     size = size_of(model)
     generator = torch.Generator().manual_seed(seed)
     names = list(size.embeds) + [f"negative_{name}" for name in size.embeds] * guided
     shapes = [size.embeds[name.removeprefix("negative_")] for name in names]
-    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    masks = [name.endswith("mask") for name in names]
+    drawn = [torch.ones(n) if mask else torch.randn(n, generator=generator) for n, mask in zip(shapes, masks, strict=True)]
     return {name: x.to(device, dtype or size.dtype) for name, x in zip(names, drawn, strict=True)}
 
 

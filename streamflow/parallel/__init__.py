@@ -1,6 +1,6 @@
 """Any number of GPUs: VAE decoding by row, by frame and by tile, in one process.
 
-    from streamflow.parallel import decode, shard_denoiser, shard_vae
+from streamflow.parallel import decode, shard_denoiser, shard_vae
 """
 
 from importlib import import_module

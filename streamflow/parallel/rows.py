@@ -146,8 +146,8 @@ class Follow:
         """Give the copies the values that were written since. RuntimeError where it is not the module that was copied."""
         if self._watch.adapters() != self._adapters:
             raise RuntimeError(
-                f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other devices: "
-                f"call shard_denoiser(stream, devices) again"
+                f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other "
+                f"devices: call shard_denoiser(stream, devices) again"
             )
         now = self._now()
         if now == self._versions:

@@ -35,7 +35,7 @@ def check_exportable(part: Part) -> None:
     """NotExportable, by name, for a module that takes more than tensors."""
     if not part.exportable:
         raise NotExportable(
-            *(part.name, "before export", f"{type(part.module).__name__} takes Python lists, not tensors only"),
+            *(part.name, "before export", f"{type(part.module).__name__} takes Python lists or has no ONNX form"),
             "use accelerate('cuda-graph') or accelerate('compile')",
         )
 
