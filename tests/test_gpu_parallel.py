@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
-from conftest import cuda_memory, noises
+from conftest import cuda_memory, never_waiting, noises, relative_error, streamed
 
 from streamflow.models.random_weights import random_pipeline, random_tiny_vae
-from streamflow.parallel import decode, decode_tiled, shard_vae
+from streamflow.parallel import decode, decode_tiled, shard_denoiser, shard_vae
 from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_memory
 from streamflow.parallel.tiles import psnr, reach_of
@@ -215,3 +215,52 @@ def test_memory_is_checked_with_numbers(n):
     large = torch.nn.Linear(10**7, 10**7, device="meta", bias=False)
     with pytest.raises(MemoryError, match=r"1 x Linear on cuda:0 needs 400,000,000,000,000 bytes"):
         check_memory(large, [torch.device("cuda", 0)] * n)
+
+
+def drawn(stream):
+    return streamed(stream, noises(stream, 6)).float()
+
+
+@pytest.mark.parametrize("devices", CUDA_ONLY)
+@pytest.mark.parametrize("kind", ["none", "cuda-graph", "compile"])
+@pytest.mark.parametrize("family,cfg_type", [("sd3", "full"), ("flux", "none"), ("instaflow", "initialize")])
+def test_rows_over_gpus_are_those_of_one(cuda_stream, devices, kind, family, cfg_type):
+    guided = {} if cfg_type == "none" else {"guidance_scale": 3.0, "negative_prompt": "blurry"}
+    stream = cuda_stream(family, cfg_type=cfg_type, prepare=guided)
+    plain = drawn(stream)
+    sharded = shard_denoiser(stream, devices)
+    stream.accelerate(kind)
+    for _ in range(2):
+        assert relative_error(drawn(stream), plain) < 1e-3
+    stream.accelerate("none")
+    stream.velocity = sharded.source
+    assert torch.equal(drawn(stream), plain)
+
+
+@pytest.mark.parametrize("devices", CUDA_ONLY)
+def test_a_sharded_tick_never_waits(cuda_stream, devices):
+    stream = cuda_stream("sd3")
+    shard_denoiser(stream, devices)
+    stream.accelerate("cuda-graph")
+    drawn(stream)
+    stream.prepare("a red apple", num_inference_steps=4)
+    noise = noises(stream, 8).split(1)
+    for one in noise[:4]:
+        stream.predict_x0_batch(one)
+    with never_waiting():
+        for one in noise[4:]:
+            stream.predict_x0_batch(one)
+
+
+@pytest.mark.parametrize("devices", CUDA_ONLY)
+def test_denoiser_and_vae_together_keep_every_frame(cuda_stream, picture, devices):
+    stream = cuda_stream("sd3")
+    plain = [frame.image.clone() for frame in stream.frames(picture(k) for k in range(9))]
+    stream.prepare("a red apple, 3d render", num_inference_steps=4)
+    shard_denoiser(stream, devices)
+    with shard_vae(stream.vae, devices) as stream.vae:
+        stream.accelerate("cuda-graph")
+        frames = list(stream.frames(picture(k) for k in range(9)))
+        assert [frame.id for frame in frames] == list(range(9))
+        for frame, expected in zip(frames, plain, strict=True):
+            assert (frame.wait().image.to("cuda:0") - expected).abs().max() <= 4 / 255
