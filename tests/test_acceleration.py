@@ -51,7 +51,7 @@ def drawn(stream, n=5):
 @pytest.mark.parametrize(
     "family,options",
     [
-        ("sd3", {}),
+        pytest.param("sd3", {}, marks=pytest.mark.slow),
         ("flux", {}),
         pytest.param("instaflow", {}, marks=pytest.mark.slow),
         ("sd3", {"fuse_qkv": True}),

@@ -47,6 +47,7 @@ def assert_same(sessions, part, x):
         assert torch.allclose(sessions(x), part.module(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_pictures_until_it_is_undone(stream, picture):
     before, encoded = drawn(stream), stream.encode_image(stream.preprocess(picture()))
     stream.accelerate("onnxruntime")
