@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROMPT, noises, relative_error, streamed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 FRAMES = 6
 
 # name: family, cfg_type, prepare's and the pipeline's arguments, changes of the random pipeline
