@@ -28,6 +28,15 @@ DEVICES = [
 CUDA_ONLY = [DEVICES[0], DEVICES[2]]
 
 
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32, whose rounding (1e-3) differs between GPU and CPU, between a tile and the whole."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture
 def kl():
     return random_pipeline("sd3").vae.to("cuda:0").requires_grad_(False)
