@@ -35,6 +35,7 @@ from starlette.requests import Request  # noqa: E402
 from starlette.responses import Response  # noqa: E402
 
 from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow.image_utils import image_grid, postprocess_image  # noqa: E402
 from streamflow.pretrained import EXAMPLE_PROMPTS, embedded  # noqa: E402
 
 BATCH, STEPS = 8, 4
@@ -58,8 +59,6 @@ class Draw:
     def draw(self, asked: list[tuple[str, int]]) -> list[bytes]:
         """PNG files of these (prompt, seed), streamed through the denoising batch and decoded together."""
         import torch
-
-        from streamflow.image_utils import postprocess_image
 
         stream, shape = self.stream, self.stream.frame_noise(0).shape
         done = []
@@ -148,15 +147,6 @@ def ask_all(a: argparse.Namespace) -> list[Any]:
     return [Image.open(io.BytesIO(answer)) for answer in answers]
 
 
-def contact_sheet(images: list[Image.Image], columns: int = 4) -> Image.Image:
-    """All pictures in a grid."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * width, k // columns * height))
-    return sheet
-
-
 def main() -> int:
     """Exit code 0."""
     a = arguments()
@@ -167,7 +157,7 @@ def main() -> int:
             while True:
                 time.sleep(3600)
         a.output.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(ask_all(a)).save(a.output)
+        image_grid(ask_all(a)).save(a.output)
         print(f"saved {a.output}")
     except KeyboardInterrupt:
         print("stopping")

@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from torch import Tensor
 
 from streamflow import StreamFlow
 from streamflow.command_line import Parser, at_least
-from streamflow.image_utils import postprocess_image
+from streamflow.image_utils import image_grid, postprocess_image
 from streamflow.parallel.distributed import Remote, local_device, served
 from streamflow.parallel.plan import shares
 from streamflow.pretrained import EXAMPLE_PROMPTS, embedded
@@ -88,16 +87,6 @@ def compare(stream: StreamFlow, remote: Remote, frames: int) -> tuple[Tensor, bo
     return by_frame, torch.equal(by_frame, alone) and torch.equal(by_row, in_parts)
 
 
-def contact_sheet(pictures: Tensor, columns: int = 4) -> Image.Image:
-    """All pictures in a grid."""
-    images = postprocess_image(pictures, "pil")
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * width, k // columns * height))
-    return sheet
-
-
 @torch.no_grad()
 def main() -> int:
     """Exit code 0, or 1 where the pictures differ."""
@@ -111,7 +100,7 @@ def main() -> int:
         print(f"ranks {', '.join(map(str, remote.ranks))}; rank 0 on {stream.device}")
         pictures, equal = compare(stream, remote, a.frames)
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures).save(a.output)
+    image_grid(postprocess_image(pictures, "pil")).save(a.output)
     print(f"{len(pictures)} pictures, the same to the bit: {'yes' if equal else 'NO'}; saved {a.output}")
     return 0 if equal else 1
 

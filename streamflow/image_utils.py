@@ -208,3 +208,12 @@ def process_image(image_pil: PIL.Image.Image, range: tuple[float, float] = (-1, 
 def pil2tensor(image_pil: PIL.Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
     """A PIL image to `[1, C, H, W]` in [-1, 1]."""
     return process_image(image_pil)[0].to(dtype)
+
+
+def image_grid(images: Sequence[PIL.Image.Image], columns: int = 4) -> PIL.Image.Image:
+    """Pictures of one size side by side, row by row; what is left of the last row is white."""
+    width, height = images[0].size
+    sheet = PIL.Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * width, k // columns * height))
+    return sheet

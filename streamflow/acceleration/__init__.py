@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -77,6 +78,12 @@ def _nothing() -> None:
     """There is nothing to undo."""
 
 
+def run_backwards(undo: list[Callable[[], None]]) -> None:
+    """Undo the last first; each once."""
+    while undo:
+        undo.pop()()
+
+
 @dataclass(frozen=True, eq=False)
 class Accelerated:
     """The modules to call in place of the parts', ready to run, and `undo`, which leaves the parts' own as they were."""
@@ -125,12 +132,18 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
     seconds = dict(made.seconds)
     try:
         for part in (parts.velocity, parts.decoder):
-            began = time.perf_counter()
-            part.call(made.modules[part.name])
-            if (device := next(iter(part.inputs.values())).device).type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[part.name] = seconds.get(part.name, 0.0) + time.perf_counter() - began
+            took = first_call(part, partial(part.call, made.modules[part.name]))
+            seconds[part.name] = seconds.get(part.name, 0.0) + took
     except BaseException:
         made.undo()
         raise
     return dataclasses.replace(made, seconds=seconds)
+
+
+def first_call(part: Part, call: Callable[[], Any]) -> float:
+    """Run a part for the first time, by `call`; seconds until its device is done."""
+    began = time.perf_counter()
+    call()
+    if (device := next(iter(part.inputs.values())).device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

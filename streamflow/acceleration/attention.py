@@ -8,11 +8,14 @@ Which is fastest depends on GPU, shapes and versions: measure (`examples/benchma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from streamflow.acceleration import run_backwards
 
 TORCH = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -52,12 +55,7 @@ def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
     from streamflow.models.attention import switch
 
     undo = [switch(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
-
-    def undo_all() -> None:
-        while undo:
-            undo.pop()()
-
-    return undo_all
+    return partial(run_backwards, undo)
 
 
 def force(attentions: Sequence[nn.Module], backend: SDPBackend) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Accelerated, Part, Parts
+from streamflow.acceleration import Accelerated, Part, Parts, run_backwards
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
@@ -90,12 +90,6 @@ def change_network(part: Part, options: Options, undo: list[Callable[[], None]])
         undo.append(choose_attention(part.module, options.attention))
     if options.quantize is not None:
         undo.append(quantize(part, repeated_blocks(part.module), options.quantize))
-
-
-def run_backwards(undo: list[Callable[[], None]]) -> None:
-    """Undo the last first; each once."""
-    while undo:
-        undo.pop()()
 
 
 class Compiled(nn.Module):

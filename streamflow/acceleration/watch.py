@@ -55,7 +55,12 @@ class Baked(Watch):
 
     def _state(self) -> tuple:
         tensors = (*self._plain, *self._made_of_others)
-        return (*super()._state(), [-1 if t.is_inference() else t._version for t in tensors])
+        return (*super()._state(), [version_of(t) for t in tensors])
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None for inference tensors, of which torch does not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:

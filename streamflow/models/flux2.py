@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from streamflow.models.base import FlowAdapter
 from streamflow.models.codec import Codec, Normalized
+from streamflow.models.flux import Packed
 
 
 class Flux2Velocity(nn.Module):
@@ -44,7 +45,7 @@ class Flux2Velocity(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
 
-class Flux2(FlowAdapter):
+class Flux2(Packed, FlowAdapter):
     """Guidance is a number embedded in the network, which travels with the prompt; there is no other."""
 
     Velocity = Flux2Velocity
@@ -54,14 +55,6 @@ class Flux2(FlowAdapter):
     guidance_argument = None
     guidance_in_one_call = False
     text_pipeline = "Flux2Pipeline"
-
-    @property
-    def multiple(self) -> int:
-        return self.factor * 2
-
-    @property
-    def latent_channels(self) -> int:
-        return self.net.config.in_channels // 4
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return self.net.config.in_channels, height // self.multiple, width // self.multiple

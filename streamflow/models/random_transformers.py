@@ -11,7 +11,6 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
@@ -31,17 +30,11 @@ from transformers import (
     MistralModel,
     Qwen3Config,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
 )
 
-from streamflow.models.random_weights import kl, tokenizer
+from streamflow.models.random_weights import euler, kl, t5, tokenizer
 
 WIDTH = 16  # of the language models
-
-
-def _euler(scheduler: dict | None, **config: Any) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(**{**config, **(scheduler or {})})
 
 
 def _language_model(layers: int = 2, **config: Any) -> dict[str, Any]:
@@ -75,12 +68,11 @@ def chroma(scheduler: dict | None = None, **changes: Any) -> ChromaPipeline:
         "approximator_hidden_dim": 32,
         "approximator_layers": 1,
     }
-    text = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     pipe = ChromaPipeline(
         transformer=ChromaTransformer2DModel(**{**config, **changes}),
-        scheduler=_euler(scheduler, shift=3.0, use_dynamic_shifting=True),
+        scheduler=euler(scheduler, shift=3.0, use_dynamic_shifting=True),
         vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=T5EncoderModel(text),
+        text_encoder=t5(),
         tokenizer=tokenizer(),
     )
     pipe.default_sample_size = 8
@@ -109,7 +101,7 @@ def sana(scheduler: dict | None = None, **changes: Any) -> SanaPipeline:
     }
     return SanaPipeline(
         transformer=SanaTransformer2DModel(**{**config, **changes}),
-        scheduler=_euler(scheduler, shift=3.0),
+        scheduler=euler(scheduler, shift=3.0),
         vae=_deep_compression_vae(8),
         text_encoder=Gemma2Model(Gemma2Config(**_language_model())),
         tokenizer=tokenizer(),
@@ -142,7 +134,7 @@ def _flux2_parts(text_encoder: Any, scheduler: dict | None, **changes: Any) -> d
     }
     return {
         "transformer": Flux2Transformer2DModel(**{**config, **changes}),
-        "scheduler": _euler(scheduler, shift=3.0, use_dynamic_shifting=True),
+        "scheduler": euler(scheduler, shift=3.0, use_dynamic_shifting=True),
         "vae": _flux2_vae(8),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer(),
@@ -177,7 +169,7 @@ def qwenimage(scheduler: dict | None = None, **changes: Any) -> QwenImagePipelin
     shift = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_shift": 0.9, "max_image_seq_len": 8192}
     pipe = QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(**{**config, **changes}),
-        scheduler=_euler(scheduler, **shift),
+        scheduler=euler(scheduler, **shift),
         vae=AutoencoderKLQwenImage(base_dim=8, z_dim=16, num_res_blocks=1),
         text_encoder=Qwen3Model(Qwen3Config(**_language_model())),
         tokenizer=tokenizer(),
@@ -202,7 +194,7 @@ def lumina2(scheduler: dict | None = None, **changes: Any) -> Lumina2Pipeline:
     }
     return Lumina2Pipeline(
         transformer=Lumina2Transformer2DModel(**{**config, **changes}),
-        scheduler=_euler(scheduler, use_dynamic_shifting=True),
+        scheduler=euler(scheduler, use_dynamic_shifting=True),
         vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=Gemma2Model(Gemma2Config(**_language_model())),
         tokenizer=tokenizer(),
@@ -223,7 +215,7 @@ def zimage(scheduler: dict | None = None, **changes: Any) -> ZImagePipeline:
     }
     return ZImagePipeline(
         transformer=ZImageTransformer2DModel(**{**config, **changes}),
-        scheduler=_euler(scheduler, shift=3.0),
+        scheduler=euler(scheduler, shift=3.0),
         vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=Qwen3Model(Qwen3Config(**_language_model())),
         tokenizer=tokenizer(),

@@ -127,6 +127,16 @@ def _clip(width: int, projection: bool) -> torch.nn.Module:
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    )
+
+
+def euler(scheduler: dict | None, **config: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**{**config, **(scheduler or {})})
+
+
 def kl(channels: int, **config: Any) -> AutoencoderKL:
     return AutoencoderKL(
         latent_channels=channels,
@@ -156,7 +166,7 @@ def _sd3(scheduler: dict | None = None, **changes: Any) -> StableDiffusion3Pipel
     }
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**{**config, **changes}),
-        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+        scheduler=euler(scheduler, shift=3.0),
         vae=kl(16, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=_clip(16, projection=True),
         tokenizer=tokenizer(),
@@ -179,14 +189,13 @@ def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
         "guidance_embeds": True,
         "axes_dims_rope": (4, 4, 8),
     }
-    text = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     pipe = FluxPipeline(
         transformer=FluxTransformer2DModel(**{**config, **changes}),
-        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **(scheduler or {})}),
+        scheduler=euler(scheduler, shift=3.0, use_dynamic_shifting=True),
         vae=kl(16, scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=_clip(16, projection=False),
         tokenizer=tokenizer(),
-        text_encoder_2=T5EncoderModel(text),
+        text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
     )
     pipe.default_sample_size = 8
@@ -197,10 +206,8 @@ def _schnell(**changes: Any) -> FluxPipeline:
     return _flux(**{"guidance_embeds": False, "scheduler": {"shift": 1.0, "use_dynamic_shifting": False}, **changes})
 
 
-def _instaflow(**changes: Any) -> StableDiffusionPipeline:
-    from diffusers import PNDMScheduler
-
-    config = {
+def _unet(**config: Any) -> UNet2DConditionModel:
+    shared = {
         "sample_size": 8,
         "in_channels": 4,
         "out_channels": 4,
@@ -208,12 +215,17 @@ def _instaflow(**changes: Any) -> StableDiffusionPipeline:
         "block_out_channels": (16, 32),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 32,
-        "attention_head_dim": 8,
         "norm_num_groups": 8,
     }
+    return UNet2DConditionModel(**{**shared, **config})
+
+
+def _instaflow(**changes: Any) -> StableDiffusionPipeline:
+    from diffusers import PNDMScheduler
+
+    config = {"cross_attention_dim": 32, "attention_head_dim": 8}
     return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**{**config, **changes}),
+        unet=_unet(**{**config, **changes}),
         scheduler=PNDMScheduler(),
         vae=kl(4, scaling_factor=0.18215),
         text_encoder=_clip(32, projection=False),
@@ -228,23 +240,15 @@ def _sdxl(**changes: Any) -> StableDiffusionXLPipeline:
     from streamflow.models.true_size import RectifiedFlowScheduler
 
     config = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 48,
         "attention_head_dim": (2, 4),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        "norm_num_groups": 8,
     }
     return StableDiffusionXLPipeline(
-        unet=UNet2DConditionModel(**{**config, **changes}),
+        unet=_unet(**{**config, **changes}),
         scheduler=RectifiedFlowScheduler(),
         vae=kl(4, scaling_factor=0.13025),
         text_encoder=_clip(16, projection=False),

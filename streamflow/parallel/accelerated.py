@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from streamflow import acceleration
-from streamflow.acceleration import KINDS, Accelerated, Part, Parts
+from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call, run_backwards
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +54,15 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
         undo.append(made.undo)
         modules.update(made.modules)
         for part in (one for one in parts if one.name in single and one.name != "encoder"):
-            seconds[part.name] = _timed(lambda part=part: part.call(modules[part.name]), part)
+            seconds[part.name] = first_call(part, partial(part.call, modules[part.name]))
         for part in spread:
             modules[part.name] = part.module.over(_copies(kind, parts, part, options, undo))
             if part.name != "encoder":
-                seconds[part.name] = _timed(lambda part=part: _start(modules[part.name], part), part)
+                seconds[part.name] = first_call(part, partial(_start, modules[part.name], part))
     except BaseException:
-        _run_backwards(undo)
+        run_backwards(undo)
         raise
-    return Accelerated(modules, lambda: _run_backwards(undo), seconds)
+    return Accelerated(modules, partial(run_backwards, undo), seconds)
 
 
 def _copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callable[[], None]]) -> list[nn.Module]:
@@ -104,16 +104,3 @@ def _start(module: nn.Module, part: Part) -> None:
         return
     for index in range(len(module.replicas)):
         module.start(index, list(module.inputs_of(index, part.inputs).values()))
-
-
-def _timed(act: Callable[[], Any], part: Part) -> float:
-    began = time.perf_counter()
-    act()
-    if (device := next(iter(part.inputs.values())).device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def _run_backwards(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration.watch import Watch
+from streamflow.acceleration.watch import Watch, version_of
 from streamflow.parallel.plan import row_shares
 from streamflow.parallel.replicas import Devices, check_memory, check_whole, copied, resolve_devices
 
@@ -138,8 +138,8 @@ class Follow:
         self._tensors = list(chain(source.parameters(), source.buffers()))
         self._versions = self._now()
 
-    def _now(self) -> list[int]:
-        return [-1 if t.is_inference() else t._version for t in self._tensors]
+    def _now(self) -> list[int | None]:
+        return [version_of(t) for t in self._tensors]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from streamflow.acceleration.watch import version_of
 from streamflow.parallel.distributed.wire import Argument, Link, Message, Op, RankLost, Unsendable
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ State = tuple[Tensor, int | None, slice | None]
 
 
 def _state(tensor: Tensor, rows: slice | None) -> State:
-    return tensor, None if tensor.is_inference() else tensor._version, rows  # inference tensors do not count
+    return tensor, version_of(tensor), rows
 
 
 def _same(state: State, last: State | None) -> bool:
