@@ -65,6 +65,15 @@ def cuda_stream():
     return make
 
 
+@pytest.fixture
+def full_float32():
+    """No TF32 on a GPU: its rounding, 1e-3, is above the bounds that hold in float32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @contextmanager
 def never_waiting():
     """Inside, whatever makes the host wait for the GPU is an error."""

@@ -8,6 +8,7 @@ from conftest import noises, streamed
 from torch import nn
 
 from streamflow import StreamFlow, acceleration
+from streamflow.acceleration import compile, cuda_graph
 from streamflow.acceleration.compile import repeated_blocks
 from streamflow.acceleration.cuda_graph import Graphed, signature
 from streamflow.acceleration.watch import Watch
@@ -234,3 +235,14 @@ def test_inductor_draws_the_same_on_a_cpu(own_stream):
     before = drawn(stream)
     stream.accelerate("compile")
     assert (drawn(stream) - before).abs().max() <= 4 / 255
+
+
+def test_what_waits_for_its_device_is_never_captured():
+    plain = nn.Linear(2, 2)
+    velocity = acceleration.Part("velocity", plain, {"x": torch.zeros(1, 2)}, capturable=False)
+    others = (acceleration.Part(name, plain, {"x": torch.zeros(1, 2)}) for name in ("decoder", "encoder"))
+    parts = acceleration.Parts(velocity, *others)
+    with pytest.raises(RuntimeError, match="velocity: this Linear waits.*accelerate\\('compile'\\)"):
+        cuda_graph.accelerate(parts, cuda_graph.Options())
+    made = compile.accelerate(parts, compile.Options(cuda_graph=True, backend="eager"))
+    assert [isinstance(made.modules[part.name], Graphed) for part in parts] == [False, True, True]

@@ -12,6 +12,7 @@ from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_memory
 from streamflow.parallel.tiles import psnr, reach_of
 
+pytestmark = pytest.mark.usefixtures("full_float32")
 GPUS = torch.cuda.device_count()
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device, and torch sees none")]
 two_gpus = [
@@ -26,15 +27,6 @@ DEVICES = [
     pytest.param(["cuda:0", "cuda:1", "cpu"], marks=two_gpus),
 ]
 CUDA_ONLY = [DEVICES[0], DEVICES[2]]
-
-
-@pytest.fixture(autouse=True)
-def full_float32():
-    """No TF32, whose rounding (1e-3) differs between GPU and CPU, between a tile and the whole."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

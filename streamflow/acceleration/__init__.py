@@ -28,6 +28,7 @@ class Part:
     shared: the names of inputs without a batch dimension.
     free_size: the last two dimensions of the first input are a height and a width that may change.
     exportable: the module takes and gives tensors only.
+    capturable: the module never waits for its device, so that a CUDA graph can hold it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     shared: frozenset[str] = frozenset()
     free_size: bool = False
     exportable: bool = True
+    capturable: bool = True
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:
@@ -65,6 +67,7 @@ class Parts:
             shared=frozenset(adapter.shared_inputs),
             free_size=adapter.free_size,
             exportable=adapter.exportable,
+            capturable=adapter.capturable,
         )
         maps = latents.dim() == 4  # packed latents have lost their height and width
         decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=maps)

@@ -29,7 +29,8 @@ HALF_JOINED, JOINED = 0.05, 1e-4  # how far joined projections may be off, relat
 
 @dataclass(frozen=True)
 class Options:
-    """cuda_graph: replay what was compiled as a CUDA graph; None: where there is CUDA.
+    """cuda_graph: replay what was compiled as a CUDA graph; None: where there is CUDA. A network that waits for its device
+    in every call (Lumina2, Chroma) stays without one, and that is logged.
     regional: compile repeated blocks, not the whole; None: where they hold 80 % of the weights.
     fullgraph: an error instead of a graph break. channels_last: convolutions in that layout.
     fuse_qkv: attention projections as one matrix, where the network has that switch and no adapters (LoRA) are loaded.
@@ -75,11 +76,19 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
                 change_network(part, options, undo)
             compiled, undo_compile = compile_part(part, options)
             undo.append(undo_compile)
-            modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph else compiled
+            modules[part.name] = graphed(compiled, part, options) if options.cuda_graph else compiled
     except BaseException:
         run_backwards(undo)
         raise
     return Accelerated(modules, lambda: run_backwards(undo))
+
+
+def graphed(compiled: nn.Module, part: Part, options: Options) -> nn.Module:
+    """What was compiled behind a CUDA graph, if one can hold it."""
+    if part.capturable:
+        return Graphed(compiled, options.limit)
+    logger.info("%s: compiled without a CUDA graph, since it waits for its device in every call", part.name)
+    return compiled
 
 
 def change_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:

@@ -51,6 +51,12 @@ class Options:
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
     """Each part's module behind a `Graphed`. The modules are not touched, but for the attention where it is chosen."""
+    for part in parts:
+        if not part.capturable:
+            raise RuntimeError(
+                f"{part.name}: this {type(part.module).__name__} waits for its device in every call, so no CUDA graph can "
+                f"hold it: choose accelerate('compile')"
+            )
     modules = {part.name: Graphed(part.module, options.limit) for part in parts}
     if options.attention is None or "velocity" not in modules:
         return Accelerated(modules)

@@ -45,6 +45,7 @@ class FlowAdapter:
         `get_timesteps` turns a strength into a start index; Stable Diffusion 3's where a family has no image pipeline.
     refused: arguments of the pipeline that change its loop in a way a stream does not follow.
     exportable: the network takes tensors only, so it can be exported.
+    capturable: the network never waits for its device, so that a CUDA graph can hold it.
     free_size: one network in memory serves pictures of any size, as a UNet does.
     is_reference: the pipeline's own `__call__` draws what the stream draws; not where only its parts are used.
     """
@@ -69,6 +70,7 @@ class FlowAdapter:
     image_pipeline: ClassVar[str] = "StableDiffusion3Img2ImgPipeline"
     refused: ClassVar[frozenset[str]] = frozenset()
     exportable: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     free_size: ClassVar[bool] = False
     is_reference: ClassVar[bool] = True
 

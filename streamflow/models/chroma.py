@@ -49,3 +49,4 @@ class Chroma(Packed, FlowAdapter):
     text_pipeline = "ChromaPipeline"
     image_pipeline = "ChromaImg2ImgPipeline"
     exportable = False  # tracing fixes the number of rows
+    capturable = False  # its embedding of time brings numbers from the host in every call

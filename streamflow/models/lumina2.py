@@ -42,7 +42,7 @@ class Lumina2(FlowAdapter):
     embeds = {"prompt_embeds": "encoder_hidden_states"}
     guidance_in_one_call = False
     text_pipeline = "Lumina2Pipeline"
-    exportable = False  # the network reads the mask's lengths on the host
+    exportable = capturable = False  # the network reads the mask's lengths on the host
 
     @property
     def multiple(self) -> int:
