@@ -13,18 +13,20 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
     "torch>=2.6,<3",  # the floor of diffusers' and transformers' own torch extra
-    "diffusers>=0.42,<0.50",
-    "transformers>=5,<6",
+    "diffusers>=0.33,<0.50",  # env/requirements.oldest.txt; a family may need a newer one
+    "transformers>=4.51,<6",
     "accelerate>=1.1,<2",
     "peft>=0.17,<1",  # diffusers loads LoRAs through it
     "safetensors>=0.8,<1",
-    "huggingface_hub>=1.32,<3",
+    "huggingface_hub>=0.30,<3",
     "numpy>=1.26,<3",
     "pillow>=10.3,<14",
     "packaging>=24",
     "tqdm>=4.66,<5",
     "filelock>=3.12",
     "psutil>=5.9",
+    "pydantic>=2.10,<3",
+    "pyyaml>=6",
 ]
 
 ONNX = ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.22,<2"]
@@ -48,10 +50,12 @@ EXTRAS_REQUIRE = {
     "onnxruntime": ONNX,
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
     "video": ["av>=14"],
+    # Cameras, screens, windows, NDI, recordings; SpoutGL (Windows) and syphon-python (macOS) are named when they are asked for.
+    "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],
     "bench": ["matplotlib>=3.8,<4"],
     "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11
-    "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14"],
+    "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"],
 }
 
 

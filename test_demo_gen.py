@@ -101,10 +101,7 @@ def load(a: argparse.Namespace) -> Any:
     """The pipeline, on its device, in its dtype."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    if a.model:
-        pipe = models.load(a.model, dtype=DTYPES[a.dtype])
-    else:
-        pipe = models.load(pretrained.embedded(), dtype=DTYPES[a.dtype], text_encoder_3=None, tokenizer_3=None)
+    pipe = models.load(a.model or "embedded", dtype=DTYPES[a.dtype])
     pipe.set_progress_bar_config(disable=True)
     if a.tiny_vae:
         pipe.vae = diffusers.AutoencoderTiny.from_pretrained(pretrained.embedded_tiny_vae(), dtype=DTYPES[a.dtype])

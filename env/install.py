@@ -35,6 +35,7 @@ EXTRAS = {
     "onnxruntime": "onnxruntime, the quickest on a CPU",
     "web": "the page and its server",
     "video": "video files",
+    "live": "cameras, screens, windows, NDI and recordings",
     "bench": "plots of the benchmark",
     "ray": "Ray Serve and Ray Data, for many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",

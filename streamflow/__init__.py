@@ -6,5 +6,6 @@ from streamflow.requirements_check import check_environment
 check_environment()
 
 from streamflow.pipeline import StreamFlow  # noqa: E402  (after the check, whose error names the remedy)
+from streamflow.wrapper import StreamFlowWrapper  # noqa: E402
 
-__all__ = ["StreamFlow", "__version__"]
+__all__ = ["StreamFlow", "StreamFlowWrapper", "__version__"]

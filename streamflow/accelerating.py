@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from streamflow.models.codec import Codec
+from streamflow.observing import check_graphs
 
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated, Parts
@@ -64,6 +65,26 @@ class Accelerating:
         self._vae = vae
         self._build()
 
+    def use_tiny_vae(self, path: str | None = None) -> None:
+        """Decode and encode by a small VAE of the same latents, much faster and a little coarser. The pipe keeps its own;
+        `stream.vae = stream.pipe.vae` goes back to it.
+
+        path: a folder or a hub id. None: the folder `vae_tiny` beside the pipe's own VAE, as the embedded model has one,
+            else the one that is published for the family, downloaded once.
+
+        Raises:
+            ValueError: none is known for this family, with what to pass; latents of another kind, with the numbers. OSError:
+            there is none, or the hub cannot be reached. The stream is as it was.
+        """
+        from streamflow.models import load_tiny_vae
+        from streamflow.models.tiny_vae import check_scale, find
+
+        self._check_open()
+        vae = load_tiny_vae(path or find(self.pipe, self.adapter.tiny_vae), self.device, self.unet.dtype)
+        self.adapter.check_vae(vae)
+        check_scale(vae, self.adapter.factor)
+        self.vae = vae
+
     def _codec_of(self, vae: nn.Module) -> Codec:
         """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`)."""
 
@@ -91,6 +112,10 @@ class Accelerating:
         self._check_open()
         kind = acceleration.resolve(kind, self.device)
         checked = acceleration.check_options(kind, self.device, options)
+        if kind != "none":
+            self.adapter.check_offers("accelerate")
+        if self._on_step is not None and not self._graph_safe:
+            check_graphs(kind, checked)
         self._put_back()
         self._acceleration = kind, checked
         self._build()
@@ -124,5 +149,5 @@ class Accelerating:
 
         pictures = torch.zeros(self.frame_bff_size, 3, self.height, self.width, device=self.device)
         latents = torch.zeros(self.frame_bff_size, *self._shape, device=self.device, dtype=self.dtype)
-        inputs = self._rows(None).example(self._state.prompt)
+        inputs = self._rows(None).example(self._with_control(self._state.prompt, self._blank))
         return Parts.of(self.adapter, self._plain_codec, inputs, latents, pictures)

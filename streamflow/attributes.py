@@ -112,6 +112,7 @@ class StreamDiffusionAttributes:
     def _rows(self, idx: int | None) -> Rows:
         """The rows of the batch, or those of stage idx."""
         engine = self._running()
+        self.adapter.check_offers("stages")
         if idx is None and isinstance(engine, Ring):
             return engine.rows
         return Rows(engine.settings, idx or 0, (idx or 0) + 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+from streamflow.blending import METHODS, as_weighted, with_weights
 from streamflow.conditioning import Prompt
 from streamflow.guidance import Weight
 from streamflow.noise import NoiseSource
@@ -26,18 +27,24 @@ class Request:
         TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
     """
 
-    prompt: str | None
-    negative_prompt: str | None = ""
+    prompt: str | Sequence[tuple[str, float]] | None
+    negative_prompt: str | Sequence[tuple[str, float]] | None = ""
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     delta: float = 1.0
     t_index_list: tuple[int, ...] | None = None
     strength: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    blend: str = "linear"
+    normalize_weights: bool = True
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
-        _check_text("negative_prompt", self.negative_prompt)
+        for name in ("prompt", "negative_prompt"):
+            text = as_weighted(name, getattr(self, name), str, "'a cat'")
+            _check_text(name, text)
+            object.__setattr__(self, name, text)
+        if self.blend not in METHODS:
+            raise ValueError(f"unknown blend {self.blend!r}: choose one of {', '.join(map(repr, METHODS))}")
         if self.prompt is None and "prompt_embeds" not in self.arguments:
             raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
         if self.prompt is not None and "prompt_embeds" in self.arguments:
@@ -52,7 +59,10 @@ class Request:
 
     def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
         """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
-        kept = dict(self.arguments)
+        kept, changes = dict(self.arguments), dict(changes)
+        if "prompt_weights" in changes:
+            prompt = as_weighted("prompt", changes.get("prompt", self.prompt), str, "'a cat'")
+            changes["prompt"] = with_weights("prompt", prompt, changes.pop("prompt_weights"))
         for text, start in (("prompt", ("prompt_embeds", "pooled_prompt_embeds")), ("negative_prompt", ("negative_",))):
             if text in changes:
                 kept = {name: value for name, value in kept.items() if not name.startswith(start)}
@@ -65,7 +75,8 @@ class Request:
         not among it."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
-        return self.prompt, self.negative_prompt, self.num_inference_steps, scale, arguments
+        how = self.blend, self.normalize_weights
+        return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
 
 
 def same_key(a: tuple, b: tuple) -> bool:
@@ -118,5 +129,5 @@ def check_number(name: str, value: Any) -> None:
 
 
 def _check_text(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {type(value).__name__} {value!r}: a stream takes one at a time")
+    if value is not None and not isinstance(value, (str, tuple)):
+        raise TypeError(f"{name} must be a string or a list of (string, weight), not {type(value).__name__} {value!r}")

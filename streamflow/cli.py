@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "txt2img": ("streamflow.commands.txt2img", "draw pictures from a prompt"),
+    "img2img": ("streamflow.commands.img2img", "restyle pictures"),
+    "serve": ("streamflow.commands.serve", "serve the page: text and pictures, live, in a browser"),
+    "config": ("streamflow.commands.settings_file", "write, check or show a file of settings"),
     "doctor": ("streamflow.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),
     "benchmark": ("streamflow.benchmark", "measure one model on this machine: where each factor of the speed comes from"),
     "engines": ("streamflow.acceleration.tensorrt.cli", "list or delete the TensorRT engines that are kept between runs"),

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow.conditioning import Prompt
+from streamflow.inpaint import Region
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -33,6 +36,25 @@ class Frame:
         if self._event is not None:
             self._event.synchronize()
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """An input of `StreamFlow.frames` that is more than a picture: what `stream(image, ...)` takes, by the same names."""
+
+    image: Any = None
+    mask: Any = None
+    control: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A frame that has come in and waits for its group to be full, with what it will enter with."""
+
+    id: int
+    picture: Tensor | None
+    prompt: Prompt
+    region: Region | None
 
 
 @dataclass(frozen=True)

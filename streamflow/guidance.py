@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from streamflow.flow import guide, per_row, predict_x0, velocity_from
+from streamflow.flow import guide, per_row
 
 Rule = Callable[[Tensor, Tensor, float], Tensor]
 ALWAYS, NEVER = 0.0, 2.0  # of `Weight.until`: below, and above, every sigma
@@ -107,7 +108,17 @@ class Anchors:
     known: Tensor | None = None
 
 
-def combine(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Weight, anchors: Anchors | None) -> Tensor:
+class Lines(Protocol):
+    """Where the first rows' answers of the network lead, and which answers lead to given images (`streamflow.ring.Rows`)."""
+
+    def x0(self, x: Tensor, v: Tensor) -> Tensor: ...
+
+    def toward(self, x: Tensor, x0: Tensor) -> Tensor: ...
+
+
+def combine(
+    v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Weight, anchors: Anchors | None, lines: Lines
+) -> Tensor:
     """The guided velocity of all rows, `[rows, ...]`.
 
     v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins. With anchors the twins'
@@ -115,9 +126,9 @@ def combine(v_cond: Tensor, v_extra: Tensor, x: Tensor, sigma: Tensor, w: Weight
     """
     n = len(v_extra)
     if anchors is not None and n:
-        anchors.x0[:n] = predict_x0(x[:n], v_extra, sigma[:n])
+        anchors.x0[:n] = lines.x0(x[:n], v_extra)
     if w <= 1.0 or (anchors is None and not n):
         return v_cond
     if anchors is None:
         return w.guided(v_cond, v_extra, sigma)
-    return w.guided(v_cond, velocity_from(x, anchors.x0, sigma).to(v_cond.dtype), sigma, anchors.known)
+    return w.guided(v_cond, lines.toward(x, anchors.x0).to(v_cond.dtype), sigma, anchors.known)

@@ -3,36 +3,66 @@ call pattern nor the device can change a picture. No global random state is read
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-POLICIES = ("fixed", "frame")
+POLICIES = ("fixed", "frame", "interpolated")
 
 
 class NoiseSource:
     """Draws noise of one row's shape.
 
     Either from a `seed`, then `draw(k)` is a function of (seed, k) alone; or from a `generator`, which is used as it
-    is and never reseeded, then draws follow one another.
+    is and never reseeded, then draws follow one another. Several seeds with weights, `((1, 0.5), (7, 0.5))`, give
+    `sum_i w_i n_i / |w|`: Gaussian, of variance one whatever the weights, since their draws n_i are independent.
+
+    period: frames over which `draw` moves from one noise to the next along a quarter of a great circle,
+        `cos(a) n_j + sin(a) n_(j+1)` with `a = pi f / 2` at share f of the way: of variance one at every frame.
     """
 
-    def __init__(self, shape: tuple[int, ...], seed: int | None = None, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        seed: int | tuple[tuple[int, float], ...] | None = None,
+        generator: torch.Generator | None = None,
+        period: int | None = None,
+    ):
         if (seed is None) == (generator is None):
             raise ValueError("noise comes from a seed or from a generator: pass one of them, not both and not neither")
+        if period is not None and generator is not None:
+            raise ValueError("interpolated noise is a function of the frame, and a generator's is not: pass a seed")
         self.shape = tuple(shape)
-        self.seed = seed
+        self.seed, self.period = seed, period
         self._generator = generator
         self._fixed: Tensor | None = None
+        self._fixed_steps: Tensor | None = None
 
     def draw(self, frame_id: int) -> Tensor:
         """The noise of a frame, float32 `[1, *shape]` on the CPU (on the generator's device where one was given)."""
-        return self._normal((1, frame_id))
+        if self.period is None:
+            return self._normal((1, frame_id))
+        step, share = divmod(frame_id, self.period)
+        angle = math.pi / 2 * share / self.period
+        return math.cos(angle) * self._normal((1, step)) + math.sin(angle) * self._normal((1, step + 1))
 
     def fixed(self) -> Tensor:
         """The noise that all image frames of a stream share, drawn once; it keeps a still picture still."""
         if self._fixed is None:
             self._fixed = self._normal((0, 0))
         return self._fixed
+
+    def draw_steps(self, frame_id: int, steps: int) -> Tensor:
+        """A frame's fresh noise for each of its steps, float32 `[steps, *shape]`, to be drawn after `draw`; from a
+        generator, in the order in which the pipeline's scheduler draws."""
+        return torch.cat([self._normal((2, frame_id, step)) for step in range(steps)])
+
+    def fixed_steps(self, steps: int) -> Tensor:
+        """The fresh noise of steps that all image frames of a stream share, drawn once."""
+        if self._fixed_steps is None or len(self._fixed_steps) != steps:
+            self._fixed_steps = torch.cat([self._normal((3, step)) for step in range(steps)])
+        return self._fixed_steps
 
     def preview(self) -> Tensor:
         """What `fixed` would give, drawn aside: a generator's state stays as it is."""
@@ -41,12 +71,17 @@ class NoiseSource:
         aside = torch.Generator(self._generator.device)
         return NoiseSource(self.shape, generator=aside.set_state(self._generator.get_state())).fixed()
 
-    def _normal(self, key: tuple[int, int]) -> Tensor:
-        generator = self._generator or _generator(self.seed, key)
+    def _normal(self, key: tuple[int, ...]) -> Tensor:
+        if isinstance(self.seed, tuple):
+            mixed = sum(weight * self._of_one(_generator(seed, key)) for seed, weight in self.seed)
+            return mixed / math.hypot(*(weight for _, weight in self.seed))
+        return self._of_one(self._generator or _generator(self.seed, key))
+
+    def _of_one(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.shape), generator=generator, device=generator.device, dtype=torch.float32)
 
 
-def _generator(seed: int, key: tuple[int, int]) -> torch.Generator:
+def _generator(seed: int, key: tuple[int, ...]) -> torch.Generator:
     """A generator whose state mixes the seed with the key, so that neighbouring seeds and frames share nothing."""
     state = 0
     for part in (seed, *key):

@@ -20,24 +20,31 @@ from torch import Tensor
 from streamflow import guidance
 from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, Prepared, Request
-from streamflow.conditioning import Prompt
-from streamflow.flow import add_noise
-from streamflow.frames import CallTimer, Frame, Order
+from streamflow.changes import SCOPES, Change, Prepared, Request, check_number
+from streamflow.controlling import Controlling
+from streamflow.frames import CallTimer, Frame, Input, Order, Waiting
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.image_utils import Normalized, check_range, normalize_image
+from streamflow.inpainting import Inpainting, Regions
+from streamflow.loras import Adapting
 from streamflow.models import adapter_for
 from streamflow.noise import POLICIES
+from streamflow.observing import Observing
 from streamflow.planner import DEFAULT_SEED, Planner
+from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
-from streamflow.wrap import base_view, check_dtype, check_placement, check_sampling
+from streamflow.wrap import base_view, check_dtype, check_placement
 
 logger = logging.getLogger(__name__)
+Texts = str | Sequence[tuple[str, float]]
+Seeds = int | Sequence[tuple[int, float]]
 
 
-class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
+class StreamFlow(
+    Accelerating, Adapting, Controlling, Inpainting, Observing, Resuming, StreamDiffusionAttributes, StreamDiffusion
+):
     """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged.
 
     Args:
@@ -53,7 +60,13 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         cfg_type: "none", "full" (the pipeline's own guidance), "self" or "initialize" (see `streamflow.guidance`).
         family: overrides the family found by the pipeline's class.
         input_range: what float pictures are in, (0, 1) or (-1, 1). PIL and uint8 are 0..255.
-        noise: "fixed", one noise for all image frames of a stream, or "frame", a fresh one for each.
+        noise: of frames: "fixed", one noise for all image frames of a stream; "frame", a fresh one for each; "interpolated",
+            for image and text frames, noise that moves to another every `noise_period` frames, always of variance one.
+            Text frames have fresh noise under the first two.
+        noise_period: frames from one noise to the next, where it is interpolated.
+        feedback: how much of the last finished picture goes into the next image frame's start, against flicker:
+            `(1 - feedback) x0 + feedback x0_last`, x0_last being the frame that has left last. 0 to below 1; also an
+            attribute that can be set while the stream runs.
         resize: stretch pictures of other sizes, or refuse them.
         check_inputs: also look for NaN in pictures on a GPU, which makes the host wait for it.
 
@@ -76,12 +89,14 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         family: str | None = None,
         input_range: tuple[float, float] = (0, 1),
         noise: str = "fixed",
+        noise_period: int = 30,
+        feedback: float = 0.0,
         resize: bool = True,
         check_inputs: bool = False,
     ) -> None:
         check_placement(pipe)
         self.adapter = adapter = adapter_for(pipe, family)
-        check_sampling(pipe.scheduler, do_add_noise)
+        adapter.check_settings(cfg_type, do_add_noise)
         height = adapter.default_size if height is None else height
         width = adapter.default_size if width is None else width
         adapter.check_size(height, width)
@@ -91,11 +106,14 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frame_buffer_size!r}")
         if noise not in POLICIES:
             raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
+        if isinstance(noise_period, bool) or not isinstance(noise_period, int) or noise_period < 1:
+            raise ValueError(f"noise_period must be an integer of 1 or more frames, not {noise_period!r}")
         check_range(input_range)
         dtype = check_dtype(torch_dtype, adapter.net, pipe.device)
         self._mode = guidance.mode(cfg_type)
         self._shape = adapter.latent_shape(height, width)
-        self._planner = Planner(adapter, self._mode, self._shape, height, width)
+        period = noise_period if noise == "interpolated" else None
+        self._planner = Planner(adapter, self._mode, self._shape, height, width, period)
         self._timer = CallTimer(pipe.device)
         super().__init__(
             base_view(pipe, adapter.net, adapter.factor),
@@ -116,39 +134,46 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         self._input_range, self._noise_policy, self._resize, self._check = input_range, noise, resize, check_inputs
         self._state: Prepared | None = None
         self._engine: Ring | Loop | None = None
-        self._callers, self._slot = threading.Lock(), threading.Lock()
+        self._ticks, self._callers, self._slot = threading.RLock(), threading.Lock(), threading.Lock()  # taken in this order
         self._change: Change | None = None
         self._updates = 0
         self._finished: deque[Done] = deque()
         self._next_id = 0
         self._said: set[str] = set()
         self._held_noise: tuple[Any, Tensor | None] = (None, None)
+        self.feedback = feedback
+        self._wrap_controls(pipe)
 
     # -- prepare and change -------------------------------------------------------------------------------------------
 
     def prepare(
         self,
-        prompt: str | None = None,
-        negative_prompt: str | None = "",
+        prompt: Texts | None = None,
+        negative_prompt: Texts | None = "",
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         delta: float = 1.0,
         generator: torch.Generator | None = None,
-        seed: int | None = None,
+        seed: Seeds | None = None,
         *,
         strength: float | None = None,
+        blend: str = "linear",
+        normalize_weights: bool = True,
         **pipeline_arguments: Any,
     ) -> None:
         """Set what is drawn, and empty the ring (how many frames that dropped is logged). Frame ids start anew.
 
         Args:
-            prompt, negative_prompt: texts; or `prompt_embeds` and its kin, under the pipeline's own names.
+            prompt, negative_prompt: texts; or `prompt_embeds` and its kin, under the pipeline's own names; or lists of texts
+                with weights, `[("a cat", 0.6), ("a dog", 0.4)]`, which are blended.
             num_inference_steps: the length of the schedule that `t_index_list` indexes.
             guidance_scale: the pipeline's. None: the pipeline's own default under `full` and where it is embedded in the
                 network (Flux), 1.2 under `self` and `initialize`. Flux's weight of true guidance is `true_cfg_scale`.
             delta: under `self` and `initialize` the weight in force is `1 + (guidance_scale - 1) delta`.
             generator: draws all noise, used as it is; or
-            seed: noise is a function of the seed and the frame's number. Default 2.
+            seed: noise is a function of the seed and the frame's number. Default 2. Or seeds with weights.
+            blend: "linear" or "slerp", along the sphere (`streamflow.blending.METHODS`).
+            normalize_weights: make the weights sum to 1; False takes them as they are.
             strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
             pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
 
@@ -158,11 +183,13 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         self._check_open()
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
-            prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength, pipeline_arguments
+            *(prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength),
+            *(pipeline_arguments, blend, normalize_weights),
         )
         with self._callers:
             state = self._planner.plan(request, generator, seed)
-            self.similar_filter.seed = DEFAULT_SEED if state.noise.seed is None else state.noise.seed
+            seed = state.noise.seed
+            self.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
             self.reset()
             with self._slot:
                 self._state, self._change = state, None
@@ -181,11 +208,12 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             self._engine.reset()
         self._finished.clear()
         self._next_id = 0
+        self._traces = ()
         self.similar_filter.reset()
-        self.prev_image_result = None
+        self.prev_image_result = self._last_x0 = None
 
     def update_prompt(
-        self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **pipeline_arguments: Any
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, scope: str = "now", **pipeline_arguments: Any
     ) -> int:
         """Change the prompt: of all rows at the next call (`scope="now"`), or of frames that enter from then on
         (`scope="frame"`), each of which then equals a sequential run of its own prompt. The negative prompt stays
@@ -193,7 +221,7 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         changes = {"prompt": prompt} if negative_prompt is None else {"prompt": prompt, "negative_prompt": negative_prompt}
         return self.update(scope=scope, **changes, **pipeline_arguments)
 
-    def update(self, *, scope: str | None = None, seed: int | None = None, **changes: Any) -> int:
+    def update(self, *, scope: str | None = None, seed: Seeds | None = None, **changes: Any) -> int:
         """Change what is drawn, from any thread; the ticking thread takes it at the start of its next call.
 
         Args:
@@ -202,7 +230,8 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
                 first, and calls deliver that before anything newer; "now" needs as many stages as before. The guidance
                 weight and delta act on all rows at the next call, whatever the scope.
             seed: of the frames that enter from then on.
-            changes: prompt, negative_prompt, guidance_scale, delta, num_inference_steps, t_index_list, strength, and the
+            changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
+                normalize_weights, guidance_scale, delta, num_inference_steps, t_index_list, strength, and the
                 pipeline's own arguments by name.
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field.
@@ -212,6 +241,8 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         """
         if scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}: choose 'now' or 'frame'")
+        if scope != "frame":
+            self.adapter.check_offers("update now")
         own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
         self.adapter.check_arguments(changes)
         if own.get("t_index_list") is not None:
@@ -268,47 +299,55 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         if now:
             self._engine.set_levels(stages)
         else:
-            self._finished.extend(self._engine.flush(self.velocity))
+            with self._ticks:
+                self._finished.extend(self._engine.flush(self.velocity))
             self._install(stages)
 
     # -- draw ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def __call__(self, x: Any = None) -> Tensor:
+    def __call__(self, x: Any = None, mask: Any = None, control: Any = None) -> Tensor:
         """One call of the stream: F pictures in, F finished pictures out, `[F, 3, height, width]` in [-1, 1].
 
         Without an image it is `txt2img()`. On an empty ring an image is followed by S - 1 copies of itself, so calls 1 to
         S return the first picture and call k > S that of call k - S + 1; `frames` and `flush` tell copies apart.
-
+        `mask`: draw the picture where it is white and keep it elsewhere, in this call only (`inpaint` says what masks are).
+        `control`: for each control net its picture, or F of them (`add_control`).
         Raises:
             RuntimeError: before `prepare` or after `close`. TypeError, ValueError: for a bad picture, or not F of them.
         """
         if x is None:
-            return self.txt2img()
+            self._text_regions(mask)
+            return self.txt2img(control=control)
         self._running()
         with self._timer:
             pictures = self.preprocess(x)
             if len(pictures) != self.frame_bff_size:
                 raise ValueError(f"{len(pictures)} pictures for a frame buffer of {self.frame_bff_size}")
-            if self.similar_image_filter and self.similar_filter(pictures) is None and self.prev_image_result is not None:
+            regions, seen = self._masked(pictures, mask)
+            shown = self._shown(control, len(pictures))
+            seen = self._seen_with(seen, shown)
+            if self.similar_image_filter and self.similar_filter(seen) is None and self.prev_image_result is not None:
                 return self.prev_image_result
             self._take_change()
-            group = self._image_group(pictures, self._new_ids(len(pictures)))
+            group = self._steered(self._image_group(pictures, self._new_ids(len(pictures)), regions), shown)
             self._push(group)
             while not self._finished:
                 self._push(replace(group, copy=True))
-            self.prev_image_result = self.decode_image(self._finished.popleft().x0)
+            self.prev_image_result = self._decode(self._finished.popleft())
         return self.prev_image_result
 
     @torch.no_grad()
-    def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None) -> Tensor:
+    def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None, control: Any = None) -> Tensor:
         """Draw from noise: exactly `batch_size` pictures (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
         On an empty ring S - 1 more groups of fresh frames follow the first; they leave at later calls or at `flush`.
         latents: `[batch_size, ...]`, the noise to start from, as the pipeline takes it.
+        control: for each control net a picture, or one for each of `batch_size`; further frames have the last one's.
         """
         self._running()
-        groups = self._group_count(batch_size, latents)
+        groups, regions = self._group_count(batch_size, latents), self._text_regions()
+        shown = self._shown(control, groups * self.frame_bff_size)
         self.similar_filter.forget()
         with self._timer:
             self._take_change()
@@ -317,11 +356,12 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             while len(done) < groups:
                 mine = latents is not None and pushed < groups
                 given = latents.split(self.frame_bff_size)[pushed] if mine else None
-                self._push(self._text_group(self._new_ids(self.frame_bff_size), given))
+                group = self._text_group(self._new_ids(self.frame_bff_size), given, regions)
+                self._push(self._steered(group, shown, pushed * self.frame_bff_size))
                 pushed += 1
                 if self._finished:
                     done.append(self._finished.popleft())
-            pictures = [self.decode_image(group.x0) for group in done]
+            pictures = [self._decode(group) for group in done]
             self.prev_image_result = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
         return self.prev_image_result
 
@@ -335,8 +375,9 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         return self.txt2img(batch_size)
 
     def frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
-        """One `Frame` an input, in order, none primed, none lost, none doubled. An input is a picture, or None for a frame
-        drawn from noise; `update` and `update_prompt` between inputs act as in other calls.
+        """One `Frame` an input, in order, none primed, none lost, none doubled. An input is a picture, None for a frame
+        drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
+        other calls.
 
         Raises:
             RuntimeError: frames are in flight: `flush()` them, or `prepare` anew.
@@ -351,7 +392,7 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
     @torch.no_grad()
     def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
         order = Order()
-        buffer: list[tuple[int, Normalized | None, Prompt]] = []
+        buffer: list[Waiting] = []
         self.similar_filter.reset()
         drawn = self._next_id
         for item in iterable:
@@ -359,41 +400,51 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             if buffer and change is not None and not change.spares_waiting(self._state):
                 self._push_buffer(buffer)  # they came in before it
             self._take_change()
-            picture = self._one_picture(item) if item is not None else self.similar_filter.forget()
+            given = item if isinstance(item, Input) else Input(item)
+            shown = self._shown(given.control, 1)
+            if given.image is None:
+                picture, regions = self.similar_filter.forget(), self._text_regions(given.mask)
+            else:
+                picture = self._one_picture(given.image)
+                regions, seen = self._masked(picture, given.mask)
+                seen = self._seen_with(seen, shown)
             (frame_id,) = self._new_ids(1)
-            skip = picture is not None and self.similar_image_filter and self.similar_filter(picture) is None
+            skip = picture is not None and self.similar_image_filter and self.similar_filter(seen) is None
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
             if not skip:
-                if buffer and (buffer[0][1] is None) != (picture is None):
+                if buffer and (buffer[0].picture is None) != (picture is None):
                     self._push_buffer(buffer)
-                buffer.append((frame_id, picture, self._state.prompt))
+                region = regions and regions[len(buffer)]
+                prompt = self._with_control(self._state.prompt, shown and shown.images[0])
+                buffer.append(Waiting(frame_id, picture, prompt, region))
                 if len(buffer) == self.frame_bff_size:
                     self._push_buffer(buffer)
             yield from self._deliver(order)
         if buffer:
             self._push_buffer(buffer)
         yield from self._deliver(order)
-        for done in self._engine.drain(self.velocity):
+        for done in self._by_tick(self._engine.drain(self.velocity)):
             self._finished.append(done)
             yield from self._deliver(order)
         yield from self._deliver(order, last=True)
 
-    def _push_buffer(self, buffer: list[tuple[int, Normalized | None, Prompt]]) -> None:
+    def _push_buffer(self, buffer: list[Waiting]) -> None:
         """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""
-        ids = tuple(frame_id for frame_id, _, _ in buffer)
         padded = buffer + [buffer[-1]] * (self.frame_bff_size - len(buffer))
-        rows = tuple(frame_id for frame_id, _, _ in padded)
-        pictures = [picture for _, picture, _ in padded]
-        make = self._text_group(rows) if pictures[0] is None else self._image_group(torch.cat(pictures), rows)
-        self._push(replace(make, ids=ids, prompts=tuple(prompt for _, _, prompt in padded)))
+        rows, regions = tuple(one.id for one in padded), [one.region for one in padded]
+        if padded[0].picture is None:
+            group = self._text_group(rows, regions=regions)
+        else:
+            group = self._image_group(torch.cat([one.picture for one in padded]), rows, regions)
+        self._push(replace(group, ids=rows[: len(buffer)], prompts=tuple(one.prompt for one in padded)))
         buffer.clear()
 
     def _deliver(self, order: Order, last: bool = False) -> Iterator[Frame]:
         """Decode what is finished and give what is decoded, leaving as many decodes under way as there are lanes for."""
         while self._finished:
             done = self._finished.popleft()
-            order.decoding(done.ids, self.codec.decode_later(done.x0))
+            order.decoding(done.ids, self._decode_later(done))
         yield from order.ready(0 if last else self.codec.lanes)
 
     @torch.no_grad()
@@ -407,13 +458,16 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         self._running()
         self._check_rows(x_t_latent, self.frame_bff_size)
         self._take_change()
-        group = self._text_group(self._new_ids(len(x_t_latent)), x_t_latent)
+        regions = self._text_regions()
+        self._shown(None, len(x_t_latent))
+        group = self._text_group(self._new_ids(len(x_t_latent)), x_t_latent, regions)
         self._push(group if anchor is None else replace(group, anchor=anchor.float()))
         return self._finished.popleft().x0 if self._finished else None
 
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
-        self._finished.extend(self._running().flush(self.velocity))
+        with self._ticks:
+            self._finished.extend(self._running().flush(self.velocity))
         left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
         self._finished.clear()
         return left
@@ -425,14 +479,14 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         return normalize_image(image, self.height, self.width, self._input_range, self._resize, self._check)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, t_index: int) -> Tensor:
-        """`(1 - sigma) x0 + sigma noise` at stage `t_index`."""
+        """x0 on its path to the noise (`(1 - sigma) x0 + sigma noise` where that is straight) at stage `t_index`."""
         sigma = self._prepared().stages.sigmas[t_index].to(original_samples.device)
-        return add_noise(original_samples, noise, sigma.reshape(1))
+        return self.adapter.path(original_samples, noise, sigma.reshape(1))
 
     def encode_image(self, image_tensors: Tensor) -> Tensor:
         """Pictures `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
         x0 = self._clean_latents(image_tensors)
-        return add_noise(x0, self._fixed_noise(), self._running().first_sigma)
+        return self.adapter.path(x0, self._fixed_noise(), self._running().first_sigma)
 
     def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
         """Clean latents, as the pipeline's `output_type="latent"`, to pictures `[n, 3, H, W]` in [-1, 1]."""
@@ -456,7 +510,8 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             anchors = Anchors(anchors.x0.clone(), anchors.known)
         prompts = [self._state.prompt] * rows.count
         times = torch.as_tensor(t_list, dtype=torch.float32, device=self.device)
-        return rows.advance(self.velocity, x_t_latent, prompts, self._state.weight, anchors, None, times)
+        with self._ticks:
+            return rows.advance(self.velocity, x_t_latent, prompts, self._state.weight, anchors, None, times)
 
     # -- the rest of StreamDiffusion's interface --------------------------------------------------------------------------
 
@@ -467,32 +522,12 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         self.similar_filter.set_max_skip_frame(max_skip_frame)
         self.similar_image_filter = True
 
-    def load_lcm_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Not for flows: NotImplementedError says why."""
-        raise NotImplementedError(
-            "LCM-LoRA teaches a diffusion UNet to draw in few steps; a rectified flow does that by itself. "
-            "Leave the call out; for other LoRAs there is load_lora"
-        )
-
-    def fuse_lora(
-        self,
-        fuse_unet: bool = True,
-        fuse_text_encoder: bool = True,
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-    ) -> None:
-        """Fuse loaded LoRAs into the network and the text encoders of the pipe."""
-        texts = [name for name in self.pipe.components if name.startswith("text_encoder")]
-        wanted = [self.adapter.network] * fuse_unet + texts * fuse_text_encoder
-        fusible = [name for name in wanted if name in self.pipe._lora_loadable_modules]
-        self.pipe.fuse_lora(components=fusible, lora_scale=lora_scale, safe_fusing=safe_fusing)
-
     def close(self) -> None:
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
         if not self._closed:
             self.reset()
             self._put_back()
-        self._engine = self._state = self._change = None
+        self._engine = self._state = self._change = self._regions = self._on_step = None
         self._closed = True
 
     def __enter__(self) -> StreamFlow:
@@ -525,17 +560,48 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
 
     def _install(self, stages: Stages) -> None:
         """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
-        settings = Settings(stages, self.frame_bff_size, self._mode, self.do_add_noise, self._shape, self.dtype, self.device)
-        self._engine = (Ring if self.use_denoising_batch else Loop)(settings, self._state.weight)
+        settings = Settings(
+            stages,
+            self.frame_bff_size,
+            self._mode,
+            self.adapter.rule(self.do_add_noise),
+            self._shape,
+            self.dtype,
+            self.device,
+            self.adapter.path,
+        )
+        self._engine = self.adapter.engine(settings, self._state.weight, self.use_denoising_batch)
+        self._engine.observer = self._observer
         self.t_list = list(stages.indices)
         self.denoising_steps_num = len(stages)
         rows = self._engine.rows if self.use_denoising_batch else self._engine.stages[0]
         self.batch_size, self.trt_unet_batch_size = rows.count, rows.count + rows.extra
 
     def _push(self, group: Group) -> None:
-        done = self._engine.push(group, self.velocity)
+        with self._ticks:
+            self._take_control_levels()
+            done = self._engine.push(group, self.velocity)
         if done is not None:
             self._finished.append(done)
+            self._last_x0 = done.x0[-1:] if self._feedback else None
+
+    @property
+    def feedback(self) -> float:
+        """How much of the last finished picture goes into the next image frame's start, 0 to below 1."""
+        return self._feedback
+
+    @feedback.setter
+    def feedback(self, value: float) -> None:
+        check_number("feedback", value)
+        if value is None or not 0 <= value < 1:
+            raise ValueError(f"feedback must be 0 or more and below 1, where no input would be left, not {value!r}")
+        self._feedback = float(value)
+
+    def _fed_back(self, x0: Tensor) -> Tensor:
+        """Clean latents with the last finished frame's mixed in."""
+        if not self._feedback or self._last_x0 is None:
+            return x0
+        return torch.lerp(x0, self._last_x0.expand_as(x0), self._feedback)
 
     def _new_ids(self, count: int) -> tuple[int, ...]:
         self._next_id += count
@@ -550,10 +616,10 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             self._held_noise = source, held
         return held
 
-    def _to_device(self, noise: Tensor) -> Tensor:
+    def _to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.device.type == "cuda" and noise.device.type == "cpu":
             noise = noise.pin_memory()
-        return noise.to(self.device, non_blocking=True).to(self.dtype)
+        return noise.to(self.device, non_blocking=True).to(dtype or self.dtype)
 
     def _one_picture(self, x: Any) -> Normalized:
         picture = self.preprocess(x)
@@ -561,13 +627,15 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             raise ValueError(f"frames() takes one picture at a time, not {len(picture)}")
         return picture
 
-    def _clean_latents(self, pictures: Tensor) -> Tensor:
-        pictures = pictures.as_subclass(Tensor).to(self.device, non_blocking=True)
-        return self.codec.encode(pictures).to(self.dtype)
+    def _upload(self, pictures: Tensor) -> Tensor:
+        return pictures.as_subclass(Tensor).to(self.device, non_blocking=True)
 
-    def _image_group(self, pictures: Tensor, ids: tuple[int, ...]) -> Group:
+    def _clean_latents(self, pictures: Tensor) -> Tensor:
+        return self.codec.encode(self._upload(pictures)).to(self.dtype)
+
+    def _image_group(self, pictures: Tensor, ids: tuple[int, ...], regions: Regions | None = None) -> Group:
         state = self._state
-        if state.stages.sigmas[0] == 1.0:
+        if state.stages.sigmas[0] == 1.0 and not any(regions or ()):
             self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
         x0 = self._clean_latents(pictures)
         if self._noise_policy == "fixed":
@@ -575,9 +643,12 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
         else:
             noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
         anchor = x0.float() if self._mode.carries_anchor else None
-        return Group(add_noise(x0, noise, self._engine.first_sigma), (state.prompt,) * len(ids), ids, noise, anchor)
+        x = self.adapter.path(self._fed_back(x0), noise, self._engine.first_sigma)
+        draws = self._draws(ids, self._noise_policy == "fixed")
+        group = Group(x, (state.prompt,) * len(ids), ids, noise, anchor, draws=draws)
+        return self._knowing(group, regions, x0, pictures)
 
-    def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None) -> Group:
+    def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None, regions: Regions | None = None) -> Group:
         state = self._state
         if self._mode.name == "self" and latents is None:
             self._say_once("self", "text frames have no anchor: under cfg_type='self' they are drawn without guidance")
@@ -585,7 +656,18 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             x = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
         else:
             x = latents.to(self.device, self.dtype)
-        return Group(x, (state.prompt,) * len(ids), ids, x)
+        return self._knowing(Group(x, (state.prompt,) * len(ids), ids, x, draws=self._draws(ids)), regions)
+
+    def _draws(self, ids: tuple[int, ...], fixed: bool = False) -> Tensor | None:
+        """Noise for every step of these frames, `[S, F, ...]`, where the rule needs it fresh; `fixed`: the same for all."""
+        if self._engine.settings.rule.noise != "fresh":
+            return None
+        source, steps = self._state.noise, len(self._state.stages)
+        if fixed:
+            draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._shape)
+        else:
+            draws = torch.stack([source.draw_steps(i, steps) for i in ids], dim=1)
+        return self._to_device(draws, torch.float32)
 
     def _group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
         """How many groups a call of txt2img is to return."""
@@ -607,5 +689,5 @@ class StreamFlow(Accelerating, StreamDiffusionAttributes, StreamDiffusion):
             logger.warning(message)
 
 
-_TEXTS = {"prompt", "negative_prompt"}
+_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize_weights"}
 _UPDATABLE = _TEXTS | {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}

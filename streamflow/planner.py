@@ -3,12 +3,14 @@ pipeline through the adapter, keeps nothing, and changes nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from streamflow.blending import Cache, Weighted, as_weighted, blend, parts, shares
 from streamflow.changes import Prepared, Request, check_number, same_key
-from streamflow.conditioning import Prompt
+from streamflow.conditioning import Cond, Prompt
 from streamflow.guidance import Mode, Weight
 from streamflow.models.base import FlowAdapter
 from streamflow.noise import NoiseSource
@@ -20,13 +22,16 @@ RESIDUAL_GUIDANCE = 1.2
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for one stream: `shape` is a frame's latent shape, `height` and `width` are pixels."""
+    """Plans for one stream: `shape` is a frame's latent shape, `height` and `width` are pixels; `period`, in frames, is of
+    noise that moves on slowly. `cache` holds what prompts became since the last `plan`."""
 
     adapter: FlowAdapter
     mode: Mode
     shape: tuple[int, ...]
     height: int
     width: int
+    period: int | None = None
+    cache: Cache = field(default_factory=Cache, compare=False)
 
     def __post_init__(self) -> None:
         if self._guided:
@@ -40,6 +45,7 @@ class Planner:
     def plan(self, request: Request, generator: torch.Generator | None, seed: int | None) -> Prepared:
         """What this request comes to, from nothing. Raises what is wrong with it."""
         noise, scale = self.noise(generator, seed), self._scale(request)
+        self.cache.clear()
         schedule, prompt = self._read(request)
         guidance = self._guidance(request, scale, schedule)
         return Prepared(request, schedule, self._pick(request, schedule), prompt, *guidance, noise)
@@ -57,19 +63,48 @@ class Planner:
             stages = asked.stages
         return Prepared(request, schedule, stages, prompt, *guidance, noise)
 
-    def noise(self, generator: torch.Generator | None, seed: int | None) -> NoiseSource:
-        """Noise from a generator or from a seed; from the default seed where neither is given."""
+    def encoded_anew(self, asked: Prepared) -> Prepared:
+        """`asked` with its prompts as the text encoders make them now."""
+        self.cache.clear()
+        return replace(asked, prompt=self._read(asked.request)[1])
+
+    def noise(self, generator: torch.Generator | None, seed: Any) -> NoiseSource:
+        """Noise from a generator, from a seed or from several with weights; from the default seed where none is given."""
+        seed = as_weighted("seed", seed, int, "7")
         if generator is not None and seed is not None:
             raise ValueError("pass a generator, which is used as it is, or a seed, not both")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an integer, not {seed!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, tuple))):
+            raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
         if generator is None and seed is None:
             seed = DEFAULT_SEED
-        return NoiseSource(self.shape, seed, generator)
+        return NoiseSource(self.shape, seed, generator, self.period)
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
+        """What the pipeline would do with this request, of which it is asked text by text."""
+        if not isinstance(request.prompt, tuple) and not isinstance(request.negative_prompt, tuple):
+            return self._ask(request, request.prompt, request.negative_prompt)
+        self.adapter.check_offers("blending")
+        positive, negative = parts(request.prompt), parts(request.negative_prompt)
+        one = replace(request, prompt=positive[0][0], negative_prompt=negative[0][0])
+        asked = [self._ask(replace(one, prompt=text), "prompt", text) for text, _ in positive]
+        cond = self._blend(request, [prompt.cond for _, prompt in asked], positive)
+        if asked[0][1].uncond is None:
+            return asked[0][0], Prompt(cond)
+        against = [self._ask(replace(one, negative_prompt=text), "negative_prompt", text) for text, _ in negative]
+        return asked[0][0], Prompt(cond, self._blend(request, [prompt.uncond for _, prompt in against], negative))
+
+    def _blend(self, request: Request, conds: list[Cond], weighted: Weighted) -> Cond:
+        weights = shares(weighted, request.normalize_weights)
+        return blend(conds, weights, request.blend, set(self.adapter.embeds.values()))
+
+    def _ask(self, request: Request, *texts: str | None) -> tuple[Schedule, Prompt]:
+        """As `_read`, of one prompt and one negative prompt; kept under these texts, since weights change more often."""
+        *_, steps, scale, arguments = request.read_key(self.adapter.guidance_argument)
+        return self.cache.get((texts, steps, scale, tuple(arguments.items())), lambda: self._encode(request))
+
+    def _encode(self, request: Request) -> tuple[Schedule, Prompt]:
         """Ask the pipeline what it would do with this request."""
         self.adapter.check_embeds(request.arguments)
         arguments = dict(request.arguments)

@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-DIFFUSERS_MINIMUM = "0.42"
-DIFFUSERS_RANGE = ">=0.42,<0.50"
+DIFFUSERS_MINIMUM = "0.33"
+DIFFUSERS_RANGE = ">=0.33,<0.50"
 DIFFUSERS_COMMAND = f'pip install "diffusers{DIFFUSERS_RANGE}"'
 STREAMDIFFUSION_COMMAND = "pip install --no-deps streamdiffusion==0.1.1"
 

@@ -5,16 +5,19 @@ same step in a loop, one group at a time: the sequential reference. They know ro
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from streamflow.conditioning import Cond, CondBatch, Prompt, Velocity, stack
-from streamflow.flow import euler, renoise
+from streamflow.flow import add_noise
 from streamflow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
+from streamflow.inpaint import Known, Paste, Path
+from streamflow.rules import Rule
 from streamflow.schedule import Stages
 
 
@@ -22,7 +25,9 @@ from streamflow.schedule import Stages
 class Group:
     """F frames that travel together. `x` `[F, ...]` at the first stage's sigma; `noise` `[F, ...]`, the frames' own,
     where rows are re-noised; `anchor` float32 `[F, ...]`, clean latents, where known; `prompts`, one a frame;
-    `ids`, one a frame; `copy` marks a group that only fills the ring and whose frames were or will be delivered."""
+    `ids`, one a frame; `copy` marks a group that only fills the ring and whose frames were or will be delivered; `known`:
+    what of them is known and not drawn; `paste`: what is to be done to their pictures, carried along; `draws` float32
+    `[S, F, ...]`, noise for every stage, where the rule needs it fresh."""
 
     x: Tensor
     prompts: tuple[Prompt, ...]
@@ -30,15 +35,19 @@ class Group:
     noise: Tensor | None = None
     anchor: Tensor | None = None
     copy: bool = False
+    known: Known | None = None
+    paste: Paste | None = None
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """A group that has left: clean latents `[F, ...]`, with the ids and the mark it came with."""
+    """A group that has left: clean latents `[F, ...]`, with the ids, the mark and the `paste` it came with."""
 
     x0: Tensor
     ids: tuple[int, ...]
     copy: bool
+    paste: Paste | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class Settings:
     stages: Stages
     frames: int
     mode: Mode
-    renoise: bool
+    rule: Rule
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    path: Path = add_noise
 
 
 class Rows:
@@ -75,6 +85,8 @@ class Rows:
 
         self.sigma, self.sigma_next = by_row(stages.sigmas), by_row(stages.sigmas_next)
         self.dt = (self.sigma_next - self.sigma).to(s.dtype)
+        self.at = {"sigma": self.sigma, "sigma_next": self.sigma_next, "dt": self.dt}
+        self.at |= {name: by_row(values) for name, values in s.rule.levels(stages).items()}
         t = by_row(stages.timesteps).flatten()
         self.t = torch.cat((t[: self.extra], t))
 
@@ -99,14 +111,27 @@ class Rows:
         times = self.t if t is None else torch.cat((t[:extra], t))
         rows = torch.cat((x[:extra], x)) if extra else x
         v = self.conds.velocity(network, rows, times, _conds(prompts, extra))
-        v = combine(v[extra:] if extra else v, v[:extra], x, self.sigma, weight, anchors)
+        v = combine(v[extra:] if extra else v, v[:extra], x, self.sigma, weight, anchors, self)
         return self.step(x, v, noise), v
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x at each row's next sigma, given the velocity: Euler, or re-noised where the rows carry noise."""
-        if noise is None:
-            return euler(x, v, self.dt)
-        return renoise(x, v, self.sigma, self.sigma_next, noise)
+        """x at each row's next sigma, given v, by the stream's rule; `noise` `[rows, ...]` where it needs some."""
+        return self.settings.rule.step(x, v, self.at, noise)
+
+    def x0(self, x: Tensor, v: Tensor) -> Tensor:
+        """The image that the first `len(x)` rows head for with v, float32 `[n, ...]`."""
+        return self.settings.rule.x0(x, v, self._first(len(x)))
+
+    def toward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The v that leads the first `len(x)` rows to the images x0, float32 `[n, ...]`."""
+        return self.settings.rule.toward(x, x0, self._first(len(x)))
+
+    def _first(self, count: int) -> dict[str, Tensor]:
+        return {name: values[:count] for name, values in self.at.items()}
+
+
+Observer = Callable[[Rows, Sequence[Group | None], Tensor, Tensor, Tensor], Tensor]
+"""(rows, their groups, x and v of this step, x at the next sigma) to x at the next sigma, all `[rows, ...]`."""
 
 
 def _conds(prompts: Sequence[Prompt], extra: int) -> tuple[Cond, ...]:
@@ -115,7 +140,9 @@ def _conds(prompts: Sequence[Prompt], extra: int) -> tuple[Cond, ...]:
 
 class Ring:
     """S stages x F frames, advanced together. The verbs are push, flush and reset. `weight` is the guidance weight of all
-    rows, those under way too."""
+    rows, those under way too. `observer` sees every step and answers with the latents to go on with."""
+
+    observer: Observer | None = None
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         s = self.settings = settings
@@ -130,9 +157,10 @@ class Ring:
         self._prompts: list[Prompt] = []
         empty = torch.zeros((self.rows.count, *s.shape), dtype=s.dtype, device=s.device)
         self.x = self._advanced = empty
-        self.noise = empty if s.renoise else None
+        self.noise = empty if s.rule.noise == "own" else None
         self.anchors = Anchors(empty.float()) if s.mode.carries_anchor else None
         self._known: tuple[bool, ...] = ()
+        self.known: Known | None = None
 
     @property
     def in_flight(self) -> int:
@@ -176,14 +204,25 @@ class Ring:
     def push(self, group: Group, network: Velocity) -> Done | None:
         """Take F new rows in, advance all rows one stage, and return the oldest group if it is done.
 
-        None while the ring fills. Copies come back too, marked.
+        None while the ring fills. Copies come back too, marked. If the network raises, the ring is as it was before.
         """
-        self._enter(group)
-        self._advanced, _ = self.rows.advance(network, self.x, self._prompts, self.weight, self.known_anchors, self.noise)
+        before = {**vars(self), "_groups": self._groups.copy(), "anchors": copy.copy(self.anchors)}
+        try:
+            self._enter(group)
+            noise = self._draws() if self.settings.rule.noise == "fresh" else self.noise
+            x, v = self.rows.advance(network, self.x, self._prompts, self.weight, self.known_anchors, noise)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        if self.known is not None:
+            x = self.known.put(x, self.rows.sigma_next, self.settings.path)
+        self._advanced = x
+        if self.observer is not None:
+            self._advanced = self.observer(self.rows, self._groups, self.x, v, x)
         oldest = self._groups[-1]
         if oldest is None:
             return None
-        return Done(self._advanced[-self.settings.frames :], oldest.ids, oldest.copy)
+        return Done(self._advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.paste)
 
     def flush(self, network: Velocity) -> list[Done]:
         """Run what is in flight to its end with the settings it has; oldest first, copies left out. Empties the ring."""
@@ -199,18 +238,32 @@ class Ring:
                 yield left
         self.reset()
 
+    def _draws(self) -> Tensor:
+        """Each row's fresh noise for the step it is about to take; zeros where there is none."""
+        nothing = torch.zeros_like(self.x[: self.settings.frames], dtype=torch.float32)
+        groups = enumerate(self._groups)
+        return torch.cat([nothing if g is None or g.draws is None else g.draws[stage] for stage, g in groups])
+
     def _enter(self, group: Group) -> None:
         """Shift all that rows carry by one stage, the new frames' first."""
         self._groups.appendleft(group)
         self._prompts = [*group.prompts, *self._prompts][: self.rows.count]
         self._prompts += [group.prompts[-1]] * (self.rows.count - len(self._prompts))
         self.x = self._shifted(group.x, self._advanced)
+        if group.known is not None or self.known is not None:
+            self._enter_known(group.known)
         if self.noise is not None:
             self.noise = self._shifted(torch.zeros_like(group.x) if group.noise is None else group.noise, self.noise)
         if self.anchors is not None:
             anchor = torch.zeros_like(group.x, dtype=torch.float32) if group.anchor is None else group.anchor
             self.anchors.x0 = self._shifted(anchor, self.anchors.x0)
             self._know(tuple(one is not None and one.anchor is not None for one in self._groups))
+
+    def _enter_known(self, new: Known | None) -> None:
+        """What is known moves on with its rows; once no row knows anything, nothing is carried."""
+        rows = new.nothing(self.rows.count) if self.known is None else self.known
+        some = any(one is not None and one.known is not None for one in self._groups)
+        self.known = rows.shifted(new, self.settings.frames) if some else None
 
     def _shifted(self, new: Tensor, rows: Tensor) -> Tensor:
         return torch.cat((new, rows[: -len(new)]))  # always a copy: a measured anchor is written into it
@@ -232,6 +285,7 @@ class Ring:
 class Loop:
     """The same step in a loop: each push runs its group through all stages. Nothing stays in flight."""
 
+    observer: Observer | None = None
     in_flight = 0
     empty = True
     waiting = None
@@ -265,8 +319,17 @@ class Loop:
         if s.mode.measures_anchor or (s.mode.carries_anchor and group.anchor is not None):
             anchors = Anchors(torch.zeros_like(x, dtype=torch.float32) if group.anchor is None else group.anchor.clone())
         for rows in self.stages:
-            x, _ = rows.advance(network, x, group.prompts, self.weight, anchors, group.noise if s.renoise else None)
-        return Done(x, group.ids, group.copy)
+            before = x
+            x, v = rows.advance(network, x, group.prompts, self.weight, anchors, self._noise(group, rows.first))
+            if group.known is not None:
+                x = group.known.put(x, rows.sigma_next, s.path)
+            if self.observer is not None:
+                x = self.observer(rows, (group,), before, v, x)
+        return Done(x, group.ids, group.copy, group.paste)
+
+    def _noise(self, group: Group, stage: int) -> Tensor | None:
+        of = {"none": None, "own": group.noise, "fresh": None if group.draws is None else group.draws[stage]}
+        return of[self.settings.rule.noise]
 
     def flush(self, network: Velocity) -> list[Done]:
         """Nothing is in flight."""

@@ -3,8 +3,8 @@ it is read off a pipeline's own scheduler (`streamflow.models.probe`) or given b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
@@ -44,28 +44,36 @@ def check_indices(t_index_list: Sequence[int], steps: int | None = None) -> tupl
 @dataclass(frozen=True)
 class Stages:
     """The noise levels a stream stops at. `indices` are steps of the schedule they came from; `timesteps`, `sigmas`
-    and `sigmas_next` are float32 `[S]`, and a row at stage i goes from sigmas[i] to sigmas_next[i]; the last to 0."""
+    and `sigmas_next` are float32 `[S]`, and a row at stage i goes from sigmas[i] to sigmas_next[i]; the last to 0.
+    `coefficients`: what the step's rule needs besides, `[S]` by name."""
 
     indices: tuple[int, ...]
     timesteps: Tensor
     sigmas: Tensor
     sigmas_next: Tensor
+    coefficients: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def same_levels(self, other: Stages) -> bool:
         """Whether both stop at the same noise levels and tell the network the same times."""
-        return torch.equal(self.sigmas, other.sigmas) and torch.equal(self.timesteps, other.timesteps)
+        mine, others = ((s.sigmas, s.timesteps, *s.coefficients.values()) for s in (self, other))
+        return self.coefficients.keys() == other.coefficients.keys() and all(map(torch.equal, mine, others))
 
 
 @dataclass(frozen=True)
 class Schedule:
     """`timesteps` `[N]`, what the pipeline hands its network; `sigmas` `[N + 1]`, strictly falling to 0. Both float32
-    on the CPU. They are two lists since in some families the one is not 1000 times the other."""
+    on the CPU. They are two lists since in some families the one is not 1000 times the other.
+
+    coefficients: what the family's rule (`streamflow.rules`) needs of every step, `[N]` by name. windows: the steps at which
+    a new piece of a piecewise straight flow starts, which no `t_index_list` may leave out."""
 
     timesteps: Tensor
     sigmas: Tensor
+    coefficients: Mapping[str, Tensor] = field(default_factory=dict)
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sigmas.ndim != 1 or self.timesteps.shape != (len(self.sigmas) - 1,):
@@ -83,8 +91,22 @@ class Schedule:
         return len(self.timesteps)
 
     def pick(self, t_index_list: Sequence[int]) -> Stages:
-        """The stages at these steps: Euler on the sub-grid, the last stage going to sigma 0."""
+        """The stages at these steps: Euler on the sub-grid, the last stage going to sigma 0.
+
+        Raises:
+            ValueError: a step that is none, or a window's start left out, with its number.
+        """
         indices = list(check_indices(t_index_list, len(self)))
+        self._check_windows(indices)
         sigmas = self.sigmas[indices]
         sigmas_next = torch.cat((sigmas[1:], self.sigmas[-1:]))
-        return Stages(tuple(indices), self.timesteps[indices], sigmas, sigmas_next)
+        coefficients = {name: values[indices] for name, values in self.coefficients.items()}
+        return Stages(tuple(indices), self.timesteps[indices], sigmas, sigmas_next, coefficients)
+
+    def _check_windows(self, indices: list[int]) -> None:
+        left_out = [start for start in self.windows if start > indices[0] and start not in indices]
+        if left_out:
+            raise ValueError(
+                f"t_index_list {indices} leaves out {left_out}, where a window of this flow starts: it is straight only "
+                f"inside a window, so keep them, {sorted({*indices, *left_out})}"
+            )

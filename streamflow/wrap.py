@@ -44,21 +44,47 @@ def _check_half_on_cpu() -> None:
 
 
 def check_placement(pipe: Any) -> None:
-    """Raise ValueError with the remedy for a pipe that is spread over devices or offloaded."""
+    """Raise ValueError with the remedy for a pipe that is spread over devices or offloaded, in any of diffusers' ways."""
     if getattr(pipe, "hf_device_map", None):
-        raise ValueError("this pipe was loaded with a device_map: load it without one and move it, pipe.to('cuda')")
-    hooked = [name for name, part in pipe.components.items() if getattr(part, "_hf_hook", None) is not None]
-    if hooked:
         raise ValueError(
-            f"{', '.join(hooked)} of this pipe are offloaded, so a stream would move them at every frame: call "
-            f"pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()"
+            "this pipe was loaded with a device_map: load it without one and move it, pipe.to('cuda'), after "
+            "pipe.reset_device_map() if it is loaded already"
         )
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for moved, remedy in _OFFLOADED:
+        if names := [name for name, part in parts.items() if any(moved(module) for module in part.modules())]:
+            raise ValueError(
+                f"{', '.join(names)} of this pipe are offloaded, so a stream would move them at every frame: {remedy}"
+            )
 
 
-def check_sampling(scheduler: Any, do_add_noise: bool) -> None:
-    """Raise ValueError where the pipeline's scheduler re-noises at every step and the stream would not."""
-    if scheduler.config.get("stochastic_sampling") and not do_add_noise:
+def _by_accelerate(module: torch.nn.Module) -> bool:
+    return getattr(module, "_hf_hook", None) is not None
+
+
+def _by_groups(module: torch.nn.Module) -> bool:
+    return any("offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
+
+
+def _by_device_map(module: torch.nn.Module) -> bool:
+    devices = getattr(module, "hf_device_map", None) or {}
+    return len({str(device) for device in devices.values()}) > 1
+
+
+_OFFLOADED = (
+    (_by_device_map, "load them without a device_map, or with one of a single device"),
+    (
+        _by_accelerate,
+        "call pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()",
+    ),
+    (_by_groups, "load the pipe without enable_group_offload(), which nothing takes back, and pipe.to(device)"),
+)
+
+
+def check_sampling(scheduler: Any) -> None:
+    """Raise ValueError where the pipeline's scheduler changes the size of its latents from step to step."""
+    if scheduler.config.get("scale_factors") or getattr(scheduler, "_scale_factors", None):
         raise ValueError(
-            "this pipe's scheduler has stochastic_sampling, which adds noise at every step: pass do_add_noise=True, which "
-            "does the same with each frame's own noise, or a scheduler without it"
+            f"this pipe's {type(scheduler).__name__} has scale_factors, which enlarge the latents step by step, and the "
+            f"rows of a stream are of one size: make it with scale_factors=None"
         )

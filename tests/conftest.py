@@ -5,16 +5,22 @@ from __future__ import annotations
 import gc
 import logging
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from family_table import Found
 
 from streamflow import StreamFlow
 from streamflow.models.random_weights import random_pipeline
 
 PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", type=Path, metavar="FILE", help="write down what the parity tests find, by family")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +40,15 @@ def pipes():
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def found(request):
+    """Where parity tests say what they found (`family_table.Found`); written to the file of `--families`."""
+    kept = Found()
+    yield kept
+    if request.config.getoption("--families"):
+        kept.save(request.config.getoption("--families"))
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ import torch
 from conftest import PROMPT, noises, relative_error, streamed
 from torch import Tensor
 
-from streamflow import StreamFlow
+from streamflow import StreamFlow, models
 
 FRAMES = 6
+ELSEWHERE = {"rendezvous", "perflow", "perflow-sdxl", "sana-sprint"}  # tests/test_rendezvous.py, tests/test_rules.py
+FAMILIES = [family for family in models.FAMILIES if family not in ELSEWHERE]
 
 
 def _as_is(latents: Tensor, stream: Any) -> Tensor:
@@ -128,7 +130,7 @@ SLOW = {
 }
 
 
-def check(case: Case, pipes, **settings) -> None:
+def check(case: Case, pipes, found=None, **settings) -> None:
     """Row by row to the bit, and in one call within 4 x the pipeline's own batching noise, never above 1e-4."""
     steps = settings.get("steps", 2)
     stream = case.stream(pipes, **settings)
@@ -136,30 +138,40 @@ def check(case: Case, pipes, **settings) -> None:
     own = case.draw(stream, latents, steps)
     at_once = case.latents(streamed(stream, latents), stream)
     if stream.pipe.dtype == torch.float32:
-        noise = relative_error(case.draw(stream, latents, steps, FRAMES), own)
-        assert relative_error(at_once, own) <= min(max(4 * noise, 1e-6), 1e-4), noise
+        noise, error = relative_error(case.draw(stream, latents, steps, FRAMES), own), relative_error(at_once, own)
+        if found is not None:
+            found.error(case.family, error, noise)
+        assert error <= min(max(4 * noise, 1e-6), 1e-4), noise
     stream.velocity = stream.adapter.row_by_row(case.cfg_type == "full" and stream._state.weight > 1.0)
     assert torch.equal(case.latents(streamed(stream, latents), stream), own)
+    if found is not None:
+        found.equal(case.family, case.cfg_type, stream.pipe.dtype)
     assert relative_error(own[:1], own[1:2]) > 0.05, "frames that are alike would prove nothing"
 
 
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-def test_a_stream_draws_what_the_pipeline_draws(case, pipes):
-    check(case, pipes)
+def test_a_stream_draws_what_the_pipeline_draws(case, pipes, found):
+    check(case, pipes, found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SLOW.values(), ids=SLOW)
+def test_other_arguments_too(case, pipes, found):
+    check(case, pipes, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", (PLAIN | SLOW).values(), ids=PLAIN | SLOW)
-def test_in_every_dtype(case, dtype, pipes):
-    check(case, pipes, dtype=dtype)
+def test_in_every_half_dtype(case, dtype, pipes, found):
+    check(case, pipes, found, dtype=dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps,frames,size", [(1, 2, (64, 128)), (2, 6, (128, 64)), (8, 1, (128, 128))])
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-def test_of_every_size_with_any_number_of_steps(case, steps, frames, size, pipes):
-    check(case, pipes, steps=max(steps, case.least_steps), size=size, frames=frames)
+def test_of_every_size_with_any_number_of_steps(case, steps, frames, size, pipes, found):
+    check(case, pipes, found, steps=max(steps, case.least_steps), size=size, frames=frames)
 
 
 IMAGES = {
@@ -173,7 +185,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_image_to_image_equals_the_image_pipeline(name, pipes, picture):
+def test_image_to_image_equals_the_image_pipeline(name, pipes, picture, found):
     case, (cls, call) = PLAIN[name], IMAGES[name]
     call = {**call, **case.fixed}
     stream = case.stream(pipes, frames=2)
@@ -187,6 +199,7 @@ def test_image_to_image_equals_the_image_pipeline(name, pipes, picture):
         latents = stream.encode_image(stream.preprocess(one))
         expected.append(image_pipe(prompt=PROMPT, image=one, latents=latents, **size, **call).images)
     drawn = torch.stack([frame.image for frame in stream.frames(pictures)])
+    found.image(case.family, relative_error(drawn / 2 + 0.5, torch.cat(expected)))
     assert relative_error(drawn / 2 + 0.5, torch.cat(expected)) <= 1e-5
 
 
@@ -305,6 +318,26 @@ def test_a_familys_rule_holds_for_residual_guidance_too(cfg_type, pipes, picture
     weight = stream._state.weight
     v, negative = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
     assert torch.allclose(weight.guided(v, negative, torch.ones(2)).norm(dim=-1), v.norm(dim=-1), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residual_guidance_streams_as_the_loop(family, pipes, picture, found):
+    pipe = pipes(family)
+    for cfg_type in ("self", "initialize"):
+        drawn = []
+        for batched in (True, False):
+            options = {"cfg_type": cfg_type, "use_denoising_batch": batched, "width": 64, "height": 64}
+            try:
+                stream = StreamFlow(pipe, [1, 2], family=family, **options)
+            except ValueError as error:
+                assert "no classifier-free guidance" in str(error)
+                break
+            stream.prepare(PROMPT, num_inference_steps=3, **({} if family in ("instaflow", "sdxl") else SHORT))
+            drawn.append(torch.stack([frame.image for frame in stream.frames(picture(k) for k in range(3))]))
+        else:
+            assert relative_error(*drawn) < 1e-4
+            found.guided(family, cfg_type)
 
 
 def test_guidance_stops_where_the_pipeline_stops(pipes):

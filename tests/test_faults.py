@@ -327,11 +327,13 @@ def test_fault_16_halves_are_the_networks_and_coefficients_are_float32(stream_of
 def test_fault_17_loras_are_fused_by_todays_names(stream_of, monkeypatch):
     stream = stream_of("sd3")
     calls = []
-    monkeypatch.setattr(type(stream.pipe), "fuse_lora", lambda self, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(
+        type(stream.pipe), "fuse_lora", lambda self, components, **kwargs: calls.append({"components": components, **kwargs})
+    )
     stream.fuse_lora()
     stream.fuse_lora(True, False, 0.5, True)
     assert calls[0]["components"] == ["transformer", "text_encoder", "text_encoder_2"]
-    assert calls[1] == {"components": ["transformer"], "lora_scale": 0.5, "safe_fusing": True}
+    assert calls[1] == {"components": ["transformer"], "lora_scale": 0.5, "safe_fusing": True, "adapter_names": None}
     assert not {"fuse_unet", "fuse_text_encoder"} & set(calls[0])
     with pytest.raises(NotImplementedError, match="a rectified flow does that by itself"):
         stream.load_lcm_lora()

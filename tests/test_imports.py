@@ -27,19 +27,23 @@ ROWS = (
         "flow",
         "image_utils",
         "image_filter",
-        "io.*",
+        *("io", "io.*", "section", "server.settings"),
         "parallel.plan",
     ),
-    ("schedule", "guidance"),
+    ("schedule", "guidance", "rules"),
     (
-        *("noise", "conditioning", "ring", "frames", "changes", "planner", "inpaint"),
-        *("models", "models.codec", "models.probe", "models.rows", "models.base"),
+        *("noise", "conditioning", "blending", "ring", "frames", "changes", "planner", "inpaint"),
+        *("models", "models.codec", "models.probe", "models.rows", "models.base", "models.control"),
+        *("models.tiny_vae", "models.classification"),
     ),
     ("models.*",),
     ("acceleration", "acceleration.*", "parallel", "parallel.*"),
-    ("attributes", "accelerating", "pipeline"),
+    (
+        *("attributes", "accelerating", "loras", "inpainting", "controlling", "snapshot", "resuming", "observing"),
+        "pipeline",
+    ),
     ("", "modes", "wrapper", "live", "config", "benchmark", "benchmark.*", "doctor"),
-    ("cli",),
+    ("cli", "commands", "commands.*", "server", "server.*"),
 )
 ACCELERATION = 4  # imported by later rows inside functions only
 OWNERS = {

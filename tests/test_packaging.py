@@ -214,7 +214,7 @@ def test_a_diffusers_that_was_pulled_down_names_what_did_it_and_the_command_back
         requirements_check.check_environment()
     message = str(caught.value)
     assert "found 0.30.3, pulled down by old-thing 3.1 (it asks for Diffusers<0.31)" in message
-    assert message.endswith('pip install "diffusers>=0.42,<0.50"')
+    assert message.endswith('pip install "diffusers>=0.33,<0.50"')
     assert not any(one.metadata["Name"] in message for one in bystanders) and "0.24" not in message
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import noises, relative_error, streamed
 from torch import nn
 
-from streamflow import StreamFlow, models, pretrained
+from streamflow import StreamFlow, models
 from streamflow.acceleration import Part
 from streamflow.acceleration import quantize as quantizing
 from streamflow.acceleration.compile import Options, fuse_projections, repeated_blocks
@@ -111,7 +111,7 @@ def test_a_watch_sees_quantised_weights_move(part):
 @pytest.mark.slow
 def test_the_embedded_model_in_eight_bits_keeps_its_pictures(monkeypatch):
     monkeypatch.setattr(quantizing, "FEATURES", 256)
-    stream = StreamFlow(models.load(pretrained.embedded(), dtype=torch.float32), range(4), cfg_type="none")
+    stream = StreamFlow(models.load(), range(4), cfg_type="none")
     stream.prepare("a fox, 3d render", num_inference_steps=4, max_sequence_length=0)
     before = stream.decode_image(latents(stream)) / 2
     stream.accelerate("compile", quantize="int8", **GRAPHLESS)

@@ -1,8 +1,10 @@
 """The README says what is so: its Python blocks run, its links lead somewhere, its list of substitutions is the tests'."""
 
+import json
 import re
 from pathlib import Path
 
+from family_table import RESULTS, in_readme, table
 from PIL import Image
 from readme_substitutions import SUBSTITUTIONS
 
@@ -44,3 +46,10 @@ def test_every_family_and_file_it_names_exists():
         assert f"`{name}`" in README
     for name in re.findall(r"^\| `([\w/]+\.py|[\w]+/)` \|", README, re.MULTILINE):
         assert (ROOT / "streamflow" / name).exists(), name
+
+
+def test_the_table_of_families_is_the_one_that_was_measured():
+    text, result = (ROOT / "README.md").read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert set(result["families"]) == set(models.FAMILIES) - {"rendezvous"}
+    assert in_readme(text, table(result)) == text
+    assert all(found["error"] <= 1e-4 and found["guidance"] for found in result["families"].values())

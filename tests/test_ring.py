@@ -202,3 +202,24 @@ def test_hundreds_of_ticks_hold_no_more_tensors_than_twenty(stream_of):
     for _ in range(300):
         stream.predict_x0_batch(x)
     assert tensors() <= few + 2
+
+
+@pytest.mark.parametrize("cfg_type", ["none", "initialize"])
+def test_a_network_that_fails_loses_only_the_frame_that_was_to_enter(cfg_type, stream_of):
+    stream = stream_of("sd3", cfg_type=cfg_type, prepare={"guidance_scale": 2.0, "num_inference_steps": 4, "seed": 3})
+    latents = noises(stream, 6)
+    undisturbed = streamed(stream, latents[[0, 1, 3, 4, 5]])
+    network, drawn = stream.velocity, []
+
+    class Failing(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("out of memory")
+
+    for k, x in enumerate(latents.split(1)):
+        stream.velocity = Failing() if k == 2 else network
+        if k == 2:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                stream.predict_x0_batch(x)
+        else:
+            drawn.append(stream.predict_x0_batch(x))
+    assert torch.equal(torch.cat([x for x in drawn if x is not None] + stream.flush()), undisturbed)

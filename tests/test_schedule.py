@@ -107,8 +107,10 @@ def test_other_schedulers_are_refused_with_the_remedy(pipes):
         StreamFlow(pipe, [0], cfg_type="none").prepare(PROMPT, num_inference_steps=4)
 
 
-def test_a_stochastic_scheduler_needs_do_add_noise(pipes):
-    pipe = pipes("sd3", scheduler={"stochastic_sampling": True})
-    with pytest.raises(ValueError, match="stochastic_sampling.*do_add_noise=True"):
+def test_a_scheduler_that_enlarges_its_latents_is_refused(pipes):
+    from diffusers import FlowMatchLCMScheduler
+
+    pipe = copy.copy(pipes("sd3"))
+    vars(pipe)["scheduler"] = FlowMatchLCMScheduler(scale_factors=[0.5, 1.0])
+    with pytest.raises(ValueError, match="scale_factors.*one size"):
         StreamFlow(pipe, [0], cfg_type="none")
-    StreamFlow(pipe, [0], cfg_type="none", do_add_noise=True).prepare(PROMPT, num_inference_steps=4)

@@ -50,7 +50,7 @@ def make_stream(size: int | None, stages: int) -> StreamFlow:
     """A prepared stream of the embedded model."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    stream = StreamFlow(models.load(pretrained.embedded()), range(stages), width=size, height=size, cfg_type="none")
+    stream = StreamFlow(models.load(), range(stages), width=size, height=size, cfg_type="none")
     stream.prepare(pretrained.EXAMPLE_PROMPTS[1], num_inference_steps=stages, max_sequence_length=0)
     return stream
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamflow import StreamFlow, models, pretrained
+from streamflow import StreamFlow, models
 from streamflow.models.true_size import prompt_arguments, true_size
 
 
@@ -39,7 +39,7 @@ class Nothing(nn.Module):
 
 def load(device: str, dtype: torch.dtype, embedded: bool) -> Any:
     """The pipeline that is measured."""
-    return models.load(pretrained.embedded(), dtype=dtype).to(device) if embedded else true_size("sd15", device, dtype)
+    return models.load(device=device, dtype=dtype) if embedded else true_size("sd15", device, dtype)
 
 
 def make_stream(pipe: Any, cfg_type: str, embedded: bool) -> StreamFlow:

@@ -37,11 +37,13 @@ def say_float32(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def say_absent(folder: Path) -> None:
-    """Names a stand-in that loads as None for T5, which a plain `from_pretrained` would otherwise miss."""
+def say_classes(folder: Path) -> None:
+    """Names a stand-in that loads as None for T5, which a plain `from_pretrained` would otherwise miss, and the tokenizers'
+    class that reads their files in transformers 4 too."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     index |= {name: ["streamflow.pretrained", "Absent"] for name in ("text_encoder_3", "tokenizer_3")}
+    index |= {name: ["transformers", "PreTrainedTokenizerFast"] for name in ("tokenizer", "tokenizer_2")}
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -55,7 +57,7 @@ def forget(path: Path, name: str) -> None:
 def export(args) -> None:
     build_pipeline(args).to(torch.float16).save_pretrained(args.output)
     say_float32(args.output)
-    say_absent(args.output)
+    say_classes(args.output)
     if (args.work / "tiny_vae.pt").exists():
         twin = load_average(args.work / "tiny_vae.pt", build_tiny_vae(TINY if args.tiny else SHIPPED))
         twin.half().save_pretrained(args.output / "vae_tiny")

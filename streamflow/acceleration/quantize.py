@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamflow.acceleration import Part
 
@@ -93,12 +94,14 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
     """Quantise the matrices of a part's repeated blocks; returns how to put the weights back, the same objects as before.
 
     Raises:
-        ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, or weights of a
-            dtype that the kind does not take; each with what was found.
+        ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, weights that
+            are quantised already or of a dtype that the kind does not take; each with what was found.
     """
     kind = KINDS[name]
     _refuse_adapters(part.module, name)
     layers = matrices(part, blocks, name)
+    if any(is_traceable_wrapper_subclass(layer.weight) for layer in layers):
+        raise ValueError(f"quantize={name!r} finds weights that are quantised already: leave it out")
     if wrong := {layer.weight.dtype for layer in layers} - set(kind.dtypes):
         takes = " or ".join(map(str, kind.dtypes))
         raise ValueError(f"quantize={name!r} takes weights in {takes}, and there are some in {wrong.pop()}: cast the pipe")

@@ -138,7 +138,7 @@ def _pretrained(s: Settings) -> Subject:
     if s.model in SIZES:
         raise ValueError(f"{s.model!r} names a size: add --random-weights, or pass the hub id or folder of a model")
     dtype = DTYPES[s.dtype or ("float32" if s.torch_device.type == "cpu" else "float16")]
-    pipe = models.load(pretrained.embedded() if s.model == "embedded" else s.model, dtype=dtype)
+    pipe = models.load(s.model, dtype=dtype, family=s.family)
     family = s.family or models.PIPELINES.get(type(pipe).__name__)
     if family in SCHEDULERS:
         pipe.scheduler = SCHEDULERS[family]()

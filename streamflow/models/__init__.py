@@ -6,6 +6,7 @@ A family is one file with one class, a `FlowAdapter` (models/base.py). `register
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,34 +20,62 @@ FAMILIES: dict[str, Any] = {
     "flux2": "streamflow.models.flux2:Flux2",
     "flux2-klein": "streamflow.models.flux2:Flux2Klein",
     "sana": "streamflow.models.sana:Sana",
+    "sana-sprint": "streamflow.models.sana_sprint:SanaSprint",
     "lumina2": "streamflow.models.lumina2:Lumina2",
     "qwenimage": "streamflow.models.qwenimage:QwenImage",
     "sdxl": "streamflow.models.sdxl:RectifiedSDXL",
+    "perflow": "streamflow.models.perflow:PeRFlow",
+    "perflow-sdxl": "streamflow.models.perflow:PeRFlowSDXL",
     "zimage": "streamflow.models.zimage:ZImage",
+    "rendezvous": "streamflow.models.rendezvous:Rendezvous",
 }
 
 PIPELINES = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusion3Img2ImgPipeline": "sd3",
+    "StableDiffusion3InpaintPipeline": "sd3",
+    "StableDiffusion3ControlNetPipeline": "sd3",
     "FluxPipeline": "flux",
+    "FluxControlNetPipeline": "flux",
+    "FluxControlNetImg2ImgPipeline": "flux",
     "FluxImg2ImgPipeline": "flux",
+    "FluxInpaintPipeline": "flux",
     "RectifiedFlowPipeline": "instaflow",
     "ChromaPipeline": "chroma",
     "ChromaImg2ImgPipeline": "chroma",
+    "ChromaInpaintPipeline": "chroma",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2-klein",
     "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana-sprint",
+    "SanaSprintImg2ImgPipeline": "sana-sprint",
     "QwenImagePipeline": "qwenimage",
     "QwenImageImg2ImgPipeline": "qwenimage",
+    "QwenImageControlNetPipeline": "qwenimage",
+    "QwenImageInpaintPipeline": "qwenimage",
     "Lumina2Pipeline": "lumina2",
     "ZImagePipeline": "zimage",
     "ZImageImg2ImgPipeline": "zimage",
+    "ZImageInpaintPipeline": "zimage",
+    "AuraFlowPipeline": "rendezvous",
+    "BriaPipeline": "rendezvous",
+    "CogView4Pipeline": "rendezvous",
+    "ErnieImagePipeline": "rendezvous",
+    "HiDreamImagePipeline": "rendezvous",
+    "HunyuanImagePipeline": "rendezvous",
+    "Kandinsky5T2IPipeline": "rendezvous",
+    "LuminaPipeline": "rendezvous",
+    "OmniGenPipeline": "rendezvous",
+    "OvisImagePipeline": "rendezvous",
+    "PRXPipeline": "rendezvous",
 }
 
 # Diffusion pipelines, by the start of their class's name, and the family of the same network once rectified.
 RECTIFIED = {
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusionXLImg2Img": ("sdxl", "SDXL"),
+    "StableDiffusionXLControlNet": ("sdxl", "SDXL"),
+    "StableDiffusionControlNet": ("instaflow", "InstaFlow, 2-Rectified-Flow"),
     "StableDiffusionPipeline": ("instaflow", "InstaFlow, 2-Rectified-Flow"),
     "StableDiffusionImg2Img": ("instaflow", "InstaFlow, 2-Rectified-Flow"),
 }
@@ -66,10 +95,7 @@ def adapter_for(pipe: Any, family: str | None = None) -> FlowAdapter:
         ValueError: the family is unknown, or the class is; both messages list what is known. A diffusion pipeline is
             refused with what to pass if its weights are rectified.
     """
-    family = family or _family_of(pipe)
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}, or register() yours")
-    return _load(FAMILIES[family])(pipe)
+    return adapter_class(family or _family_of(pipe))(pipe)
 
 
 def _family_of(pipe: Any) -> str:
@@ -77,33 +103,56 @@ def _family_of(pipe: Any) -> str:
     known = next((PIPELINES[name] for name in names if name in PIPELINES), None)
     if known:
         return known
+    if type(getattr(pipe, "scheduler", None)).__name__ == "PeRFlowScheduler":
+        return "perflow-sdxl" if any("XL" in name for name in names) else "perflow"
     for family, models in (found for name in names for start, found in RECTIFIED.items() if name.startswith(start)):
         raise ValueError(
             f"{names[0]} with {type(pipe.scheduler).__name__} is a diffusion model, not a flow: StreamDiffusion streams it. "
             f"If its UNet was rectified ({models}), pass family={family!r}"
         )
+    from streamflow.models.classification import check_drawable, kind_of
+
+    check_drawable(type(pipe))
+    if kind_of(type(pipe)) == "not a flow":
+        raise ValueError(f"{names[0]} is a diffusion or consistency model, not a flow")
     raise ValueError(
         f"no family is known for {names[0]}. Known pipelines: {', '.join(sorted(PIPELINES))}. "
-        f"Pass family= (one of {', '.join(sorted(FAMILIES))}) or streamflow.models.register() an adapter"
+        f"Pass family='rendezvous', which draws with whole calls of any pipeline, or another family= (one of "
+        f"{', '.join(sorted(FAMILIES))}), or streamflow.models.register() an adapter"
     )
 
 
-def _load(adapter: Any) -> type[FlowAdapter]:
+def adapter_class(family: str) -> type[FlowAdapter]:
+    """The adapter of a family. ValueError lists the known ones; ImportError: diffusers is too old for this one."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}, or register() yours")
+    adapter = FAMILIES[family]
     if not isinstance(adapter, str):
         return adapter
     module, _, name = adapter.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        raise ImportError(
+            f"family {family!r} needs a newer diffusers than {version('diffusers')} ({error}): pip install -U diffusers"
+        ) from error
 
 
-def load(model: str, **kwargs: Any) -> Any:
-    """A diffusers pipeline from a hub id or a folder: `DiffusionPipeline.from_pretrained` with its own arguments."""
-    from diffusers import DiffusionPipeline
+def control_rule(adapter: FlowAdapter) -> Any:
+    """What control nets of this family are like, a `control.ControlRule`. NotImplementedError where diffusers has none."""
+    if adapter.control is None:
+        raise NotImplementedError(f"diffusers has no control nets that {type(adapter).__name__} streams")
+    module, _, name = adapter.control.partition(":")
+    return getattr(import_module(module), name)()
 
-    return DiffusionPipeline.from_pretrained(model, **kwargs)
+
+def load(model: str = "embedded", **kwargs: Any) -> Any:
+    """A diffusers pipeline: the embedded one, or from a hub id, a folder or a file (`streamflow.models.loading.load`)."""
+    return import_module("streamflow.models.loading").load(model, **kwargs)
 
 
 def load_tiny_vae(model: str, device: Any, dtype: Any) -> Any:
-    """An AutoencoderTiny from a hub id or a folder, on the device in the dtype, for inference."""
-    from diffusers import AutoencoderTiny
+    """A tiny VAE from a hub id or a folder (`streamflow.models.tiny_vae.load`), on the device in the dtype."""
+    from streamflow.models.tiny_vae import load
 
-    return AutoencoderTiny.from_pretrained(model, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    return load(model).to(device, dtype).eval().requires_grad_(False)

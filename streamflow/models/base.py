@@ -11,13 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from streamflow.conditioning import Cond, Prompt
+from streamflow.flow import add_noise
 from streamflow.guidance import Weight
 from streamflow.models.codec import Codec
+from streamflow.models.control import LEVELS, Controls
 from streamflow.models.probe import Recording, record
 from streamflow.models.rows import RowByRow
+from streamflow.ring import Loop, Ring, Settings
+from streamflow.rules import BY_SCHEDULER, Rule, rule_of
 from streamflow.schedule import Schedule
+from streamflow.wrap import check_sampling
 
 # Arguments of a pipeline's __call__ that the stream gives itself.
 RESERVED = frozenset(
@@ -41,10 +47,15 @@ class FlowAdapter:
     guidance_in_one_call: the pipeline calls its network once a step with [negative, prompt], not twice.
     latent_dtype: what the pipeline keeps its latents in between steps; None: in the network's dtype.
     vae_channels: the entry of the VAE's config that says how many channels its latents have.
+    control: the rules of its control nets, `module:Class`; None: diffusers has none for this family.
+    tiny_vae: where a small VAE of the same latents is published, a hub id, or a key of `models.tiny_vae.PUBLISHED`.
+    since: the first diffusers whose pipelines of this family a stream follows.
+    note: what differs from the pipeline, what is refused and why, in a few words: for the README's table.
     text_pipeline / image_pipeline: diffusers class names, the plain text-to-image one and the one whose
         `get_timesteps` turns a strength into a start index; Stable Diffusion 3's where a family has no image pipeline.
     refused: arguments of the pipeline that change its loop in a way a stream does not follow.
     exportable: the network takes tensors only, so it can be exported.
+    lacks: what a stream of this family does not offer, and what to do instead.
     capturable: the network never waits for its device, so that a CUDA graph can hold it.
     free_size: one network in memory serves pictures of any size, as a UNet does.
     is_reference: the pipeline's own `__call__` draws what the stream draws; not where only its parts are used.
@@ -66,13 +77,19 @@ class FlowAdapter:
     guidance_in_one_call: ClassVar[bool] = True
     latent_dtype: ClassVar[torch.dtype | None] = None
     vae_channels: ClassVar[str] = "latent_channels"
+    control: ClassVar[str | None] = None
+    tiny_vae: ClassVar[str | None] = None
+    since: ClassVar[str] = "0.33"
+    note: ClassVar[str] = ""
     text_pipeline: ClassVar[str]
     image_pipeline: ClassVar[str] = "StableDiffusion3Img2ImgPipeline"
     refused: ClassVar[frozenset[str]] = frozenset()
     exportable: ClassVar[bool] = True
+    lacks: ClassVar[Mapping[str, str]] = {}
     capturable: ClassVar[bool] = True
     free_size: ClassVar[bool] = False
     is_reference: ClassVar[bool] = True
+    controls: Controls | None = None
 
     def __init__(self, pipe: Any):
         if getattr(pipe, self.network, None) is None:
@@ -85,7 +102,19 @@ class FlowAdapter:
     def rebuild(self, network: nn.Module) -> None:
         """Make the velocity of another network of the same family."""
         self.net = network
-        self.velocity = self.Velocity(network)
+        velocity = self.Velocity(network)
+        self.velocity = self.controls.over(velocity) if self.controls else velocity
+
+    def set_controls(self, controls: Controls | None) -> None:
+        """Make the velocity with these control nets, or with none."""
+        self.controls = controls
+        self.shared_inputs = (*type(self).shared_inputs, *((LEVELS,) if controls else ()))
+        self.exportable = type(self).exportable and not controls  # torch.export has no free sizes for arguments by **name
+        self.rebuild(self.net)
+
+    def engine(self, settings: Settings, weight: Weight, batched: bool) -> Ring | Loop:
+        """What keeps the frames in flight."""
+        return (Ring if batched else Loop)(settings, weight)
 
     def row_by_row(self, guided: bool) -> RowByRow:
         """The velocity in the very calls that the pipeline makes, frame by frame; `guided` under `cfg_type="full"`."""
@@ -140,6 +169,17 @@ class FlowAdapter:
                 f"{self.latent_channels}: load the VAE that belongs to this family"
             )
 
+    # -- latents --------------------------------------------------------------------------------------------------------
+
+    def path(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Clean latents x0 on their way to `noise`, all `[rows, ...]`, at levels sigma; by default the straight line."""
+        return add_noise(x0, noise, sigma)
+
+    def latent_mask(self, mask: Tensor, height: int, width: int) -> Tensor:
+        """A mask `[n, 1, height, width]` in the form of latents, by nearest neighbour as the pipelines take it (diffusers
+        pipelines/stable_diffusion_3/pipeline_stable_diffusion_3_inpaint.py, `prepare_mask_latents`)."""
+        return interpolate(mask, self.latent_shape(height, width)[-2:])
+
     # -- what the pipeline would do ------------------------------------------------------------------------------------
 
     def read(self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool):
@@ -155,7 +195,7 @@ class FlowAdapter:
         """The schedule; by default the one that the pipeline's scheduler holds."""
         scheduler = recording.scheduler
         name, config = type(scheduler).__name__, scheduler.config
-        if name != "FlowMatchEulerDiscreteScheduler" or config.get("invert_sigmas"):
+        if name not in BY_SCHEDULER or config.get("invert_sigmas"):
             shift = ", shift=pipe.scheduler.config.flow_shift" if "flow_shift" in config else ""
             raise ValueError(
                 f"{name}{' with invert_sigmas' if config.get('invert_sigmas') else ''} does not step by Euler along "
@@ -168,6 +208,19 @@ class FlowAdapter:
         """The guidance weight at this scale of `guidance_argument`, with all that the pipeline does to what it guides.
         `arguments` are the pipeline's own, as far as given; `schedule` says at which steps it guides."""
         return Weight(scale)
+
+    def check_settings(self, cfg_type: str, do_add_noise: bool) -> None:
+        """Raise ValueError where the stream would not follow the pipeline under these settings."""
+        check_sampling(self.pipe.scheduler)
+
+    def rule(self, do_add_noise: bool) -> Rule:
+        """How rows take their steps: as the pipeline's scheduler does, or re-noised with the frames' own noise."""
+        return rule_of(type(self.pipe.scheduler).__name__, self.pipe.scheduler.config, do_add_noise)
+
+    def check_offers(self, feature: str) -> None:
+        """Raise NotImplementedError for what a stream of this family does not offer, with the remedy."""
+        if feature in self.lacks:
+            raise NotImplementedError(f"{type(self).__name__} does not offer {feature}: {self.lacks[feature]}")
 
     def check_guided(self) -> None:
         """Raise ValueError where the pipeline knows no negative prompt, which "full" and "initialize" need."""
@@ -222,12 +275,13 @@ class FlowAdapter:
         return parameters
 
     def _text_to_image(self, pipe: Any) -> Any:
-        """The pipe itself, or the text-to-image pipeline of the same parts if it starts from an image."""
-        if "strength" not in inspect.signature(type(pipe).__call__).parameters:
+        """The pipe itself, or the text-to-image one of the same parts if it starts from an image or has control nets."""
+        if "strength" not in inspect.signature(type(pipe).__call__).parameters and not hasattr(pipe, "controlnet"):
             return pipe
         import diffusers
 
-        return getattr(diffusers, self.text_pipeline)(**pipe.components)
+        parts = {name: part for name, part in pipe.components.items() if name != "controlnet"}
+        return getattr(diffusers, self.text_pipeline)(**parts)
 
     def _record(self, arguments: dict[str, Any], steps: int, height: int, width: int, guided: bool) -> Recording:
         if guided:

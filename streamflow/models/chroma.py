@@ -46,6 +46,9 @@ class Chroma(Packed, FlowAdapter):
     widths = {"encoder_hidden_states": "joint_attention_dim"}
     embeds = {"prompt_embeds": "encoder_hidden_states"}
     guidance_in_one_call = False
+    tiny_vae = "madebyollin/taef1"
+    since = "0.34"
+    note = "its network waits for the device: no CUDA graph; IP-Adapters refused"
     text_pipeline = "ChromaPipeline"
     image_pipeline = "ChromaImg2ImgPipeline"
     exportable = False  # tracing fixes the number of rows

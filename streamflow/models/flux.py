@@ -4,17 +4,21 @@ call (diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from diffusers import FluxPipeline
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from streamflow.models.base import FlowAdapter
 from streamflow.models.codec import Codec
 
 
 class FluxVelocity(nn.Module):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; `residuals`:
+    arguments made by control nets."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
@@ -29,6 +33,7 @@ class FluxVelocity(nn.Module):
         txt_ids: Tensor,
         img_ids: Tensor,
         guidance: Tensor | None = None,
+        residuals: Mapping[str, Any] | None = None,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -39,6 +44,7 @@ class FluxVelocity(nn.Module):
             txt_ids=txt_ids,
             img_ids=img_ids,
             return_dict=False,
+            **(residuals or {}),
         )[0]
 
 
@@ -60,6 +66,10 @@ class Packed:
         self.check_vae(vae)
         return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
 
+    def latent_mask(self, mask: Tensor, height: int, width: int) -> Tensor:
+        small = interpolate(mask, (height // self.factor, width // self.factor))
+        return pack(small.expand(-1, self.latent_channels, -1, -1))
+
 
 class Flux(Packed, FlowAdapter):
     """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
@@ -70,6 +80,9 @@ class Flux(Packed, FlowAdapter):
     widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
     guidance_argument = "true_cfg_scale"
     guidance_in_one_call = False
+    control = "streamflow.models.control_nets:FluxControl"
+    tiny_vae = "madebyollin/taef1"
+    note = "`guidance_scale` is embedded, `true_cfg_scale` is the weight of `full`"
     text_pipeline = "FluxPipeline"
     image_pipeline = "FluxImg2ImgPipeline"
 

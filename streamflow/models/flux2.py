@@ -54,7 +54,11 @@ class Flux2(Packed, FlowAdapter):
     widths = {"encoder_hidden_states": "joint_attention_dim"}
     guidance_argument = None
     guidance_in_one_call = False
+    tiny_vae = "madebyollin/taef2"
+    since = "0.36"
+    note = "latents stay in their `latents=` form; no negative prompt: `full`, `initialize` refused"
     text_pipeline = "Flux2Pipeline"
+    latent_mask = FlowAdapter.latent_mask
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return self.net.config.in_channels, height // self.multiple, width // self.multiple
@@ -78,6 +82,8 @@ class Flux2Klein(Flux2):
     """Klein guides in two calls, against the empty prompt or `negative_prompt_embeds`; once distilled, not at all."""
 
     guidance_argument = "guidance_scale"
+    since = "0.37"
+    note = "latents stay in their `latents=` form; a negative prompt as embeddings only; distilled: `full` refused"
     text_pipeline = "Flux2KleinPipeline"
 
     def check_guided(self) -> None:

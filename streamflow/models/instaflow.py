@@ -4,6 +4,7 @@ denoising loop). The pipeline's own scheduler plays no part."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ PIPELINE_STEPS = 50
 
 
 class RectifiedUNetVelocity(nn.Module):
-    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, float32."""
+    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, float32; `residuals`: arguments made by control nets."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+    def forward(
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, residuals: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        more = residuals or {}
+        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **more)[0]
 
 
 class InstaFlow(FlowAdapter):
@@ -36,6 +40,9 @@ class InstaFlow(FlowAdapter):
     Velocity = RectifiedUNetVelocity
     row_inputs = ("encoder_hidden_states",)
     widths = {"encoder_hidden_states": "cross_attention_dim"}
+    control = "streamflow.models.control_nets:UNetControl"
+    tiny_vae = "madebyollin/taesd"
+    note = "compared with InstaFlow's own loop: no pipeline of diffusers draws it"
     text_pipeline = "StableDiffusionPipeline"
     image_pipeline = "StableDiffusionImg2ImgPipeline"
     is_reference = False

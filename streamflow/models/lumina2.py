@@ -41,6 +41,8 @@ class Lumina2(FlowAdapter):
     widths = {"encoder_hidden_states": "cap_feat_dim"}
     embeds = {"prompt_embeds": "encoder_hidden_states"}
     guidance_in_one_call = False
+    tiny_vae = "madebyollin/taef1"
+    note = "its network waits for the device in every call: no CUDA graph"
     text_pipeline = "Lumina2Pipeline"
     exportable = capturable = False  # the network reads the mask's lengths on the host
 

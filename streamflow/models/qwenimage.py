@@ -19,7 +19,7 @@ from streamflow.schedule import Schedule
 
 class QwenImageVelocity(nn.Module):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]` says by its shape how many tokens lie beside and above
-    each other, its values are not read."""
+    each other, its values are not read; `residuals`: arguments made by control nets."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
@@ -32,6 +32,7 @@ class QwenImageVelocity(nn.Module):
         encoder_hidden_states: Tensor,
         grid: Tensor,
         encoder_hidden_states_mask: Tensor | None = None,
+        residuals: Mapping[str, Any] | None = None,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -40,6 +41,7 @@ class QwenImageVelocity(nn.Module):
             encoder_hidden_states_mask=encoder_hidden_states_mask,
             img_shapes=[[(1, *grid.shape)]],  # the network reads the first row's
             return_dict=False,
+            **(residuals or {}),
         )[0]
 
 
@@ -53,7 +55,10 @@ class QwenImage(Packed, FlowAdapter):
     embeds = {"prompt_embeds": "encoder_hidden_states"}
     guidance_argument = "true_cfg_scale"
     guidance_in_one_call = False
+    control = "streamflow.models.control_nets:QwenImageControl"
     vae_channels = "z_dim"
+    since = "0.37"
+    note = "guidance needs a negative prompt"
     text_pipeline = "QwenImagePipeline"
     image_pipeline = "QwenImageImg2ImgPipeline"
     exportable = False  # complex numbers, which ONNX has not

@@ -40,12 +40,28 @@ MAKERS = {
     "instaflow": f"{__name__}:_instaflow",
     "sdxl": f"{__name__}:_sdxl",
     "sana": "streamflow.models.random_transformers:sana",
+    "perflow": "streamflow.models.random_perflow:perflow",
+    "perflow-sdxl": "streamflow.models.random_perflow:perflow_sdxl",
+    "sana-sprint": "streamflow.models.random_perflow:sana_sprint",
     "chroma": "streamflow.models.random_transformers:chroma",
     "flux2": "streamflow.models.random_transformers:flux2",
     "flux2-klein": "streamflow.models.random_transformers:flux2_klein",
     "qwenimage": "streamflow.models.random_transformers:qwenimage",
     "lumina2": "streamflow.models.random_transformers:lumina2",
     "zimage": "streamflow.models.random_transformers:zimage",
+    "auraflow": "streamflow.models.random_fallback:auraflow",
+    "cogview4": "streamflow.models.random_fallback:cogview4",
+    "hidream": "streamflow.models.random_fallback:hidream",
+    "hunyuan-image": "streamflow.models.random_fallback:hunyuan_image",
+    "kandinsky5": "streamflow.models.random_fallback:kandinsky5",
+    "prx": "streamflow.models.random_fallback:prx",
+    "omnigen": "streamflow.models.random_fallback:omnigen",
+    "bria": "streamflow.models.random_fallback:bria",
+    "ernie": "streamflow.models.random_fallback:ernie",
+    "lumina": "streamflow.models.random_fallback:lumina",
+    "ovis": "streamflow.models.random_fallback:ovis",
+    "sana-dpm": "streamflow.models.random_fallback:sana_dpm",
+    "sana-unipc": "streamflow.models.random_fallback:sana_unipc",
 }
 
 
@@ -62,7 +78,9 @@ def random_pipeline(family: str, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = make(**changes)
-        _wake(pipe)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                wake(part)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -81,14 +99,13 @@ def random_tiny_vae(channels: int, blocks: int = 4, seed: int = 0) -> Autoencode
         ).eval()
 
 
-def _wake(pipe: Any) -> None:
-    """Layers that start at zero would hide faults: give every zero weight a small value."""
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-            for parameter in part.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.05)
+def wake(part: torch.nn.Module) -> torch.nn.Module:
+    """The network, ready to draw. Layers that start at zero would hide faults: every zero weight gets a small value."""
+    part.eval().requires_grad_(False)
+    for parameter in part.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.05)
+    return part
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -111,14 +128,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _clip(width: int, projection: bool) -> torch.nn.Module:
+def _clip(width: int, projection: bool, tokens: int = TOKENS) -> torch.nn.Module:
     config = CLIPTextConfig(
         vocab_size=300,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         projection_dim=width,
         bos_token_id=0,
         eos_token_id=1,

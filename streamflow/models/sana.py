@@ -44,6 +44,8 @@ class Sana(FlowAdapter):
     row_inputs = ("encoder_hidden_states", "encoder_attention_mask")
     widths = {"encoder_hidden_states": "caption_channels"}
     latent_dtype = torch.float32
+    tiny_vae = "taesana"
+    note = "drawn by Euler; its DPM solver is refused with the line that replaces it"
     text_pipeline = "SanaPipeline"
     refused = frozenset(("use_resolution_binning",))
 

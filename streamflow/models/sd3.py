@@ -3,25 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from streamflow.models.base import FlowAdapter
 
 
 class SD3Velocity(nn.Module):
-    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32."""
+    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32; `residuals`: arguments made by control nets."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        residuals: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         return self.transformer(
             hidden_states=x,
             timestep=t,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             return_dict=False,
+            **(residuals or {}),
         )[0]
 
 
@@ -31,6 +42,9 @@ class StableDiffusion3(FlowAdapter):
     Velocity = SD3Velocity
     row_inputs = ("encoder_hidden_states", "pooled_projections")
     widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
+    control = "streamflow.models.control_nets:SD3Control"
+    tiny_vae = "madebyollin/taesd3"
+    note = "skip-layer guidance refused"
     text_pipeline = "StableDiffusion3Pipeline"
     image_pipeline = "StableDiffusion3Img2ImgPipeline"
     refused = frozenset(

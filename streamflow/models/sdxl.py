@@ -16,15 +16,24 @@ from streamflow.models.instaflow import InstaFlow
 
 
 class RectifiedSDXLVelocity(nn.Module):
-    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, pooled embeddings `[rows, width]`, sizes and crop `[rows, 6]`."""
+    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, pooled embeddings `[rows, width]`, sizes and crop `[rows, 6]`;
+    `residuals`: arguments made by control nets."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        residuals: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        more = {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}, **(residuals or {})}
+        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **more)[0]
 
 
 class RectifiedSDXL(InstaFlow):
@@ -33,6 +42,8 @@ class RectifiedSDXL(InstaFlow):
     Velocity = RectifiedSDXLVelocity
     row_inputs = ("encoder_hidden_states", "text_embeds", "time_ids")
     embeds = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
+    tiny_vae = "madebyollin/taesdxl"
+    note = "asked for by name, since SDXL's own weights are no flow"
     text_pipeline = "StableDiffusionXLPipeline"
     image_pipeline = "StableDiffusionXLImg2ImgPipeline"
     refused = InstaFlow.refused | {"denoising_end"}

@@ -49,6 +49,9 @@ class ZImage(FlowAdapter):
     embeds = {"prompt_embeds": EMBEDS}
     unguided = 0.0
     latent_dtype = torch.float32
+    tiny_vae = "madebyollin/taef1"
+    since = "0.39"
+    note = "its scale s guides with w = 1 + s"
     text_pipeline = "ZImagePipeline"
     image_pipeline = "ZImageImg2ImgPipeline"
     exportable = False  # lists, and complex numbers, which ONNX has not

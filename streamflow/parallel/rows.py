@@ -171,6 +171,7 @@ def shard_denoiser(stream: Any, devices: Devices = "all") -> ShardedVelocity:
         TypeError, ValueError: a device that cannot be, an offloaded network. MemoryError: a device has no room, with the
         numbers; the stream is as it was.
     """
+    stream.adapter.check_offers("shard_denoiser")
     plain = stream.adapter.velocity
     source = plain.source if isinstance(plain, ShardedVelocity) else plain
     chosen = resolve_devices(devices, stream.device)

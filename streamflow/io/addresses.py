@@ -1,0 +1,123 @@
+"""Addresses of sources and sinks, such as camera:0 and record:out.mp4. Knows where each kind is, and imports it on use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streamflow.io.folder import SUFFIXES
+from streamflow.io.picture import Sink, Source
+
+# kind: (module, class, what turns the address's rest into arguments)
+Entry = tuple[str, str, Callable[[str], dict[str, Any]]]
+
+
+def _named(argument: str) -> Callable[[str], dict[str, Any]]:
+    """The rest is that argument; where it is empty the class's own default holds."""
+    return lambda rest: {argument: rest} if rest else {}
+
+
+def _required(argument: str, example: str) -> Callable[[str], dict[str, Any]]:
+    def parse(rest: str) -> dict[str, Any]:
+        if not rest:
+            raise ValueError(f"something is missing after the colon: give {example}")
+        return {argument: rest}
+
+    return parse
+
+
+def _still(rest: str) -> dict[str, Any]:
+    return {**_required("path", "picture:face.png")(rest), "loop": True}
+
+
+def _timed(rest: str) -> dict[str, Any]:
+    return {**_required("path", "file:out.mp4")(rest), "clock": False}
+
+
+def _nothing(rest: str) -> dict[str, Any]:
+    if rest:
+        raise ValueError(f"nothing belongs after the colon, and there is {rest!r}")
+    return {}
+
+
+def _host_and_port(rest: str) -> dict[str, Any]:
+    """HOST:PORT, PORT or nothing."""
+    host, _, port = rest.removeprefix("http://").rstrip("/").rpartition(":")
+    if port and not port.isdecimal():
+        raise ValueError(f"{rest!r} is not HOST:PORT: give mjpeg:127.0.0.1:8080 or mjpeg:8080")
+    return {**({"host": host.strip("[]")} if host else {}), **({"port": int(port)} if port else {})}
+
+
+SOURCES: dict[str, Entry] = {
+    "camera": ("camera", "CameraSource", _named("device")),
+    "file": ("file", "FileSource", _required("path", "file:in.mp4")),
+    "folder": ("folder", "FolderSource", _required("path", "folder:pictures")),
+    "picture": ("folder", "FolderSource", _still),
+    "screen": ("screen", "ScreenSource", _named("monitor")),
+    "mjpeg": ("mjpeg", "MjpegSource", _required("url", "mjpeg:http://host:port/")),
+    "ndi": ("ndi", "NdiSource", _named("name")),
+    "spout": ("spout", "SpoutSource", _named("name")),
+    "syphon": ("syphon", "SyphonSource", _named("name")),
+}
+
+SINKS: dict[str, Entry] = {
+    "record": ("recorder", "Recorder", _required("path", "record:out.mp4")),
+    "file": ("recorder", "Recorder", _timed),
+    "folder": ("folder", "FolderSink", _required("path", "folder:pictures")),
+    "window": ("window", "WindowSink", _named("title")),
+    "virtualcam": ("virtual_camera", "VirtualCameraSink", _named("device")),
+    "mjpeg": ("mjpeg_server", "MjpegSink", _host_and_port),
+    "ndi": ("ndi", "NdiSink", _named("name")),
+    "spout": ("spout", "SpoutSink", _named("name")),
+    "syphon": ("syphon", "SyphonSink", _named("name")),
+    "null": ("null", "NullSink", _nothing),
+}
+
+
+def open_source(address: str, **options: Any) -> Source:
+    """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, a picture or a folder, or an
+    http address of MJPEG. options: further arguments of its class.
+
+    Raises ValueError for an unknown kind, which lists the known, or a rest that does not fit.
+    """
+    if address.startswith(("http://", "https://")):
+        return _make(SOURCES, "source", f"mjpeg:{address}", options)
+    return _make(SOURCES, "source", _spelled_out(address, SOURCES), options)
+
+
+def open_sink(address: str, **options: Any) -> Sink:
+    """The sink at an address, made and not yet opened: `KIND:REST`, or a path of an .mp4 or .mkv or of a folder.
+
+    Raises ValueError as `open_source` does.
+    """
+    return _make(SINKS, "sink", _spelled_out(address, SINKS), options)
+
+
+def _spelled_out(address: str, table: dict[str, Entry]) -> str:
+    """The address with its kind before it, where it is a bare path."""
+    kind, colon, _ = address.partition(":")
+    drive = len(kind) == 1  # C:\\clips\\in.mp4
+    if kind in table or (colon and not drive and "/" not in kind):
+        return address
+    path = Path(address)
+    if path.is_dir() or address.endswith("/"):
+        return f"folder:{address}"
+    return f"{_kind_of(path, table)}:{address}" if path.suffix or path.exists() else address
+
+
+def _kind_of(path: Path, table: dict[str, Entry]) -> str:
+    return "picture" if "picture" in table and path.suffix.lower() in SUFFIXES else "file"
+
+
+def _make(table: dict[str, Entry], what: str, address: str, options: dict[str, Any]) -> Any:
+    kind, _, rest = address.partition(":")
+    if kind not in table:
+        raise ValueError(f"unknown {what} {address!r}: give a path, or KIND:... with one of {', '.join(table)}")
+    module, name, parse = table[kind]
+    try:
+        arguments = parse(rest)
+    except ValueError as error:
+        raise ValueError(f"{what} {address!r}: {error}") from error
+    return getattr(importlib.import_module(f"streamflow.io.{module}"), name)(**{**arguments, **options})

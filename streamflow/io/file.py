@@ -1,0 +1,82 @@
+"""Video files in. Knows PyAV; rotation that the file asks for is applied, the sound is left to the recorder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamflow.io.picture import Picture, need
+
+
+class FileSource:
+    """The pictures of a video file, upright, with their times in `pts`.
+
+    path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
+    and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound.
+
+    Raises, from open: FileNotFoundError, and ValueError where PyAV cannot read it or it has no video.
+    """
+
+    def __init__(self, path: str | Path, loop: bool = False) -> None:
+        self.path, self.loop = Path(path), loop
+        self.rate: Fraction | None = None
+        self.audio: Path | None = None
+        self._container: Any = None
+        self._frames: Iterator[Any] = iter(())
+        self._offset = self._end = 0.0
+
+    def open(self) -> None:
+        av = need("av", "av")
+        self.close()
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no such file: {self.path}")
+        try:
+            self._container = av.open(str(self.path))
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{self.path} cannot be read as a video: {error}") from error
+        if not self._container.streams.video:
+            self.close()
+            raise ValueError(f"{self.path} has no video in it")
+        video = self._container.streams.video[0]
+        self.rate = video.average_rate or video.guessed_rate or Fraction(30)
+        self.audio = self.path if self._container.streams.audio else None
+        self._offset = self._end = 0.0
+        self._start()
+
+    def read(self) -> Picture | None:
+        if self._container is None:
+            raise RuntimeError(f"{self.path} is not open: call open() first")
+        frame = next(self._frames, None)
+        if frame is None and self.loop and self._end > self._offset:
+            self._offset = self._end
+            self._container.seek(0)
+            self._start()
+            frame = next(self._frames, None)
+        return None if frame is None else self._picture(frame)
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container, self._frames = None, iter(())
+
+    def _start(self) -> None:
+        self._first: float | None = None
+        self._frames = self._container.decode(self._container.streams.video[0])
+
+    def _picture(self, frame: Any) -> Picture:
+        period = float(1 / self.rate)
+        seconds = frame.time if frame.time is not None else self._end - self._offset
+        self._first = seconds if self._first is None else self._first
+        pts = self._offset + max(seconds - self._first, 0.0)
+        self._end = pts + period
+        return Picture(upright(frame), time.monotonic(), pts)
+
+
+def upright(frame: Any) -> np.ndarray:
+    """A PyAV frame's pixels `[H, W, 3]`, turned by the quarter turns that its display matrix asks for."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))

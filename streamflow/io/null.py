@@ -1,0 +1,21 @@
+"""A sink that keeps nothing: for measuring, and where only a recording is wanted."""
+
+from __future__ import annotations
+
+from streamflow.io.picture import Picture
+
+
+class NullSink:
+    """Counts the pictures it is given in `count`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def open(self) -> None:
+        self.count = 0
+
+    def write(self, picture: Picture) -> None:
+        self.count += 1
+
+    def close(self) -> None:
+        pass

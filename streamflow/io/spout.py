@@ -1,0 +1,95 @@
+"""Spout, textures between programs of one Windows machine, in and out. Knows SpoutGL."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from streamflow.io.picture import Picture, SinkLost, SourceLost, need, rgba
+
+GL_RGBA = 0x1908
+
+
+def _library() -> ModuleType:
+    if sys.platform != "win32":
+        raise ImportError(f"Spout exists on Windows only, and this is {sys.platform}: use ndi or virtualcam")
+    return need("SpoutGL", "SpoutGL")
+
+
+class SpoutSource:
+    """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for a picture.
+
+    Raises SourceLost where it sends nothing for so long.
+    """
+
+    def __init__(self, name: str = "", timeout: float = 5) -> None:
+        self.name, self.timeout = name, timeout
+        self._receiver: Any = None
+
+    def open(self) -> None:
+        library = _library()
+        self.close()
+        self._receiver = library.SpoutReceiver()
+        if not self._receiver.createOpenGL():
+            self.close()
+            raise SourceLost("Spout has got no OpenGL context")
+        if self.name:
+            self._receiver.setReceiverName(self.name)
+        self._pixels: np.ndarray | None = None
+
+    def read(self) -> Picture:
+        if self._receiver is None:
+            raise RuntimeError("the Spout source is not open: call open() first")
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            received = self._receiver.receiveImage(self._pixels, GL_RGBA, False, 0)
+            if self._receiver.isUpdated():
+                size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()
+                self._pixels = np.zeros((*size, 4), dtype=np.uint8)
+            elif received and self._pixels is not None and self._receiver.isFrameNew():
+                return Picture(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
+            time.sleep(0.002)
+        raise SourceLost(f"Spout {self.name!r} has sent nothing for {self.timeout:g} s")
+
+    def close(self) -> None:
+        if self._receiver is not None:
+            self._receiver.releaseReceiver()
+            self._receiver.closeOpenGL()
+        self._receiver = None
+
+
+class SpoutSink:
+    """Sends under that name.
+
+    Raises SinkLost, from open where there is no OpenGL, from write where the picture was not taken.
+    """
+
+    def __init__(self, name: str = "StreamFlow") -> None:
+        self.name = name or "StreamFlow"
+        self._sender: Any = None
+
+    def open(self) -> None:
+        library = _library()
+        self.close()
+        self._sender = library.SpoutSender()
+        if not self._sender.createOpenGL():
+            self.close()
+            raise SinkLost("Spout has got no OpenGL context")
+        self._sender.setSenderName(self.name)
+
+    def write(self, picture: Picture) -> None:
+        if self._sender is None:
+            raise RuntimeError("the Spout sink is not open: call open() first")
+        height, width = picture.pixels.shape[:2]
+        if not self._sender.sendImage(rgba(picture.pixels), width, height, GL_RGBA, False, 0):
+            raise SinkLost(f"Spout did not take a picture of {width}x{height}")
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.releaseSender()
+            self._sender.closeOpenGL()
+        self._sender = None

@@ -1,0 +1,41 @@
+"""A camera that other programs see. Knows pyvirtualcam: OBS on Windows and macOS, v4l2loopback on Linux."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streamflow.io.picture import Picture, SinkLost, check_rate, need
+
+
+class VirtualCameraSink:
+    """device: its name, the first that is free by default. The first picture's size is the camera's.
+
+    Raises, from write: SinkLost where no virtual camera is installed; ValueError for a picture of another size.
+    """
+
+    def __init__(self, device: str | None = None, rate: float = 30) -> None:
+        check_rate(rate)
+        self.device, self.rate = device or None, rate
+        self._camera: Any = None
+
+    def open(self) -> None:
+        need("pyvirtualcam", "pyvirtualcam")
+        self.close()
+
+    def write(self, picture: Picture) -> None:
+        height, width = picture.pixels.shape[:2]
+        if self._camera is None:
+            pyvirtualcam = need("pyvirtualcam", "pyvirtualcam")
+            try:
+                self._camera = pyvirtualcam.Camera(width=width, height=height, fps=self.rate, device=self.device)
+            except RuntimeError as error:
+                raise SinkLost(f"no virtual camera: {error}. Install OBS, or on Linux load v4l2loopback") from error
+        if (width, height) != (self._camera.width, self._camera.height):
+            found = f"{width}x{height} for a virtual camera of {self._camera.width}x{self._camera.height}"
+            raise ValueError(f"a picture of {found}: close and open it to change its size")
+        self._camera.send(picture.pixels)
+
+    def close(self) -> None:
+        if self._camera is not None:
+            self._camera.close()
+        self._camera = None

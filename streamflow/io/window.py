@@ -1,0 +1,67 @@
+"""A window on the desktop, with its keys. Knows pygame (pygame-ce), whose wheels bring SDL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from streamflow.io.picture import Picture, SinkLost, need
+
+
+class WindowSink:
+    """Shows pictures, fitted into the window, black around them. on_key is called with the name of each key pressed
+    ("p", "space", "f1"), in the thread that writes. On macOS that must be the main thread.
+
+    Raises, from open: SinkLost where there is no display; from write: SinkLost when the window was closed.
+    """
+
+    def __init__(
+        self,
+        title: str = "StreamFlow",
+        size: tuple[int, int] | None = None,
+        fullscreen: bool = False,
+        on_key: Callable[[str], None] | None = None,
+    ) -> None:
+        self.title, self.size, self.fullscreen, self.on_key = title or "StreamFlow", size, fullscreen, on_key
+        self._pygame: Any = None
+        self._screen: Any = None
+
+    def open(self) -> None:
+        pygame = need("pygame", "pygame-ce")
+        self.close()
+        try:
+            pygame.display.init()
+        except pygame.error as error:
+            raise SinkLost(f"no window can be opened: {error}") from error
+        self._pygame = pygame
+
+    def write(self, picture: Picture) -> None:
+        pygame = self._pygame
+        if pygame is None:
+            raise RuntimeError("the window is not open: call open() first")
+        height, width = picture.pixels.shape[:2]
+        if self._screen is None:
+            flags = pygame.RESIZABLE | (pygame.FULLSCREEN if self.fullscreen else 0)
+            self._screen = pygame.display.set_mode(self.size or (width, height), flags)
+            pygame.display.set_caption(self.title)
+        shown = pygame.image.frombuffer(picture.pixels.tobytes(), (width, height), "RGB")
+        across, down = self._screen.get_size()
+        scale = min(across / width, down / height)
+        if scale != 1:
+            shown = pygame.transform.smoothscale(shown, (max(1, int(width * scale)), max(1, int(height * scale))))
+        self._screen.fill((0, 0, 0))
+        self._screen.blit(shown, ((across - shown.get_width()) // 2, (down - shown.get_height()) // 2))
+        pygame.display.flip()
+        self._events()
+
+    def close(self) -> None:
+        if self._pygame is not None:
+            self._pygame.display.quit()
+        self._pygame = self._screen = None
+
+    def _events(self) -> None:
+        for event in self._pygame.event.get():
+            if event.type == self._pygame.QUIT:
+                raise SinkLost("the window was closed")
+            if event.type == self._pygame.KEYDOWN and self.on_key is not None:
+                self.on_key(self._pygame.key.name(event.key))

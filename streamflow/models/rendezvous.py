@@ -1,0 +1,462 @@
+"""Any diffusers pipeline, without an adapter: every frame is a call of the unmodified pipeline, stopped wherever it calls
+its network. A tick answers what all frames under way have asked, with one call of the network where that can be, and lets
+each run on to its next one, so that frames at different steps advance together and one leaves a tick. The solver, the
+guidance and the decoding are the pipeline's own; nothing is known of its conventions.
+
+What that costs: the pipeline's Python for every frame, one call of the network a tick where an adapter merges the two of a
+step's guidance (then a frame takes twice as many ticks), and whatever needs a look inside: see `Rendezvous.lacks`.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_any, tree_map_only
+
+from streamflow.conditioning import Cond, Prompt
+from streamflow.models.base import FlowAdapter
+from streamflow.models.classification import check_drawable
+from streamflow.models.codec import Codec
+from streamflow.models.strand import Strand
+from streamflow.models.together import OneByOne, Together
+from streamflow.ring import Done, Group, Settings
+from streamflow.rules import EULER, Rule
+from streamflow.schedule import Schedule, Stages
+
+# Arguments that every call gets, where the pipeline takes them: the size that was asked for is the size that is drawn.
+ALWAYS = {"use_resolution_binning": False, "return_dict": False}
+OWN = ("scheduler", "guider")  # components that change while they draw, so that every frame has its own
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked(Prompt):
+    """What a frame's call of the pipeline gets. `arguments`: all but its noise; `texts`: prompts already encoded."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Whole(Schedule):
+    """The schedule that the pipeline's scheduler shows, whatever it is; frames take all of its steps."""
+
+    def __post_init__(self) -> None:
+        """The scheduler steps along it, so nothing is asked of it here."""
+
+    def pick(self, t_index_list: Sequence[int]) -> Stages:
+        if list(t_index_list) != list(range(len(self))):
+            raise ValueError(
+                f"family 'rendezvous' draws with whole calls of the pipeline, which take all {len(self)} steps, not "
+                f"t_index_list {list(t_index_list)}: leave it out and set num_inference_steps"
+            )
+        return super().pick(t_index_list)
+
+
+class _Reached(Exception):
+    """Raised in place of the scheduler's first step; never leaves this module."""
+
+    def __init__(self, scheduler: Any, sample: Tensor):
+        super().__init__()
+        self.scheduler, self.sample = scheduler, sample
+
+
+def frame_generator(latents: Tensor) -> torch.Generator:
+    """The generator of the frame that starts from these latents, on the CPU, for pipelines that draw more noise on the
+    way: a function of the latents alone."""
+    return torch.Generator().manual_seed(zlib.crc32(latents.detach().float().cpu().contiguous().numpy().tobytes()))
+
+
+class Rendezvous(FlowAdapter):
+    """The adapter of pipelines that have none. `cfg_type` is "full", the pipeline as its arguments say, or "none", the
+    same with a `guidance_scale` (or `true_cfg_scale`) of 1. Frames are the same whatever else is under way; a frame is drawn
+    from the stream's noise as every other family's, and what its pipeline draws on the way from `frame_generator`."""
+
+    Velocity = Together
+    guidance_argument = None
+    exportable = False
+    row_inputs = ()
+    embeds: Mapping[str, str] = {}
+    lacks = {
+        "accelerate": "compile the pipeline's network yourself, pipe.transformer.compile(), which frames then share",
+        "on_step": "pass callback_on_step_end, the pipeline's own, to prepare",
+        "state_dict": "flush() the frames in flight instead",
+        "stages": "call predict_x0_batch, which takes a frame through one tick",
+        "update now": "frames under way keep what they began with: pass scope='frame'",
+        "images": "only frames drawn from noise can be streamed: use a family with an adapter",
+        "shard_denoiser": "run a stream on each device",
+        "blending": "update the prompt with scope='frame'",
+    }
+
+    def __init__(self, pipe: Any):
+        check_drawable(type(pipe))
+        self.network = _network_name(pipe)
+        self._texts: dict[str, Any] = {}
+        super().__init__(pipe)
+        for name in ("vae", "image_processor"):
+            if getattr(pipe, name, None) is None:
+                raise ValueError(f"{type(pipe).__name__} has no {name}, which the rendezvous decodes with")
+        if getattr(self.net, "is_cache_enabled", False):
+            raise ValueError(
+                f"frames cannot share the cache of this {self.network}: call pipe.{self.network}.disable_cache()"
+            )
+
+    def rebuild(self, network: nn.Module) -> None:
+        super().rebuild(network)
+        self.bind = self.velocity.bind
+
+    def row_by_row(self, guided: bool) -> OneByOne:
+        """The network called frame by frame, as the pipelines call it."""
+        return OneByOne(self.net)
+
+    def engine(self, settings: Settings, weight: float, batched: bool) -> Frames:
+        return Frames(self, settings, to_the_end=not batched)
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        return _first(self.pipe, "vae_scale_factor", "vae_scale_factor_spatial")
+
+    @property
+    def default_size(self) -> int:
+        size = getattr(self.pipe, "default_sample_size", None)
+        if size is not None:
+            return size * self.factor
+        size = self.default("height")
+        if not size:
+            raise ValueError(f"{type(self.pipe).__name__} names no default size: pass width and height")
+        return size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        asked = Asked(Cond({}), arguments=self._call({"prompt": ""}, 2, height, width), texts=self._texts)
+        latents = self._first_step(asked).sample
+        back = self._without_steps(self.pipe.vae, latents, asked.arguments, "latent")
+        if not isinstance(back, Tensor) or back.shape != latents.shape or not torch.equal(back, latents):
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes latents in another form than it starts from or returns, so frames "
+                f"cannot be given their noise: it needs an adapter"
+            )
+        if not 0.75 < (deviation := latents.float().std().item()) < 1.25:
+            raise ValueError(
+                f"{type(self.pipe).__name__} starts from noise of standard deviation {deviation:.2g}, and frames from 1: it "
+                f"needs an adapter"
+            )
+        self.latent_dtype = latents.dtype
+        return tuple(latents.shape[1:])
+
+    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        """The pipeline's own decoding: its call without a single step."""
+        call = self._call({"prompt": ""}, 2, height, width)
+        return Codec.of(_Decoder(vae, partial(self._without_steps, call=call), (height, width)), _NoEncoder(self))
+
+    # -- what the pipeline would do ------------------------------------------------------------------------------------
+
+    def check_settings(self, cfg_type: str, do_add_noise: bool) -> None:
+        if cfg_type not in ("full", "none"):
+            raise ValueError(f"cfg_type {cfg_type!r} is not the pipeline's own: family 'rendezvous' takes 'full' or 'none'")
+        if cfg_type == "none" and self._scale_name is None:
+            raise ValueError(f"{type(self.pipe).__name__} has no guidance scale to set to 1: choose cfg_type='full'")
+        if do_add_noise:
+            raise ValueError(
+                "do_add_noise is for adapters: under family 'rendezvous' the pipeline's scheduler takes the steps"
+            )
+
+    def rule(self, do_add_noise: bool) -> Rule:
+        """The pipeline's scheduler takes the steps; of the stream, no rule needs more noise."""
+        return EULER
+
+    def check_guided(self) -> None:
+        """The pipeline guides as its arguments say."""
+
+    def default(self, name: str | None) -> Any:
+        parameter = self._parameters().get(name)
+        return 1.0 if parameter is None or parameter.default in (None, parameter.empty) else parameter.default
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        super().check_arguments({name: value for name, value in arguments.items() if not name.startswith("callback_on")})
+
+    def start_index(self, schedule: Schedule, strength: float) -> int:
+        self.check_offers("images")
+
+    def read(self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool):
+        """(Schedule, Prompt). The pipeline is run up to its first step, so that what it refuses is refused here."""
+        arguments = dict(arguments)
+        if guided:
+            self._settle_negative_prompt(arguments)
+        else:
+            arguments.pop("negative_prompt")
+            arguments[self._scale_name] = 1.0
+        asked = Asked(Cond({}), arguments=self._call(arguments, steps, height, width))
+        return _schedule(self._first_step(asked).scheduler), asked
+
+    def _settle_negative_prompt(self, arguments: dict[str, Any]) -> None:
+        if "negative_prompt" not in self._parameters() and arguments.pop("negative_prompt", None):
+            raise ValueError(f"{type(self.pipe).__name__} takes no negative_prompt")
+
+    @property
+    def _scale_name(self) -> str | None:
+        return next((name for name in ("true_cfg_scale", "guidance_scale") if name in self._parameters()), None)
+
+    def _call(self, arguments: Mapping[str, Any], steps: int, height: int, width: int) -> dict[str, Any]:
+        """The arguments of a call of the pipeline, without its noise."""
+        call = {**ALWAYS, **arguments, "num_inference_steps": steps, "height": height, "width": width}
+        known = self._parameters()
+        missing = [name for name in ("latents", "output_type", "height") if name not in known]
+        if missing:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes no {missing[0]}, which the rendezvous sets: it needs an adapter"
+            )
+        return {name: value for name, value in call.items() if name in known}
+
+    # -- calls of the pipeline ------------------------------------------------------------------------------------------
+
+    def draw(self, asked: Asked, latents: Tensor, ask: Callable[[Any], Any]) -> Tensor:
+        """One frame, from its noise `[1, ...]` to its clean latents: a call of the pipeline that asks for every answer of
+        its network."""
+        twin = self._twin(asked.texts, lambda *args, **kwargs: ask(self.bind(*args, **kwargs)))
+        return self._run(twin, asked.arguments, latents, "latent")
+
+    def _run(self, twin: Any, arguments: Mapping[str, Any], latents: Tensor | None, output_type: str) -> Any:
+        generator = torch.Generator().manual_seed(0) if latents is None else frame_generator(latents)
+        if "generator" in signature(twin.scheduler.step).parameters:  # not every pipeline hands it on
+            twin.scheduler.step = partial(_drawing_from, generator, twin.scheduler.step)
+        call = {**arguments, "latents": latents, "output_type": output_type}
+        if "generator" in self._parameters():
+            call["generator"] = generator
+        return twin(**call)[0]
+
+    def _twin(self, texts: dict[str, Any], forward: Callable[..., Any], **parts: Any) -> Any:
+        """A copy of the pipeline with its own scheduler and guider, and another forward of its network."""
+        twin = copy.copy(self.pipe)
+        own = {name: copy.deepcopy(part) for name, part in self.pipe.components.items() if name.endswith(OWN)}
+        quiet = {"_progress_bar_config": {"disable": True}}
+        vars(twin).update({**own, **quiet, self.network: _stand_in(self.net, forward), **parts})
+        if hasattr(twin, "encode_prompt"):
+            vars(twin)["encode_prompt"] = _once(twin.encode_prompt, texts)
+        return twin
+
+    def _first_step(self, asked: Asked) -> Any:
+        """The pipeline's first step: its `scheduler` as it is then, and the `sample` that it goes on from."""
+        twin = self._twin(asked.texts, self.net)
+        own = signature(twin.scheduler.step)
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise _Reached(twin.scheduler, own.bind(*args, **kwargs).arguments["sample"])
+
+        twin.scheduler.step = stop
+        try:
+            self._run(twin, asked.arguments, None, "latent")
+        except _Reached as reached:
+            return reached
+        raise RuntimeError(f"{type(self.pipe).__name__} ended without a step of its scheduler: it needs an adapter")
+
+    def _without_steps(self, vae: nn.Module, latents: Tensor, call: Mapping[str, Any], output_type: str = "pt") -> Tensor:
+        """What the pipeline makes of latents that need no more steps."""
+        twin = self._twin(self._texts, _unasked, vae=vae)
+        scheduler, own = twin.scheduler, twin.scheduler.set_timesteps
+
+        @wraps(own)  # pipelines look which arguments it takes
+        def none(*args: Any, **kwargs: Any) -> None:
+            own(*args, **kwargs)
+            scheduler.timesteps = scheduler.timesteps[:0]
+
+        scheduler.set_timesteps = none
+        return self._run(twin, call, latents, output_type)
+
+    def _text_to_image(self, pipe: Any) -> Any:
+        return pipe
+
+
+class _Decoder(nn.Module):
+    """Clean latents `[n, ...]` to pictures `[n, 3, H, W]` in [-1, 1]."""
+
+    def __init__(self, vae: nn.Module, pictures: Callable[..., Tensor], size: tuple[int, int]):
+        super().__init__()
+        self.vae, self._pictures, self._size = vae, pictures, size
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pictures = torch.cat([self._pictures(self.vae, one) for one in latents.split(1)]) * 2.0 - 1.0
+        if tuple(pictures.shape) != (len(latents), 3, *self._size):
+            raise ValueError(f"the pipeline draws pictures {list(pictures.shape)} where {list(self._size)} was asked for")
+        return pictures
+
+
+class _NoEncoder(nn.Module):
+    def __init__(self, adapter: Rendezvous):
+        super().__init__()
+        self._adapter = adapter
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        self._adapter.check_offers("images")
+
+
+class Frames:
+    """The frames in flight, with the ring's verbs. A group enters with `push` and leaves when its calls have returned,
+    first in, first out: after as many pushes as a call of the pipeline makes calls of its network.
+
+    Where a pipeline raises, its group is lost, the call of the stream raises that error, and the others stay in flight;
+    where the network raises, nothing has changed, and the next push asks it again.
+    """
+
+    waiting = None
+    known_anchors = None
+
+    def __init__(self, adapter: Rendezvous, settings: Settings, to_the_end: bool):
+        self._adapter, self.settings, self._to_the_end = adapter, settings, to_the_end
+        self._groups: deque[tuple[Group, list[Strand]]] = deque()
+        self.weight = 1.0
+        self.observer = None
+        self.rows = SimpleNamespace(count=len(settings.stages) * settings.frames, extra=0)
+        self.stages = [self.rows]
+        self._finalize = finalize(self, _stop, self._groups)
+
+    @property
+    def in_flight(self) -> int:
+        """How many frames are under way."""
+        return sum(len(group.ids) for group, _ in self._groups)
+
+    @property
+    def empty(self) -> bool:
+        return not self._groups
+
+    def reset(self) -> None:
+        """Stop all frames, and wait for their threads to end."""
+        _stop(self._groups)
+
+    def push(self, group: Group, network: Callable[..., list[Any]]) -> Done | None:
+        """Take F new frames in, let all make one call of the network, and return the oldest group if it is done."""
+        with _stopping(self._groups):
+            self._enter(group)
+            self._tick(network)
+            while self._to_the_end and not self._is_done():
+                self._tick(network)
+        return self._leave()
+
+    def flush(self, network: Callable[..., list[Any]]) -> list[Done]:
+        """Run what is in flight to its end, oldest first. Empties the engine."""
+        return list(self.drain(network))
+
+    def drain(self, network: Callable[..., list[Any]]) -> Iterator[Done]:
+        """As `flush`, one group after another, each when it is done."""
+        while self._groups:
+            with _stopping(self._groups):
+                while not self._is_done():
+                    self._tick(network)
+            yield self._leave()
+
+    def _enter(self, group: Group) -> None:
+        begun: list[Strand] = []
+        self._groups.append((group, begun))
+        for x, prompt in zip(group.x.split(1), group.prompts, strict=True):
+            begun.append(Strand(partial(self._adapter.draw, prompt, x), x.device))
+            begun[-1].answer()
+        self._drop_failed()
+
+    def _tick(self, network: Callable[..., list[Any]]) -> None:
+        """Answer what all frames have asked, and let each go on to its next question or to its end."""
+        asking = [strand for _, strands in self._groups for strand in strands if not strand.over]
+        for strand, answer in zip(asking, network([strand.question for strand in asking]), strict=True):
+            strand.answer(answer)
+        self._drop_failed()
+
+    def _drop_failed(self) -> None:
+        """Let go of groups with a frame whose pipeline has raised, and raise what the first of them did."""
+        failed = [entry for entry in self._groups if any(strand.error for strand in entry[1])]
+        for entry in failed:
+            self._groups.remove(entry)
+        if failed:
+            _stop(deque(failed))
+            raise next(strand.error for strand in failed[0][1] if strand.error)
+
+    def _is_done(self) -> bool:
+        return bool(self._groups) and all(strand.over for strand in self._groups[0][1])
+
+    def _leave(self) -> Done | None:
+        if not self._is_done():
+            return None
+        group, strands = self._groups.popleft()
+        return Done(torch.cat([strand.result for strand in strands]), group.ids, group.copy, group.paste)
+
+
+def _stop(groups: deque[tuple[Group, list[Strand]]]) -> None:
+    """End all threads of these groups, and forget the groups."""
+    with ExitStack() as stack:  # which goes on where one fails
+        while groups:
+            for strand in groups.pop()[1]:
+                stack.callback(strand.stop)
+
+
+@contextmanager
+def _stopping(groups: deque[tuple[Group, list[Strand]]]) -> Iterator[None]:
+    """Inside, an interruption, of which nobody knows what it left half done, ends all frames."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        _stop(groups)
+        raise
+
+
+def _stand_in(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """The network to a pipeline, of the same class with the same parts, but calls of it are calls of `forward`."""
+    stand_in = copy.copy(network)
+    vars(stand_in).update({name: OrderedDict() for name in HOOKS}, forward=forward, _compiled_call_impl=None)
+    return stand_in
+
+
+def _once(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
+    """The function, run once for the same plain arguments; what it returned is cloned every time."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if tree_any(lambda one: isinstance(one, Tensor), (args, kwargs)):
+            return function(*args, **kwargs)
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+        return tree_map_only(Tensor, torch.clone, known[key])
+
+    return call
+
+
+def _drawing_from(generator: torch.Generator, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return step(*args, **{"generator": generator, **kwargs})
+
+
+def _network_name(pipe: Any) -> str:
+    parts = pipe.components.items()
+    names = [name for name, part in parts if name.startswith(("transformer", "unet")) and isinstance(part, nn.Module)]
+    if len(names) != 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has {' and '.join(names) or 'neither a transformer nor a unet'}: frames meet at the "
+            f"calls of one network"
+        )
+    return names[0]
+
+
+def _first(holder: Any, *names: str) -> Any:
+    return next(getattr(holder, name) for name in names if hasattr(holder, name))
+
+
+def _unasked(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("the pipeline calls its network outside of its steps: it needs an adapter")
+
+
+def _schedule(scheduler: Any) -> Whole:
+    timesteps = scheduler.timesteps.detach().float().cpu()
+    sigmas = torch.as_tensor(getattr(scheduler, "sigmas", timesteps / 1000)).detach().float().cpu()[: len(timesteps)]
+    return Whole(timesteps, torch.cat((sigmas, torch.zeros(1))))

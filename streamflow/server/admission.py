@@ -1,0 +1,68 @@
+"""Who gets in: a ticket is a place kept for some seconds, a viewer is a place taken. Knows counts and quotas."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamflow.server.safety import Bucket
+from streamflow.server.tokens import Holder
+
+KEPT = 10.0  # seconds for which a ticket keeps a place
+COME_BACK = 5  # seconds, where it is full
+
+
+@dataclass(frozen=True)
+class Refusal(Exception):
+    """No place now."""
+
+    message: str
+    retry_after: int = COME_BACK
+
+
+class Admission:
+    """Places, of all and of each holder. Used in the event loop only."""
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic):
+        self._places, self._clock = places, clock
+        self._tickets: dict[str, tuple[Holder, float]] = {}
+        self._inside: Counter[str] = Counter()
+        self._paces: dict[str, Bucket] = {}
+
+    @property
+    def inside(self) -> int:
+        """How many viewers there are."""
+        return self._inside.total()
+
+    def ticket(self, holder: Holder) -> str:
+        """A ticket, good once and for `KEPT` seconds. Raises Refusal."""
+        self._tickets = {name: kept for name, kept in self._tickets.items() if kept[1] > self._clock()}
+        waiting = Counter(kept[0].name for kept in self._tickets.values())
+        if holder.streams is not None and waiting[holder.name] + self._inside[holder.name] >= holder.streams:
+            raise Refusal(f"your quota is {holder.streams} streams at once, and they are in use: close one")
+        if waiting.total() + self.inside >= self._places:
+            raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
+        ticket = secrets.token_urlsafe(24)
+        self._tickets[ticket] = holder, self._clock() + KEPT
+        return ticket
+
+    def enter(self, ticket: str) -> Holder | None:
+        """The place of a ticket is taken now; None for a ticket that is unknown, used or too old."""
+        holder, until = self._tickets.pop(ticket, (None, 0.0))
+        if holder is None or until <= self._clock():
+            return None
+        self._inside[holder.name] += 1
+        return holder
+
+    def leave(self, holder: Holder) -> None:
+        """The place is free."""
+        self._inside[holder.name] -= 1
+
+    def pace(self, holder: Holder) -> tuple[Bucket, ...]:
+        """The holder's quota of pictures a second, which all its streams share."""
+        if holder.fps is None:
+            return ()
+        return (self._paces.setdefault(holder.name, Bucket(holder.fps, max(1.0, holder.fps / 4))),)

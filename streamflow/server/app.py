@@ -1,0 +1,185 @@
+"""The web application: the page, tickets, the viewers' sockets, health and metrics. Wires the other parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+
+from streamflow.config import Settings
+from streamflow.server.admission import COME_BACK, Admission, Refusal
+from streamflow.server.metrics import Metrics
+from streamflow.server.place import first_wish, open_places
+from streamflow.server.safety import Bucket, Gate, Guard, check_binding
+from streamflow.server.session import Session, Viewer
+from streamflow.server.tokens import Holder, Tokens
+from streamflow.server.worker import Worker
+
+FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js", "source.js", "link.js")}
+TRIES = 2.0  # wrong tokens a second, of all visitors together
+PROTOCOL = "streamflow"
+STOP_WITHIN = 4.0  # seconds for the turn under way when the server ends
+
+
+class Service:
+    """All parts of one server."""
+
+    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_places):
+        check_binding(settings.server, tokens)
+        if settings.t_index_list is not None or settings.frame_buffer_size != 1 or not settings.use_denoising_batch:
+            raise ValueError("on the page viewers choose the steps: leave t_index_list, frame_buffer_size and loops out")
+        self.settings, self.server, self.tokens = settings, settings.server, tokens
+        self.metrics = Metrics()
+        self.worker = Worker(lambda: opened(settings), self.metrics)
+        self.admission = Admission(self.server.max_viewers)
+        self.pool = ThreadPoolExecutor(2, "pictures")
+        self.viewers: set[Viewer] = set()
+        self.wrong_tokens = Bucket(TRIES, 10)
+        self.leaving = False
+        for name, text, read in self._gauges():
+            self.metrics.gauge(name, text, read)
+
+    @property
+    def state(self) -> str:
+        """ready, or why not."""
+        if self.leaving:
+            return "shutting down"
+        if self.worker.failed is not None:
+            return "the model cannot be opened"
+        if not self.worker.ready.is_set():
+            return "warming up"
+        return "ready" if self.worker.is_alive() else "the model's thread has ended"
+
+    def _gauges(self) -> tuple[tuple[str, str, Callable[[], float]], ...]:
+        gauges = (
+            ("viewers", "viewers there are", lambda: self.admission.inside),
+            ("queue_age_seconds", "how long the oldest picture waits to be drawn", self._queue_age),
+            ("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss),
+        )
+        cuda = ("cuda_memory_bytes", "of tensors on the GPU", lambda: torch.cuda.memory_allocated())
+        return (*gauges, cuda) if torch.cuda.is_available() else gauges
+
+    def _queue_age(self) -> float:
+        waiting = [since for one in self.viewers if (since := one.waiting_since) is not None]
+        return time.monotonic() - min(waiting) if waiting else 0.0
+
+    def holder(self, authorization: str | None) -> Holder:
+        """Whose request this is. HTTPException 401, or 429 where tokens are being tried."""
+        kind, _, token = (authorization or "").partition(" ")
+        found = self.tokens.holder(token.strip() if kind.lower() == "bearer" else "")
+        if found is not None:
+            return found
+        self.metrics.count("refused", "token")
+        if not self.wrong_tokens.take():
+            raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
+        raise HTTPException(401, "a token is wanted: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
+
+    async def stop(self) -> None:
+        """Viewers are told, the turn under way ends, the thread too."""
+        self.leaving = True
+        self.worker.stop()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.worker.is_alive() and self.worker.ready.is_set():
+            await asyncio.to_thread(self.worker.join, STOP_WITHIN)
+
+
+def create_app(service: Service) -> Guard:
+    """The ASGI application; its start opens the model in the model's thread."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="StreamFlow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _pages(app)
+    _health(app, service)
+    _tickets(app, service)
+    _sockets(app, service)
+    return Guard(app, Gate(service.server))
+
+
+def _pages(app: FastAPI) -> None:
+    @app.get("/")
+    def page() -> Response:
+        return FileResponse(FILES["page.html"])
+
+    @app.get("/{name}")
+    def file(name: str) -> Response:
+        if name not in FILES:
+            raise HTTPException(404)
+        return FileResponse(FILES[name])
+
+
+def _health(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live")
+    def live() -> dict[str, str]:
+        return {"state": "live"}
+
+    @app.get("/health/ready")
+    def ready() -> Response:
+        return JSONResponse({"state": service.state}, 200 if service.state == "ready" else 503)
+
+    # Before "/{name}", which would take it.
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        service.holder(request.headers.get("authorization"))
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.router.routes.insert(0, app.router.routes.pop())
+
+
+def _tickets(app: FastAPI, service: Service) -> None:
+    @app.post("/session")
+    async def session(request: Request) -> Response:
+        holder = service.holder(request.headers.get("authorization"))
+        if service.state != "ready":
+            return JSONResponse({"message": service.state}, 503, {"retry-after": "1"})
+        try:
+            return JSONResponse({"ticket": service.admission.ticket(holder)})
+        except Refusal as refusal:
+            service.metrics.count("refused", "full")
+            return JSONResponse({"message": refusal.message}, 429, {"retry-after": str(refusal.retry_after)})
+
+
+def _sockets(app: FastAPI, service: Service) -> None:
+    @app.websocket("/stream")
+    async def stream(socket: WebSocket) -> None:
+        offered = [one.strip() for one in socket.headers.get("sec-websocket-protocol", "").split(",")]
+        holder = service.admission.enter(offered[1]) if len(offered) == 2 and offered[0] == PROTOCOL else None
+        if holder is None:
+            service.metrics.count("refused", "ticket")
+            return await socket.close(1008)
+        viewer = None
+        try:
+            await socket.accept(PROTOCOL)
+            viewer = _welcome(service, holder)
+            await Session(socket, viewer, service.worker, service.server, service.pool, service.metrics).run()
+        finally:
+            service.admission.leave(holder)
+            if viewer is not None:
+                service.viewers.discard(viewer)
+                service.worker.remove(viewer)
+
+
+def _welcome(service: Service, holder: Holder) -> Viewer:
+    """A viewer in its place, with what it must know on its way to it."""
+    worker, server = service.worker, service.server
+    wish = first_wish(service.settings)
+    viewer = Viewer(worker, service.metrics, wish, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
+    width, height = worker.size
+    limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
+    size = {"width": width, "height": height}
+    viewer.say(type="welcome", settings=wish.model_dump(), models=worker.models, limits=limits, **size)
+    service.viewers.add(viewer)
+    worker.add(viewer)
+    return viewer

@@ -1,0 +1,47 @@
+"""What the server is told by its owner. Nothing of a viewer, nothing of a model."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from streamflow.section import Section
+
+
+class Server(Section):
+    """The page: where it is served, to whom, and its limits."""
+
+    host: str = Field("127.0.0.1", description="address to bind; beyond this machine only with tokens, and TLS or a proxy")
+    port: int = Field(7860, ge=0, le=65535, description="0: any that is free")
+    token_file: str | None = Field(
+        None, description="a line for each user: name token [streams=2] [fps=15]; or in the environment: STREAMFLOW_TOKENS"
+    )
+    tls_certificate: str | None = Field(None, description="PEM file; needs tls_key")
+    tls_key: str | None = Field(None, description="PEM file; needs tls_certificate")
+    behind_proxy: bool = Field(False, description="a proxy in front ends TLS")
+    origins: tuple[str, ...] = Field((), description="other origins that may connect, such as https://my.example")
+    max_viewers: int = Field(4, ge=1, le=64, description="at once; one more is refused and may come again")
+    max_fps: float = Field(60.0, gt=0, description="pictures a second that one viewer gets at most")
+    max_steps: int = Field(8, ge=1, le=100, description="that a viewer may ask for")
+    max_message_bytes: int = Field(4_000_000, ge=1024, description="of one message, pictures included")
+    max_picture_pixels: int = Field(8_000_000, ge=4096, description="of one picture from a viewer")
+    max_messages_per_second: float = Field(150.0, gt=0, description="of one viewer; more ends its connection")
+    models: dict[str, str] = Field({}, description="more models that viewers may choose: name and hub id, folder or file")
+    loras: dict[str, str] = Field(
+        {}, description="LoRAs that viewers may choose: name and hub id or file; each takes a copy of the model"
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both, or neither")
+        if twice := set(self.models) & set(self.loras):
+            raise ValueError(f"models and loras are one list on the page, and both have {', '.join(sorted(twice))}")
+        pickled = [one for one in (*self.models.values(), *self.loras.values()) if one.endswith(PICKLED)]
+        if pickled:
+            raise ValueError(f"only safetensors are loaded, since pickled weights can run code: not {', '.join(pickled)}")
+        return self
+
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")

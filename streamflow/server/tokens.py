@@ -1,0 +1,96 @@
+"""Who may use the server, and how much of it. Tokens come from a file or the environment, are kept as digests only and are
+compared in constant time; none is ever written anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VARIABLE = "STREAMFLOW_TOKENS"
+SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One user: how many streams at once, and how many pictures a second over all of them; None: the server's limits."""
+
+    name: str
+    streams: int | None = None
+    fps: float | None = None
+    digest: bytes = field(default=b"", repr=False)
+
+
+ANYONE = Holder("anyone")
+
+
+class Tokens:
+    """The holders. Empty: whoever reaches the server may use it."""
+
+    def __init__(self, holders: tuple[Holder, ...] = ()):
+        self._holders = holders
+
+    def __bool__(self) -> bool:
+        return bool(self._holders)
+
+    def holder(self, token: str) -> Holder | None:
+        """Whose token this is, None if nobody's; every holder's is compared, in constant time."""
+        if not self._holders:
+            return ANYONE
+        digest, found = _digest(token), None
+        for one in self._holders:
+            if hmac.compare_digest(one.digest, digest):
+                found = one
+        return found
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def load(path: str | None, environment: Mapping[str, str] = os.environ) -> Tokens:
+    """Tokens of a file, or else of the environment. ValueError names the line, never the token; FileNotFoundError."""
+    if path is None:
+        return parse(environment.get(VARIABLE, ""), VARIABLE)
+    file = Path(path)
+    if os.name == "posix" and stat.S_IMODE(file.stat().st_mode) & 0o077:
+        raise ValueError(f"{file} can be read by others: chmod 600 {file}")
+    tokens = parse(file.read_text(encoding="utf-8"), str(file))
+    if not tokens:
+        raise ValueError(f"{file} holds no token: a line for each user, name token [streams=2] [fps=15]")
+    return tokens
+
+
+def parse(text: str, where: str) -> Tokens:
+    """Tokens of lines `name token [streams=2] [fps=15]`; lines that begin with # are left out."""
+    holders: list[Holder] = []
+    for number, line in enumerate(text.replace(";", "\n").splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            holders.append(_holder(line.split(), f"{where}, line {number}"))
+    if len({one.name for one in holders}) < len(holders) or len({one.digest for one in holders}) < len(holders):
+        raise ValueError(f"{where}: names and tokens must differ from each other")
+    return Tokens(tuple(holders))
+
+
+def _holder(words: list[str], where: str) -> Holder:
+    if len(words) < 2 or len(words[1]) < SHORTEST:
+        raise ValueError(f"{where}: a name and a token of {SHORTEST} characters or more are wanted")
+    quotas: dict[str, float] = {}
+    for word in words[2:]:
+        name, _, value = word.partition("=")
+        if name not in QUOTAS:
+            raise ValueError(f"{where}: after the token come {' and '.join(QUOTAS)} only, as in streams=2")
+        try:
+            quotas[name] = QUOTAS[name](value)
+        except ValueError:
+            raise ValueError(f"{where}: {name} is no number") from None
+        if not quotas[name] > 0:
+            raise ValueError(f"{where}: {name} must be above 0")
+    return Holder(words[0], digest=_digest(words[1]), **quotas)
+
+
+QUOTAS = {"streams": int, "fps": float}

@@ -1,0 +1,123 @@
+"""The README's table of families, made of what the parity tests measured.
+
+    python -m pytest -m "slow or not slow" tests/test_parity.py tests/test_families.py --families static/families.json
+    python tests/family_table.py
+
+The first writes down what was found, family by family; the second puts it into the README. Not by hand: a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from streamflow import models
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "static" / "families.json"
+BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
+HEAD = [
+    *("family", "pipeline", "guidance", "row by row", "in one batch (its own noise)", "image-to-image", "diffusers"),
+    "what differs, what is refused and why",
+]
+GUIDANCE = ("none", "full", "self", "initialize")
+
+
+class Found:
+    """What the tests find, by family; the worst of all cases is kept."""
+
+    def __init__(self) -> None:
+        self.families: dict[str, dict[str, Any]] = {}
+
+    def _of(self, family: str) -> dict[str, Any]:
+        empty = {"guidance": [], "equal": [], "error": None, "noise": None, "image": None}
+        return self.families.setdefault("flux" if family == "schnell" else family, empty)
+
+    def equal(self, family: str, cfg_type: str, dtype: Any) -> None:
+        """Row by row, under this guidance, in this dtype, the stream's bits are the pipeline's."""
+        self._add(family, "guidance", cfg_type)
+        self._add(family, "equal", str(dtype).removeprefix("torch."))
+
+    def guided(self, family: str, cfg_type: str) -> None:
+        """Under this guidance of its own, streamed equals the sequential loop."""
+        self._add(family, "guidance", cfg_type)
+
+    def error(self, family: str, error: float, noise: float | None = None) -> None:
+        """In one batch the stream is so far from the pipeline's frames one by one, and the pipeline's own batch so far."""
+        self._most(family, "error", error)
+        if noise is not None:
+            self._most(family, "noise", noise)
+
+    def image(self, family: str, error: float) -> None:
+        """From a picture the stream is so far from the image pipeline."""
+        self._most(family, "image", error)
+
+    def _add(self, family: str, key: str, value: str) -> None:
+        kept = self._of(family)[key]
+        if value not in kept:
+            kept.append(value)
+            kept.sort()
+
+    def _most(self, family: str, key: str, value: float) -> None:
+        kept = self._of(family)
+        kept[key] = max(value, kept[key] or 0.0)
+
+    def save(self, path: Path) -> None:
+        """Write what was found; families that were not looked at stay as they are in the file."""
+        before = json.loads(path.read_text())["families"] if path.exists() else {}
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        result = {"versions": versions, "families": dict(sorted({**before, **self.families}.items()))}
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = [_line(HEAD), _line("---" for _ in HEAD)]
+    rows = [_row(family, result["families"][family]) for family in models.FAMILIES if family in result["families"]]
+    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(family: str, found: dict[str, Any]) -> list[str]:
+    adapter = models.adapter_class(family)
+    asked = "" if adapter.text_pipeline in models.PIPELINES else f' with `family="{family}"`'
+    twin = f"none; strength as `{adapter.image_pipeline}` counts it"
+    return [
+        f"`{family}`",
+        f"`{adapter.text_pipeline}`{asked}",
+        ", ".join(f"`{one}`" for one in GUIDANCE if one in found["guidance"]),
+        f"equal in {', '.join(found['equal'])}" if found["equal"] else "not to the bit",
+        _number(found["error"]) + ("" if found["noise"] is None else f" ({_number(found['noise'])})"),
+        twin if found["image"] is None else _number(found["image"]),
+        adapter.since,
+        adapter.note,
+    ]
+
+
+def _number(error: float) -> str:
+    return f"{error:.0e}" if error else "equal"
+
+
+def in_readme(text: str, made: str) -> str:
+    """The README's text with this table in the place of the one that it has."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + made + END + after
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    made = in_readme(readme.read_text(encoding="utf-8"), table(json.loads(RESULTS.read_text())))
+    readme.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The commands that draw: they write pictures, say what was wrong, and their flags are the settings' own."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from streamflow import config
+from streamflow.cli import main
+from streamflow.commands import options
+from streamflow.config import Settings
+
+QUICK = ["--device", "cpu", "--warmup", "0", "--num-inference-steps", "1", "--acceleration.kind", "none"]
+
+
+@pytest.fixture(autouse=True)
+def there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_pictures_of_text_and_of_pictures(capsys, tmp_path):
+    assert main(["txt2img", *QUICK, "--count", "2", "--output", "drawn", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["files"] == ["drawn/0000.png", "drawn/0001.png"]
+    first, second = (Image.open(one) for one in said["files"])
+    assert first.size == (128, 128) and first.tobytes() != second.tobytes()
+    steps = ["--num-inference-steps", "2", "--strength", "0.5"]
+    code = main(["img2img", *said["files"], "gone.png", *QUICK, *steps, "--output", "restyled", "--json"])
+    again = capsys.readouterr()
+    assert code == 1 and "gone.png cannot be read" in again.err
+    assert json.loads(again.out.splitlines()[-1])["files"] == ["restyled/0000.png", "restyled/0001.png"]
+    restyled = Image.open("restyled/0001.png")
+    assert restyled.size == (128, 128) and restyled.tobytes() != second.tobytes()
+
+
+def test_a_file_of_settings_is_written_checked_and_shown(capsys):
+    assert main(["config", "init", "a.yaml"]) == 0 and config.load("a.yaml") == Settings()
+    assert main(["config", "init", "a.yaml"]) == 1 and "there already" in capsys.readouterr().err
+    assert main(["config", "check", "a.yaml"]) == 0
+    with open("a.yaml", "a") as file:
+        file.write("sede: 3\n")
+    assert main(["config", "check", "a.yaml"]) == 1 and "sede: there is no such key" in capsys.readouterr().err
+    assert main(["config", "init", "a.yaml", "--force"]) == 0 and main(["config", "show", "a.yaml", "--json"]) == 0
+    assert config.parse(json.loads(capsys.readouterr().out.splitlines()[-1])) == Settings()
+
+
+def of(*argv):
+    p = options.parser("txt2img", "", "")
+    return options.settings(p, p.parse_args([*argv]), mode="txt2img")
+
+
+def test_flags_win_over_the_file_and_texts_stay_texts():
+    config.save(Settings(seed=5, guidance_scale=2.0), "a.yaml")
+    made = of(
+        "--config", "a.yaml", "--seed", "9", "--prompt", "yes: no", "--t-index-list", "[0, 2]", "--devices", "[cpu, cpu]"
+    )
+    assert (made.seed, made.guidance_scale, made.prompt) == (9, 2.0, "yes: no")
+    assert (made.t_index_list, made.devices) == ((0, 2), ("cpu", "cpu"))
+    assert of("--prompt", "[[a cat, 0.6], [a dog, 0.4]]").prompt == (("a cat", 0.6), ("a dog", 0.4))
+    assert of("--acceleration.options", "{limit: 3}", "--tiny-vae", "true").acceleration.options == {"limit": 3}
+    assert of("--similar-image-filter.threshold", "0.5").similar_image_filter.threshold == 0.5
+
+
+def test_all_mistakes_are_told_at_once_with_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        of("--seed", "many", "--cfg-type", "half", "--acceleration.kind", "fast")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and all(path in said for path in ("seed:", "cfg_type:", "acceleration.kind:"))
+    for argv in (["img2img", "a/x.png", "b/x.png"], ["txt2img", "--count", "0"], ["txt2img", "--config", "gone.yaml"]):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 2 and capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["txt2img", "img2img", "config"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"streamflow {command}" in said[said.rindex("example") :]

@@ -1,0 +1,568 @@
+"""streamflow.io with real files, servers, threads and processes: every kind that runs here keeps to its protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from streamflow.io import (
+    SINKS,
+    SOURCES,
+    Picture,
+    Reading,
+    Sink,
+    SinkLost,
+    Source,
+    SourceLost,
+    Writing,
+    open_sink,
+    open_source,
+)
+
+pytestmark = pytest.mark.extras
+HEIGHT, WIDTH = 48, 64
+
+
+def lacks(module):
+    return importlib.util.find_spec(module) is None
+
+
+def picture(k=0, height=HEIGHT, width=WIDTH, seconds=None):
+    """Flat grey of a level that tells k, a red corner at the top left."""
+    pixels = np.full((height, width, 3), 20 * (k % 10), dtype=np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 0)
+    return Picture(pixels, k / 10 if seconds is None else seconds)
+
+
+def all_of(source):
+    source.open()
+    try:
+        return list(iter(source.read, None))
+    finally:
+        source.close()
+
+
+def record(path, count=10, height=HEIGHT, width=WIDTH, **options):
+    sink = open_sink(f"file:{path}", rate=10, **options)
+    sink.open()
+    for k in range(count):
+        sink.write(picture(k, height, width))
+    sink.close()
+    return path
+
+
+def with_sound(path, seconds=1.0):
+    """A video of a second with a tone."""
+    av = pytest.importorskip("av", reason="pip install av")
+    with av.open(str(path), "w") as output:
+        video = output.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        sound = output.add_stream("aac", rate=16000, layout="mono")
+        for k in range(round(10 * seconds)):
+            output.mux(video.encode(av.VideoFrame.from_ndarray(picture(k).pixels, format="rgb24")))
+        tone = (8000 * np.sin(np.arange(16000 * seconds) * 0.1)).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+        frame.sample_rate = 16000
+        output.mux(sound.encode(frame))
+        output.mux(video.encode(None))
+        output.mux(sound.encode(None))
+    return path
+
+
+def packets(path):
+    av = pytest.importorskip("av", reason="pip install av")
+    with av.open(str(path)) as file:
+        return [bytes(packet) for packet in file.demux(audio=0) if packet.size]
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63)])
+def test_a_video_keeps_its_pictures_and_times(tmp_path, suffix, height, width):
+    pytest.importorskip("av", reason="pip install av")
+    source = open_source(str(record(tmp_path / f"a.{suffix}", height=height, width=width)))
+    found = all_of(source)
+    assert source.rate == 10 and source.audio is None
+    assert [round(one.pts, 2) for one in found] == [k / 10 for k in range(10)]
+    for k, one in enumerate(found):
+        assert one.pixels.shape == (48, 64, 3)
+        assert np.abs(one.pixels[:height, :width].astype(int) - picture(k, height, width).pixels).mean() < 8
+
+
+def test_a_clip_loops_with_its_times_going_on(tmp_path):
+    pytest.importorskip("av", reason="pip install av")
+    source = open_source(str(record(tmp_path / "a.mp4", 3)), loop=True)
+    source.open()
+    assert [round(source.read().pts, 2) for _ in range(7)] == [k / 10 for k in range(7)]
+    source.close()
+
+
+def test_a_turned_video_comes_out_upright(tmp_path):
+    """The display matrix of a telephone held upright, written into the track's header."""
+    pytest.importorskip("av", reason="pip install av")
+    data = bytearray(record(tmp_path / "a.mp4").read_bytes())
+    one = (1 << 16).to_bytes(4, "big")
+    identity = one + bytes(12) + one + bytes(12) + (1 << 30).to_bytes(4, "big")
+    clockwise = bytes(4) + one + bytes(4) + (-(1 << 16)).to_bytes(4, "big", signed=True) + bytes(16) + identity[-4:]
+    at = data.index(identity, data.index(b"tkhd"))
+    data[at : at + 36] = clockwise
+    (tmp_path / "turned.mp4").write_bytes(data)
+    turned = all_of(open_source(f"file:{tmp_path / 'turned.mp4'}"))[0].pixels
+    assert turned.shape == (WIDTH, HEIGHT, 3)
+    red = (turned[..., 0] > 128) & (turned[..., 1] < 100)
+    assert red[: WIDTH // 2 - 4, HEIGHT // 2 + 4 :].all() and not red[WIDTH // 2 + 4 :].any()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_sound_is_copied_bit_by_bit_as_far_as_the_pictures_go(tmp_path, suffix):
+    source = open_source(str(with_sound(tmp_path / "in.mp4")))
+    source.open()
+    assert source.audio == source.path
+    source.close()
+    whole, half = tmp_path / f"whole.{suffix}", tmp_path / f"half.{suffix}"
+    record(whole, 11, audio=source.audio)
+    record(half, 5, audio=source.audio)
+    sound = packets(source.path)
+    assert packets(whole) == sound
+    assert packets(half) == sound[: len(packets(half))] and 0.3 < len(packets(half)) / len(sound) < 0.7
+
+
+def test_a_recording_by_the_clock_holds_each_picture_as_long_as_it_was_shown(tmp_path):
+    pytest.importorskip("av", reason="pip install av")
+    with Writing(open_sink(f"record:{tmp_path / 'a.mp4'}", rate=30), depth=8) as writing:
+        for seconds in (7.0, 7.1, 7.5, 8.2):
+            writing.write(picture(seconds=seconds))
+    pts = [one.pts for one in all_of(open_source(str(tmp_path / "a.mp4")))]
+    assert pts == pytest.approx([0, 0.1, 0.5, 1.2], abs=1e-3)
+
+
+def test_bad_files_are_refused(tmp_path):
+    pytest.importorskip("av", reason="pip install av")
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_source(str(tmp_path / "text.mp4")).open()
+    with pytest.raises(FileNotFoundError, match="gone.mp4"):
+        open_source(str(tmp_path / "gone.mp4")).open()
+    with pytest.raises(ValueError, match="ends in one of .mp4, .mkv"):
+        open_sink("record:a.avi")
+    sink = open_sink(f"record:{tmp_path / 'a.mp4'}")
+    sink.open()
+    sink.write(picture())
+    with pytest.raises(ValueError, match="32x32 in a recording of 64x48"):
+        sink.write(picture(1, 32, 32))
+    sink.close()
+
+
+KILLED = """
+import sys, time, types
+package = types.ModuleType("streamflow")  # without its __init__, which loads torch
+package.__path__ = [{root!r}]
+sys.modules["streamflow"] = package
+import numpy as np
+from streamflow.io.picture import Picture
+from streamflow.io.recorder import Recorder
+sink = Recorder({path!r}, rate=10, clock=False)
+sink.open()
+for k in range(40):
+    sink.write(Picture(np.random.default_rng(k).integers(0, 255, (48, 64, 3), dtype=np.uint8), k / 10))
+print("written", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is of POSIX")
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_recording_killed_under_way_plays(tmp_path, suffix):
+    pytest.importorskip("av", reason="pip install av")
+    import streamflow
+
+    path = str(tmp_path / f"a.{suffix}")
+    root = os.path.dirname(streamflow.__file__)
+    with subprocess.Popen([sys.executable, "-c", KILLED.format(path=path, root=root)], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"written\n"
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    assert 30 <= len(all_of(open_source(path))) <= 40
+
+
+# -- folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_comes_back_in_order_and_is_continued(tmp_path):
+    for count in (2, 9):
+        with Writing(open_sink(f"folder:{tmp_path}"), block=True) as writing:
+            for k in range(count):
+                writing.write(picture(k))
+    found = all_of(open_source(str(tmp_path), rate=5))
+    assert [one.pts for one in found] == [k / 5 for k in range(11)]
+    assert all(np.array_equal(one.pixels, picture(k).pixels) for one, k in zip(found, (0, 1, *range(9)), strict=True))
+
+
+def test_pictures_are_sorted_by_number_and_turned_by_exif(tmp_path):
+    for k in (10, 2):
+        PIL.Image.fromarray(picture(k // 2).pixels).save(tmp_path / f"p{k}.png")
+    assert [one.pixels[-1, -1, 0] for one in all_of(open_source(f"folder:{tmp_path}"))] == [20, 100]
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(picture().pixels).save(tmp_path / "t.png", exif=exif)
+    still = open_source(str(tmp_path / "t.png"))
+    still.open()
+    assert [still.read().pixels.shape for _ in range(3)] == [(WIDTH, HEIGHT, 3)] * 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no picture"):
+        open_source(f"folder:{tmp_path / 'empty'}").open()
+
+
+# -- MJPEG ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served():
+    """A server on a free port that shows pictures until the test ends."""
+    sink, over = open_sink("mjpeg:0", viewers=2), threading.Event()
+    sink.open()
+
+    def show():
+        k = 0
+        while not over.wait(0.01):
+            sink.write(picture(k := k + 1))
+
+    thread = threading.Thread(target=show)
+    thread.start()
+
+    def stop():
+        over.set()
+        thread.join()
+        sink.close()
+
+    sink.stop = stop
+    yield sink
+    stop()
+
+
+def test_mjpeg_goes_over_http_to_as_many_as_there_are_places(served):
+    url = f"http://127.0.0.1:{served.port}/"
+    viewers = [open_source(url) for _ in range(2)]
+    for viewer in viewers:
+        viewer.open()
+        assert np.abs(viewer.read().pixels[-8:, -8:].astype(int) % 20 - 10).min() >= 5  # levels are multiples of 20
+        assert viewer.read().pixels.shape == (HEIGHT, WIDTH, 3)
+    with pytest.raises(SourceLost, match="503"):
+        open_source(url).open()
+    viewers[0].close()
+    again, end = open_source(url), time.monotonic() + 5
+    while time.monotonic() < end:
+        try:
+            again.open()
+            break
+        except SourceLost:
+            time.sleep(0.02)
+    assert again.read().pixels.shape == (HEIGHT, WIDTH, 3)
+    served.stop()
+    with pytest.raises(SourceLost):
+        while True:
+            viewers[1].read()
+    with pytest.raises(SourceLost, match="does not answer"):
+        again.open()
+    viewers[1].close()
+
+
+def test_mjpeg_stays_on_this_machine():
+    with pytest.raises(ValueError, match="allow_remote"):
+        open_sink("mjpeg:0.0.0.0:8080")
+    assert open_sink("mjpeg:0.0.0.0:8080", allow_remote=True).host == "0.0.0.0"
+    with pytest.raises(ValueError, match="http://"):
+        open_source("mjpeg:file:///etc/passwd")
+
+
+@pytest.fixture
+def sent(tmp_path, monkeypatch):
+    """An NDI sender, found by its address since a test machine may have no mDNS; NDI reads this when it is loaded."""
+    (tmp_path / "ndi-config.v1.json").write_text('{"ndi": {"networks": {"ips": "127.0.0.1,"}}}')
+    monkeypatch.setenv("NDI_CONFIG_DIR", str(tmp_path))
+    name, over = f"Test {os.getpid()}", threading.Event()
+
+    def send():
+        while not over.wait(0.03):
+            writing.write(picture())
+
+    with Writing(open_sink(f"ndi:{name}")) as writing:
+        thread = threading.Thread(target=send)
+        thread.start()
+        yield name
+        over.set()
+        thread.join()
+
+
+# -- threads --------------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A source of numbered pictures, as fast as it is read, which may fail at one."""
+
+    def __init__(self, count=10**9, fails=None):
+        self.count, self.fails, self.k, self.opened, self.threads = count, fails, 0, 0, set()
+
+    def open(self):
+        self.opened += 1
+        self.threads.add(threading.get_ident())
+
+    def read(self):
+        self.k += 1
+        self.threads.add(threading.get_ident())
+        if self.k == self.fails:
+            raise SourceLost("unplugged")
+        return None if self.k > self.count else picture(seconds=float(self.k))
+
+    def close(self):
+        self.opened -= 1
+        self.threads.add(threading.get_ident())
+
+
+def test_every_gives_each_picture_and_makes_the_source_wait():
+    source = Counting(50)
+    with Reading(source, "every", depth=3) as reading:
+        time.sleep(0.05)
+        assert reading.queued == 3 and source.k <= 4
+        assert [int(one.time) for one in iter(reading.read, None)] == list(range(1, 51))
+        assert reading.read() is None and reading.dropped == 0 and reading.count == 50
+    assert source.opened == 0 and len(source.threads) == 1 and threading.get_ident() not in source.threads
+
+
+def test_newest_drops_the_older_and_counts_them():
+    with Reading(Counting(1000), "newest", depth=2) as reading:
+        while not reading.done:
+            time.sleep(0.01)
+        assert [int(one.time) for one in iter(reading.read, None)] == [999, 1000]
+        assert reading.dropped == 998
+
+
+def test_newest_gives_a_clip_at_its_own_pace(tmp_path):
+    for k in range(4):
+        PIL.Image.fromarray(picture(k).pixels).save(tmp_path / f"{k}.png")
+    with Reading(open_source(str(tmp_path), rate=20), "newest") as reading:
+        found = [time.monotonic() for _ in iter(reading.read, None)]
+    assert found[-1] - found[0] > 0.1 and reading.dropped == 0
+
+
+def test_what_a_source_raises_reaches_the_reader_after_what_it_gave():
+    source = Counting(fails=3)
+    with Reading(source, "every") as reading:
+        assert [int(reading.read().time) for _ in range(2)] == [1, 2]
+        with pytest.raises(SourceLost, match="unplugged"):
+            reading.read()
+    with Reading(source, "every") as reading:  # plugged in again
+        assert reading.read().time == 4
+    assert source.opened == 0
+
+
+class Slow:
+    """A sink that takes a picture only when it is let, and may fail."""
+
+    def __init__(self, fails=False):
+        self.gate, self.entered, self.found, self.fails = threading.Semaphore(0), threading.Semaphore(0), [], fails
+
+    def open(self):
+        self.found.clear()
+
+    def write(self, one):
+        self.entered.release()
+        self.gate.acquire()
+        if self.fails:
+            raise SinkLost("closed")
+        self.found.append(int(one.time))
+
+    def close(self):
+        self.found.append("closed")
+
+
+def test_writing_drops_the_oldest_and_finishes_the_rest():
+    sink = Slow()
+    writing = Writing(sink, depth=2)
+    writing.write(picture(seconds=0))
+    sink.entered.acquire()
+    for k in range(1, 9):
+        writing.write(picture(seconds=k))
+        assert writing.queued <= 2
+    assert writing.dropped == 6
+    sink.gate.release(9)
+    writing.close()
+    assert sink.found == [0, 7, 8, "closed"] and writing.count == 3
+    with pytest.raises(RuntimeError, match="has ended"):
+        writing.write(picture())
+
+
+def test_what_a_sink_raises_reaches_the_writer():
+    sink = Slow(fails=True)
+    writing = Writing(sink, block=True)
+    writing.write(picture())
+    sink.gate.release()
+    while not writing.done:
+        time.sleep(0.005)
+    with pytest.raises(SinkLost, match="closed"):
+        writing.write(picture())
+    writing.close()
+    assert sink.found == ["closed"]
+
+
+def test_threads_end_with_their_owner():
+    before = threading.active_count()
+    for _ in range(20):
+        Reading(Counting(), "newest").close()
+        Writing(open_sink("null")).close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("wrong", [lambda: Reading(Counting(), "latest"), lambda: Reading(Counting(), depth=0)])
+def test_wrong_settings_of_threads_are_refused(wrong):
+    with pytest.raises(ValueError, match="newest, every|at least 1"):
+        wrong()
+
+
+# -- every kind -----------------------------------------------------------------------------------------------------------
+
+NOT_HERE = {
+    "spout": (sys.platform != "win32" or lacks("SpoutGL"), "Spout needs Windows and SpoutGL"),
+    "syphon": (sys.platform != "darwin" or lacks("syphon"), "Syphon needs macOS and syphon-python"),
+    "ndi": (lacks("cyndilib"), "pip install cyndilib"),
+    "screen": (lacks("mss") or (sys.platform == "linux" and not os.environ.get("DISPLAY")), "needs mss and a display"),
+    "virtualcam": (lacks("pyvirtualcam") or not os.path.exists("/dev/video0"), "needs pyvirtualcam and its device"),
+    "window": (lacks("pygame"), "pip install pygame-ce"),
+    "camera": (lacks("cv2"), "pip install opencv-python-headless"),
+    "file": (lacks("av"), "pip install av"),
+    "record": (lacks("av"), "pip install av"),
+}
+
+
+def kinds(table):
+    return [
+        pytest.param(kind, marks=pytest.mark.skipif(NOT_HERE[kind][0], reason=NOT_HERE[kind][1]))
+        if kind in NOT_HERE
+        else kind
+        for kind in table
+    ]
+
+
+@pytest.mark.parametrize("kind", kinds(SOURCES))
+def test_every_source_keeps_to_the_protocol(kind, tmp_path, request):
+    PIL.Image.fromarray(picture().pixels).save(tmp_path / "a.png")
+    rest = {"folder": tmp_path, "picture": tmp_path / "a.png", "spout": "", "syphon": "", "screen": 1}
+    if kind in ("file", "camera"):  # OpenCV reads a file as it reads a camera
+        rest[kind] = record(tmp_path / "a.mp4")
+    if kind == "mjpeg":
+        rest[kind] = f"http://127.0.0.1:{request.getfixturevalue('served').port}"
+    if kind == "ndi":
+        rest[kind] = request.getfixturevalue("sent")
+    source = open_source(f"{kind}:{rest[kind]}")
+    assert isinstance(source, Source)
+    source.close()
+    with pytest.raises(RuntimeError, match="open"):
+        source.read()
+    for _ in range(2):
+        before = time.monotonic()
+        source.open()
+        found = source.read()
+        source.close()
+        assert found.pixels.dtype == np.uint8 and found.pixels.flags.c_contiguous and found.pixels.flags.writeable
+        assert before <= found.time <= time.monotonic()
+    source.close()
+
+
+@pytest.mark.parametrize("kind", kinds(SINKS))
+def test_every_sink_keeps_to_the_protocol(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    rest = {"record": tmp_path / "a.mp4", "file": tmp_path / "b.mkv", "folder": tmp_path / "c", "mjpeg": 0}
+    sink = open_sink(f"{kind}:{rest.get(kind, '')}")
+    assert isinstance(sink, Sink)
+    sink.close()
+    for _ in range(2):
+        sink.open()
+        for k in range(3):
+            one = picture(k)
+            kept = one.pixels.copy()
+            sink.write(one)
+            assert np.array_equal(one.pixels, kept)
+        sink.close()
+    sink.close()
+
+
+@pytest.mark.skipif(lacks("cv2"), reason="pip install opencv-python-headless")
+def test_a_camera_that_is_gone_says_so_and_comes_back(tmp_path):
+    with pytest.raises(SourceLost, match="plugged in"):
+        open_source("camera:77").open()
+    pytest.importorskip("av", reason="pip install av")
+    camera = open_source(f"camera:{record(tmp_path / 'a.mp4', 3)}")
+    camera.open()
+    first = camera.read().pixels
+    assert first[5, 5, 0] > 200 and first[5, 5, 2] < 60  # red, not blue
+    with pytest.raises(SourceLost, match="unplugged"):
+        for _ in range(4):
+            camera.read()
+    camera.open()
+    assert np.array_equal(camera.read().pixels, first)
+    camera.close()
+
+
+@pytest.mark.skipif(lacks("pygame"), reason="pip install pygame-ce")
+def test_a_window_passes_its_keys_on_and_says_when_it_is_closed(monkeypatch):
+    import pygame
+
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    keys = []
+    window = open_sink("window:Here", size=(128, 128), on_key=keys.append)
+    window.open()
+    window.write(picture())
+    assert pygame.display.get_caption()[0] == "Here"
+    shown = pygame.surfarray.array3d(pygame.display.get_surface())  # [x, y, 3]
+    assert tuple(shown[10, 30]) == (255, 0, 0) and not shown[:, :16].any() and not shown[:, 112:].any()
+    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_p))
+    pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_SPACE))
+    window.write(picture())
+    assert keys == ["p", "space"]
+    pygame.event.post(pygame.event.Event(pygame.QUIT))
+    with pytest.raises(SinkLost, match="closed"):
+        window.write(picture())
+    window.close()
+
+
+def test_unknown_addresses_list_the_known():
+    with pytest.raises(ValueError, match="camera, file, folder, picture, screen, mjpeg, ndi, spout, syphon"):
+        open_source("webcam:0")
+    with pytest.raises(ValueError, match="record, file, folder, window, virtualcam"):
+        open_sink("projector")
+    with pytest.raises(ValueError, match="give file:in.mp4"):
+        open_source("file:")
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        open_sink("mjpeg:here")
+    assert open_source("camera:2").device == 2 and open_source("camera:/dev/video2").device == "/dev/video2"
+
+
+@pytest.mark.skipif(not lacks("syphon") or not lacks("SpoutGL"), reason="both are installed")
+def test_what_is_of_another_system_or_not_installed_says_what_to_do():
+    for kind, system in {"spout": "win32", "syphon": "darwin"}.items():
+        with pytest.raises(ImportError, match="pip install" if sys.platform == system else "only"):
+            open_source(kind).open()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "error"),
+    [
+        (np.zeros((4, 4, 3)), TypeError),
+        (np.zeros((4, 4), np.uint8), ValueError),
+        (np.zeros((0, 4, 3), np.uint8), ValueError),
+    ],
+)
+def test_a_picture_is_checked(pixels, error):
+    with pytest.raises(error, match="pixels are"):
+        Picture(pixels, 0.0)

@@ -1,0 +1,456 @@
+"""The page's server: who gets in, what it takes from the network, and that every viewer gets its share."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the page needs the extra web")
+pytest.importorskip("uvicorn", reason="the page needs the extra web")
+connect = pytest.importorskip("websockets.sync.client", reason="the page needs the extra web").connect
+
+import httpx  # noqa: E402
+import uvicorn  # noqa: E402
+from PIL import Image  # noqa: E402
+from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
+
+from streamflow import config  # noqa: E402
+from streamflow.config import ConfigError, Settings  # noqa: E402
+from streamflow.server import pictures, tokens, wishes  # noqa: E402
+from streamflow.server.admission import KEPT, Admission, Refusal  # noqa: E402
+from streamflow.server.app import Service, create_app  # noqa: E402
+from streamflow.server.metrics import Metrics  # noqa: E402
+from streamflow.server.safety import Bucket, check_binding  # noqa: E402
+from streamflow.server.settings import Server  # noqa: E402
+from streamflow.server.wishes import BadMessage, Wish  # noqa: E402
+
+SECRET, OTHER = "a-token-of-sixteen-or-more", "another-token-of-sixteen"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def encoded(size=(40, 30), kind="PNG", color="red"):
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, kind)
+    return out.getvalue()
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_binds_beyond_this_machine_only_with_tokens_and_tls_or_a_proxy(tmp_path):
+    some = tokens.parse(f"ann {SECRET}", "here")
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.0.1"):
+        check_binding(Server(host=host), tokens.Tokens())
+    for host in ("0.0.0.0", "::", "192.168.1.2", "my.example"):
+        with pytest.raises(ValueError, match="no tokens"):
+            check_binding(Server(host=host, behind_proxy=True), tokens.Tokens())
+        with pytest.raises(ValueError, match="in the clear"):
+            check_binding(Server(host=host), some)
+        check_binding(Server(host=host, behind_proxy=True), some)
+        check_binding(Server(host=host, tls_certificate="a.pem", tls_key="b.pem"), some)
+
+
+def test_tokens_come_from_a_file_or_the_environment_and_are_never_shown(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text(f"# users\nann {SECRET} streams=2 fps=7.5\nbob {OTHER}\n")
+    file.chmod(0o644)
+    with pytest.raises(ValueError, match="chmod 600"):
+        tokens.load(str(file))
+    file.chmod(0o600)
+    for found in (tokens.load(str(file)), tokens.load(None, {tokens.VARIABLE: file.read_text().replace("\n", ";")})):
+        ann = found.holder(SECRET)
+        assert (ann.name, ann.streams, ann.fps) == ("ann", 2, 7.5) and found.holder(OTHER).name == "bob"
+        assert found.holder(SECRET[:-1]) is None and found.holder("") is None and found.holder("\udcff") is None
+        assert SECRET not in repr(ann) + repr(vars(found))
+    assert not tokens.load(None, {}) and tokens.Tokens().holder("").name == "anyone"
+    for wrong in ("ann short", "ann", f"ann {SECRET} fsp=3", f"ann {SECRET} fps=x", f"ann {SECRET} streams=0"):
+        with pytest.raises(ValueError, match="line 1") as error:
+            tokens.parse(wrong, "here")
+        assert SECRET not in str(error.value)
+    with pytest.raises(ValueError, match="differ"):
+        tokens.parse(f"ann {SECRET}\nann {OTHER}", "here")
+
+
+def test_places_quotas_and_tickets():
+    clock = Clock()
+    gate = Admission(3, clock)
+    ann = tokens.Holder("ann", streams=1, fps=2.0)
+    ticket = gate.ticket(ann)
+    with pytest.raises(Refusal, match="quota is 1") as refused:
+        gate.ticket(ann)
+    assert refused.value.retry_after > 0
+    assert gate.enter("no ticket") is None and gate.enter(ticket) is ann and gate.enter(ticket) is None
+    gate.ticket(tokens.ANYONE), gate.ticket(tokens.ANYONE)
+    with pytest.raises(Refusal, match="all 3 places"):
+        gate.ticket(tokens.ANYONE)
+    clock.now = KEPT + 1  # tickets that nobody used
+    late = gate.ticket(tokens.ANYONE)
+    clock.now *= 2
+    assert gate.enter(late) is None
+    gate.leave(ann)
+    assert gate.inside == 0 and gate.enter(gate.ticket(ann)) is ann
+    assert gate.pace(ann) == gate.pace(ann) and gate.pace(tokens.ANYONE) == ()
+
+
+def test_a_bucket_lets_through_its_rate():
+    clock = Clock()
+    bucket, passed = Bucket(5, 2, clock), 0
+    for _ in range(1000):
+        clock.now += 0.01
+        passed += bucket.take()
+    assert 50 <= passed <= 52 and 0 < bucket.wait() <= 0.2
+
+
+def test_pictures_are_decoded_safely():
+    for kind in pictures.FORMATS:
+        image = pictures.decode(encoded((40, 30), kind), 10_000, 16, 16)
+        assert image.size == (16, 16) and image.mode == "RGB" and image.getpixel((8, 8))[0] > 240
+    whole = encoded((64, 64), "PNG")
+    bomb = bytearray(encoded((8, 8), "PNG"))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    for bad in (
+        b"",
+        b"GIF89a",
+        whole[: len(whole) // 2],
+        encoded(kind="BMP"),
+        encoded(kind="GIF"),
+        bytes(bomb),
+        os.urandom(99),
+    ):
+        with pytest.raises(BadMessage):
+            pictures.decode(bad, 10_000, 16, 16)
+    with pytest.raises(BadMessage, match="above 10000 pixels"):
+        pictures.decode(encoded((101, 100)), 10_000, 16, 16)
+    for bad in (b"1234", struct.pack(">d", float("nan")) + b"x"):
+        with pytest.raises(BadMessage, match="clock"):
+            pictures.split(bad)
+
+
+def test_wishes_are_checked_field_by_field():
+    wish = Wish(model="m")
+    new = wishes.changed(wish, {"prompt": "a", "other": "b", "blend": 0.25, "guidance": 3}, ("m",), 8)
+    assert new.prompts == [("a", 0.75), ("b", 0.25)] and wish.prompt == ""
+    assert new.model_copy(update={"blend": 0.0}).prompts == "a" and new.model_copy(update={"blend": 1.0}).prompts == "b"
+    for fields in (
+        *({"seed": -1}, {"seed": 2**32}, {"steps": 0}, {"steps": 9}, {"steps": 1.5}, {"blend": 2}, {"mode": "x"}),
+        *({"prompt": 3}, {"prompt": "x" * 501}, {"model": "/etc/passwd"}, {"t_index_list": [0]}, {"running": 1}, [1], None),
+    ):
+        with pytest.raises(BadMessage):
+            wishes.changed(wish, fields, ("m",), 8)
+    with pytest.raises(BadMessage) as error:
+        wishes.changed(wish, {"seed": -1, "strength": 7}, ("m",), 8)
+    assert "seed" in str(error.value) and "strength" in str(error.value)
+    for text in ("", "[]", "{}", '{"type": 3}', '{"type": "set", "a": NaN}', "[" * 100_000, "9" * 5000, "\x00"):
+        with pytest.raises(BadMessage):
+            wishes.read(text)
+
+
+def test_only_safetensors_of_the_owner_and_settings_that_fit():
+    assert config.parse({"server": {"port": 0, "loras": {"ink": "ink.safetensors"}}}).server.loras == {
+        "ink": "ink.safetensors"
+    }
+    wrong = (
+        {"loras": {"a": "a.pt"}},
+        {"models": {"a": "b.ckpt"}},
+        {"tls_key": "k"},
+        {"models": {"a": "b"}, "loras": {"a": "c"}},
+    )
+    for one in wrong:
+        with pytest.raises(ConfigError, match="server"):
+            config.parse({"server": one})
+    with pytest.raises(ValueError, match="t_index_list"):
+        Service(Settings(t_index_list=(0,)), tokens.Tokens())
+
+
+def parsed(text):
+    """Prometheus' text format: {sample: value}; AssertionError for a line that is none."""
+    samples = {}
+    for line in text.splitlines():
+        if not line.startswith("# HELP ") and not re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)", line):
+            match = re.fullmatch(r'([a-z_]+(?:\{[a-z]+="[^"]*"\})?) ([-+0-9.e]+)', line)
+            assert match, line
+            samples[match[1]] = float(match[2])
+    return samples
+
+
+def test_metrics_are_in_prometheus_format():
+    metrics = Metrics()
+    metrics.count("drops", "in")
+    metrics.gauge("viewers", "there", lambda: 3)
+    for seconds in (0.0001, 0.3, 99):
+        metrics.observe("tick_seconds", seconds)
+    said = parsed(metrics.text())
+    assert said['streamflow_drops_total{kind="in"}'] == 1 and said["streamflow_viewers"] == 3
+    buckets = [value for name, value in said.items() if name.startswith("streamflow_tick_seconds_bucket")]
+    assert buckets == sorted(buckets) and buckets[0] == 1 and buckets[-1] == said["streamflow_tick_seconds_count"] == 3
+
+
+# -- a server ---------------------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A server in a thread of this process, and what talks to it."""
+
+    def __init__(self, held=None, **server):
+        self.settings = Settings(
+            device="cpu",
+            num_inference_steps=1,
+            acceleration=config.Acceleration(kind="none"),
+            server=Server(port=0, **server),
+        )
+        self.service = Service(self.settings, held or tokens.Tokens())
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{listening.getsockname()[1]}"
+        made = uvicorn.Config(
+            create_app(self.service), ws="websockets-sansio", ws_max_size=self.settings.server.max_message_bytes,
+            log_level="critical", timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        self.uvicorn = uvicorn.Server(made)
+        self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
+        self.thread.start()
+        while not self.uvicorn.started or self.service.state == "warming up":
+            time.sleep(0.01)
+        assert self.service.state == "ready"
+
+    def close(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive() and not self.service.worker.is_alive()
+
+    def call(self, method, path, token=None, **headers):
+        authorization = {"authorization": f"Bearer {token}"} if token else {}
+        return httpx.request(method, f"http://{self.host}{path}", headers={**authorization, **headers})
+
+    def viewer(self, token=None):
+        answer = self.call("POST", "/session", token)
+        assert answer.status_code == 200, answer.text
+        return connect(f"ws://{self.host}/stream", subprotocols=["streamflow", answer.json()["ticket"]], max_size=None)
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Running(max_viewers=2, max_message_bytes=100_000, max_picture_pixels=100_000, max_steps=2)
+    yield running
+    running.close()
+
+
+def heard(ws, kind):
+    """The next message of this kind: (it, its data); pictures on the way are acknowledged."""
+    while True:
+        message = ws.recv(30)
+        if isinstance(message, bytes):
+            (length,) = struct.unpack_from(">I", message)
+            said, data = json.loads(message[4 : 4 + length]), message[4 + length :]
+        else:
+            said, data = json.loads(message), None
+        if said["type"] == "picture":
+            ws.send('{"type": "ack"}')
+        if said["type"] == kind:
+            return said, data
+
+
+def put(ws, **settings):
+    ws.send(json.dumps({"type": "set", "settings": settings}))
+    return heard(ws, "settings")[0]["settings"]
+
+
+def drawn(ws, count=4):
+    """The last of so many pictures: what was on its way before has passed."""
+    for _ in range(count):
+        said, data = heard(ws, "picture")
+    return said, Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def gone(service):
+    deadline = time.monotonic() + 10
+    while service.admission.inside or service.viewers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_viewer_draws_text_and_pictures(server):
+    with server.viewer() as ws:
+        welcome = heard(ws, "welcome")[0]
+        assert welcome["models"] == ["model"] and (welcome["width"], welcome["height"]) == (128, 128)
+        put(ws, motion="still", prompt="a red apple, 3d render")
+        apple = drawn(ws, 2)[1]
+        assert put(ws, prompt="a fox, 3d render")["prompt"] == "a fox, 3d render"
+        said, fox = drawn(ws, 2)
+        assert fox.size == (128, 128) and fox.tobytes() != apple.tobytes() and len(said["ring"]) == 1
+        put(ws, mode="picture", steps=2, strength=0.5)
+        said["stamp"] = None
+        for stamp in (1.5, 2.5):
+            ws.send(struct.pack(">d", stamp) + encoded((60, 40), "JPEG"))
+            while said["stamp"] != stamp:  # text that was under way comes first
+                said, restyled = drawn(ws, 1)
+        assert said["age_ms"] > 0 and restyled.tobytes() != fox.tobytes()
+        ws.send('{"type": "gif"}')
+        animated = Image.open(io.BytesIO(heard(ws, "gif")[1]))
+        assert animated.format == "GIF" and animated.n_frames > 1
+    gone(server.service)
+
+
+def test_only_so_many_viewers_and_a_closed_tab_frees_its_place(server):
+    with server.viewer():
+        with server.viewer():
+            refused = server.call("POST", "/session")
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+            assert "2 places" in refused.json()["message"]
+        while server.service.admission.inside > 1:
+            time.sleep(0.01)
+        with server.viewer() as third:
+            assert heard(third, "welcome")
+    gone(server.service)
+
+
+def test_foreign_pages_and_sockets_without_a_ticket_are_refused(server):
+    own = f"http://{server.host}"
+    assert server.call("POST", "/session", Origin="https://evil.example").status_code == 403
+    assert server.call("GET", "/", Host="evil.example").status_code == 403  # a name that resolves to us
+    assert server.call("POST", "/session", Host="evil.example", Origin="http://evil.example").status_code == 403
+    for headers in ({}, {"Origin": "null"}, {"Origin": "https://evil.example"}, {"Origin": own}):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(f"ws://{server.host}/stream", subprotocols=["streamflow", "guess"], additional_headers=headers)
+        assert refused.value.response.status_code == 403
+
+
+def test_pages_health_and_metrics(server):
+    page = server.call("GET", "/", Origin=f"http://{server.host}")
+    assert (
+        page.status_code == 200
+        and "StreamFlow" in page.text
+        and "default-src 'self'" in page.headers["content-security-policy"]
+    )
+    for name in re.findall(r'(?:src|href)="([a-z]+\.[a-z]+)"', page.text):
+        assert server.call("GET", f"/{name}").status_code == 200
+    for path in ("/app.py", "/..%2fconfig.py", "/%2e%2e/config.py", "/etc/passwd", "//etc/passwd", "/docs", "/openapi.json"):
+        assert server.call("GET", path).status_code in (403, 404)
+    assert server.call("GET", "/health/live").status_code == server.call("GET", "/health/ready").status_code == 200
+    said = parsed(server.call("GET", "/metrics").text)
+    assert {"streamflow_viewers", "streamflow_queue_age_seconds", "streamflow_memory_bytes"} <= set(said)
+    assert "streamflow_end_to_end_seconds_count" in said
+
+
+def test_hostile_messages_never_stop_it(server):
+    import random
+
+    dice = random.Random(5)
+    good = json.dumps({"type": "set", "settings": {"prompt": "a", "seed": 3, "blend": 0.5}})
+    with server.viewer() as ws:
+        heard(ws, "welcome")
+        for _ in range(25):
+            text = list(good)
+            for _ in range(3):
+                text[dice.randrange(len(text))] = chr(dice.randrange(1, 0xD7FF))
+            ws.send("".join(text))
+        for bad in (b"", b"\0" * 8, struct.pack(">d", 1.0) + os.urandom(5000)):
+            ws.send(bad)
+        assert heard(ws, "error") and drawn(ws, 1)
+    with server.viewer() as ws:  # wrong again and again
+        with pytest.raises(ConnectionClosed) as closed:
+            for _ in range(100):
+                ws.send('{"type": "exec"}')
+            while True:
+                ws.recv(10)
+        assert closed.value.rcvd.code == 4400
+    with server.viewer() as ws:  # a flood
+        with pytest.raises(ConnectionClosed) as closed:
+            for _ in range(5000):
+                ws.send('{"type": "ack"}')
+            while True:
+                ws.recv(10)
+        assert closed.value.rcvd.code == 4429
+    with server.viewer() as ws:  # a message that is too large
+        with pytest.raises(ConnectionClosed) as closed:
+            ws.send("x" * 200_000)
+            while True:
+                ws.recv(10)
+        assert closed.value.rcvd.code == 1009
+    gone(server.service)
+    with server.viewer() as ws:
+        assert drawn(ws, 1)
+    gone(server.service)
+
+
+@pytest.mark.slow
+def test_tokens_and_quotas_over_the_network(caplog):
+    running = Running(tokens.parse(f"ann {SECRET} streams=1 fps=2\nbob {OTHER}", "here"), max_viewers=3)
+    try:
+        assert running.call("POST", "/session").status_code == 401
+        assert running.call("GET", "/metrics").status_code == 401 and running.call("GET", "/health/live").status_code == 200
+        assert running.call("GET", "/metrics", OTHER).status_code == 200
+        with running.viewer(SECRET) as ws:
+            over = running.call("POST", "/session", SECRET)
+            assert (
+                over.status_code == 429 and "quota is 1" in over.json()["message"] and int(over.headers["retry-after"]) > 0
+            )
+            assert running.call("POST", "/session", OTHER).status_code == 200
+            began = time.monotonic()
+            drawn(ws, 6)
+            assert 6 / (time.monotonic() - began) < 3.1  # two a second, and one at once
+        tries = [running.call("POST", "/session", "wrong" * 5).status_code for _ in range(30)]
+        assert set(tries) == {401, 429}
+        assert SECRET not in caplog.text and OTHER not in caplog.text
+    finally:
+        running.close()
+
+
+@pytest.mark.slow
+def test_viewers_share_the_model_fairly_and_the_newest_picture_wins():
+    running = Running(max_viewers=3)
+    counts, until = [0, 0, 0], time.monotonic() + 12
+
+    def watch(k):
+        with running.viewer() as ws:
+            if k == 0:  # pictures far faster than they can be drawn
+                put(ws, mode="picture", strength=1.0)
+            while time.monotonic() < until:
+                for _ in range(10 if k == 0 else 0):
+                    ws.send(struct.pack(">d", time.monotonic()) + encoded())
+                said, _ = heard(ws, "picture")
+                counts[k] += 1
+
+    try:
+        threads = [threading.Thread(target=watch, args=(k,)) for k in range(3)]
+        [one.start() for one in threads], [one.join(60) for one in threads]
+        assert min(counts) >= 0.8 * sum(counts) / 3, counts
+        said = parsed(running.service.metrics.text())
+        assert said['streamflow_drops_total{kind="in"}'] > counts[0]
+    finally:
+        running.close()
+
+
+@pytest.mark.slow
+def test_sigterm_drains_within_ten_seconds():
+    command = "import sys; from streamflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["serve", "--port", "0", "--json", "--num-inference-steps", "1", "--server.max-viewers", "1"]
+    with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            deadline = time.monotonic() + 120
+            while httpx.get(f"{url}/health/ready").status_code != 200:
+                assert httpx.get(f"{url}/health/live").status_code == 200 and time.monotonic() < deadline
+                time.sleep(0.2)
+            ticket = httpx.post(f"{url}/session").json()["ticket"]
+            with connect(url.replace("http", "ws") + "/stream", subprotocols=["streamflow", ticket]) as ws:
+                drawn(ws, 2)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(10) == 0
+        finally:
+            process.kill()

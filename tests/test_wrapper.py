@@ -1,0 +1,192 @@
+"""StreamFlowWrapper: StreamDiffusionWrapper's arguments, each of which acts or is refused."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+from streamflow import config
+from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+from streamflow.parallel.rows import ShardedVelocity
+from streamflow.parallel.vae import ShardedVAE
+from streamflow.wrapper import StreamFlowWrapper
+
+STREAMDIFFUSIONS = (
+    "model_id_or_path t_index_list lora_dict mode output_type lcm_lora_id vae_id device dtype frame_buffer_size width "
+    "height warmup acceleration do_add_noise device_ids use_lcm_lora use_tiny_vae enable_similar_image_filter "
+    "similar_image_filter_threshold similar_image_filter_max_skip_frame use_denoising_batch cfg_type seed "
+    "use_safety_checker engine_dir"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Stable Diffusion 3 in diffusers' format."""
+    where = tmp_path_factory.mktemp("sd3")
+    random_pipeline("sd3").save_pretrained(where)
+    return str(where)
+
+
+@pytest.fixture
+def made(folder):
+    """`made(t_index_list, ...)`: a wrapper of it on the CPU, without warm-up."""
+
+    def make(t_index_list=(0, 1), **arguments):
+        arguments = {"device": "cpu", "warmup": 0, "mode": "txt2img", "cfg_type": "none", **arguments}
+        return StreamFlowWrapper(folder, t_index_list, **arguments)
+
+    return make
+
+
+def test_the_arguments_are_streamdiffusionwrappers_in_its_order():
+    parameters = inspect.signature(StreamFlowWrapper.__init__).parameters
+    assert [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:] == STREAMDIFFUSIONS
+
+
+def test_it_draws_what_its_stream_draws_in_every_output_type(made):
+    drawn = {}
+    for kind in ("pil", "np", "pt", "latent"):
+        wrapper = made(output_type=kind)
+        wrapper.prepare(PROMPT, num_inference_steps=2)
+        drawn[kind] = wrapper(prompt="a boat")
+    assert isinstance(drawn["pil"], Image.Image) and drawn["pil"].size == (64, 64)
+    assert drawn["np"].shape == (64, 64, 3) and drawn["pt"].shape == drawn["latent"].shape == (3, 64, 64)
+    assert torch.allclose(drawn["pt"], (drawn["latent"] / 2 + 0.5).clamp(0, 1))
+    assert np.abs(drawn["np"] - np.asarray(drawn["pil"]) / 255).max() <= 0.5 / 255 + 1e-6
+    stream = wrapper.stream
+    stream.prepare(PROMPT, num_inference_steps=2)
+    stream.update_prompt("a boat")
+    assert torch.equal(stream.txt2img()[0], drawn["latent"])
+
+
+def test_several_frames_at_once_are_a_list(made, picture):
+    wrapper = made(frame_buffer_size=2, mode="img2img", t_index_list=[1])
+    wrapper.prepare(PROMPT, num_inference_steps=2)
+    assert [one.size for one in wrapper([picture(0), picture(1)])] == [(64, 64)] * 2
+
+
+def test_pictures_come_as_files_arrays_or_ready_tensors(made, picture, tmp_path):
+    picture(3).save(tmp_path / "in.png")
+    wrapper = made(mode="img2img", t_index_list=[1], output_type="latent")
+    wrapper.prepare(PROMPT, num_inference_steps=2)
+    ready = wrapper.preprocess_image(str(tmp_path / "in.png"))
+    assert ready.shape == (1, 3, 64, 64) and ready.min() < -0.5
+    drawn = [wrapper(one) for one in (tmp_path / "in.png", picture(3), np.asarray(picture(3)), ready)]
+    assert all(torch.equal(one, drawn[0]) for one in drawn)
+
+
+def test_fault_11_the_seed_stays_in_every_prepare(made):
+    noises = []
+    for seed in (2, 7, 7):
+        wrapper = made(seed=seed)
+        wrapper.prepare(PROMPT, num_inference_steps=2)
+        noises.append(wrapper.stream.frame_noise(0))
+    wrapper.prepare("again", num_inference_steps=2)
+    assert torch.equal(wrapper.stream.frame_noise(0), noises[1])
+    assert torch.equal(noises[1], noises[2]) and not torch.equal(noises[0], noises[1])
+    wrapper.update(seed=9)
+    wrapper.prepare("again", num_inference_steps=2)
+    assert wrapper.stream._state.noise.seed == 9
+
+
+def test_fault_11_the_safety_checker_sees_every_picture(made, monkeypatch):
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline has no safety checker"):
+        made(use_safety_checker=True)
+    pipe = random_pipeline("instaflow")
+    pipe.safety_checker = object()
+    seen = []
+
+    def run_safety_checker(image, device, dtype):
+        seen.append(image)
+        return torch.zeros_like(image), [True] * len(image)
+
+    pipe.run_safety_checker = run_safety_checker
+    monkeypatch.setattr("streamflow.models.load", lambda *_, **__: pipe)
+    wrapper = made(use_safety_checker=True, frame_buffer_size=2, output_type="latent", family="instaflow")
+    wrapper.prepare(PROMPT, num_inference_steps=2)
+    assert not wrapper().any() and [len(one) for one in seen] == [2]
+
+
+def test_warming_up_draws_once_and_leaves_no_trace(made, picture):
+    wrapper, plain = made(warmup=2, mode="img2img"), made(mode="img2img")
+    for one in (wrapper, plain):
+        one.prepare(PROMPT, num_inference_steps=2)
+    assert wrapper.warmup == 0 and wrapper.stream._in_flight() == 0
+    assert wrapper(picture(1)) == plain(picture(1))
+
+
+def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_path, monkeypatch):
+    random_tiny_vae(16).save_pretrained(tmp_path / "tiny")
+    twin = made()
+    twin.stream.pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(twin.stream.pipe.transformer)
+    type(twin.stream.pipe).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    wrapper = made(
+        lora_dict={str(tmp_path / "lora"): 0.5},
+        vae_id=str(tmp_path / "tiny"),
+        device_ids=["cpu", "cpu"],
+        enable_similar_image_filter=True,
+        similar_image_filter_threshold=0.7,
+        similar_image_filter_max_skip_frame=3,
+        do_add_noise=True,
+        stream_options={"noise": "frame"},
+    )
+    stream = wrapper.stream
+    assert len(stream.loras) == 1 and {"AutoencoderTiny"} == {type(one).__name__ for one in stream.vae.replicas}
+    assert isinstance(stream.vae, ShardedVAE) and isinstance(stream.adapter.velocity, ShardedVelocity)
+    assert stream.similar_image_filter and (stream.similar_filter.threshold, stream.similar_filter.max_skip_frame) == (
+        0.7,
+        3,
+    )
+    assert stream.do_add_noise and stream._noise_policy == "frame"
+    wrapper.prepare(PROMPT, num_inference_steps=2)
+    assert wrapper().size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,says",
+    [
+        ({"mode": "vid2vid"}, ValueError, "unknown mode 'vid2vid': choose one of img2img, txt2img"),
+        ({"output_type": "jpg"}, ValueError, "unknown output_type"),
+        ({"use_lcm_lora": True}, NotImplementedError, "draws in few steps by itself"),
+        ({"lcm_lora_id": "x/y"}, NotImplementedError, "draws in few steps by itself"),
+        ({"acceleration": "xformers"}, ValueError, "torch's own attention"),
+        ({"acceleration": "sfast"}, ValueError, "choose 'auto'"),
+        ({"acceleration": "fast"}, ValueError, "unknown acceleration"),
+        ({"warmup": -1}, ValueError, "warmup must be"),
+        ({"dtype": "float16"}, TypeError, "dtype must be a torch.dtype.*'float16'"),
+    ],
+)
+def test_what_cannot_be_is_refused(made, arguments, error, says):
+    with pytest.raises(error, match=says):
+        made(**arguments)
+
+
+def test_calling_in_the_other_mode_says_so(made, picture):
+    for mode, image in (("txt2img", picture()), ("img2img", None)):
+        wrapper = made(mode=mode)
+        wrapper.prepare(PROMPT, num_inference_steps=2)
+        with pytest.raises(ValueError, match=f"mode is '{mode}'"):
+            wrapper(image)
+
+
+def test_settings_make_the_same_wrapper(folder, made):
+    settings = config.Settings(
+        model=folder,
+        device="cpu",
+        num_inference_steps=2,
+        warmup=1,
+        prompt="a boat",
+        cfg_type="full",
+        guidance_scale=3,
+        seed=5,
+    )
+    plain = made(t_index_list=None, cfg_type="full", seed=5)
+    plain.prepare("a boat", num_inference_steps=2, guidance_scale=3)
+    with StreamFlowWrapper.from_settings(settings) as wrapper:
+        assert wrapper() == plain()
