@@ -50,12 +50,16 @@ EXTRAS_REQUIRE = {
     "onnxruntime": ONNX,
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "websockets>=13"],
     "video": ["av>=14"],
-    # Cameras, screens, windows, NDI, recordings; SpoutGL (Windows) and syphon-python (macOS) are named when they are asked for.
+    # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).
     "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],
     "bench": ["matplotlib>=3.8,<4"],
     "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11
-    "dev": ["pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"],
+    "dev": [
+        *("pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "scipy>=1.14,<2"),
+        *("nbclient>=0.10,<1", "ipykernel>=6.29,<8"),
+        *("httpx>=0.28,<1", "playwright>=1.50,<2"),
+    ],
 }
 
 
@@ -82,7 +86,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["streamflow", "streamflow.*"]),
-    package_data={"streamflow": ["pretrained/emoji/**"]},
+    package_data={"streamflow": ["pretrained/emoji/**", "server/*.html", "server/*.css", "server/*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["streamflow = streamflow.cli:main"]},

@@ -50,6 +50,15 @@ def check_weights(name: str, weights: Sequence[Any]) -> None:
         raise ValueError(f"the weights of {name} sum to 0: nothing would be left")
 
 
+def check_sum(name: str, weighted: Any) -> None:
+    """ValueError where there are weights that do not sum to 1, within a thousandth."""
+    total = sum(weight for _, weight in weighted) if isinstance(weighted, tuple) else 1.0
+    if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-3):
+        raise ValueError(
+            f"the weights of {name} sum to {total:.6g}, not to 1: with normalize=True they are divided by their sum"
+        )
+
+
 def with_weights(name: str, weighted: Any, weights: Sequence[float]) -> Weighted:
     """The same things under other weights. ValueError where their numbers differ, or there is no list."""
     if not isinstance(weighted, tuple):
@@ -79,8 +88,10 @@ def blend(conds: Sequence[Cond], weights: Sequence[float], method: str, names: C
     """One cond of several: the tensors of these names blended by `METHODS[method]`, the others the first one's.
 
     Texts of other lengths are blended token by token, each token among the texts that have it, whose weights are made up to
-    the sum of all; a mask is that of all texts together. Position ids are those of the longest.
+    the sum of all; a mask is that of all texts together. Position ids are those of the longest. Texts of weight 0 are left
+    out.
     """
+    conds, weights = zip(*((cond, w) for cond, w in zip(conds, weights, strict=True) if w), strict=True)
     if len(conds) == 1 and weights[0] == 1.0:
         return conds[0]
     rows = {}
@@ -99,9 +110,13 @@ def blend(conds: Sequence[Cond], weights: Sequence[float], method: str, names: C
 
 
 def _mask(cond: Cond, value: Tensor) -> Tensor | None:
-    """Which of a text's tokens are there, `[1, tokens]`; None where it has no mask for them."""
-    masks = [one for name, one in cond.rows.items() if "mask" in name and one.shape == value.shape[:2]]
-    return masks[0] if masks and value.ndim > 2 else None
+    """Which of a text's tokens are there, `[1, tokens]`; None where it has no mask for them. A mask may go on over the
+    picture's tokens."""
+    if value.ndim < 3:
+        return None
+    tokens = value.shape[1]
+    masks = [one for name, one in cond.rows.items() if "mask" in name and one.ndim == 2 and one.shape[1] >= tokens]
+    return masks[0][:, :tokens] if masks else None
 
 
 def _union(masks: Sequence[Tensor]) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from streamflow.blending import METHODS, as_weighted, with_weights
+from streamflow.blending import METHODS, as_weighted, check_sum, with_weights
 from streamflow.conditioning import Prompt
 from streamflow.guidance import Weight
-from streamflow.noise import NoiseSource
+from streamflow.noise import NoiseSource, check_policy
 from streamflow.schedule import Schedule, Stages
 
 SCOPES = (None, "now", "frame")
@@ -36,12 +36,17 @@ class Request:
     strength: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     blend: str = "linear"
-    normalize_weights: bool = True
+    normalize: bool = True
+    noise: str = "fixed"
+    noise_period: int = 30
+    feedback: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             text = as_weighted(name, getattr(self, name), str, "'a cat'")
             _check_text(name, text)
+            if not self.normalize:
+                check_sum(name, text)
             object.__setattr__(self, name, text)
         if self.blend not in METHODS:
             raise ValueError(f"unknown blend {self.blend!r}: choose one of {', '.join(map(repr, METHODS))}")
@@ -56,6 +61,13 @@ class Request:
             check_number(name, getattr(self, name))
         if self.delta is None:
             raise TypeError("delta must be a number, not None: 1.0 leaves guidance as it is")
+        check_policy(self.noise, self.noise_period)
+        check_feedback(self.feedback)
+
+    @property
+    def period(self) -> int | None:
+        """Frames from one noise to the next; None where each draw stands by itself."""
+        return self.noise_period if self.noise == "interpolated" else None
 
     def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
         """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
@@ -75,7 +87,7 @@ class Request:
         not among it."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
-        how = self.blend, self.normalize_weights
+        how = self.blend, self.normalize
         return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
 
 
@@ -115,7 +127,9 @@ class Change:
 
     def spares_waiting(self, before: Prepared) -> bool:
         """Whether frames that have come in, but wait for their group to be full, stay as they are."""
-        return not self.entries and self.target.noise is before.noise and self.target.stages is before.stages
+        now, then = self.target, before
+        kept = (now.request.noise, now.request.feedback) == (then.request.noise, then.request.feedback)
+        return kept and not self.entries and now.noise is then.noise and now.stages is then.stages
 
 
 def check_number(name: str, value: Any) -> None:
@@ -126,6 +140,13 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
+
+
+def check_feedback(value: Any) -> None:
+    """TypeError or ValueError unless value is a number, 0 or more and below 1."""
+    check_number("feedback", value)
+    if value is None or not 0 <= value < 1:
+        raise ValueError(f"feedback must be 0 or more and below 1, where no input would be left, not {value!r}")
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -124,7 +124,7 @@ class Controlling:
         before = self.adapter.controls, self._scales
         with self._ticks:
             if self._engine is not None:
-                self._finished.extend(self._engine.flush(self.velocity))
+                self._left(*self._engine.flush(self.velocity))
             self._put_back()
             try:
                 self._set_controls(controls, scales)

@@ -4,6 +4,7 @@ call pattern nor the device can change a picture. No global random state is read
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,21 @@ from torch import Tensor
 POLICIES = ("fixed", "frame", "interpolated")
 
 
+def check_policy(noise: Any, period: Any) -> None:
+    """ValueError unless `noise` is one of `POLICIES` and `period` an integer of 1 or more frames."""
+    if noise not in POLICIES:
+        raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"noise_period must be an integer of 1 or more frames, not {period!r}")
+
+
 class NoiseSource:
     """Draws noise of one row's shape.
 
     Either from a `seed`, then `draw(k)` is a function of (seed, k) alone; or from a `generator`, which is used as it
     is and never reseeded, then draws follow one another. Several seeds with weights, `((1, 0.5), (7, 0.5))`, give
-    `sum_i w_i n_i / |w|`: Gaussian, of variance one whatever the weights, since their draws n_i are independent.
+    `sum_i w_i n_i / |w|`: Gaussian, of variance one whatever the weights, since their draws n_i are independent, and so as
+    good as at right angles on one sphere. A plain mean has variance `|w|^2 < 1`, which flows draw as blur.
 
     period: frames over which `draw` moves from one noise to the next along a quarter of a great circle,
         `cos(a) n_j + sin(a) n_(j+1)` with `a = pi f / 2` at share f of the way: of variance one at every frame.
@@ -38,6 +48,12 @@ class NoiseSource:
         self._generator = generator
         self._fixed: Tensor | None = None
         self._fixed_steps: Tensor | None = None
+
+    def moving(self, period: int | None) -> NoiseSource:
+        """This source under another period; itself where that is the same."""
+        if period == self.period:
+            return self
+        return NoiseSource(self.shape, self.seed, self._generator, period)
 
     def draw(self, frame_id: int) -> Tensor:
         """The noise of a frame, float32 `[1, *shape]` on the CPU (on the generator's device where one was given)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from streamflow import guidance
 from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, Prepared, Request, check_number
+from streamflow.changes import SCOPES, Change, Prepared, Request, check_feedback
 from streamflow.controlling import Controlling
 from streamflow.frames import CallTimer, Frame, Input, Order, Waiting
 from streamflow.guidance import Anchors
@@ -29,7 +29,7 @@ from streamflow.image_utils import Normalized, check_range, normalize_image
 from streamflow.inpainting import Inpainting, Regions
 from streamflow.loras import Adapting
 from streamflow.models import adapter_for
-from streamflow.noise import POLICIES
+from streamflow.noise import check_policy
 from streamflow.observing import Observing
 from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.resuming import Resuming
@@ -65,8 +65,9 @@ class StreamFlow(
             Text frames have fresh noise under the first two.
         noise_period: frames from one noise to the next, where it is interpolated.
         feedback: how much of the last finished picture goes into the next image frame's start, against flicker:
-            `(1 - feedback) x0 + feedback x0_last`, x0_last being the frame that has left last. 0 to below 1; also an
-            attribute that can be set while the stream runs.
+            `(1 - feedback) x0 + feedback x0_last`, x0_last being the frame that has left last: S frames before this one in a
+            ring of S stages, the one before it without a batch. 0 to below 1. `reset` and `prepare` forget x0_last.
+            `update` changes these three; `prepare` goes back to them.
         resize: stretch pictures of other sizes, or refuse them.
         check_inputs: also look for NaN in pictures on a GPU, which makes the host wait for it.
 
@@ -104,16 +105,13 @@ class StreamFlow(
             t_index_list = check_indices(t_index_list)
         if isinstance(frame_buffer_size, bool) or not isinstance(frame_buffer_size, int) or frame_buffer_size < 1:
             raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frame_buffer_size!r}")
-        if noise not in POLICIES:
-            raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
-        if isinstance(noise_period, bool) or not isinstance(noise_period, int) or noise_period < 1:
-            raise ValueError(f"noise_period must be an integer of 1 or more frames, not {noise_period!r}")
+        check_policy(noise, noise_period)
+        check_feedback(feedback)
         check_range(input_range)
         dtype = check_dtype(torch_dtype, adapter.net, pipe.device)
         self._mode = guidance.mode(cfg_type)
         self._shape = adapter.latent_shape(height, width)
-        period = noise_period if noise == "interpolated" else None
-        self._planner = Planner(adapter, self._mode, self._shape, height, width, period)
+        self._planner = Planner(adapter, self._mode, self._shape, height, width, noise_period)
         self._timer = CallTimer(pipe.device)
         super().__init__(
             base_view(pipe, adapter.net, adapter.factor),
@@ -141,7 +139,7 @@ class StreamFlow(
         self._next_id = 0
         self._said: set[str] = set()
         self._held_noise: tuple[Any, Tensor | None] = (None, None)
-        self.feedback = feedback
+        self._feedback, self._last_x0 = feedback, None
         self._wrap_controls(pipe)
 
     # -- prepare and change -------------------------------------------------------------------------------------------
@@ -158,7 +156,7 @@ class StreamFlow(
         *,
         strength: float | None = None,
         blend: str = "linear",
-        normalize_weights: bool = True,
+        normalize: bool = True,
         **pipeline_arguments: Any,
     ) -> None:
         """Set what is drawn, and empty the ring (how many frames that dropped is logged). Frame ids start anew.
@@ -173,7 +171,7 @@ class StreamFlow(
             generator: draws all noise, used as it is; or
             seed: noise is a function of the seed and the frame's number. Default 2. Or seeds with weights.
             blend: "linear" or "slerp", along the sphere (`streamflow.blending.METHODS`).
-            normalize_weights: make the weights sum to 1; False takes them as they are.
+            normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
             strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
             pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
 
@@ -184,7 +182,7 @@ class StreamFlow(
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
             *(prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength),
-            *(pipeline_arguments, blend, normalize_weights),
+            *(pipeline_arguments, blend, normalize, self._noise_policy, self._planner.noise_period, self._feedback),
         )
         with self._callers:
             state = self._planner.plan(request, generator, seed)
@@ -231,8 +229,8 @@ class StreamFlow(
                 weight and delta act on all rows at the next call, whatever the scope.
             seed: of the frames that enter from then on.
             changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
-                normalize_weights, guidance_scale, delta, num_inference_steps, t_index_list, strength, and the
-                pipeline's own arguments by name.
+                normalize, guidance_scale, delta, num_inference_steps, t_index_list, strength, noise, noise_period, feedback
+                (of frames that enter from then on), and the pipeline's own arguments by name.
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field.
 
@@ -300,7 +298,7 @@ class StreamFlow(
             self._engine.set_levels(stages)
         else:
             with self._ticks:
-                self._finished.extend(self._engine.flush(self.velocity))
+                self._left(*self._engine.flush(self.velocity))
             self._install(stages)
 
     # -- draw ---------------------------------------------------------------------------------------------------------
@@ -425,7 +423,7 @@ class StreamFlow(
             self._push_buffer(buffer)
         yield from self._deliver(order)
         for done in self._by_tick(self._engine.drain(self.velocity)):
-            self._finished.append(done)
+            self._left(done)
             yield from self._deliver(order)
         yield from self._deliver(order, last=True)
 
@@ -467,7 +465,7 @@ class StreamFlow(
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
         with self._ticks:
-            self._finished.extend(self._running().flush(self.velocity))
+            self._left(*self._running().flush(self.velocity))
         left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
         self._finished.clear()
         return left
@@ -582,26 +580,20 @@ class StreamFlow(
             self._take_control_levels()
             done = self._engine.push(group, self.velocity)
         if done is not None:
-            self._finished.append(done)
-            self._last_x0 = done.x0[-1:] if self._feedback else None
+            self._left(done)
 
-    @property
-    def feedback(self) -> float:
-        """How much of the last finished picture goes into the next image frame's start, 0 to below 1."""
-        return self._feedback
-
-    @feedback.setter
-    def feedback(self, value: float) -> None:
-        check_number("feedback", value)
-        if value is None or not 0 <= value < 1:
-            raise ValueError(f"feedback must be 0 or more and below 1, where no input would be left, not {value!r}")
-        self._feedback = float(value)
+    def _left(self, *done: Done) -> None:
+        """Queue groups that have left the ring."""
+        self._finished.extend(done)
+        if done:
+            self._last_x0 = done[-1].x0[-1:]
 
     def _fed_back(self, x0: Tensor) -> Tensor:
-        """Clean latents with the last finished frame's mixed in."""
-        if not self._feedback or self._last_x0 is None:
+        """Clean latents with those of the last frame that has left mixed in."""
+        feedback = self._state.request.feedback
+        if not feedback or self._last_x0 is None:
             return x0
-        return torch.lerp(x0, self._last_x0.expand_as(x0), self._feedback)
+        return torch.lerp(x0, self._last_x0.expand_as(x0), feedback)
 
     def _new_ids(self, count: int) -> tuple[int, ...]:
         self._next_id += count
@@ -637,14 +629,15 @@ class StreamFlow(
         state = self._state
         if state.stages.sigmas[0] == 1.0 and not any(regions or ()):
             self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
-        x0 = self._clean_latents(pictures)
-        if self._noise_policy == "fixed":
+        x0, fixed = self._clean_latents(pictures), state.request.noise == "fixed"
+        if fixed:
             noise = self._fixed_noise().expand_as(x0)
         else:
             noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
-        anchor = x0.float() if self._mode.carries_anchor else None
-        x = self.adapter.path(self._fed_back(x0), noise, self._engine.first_sigma)
-        draws = self._draws(ids, self._noise_policy == "fixed")
+        start = self._fed_back(x0)
+        anchor = start.float() if self._mode.carries_anchor else None
+        x = self.adapter.path(start, noise, self._engine.first_sigma)
+        draws = self._draws(ids, fixed)
         group = Group(x, (state.prompt,) * len(ids), ids, noise, anchor, draws=draws)
         return self._knowing(group, regions, x0, pictures)
 
@@ -689,5 +682,6 @@ class StreamFlow(
             logger.warning(message)
 
 
-_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize_weights"}
-_UPDATABLE = _TEXTS | {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
+_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}
+_VIDEO = {"noise", "noise_period", "feedback"}
+_UPDATABLE = _TEXTS | _VIDEO | {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}

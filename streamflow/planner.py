@@ -22,15 +22,15 @@ RESIDUAL_GUIDANCE = 1.2
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for one stream: `shape` is a frame's latent shape, `height` and `width` are pixels; `period`, in frames, is of
-    noise that moves on slowly. `cache` holds what prompts became since the last `plan`."""
+    """Plans for one stream: `shape` is a frame's latent shape, `height` and `width` are pixels; `noise_period` is that of
+    requests by `prepare`. `cache` holds what prompts became since the last `plan`."""
 
     adapter: FlowAdapter
     mode: Mode
     shape: tuple[int, ...]
     height: int
     width: int
-    period: int | None = None
+    noise_period: int = 30
     cache: Cache = field(default_factory=Cache, compare=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Planner:
 
     def plan(self, request: Request, generator: torch.Generator | None, seed: int | None) -> Prepared:
         """What this request comes to, from nothing. Raises what is wrong with it."""
-        noise, scale = self.noise(generator, seed), self._scale(request)
+        noise, scale = self.noise(generator, seed, request.period), self._scale(request)
         self.cache.clear()
         schedule, prompt = self._read(request)
         guidance = self._guidance(request, scale, schedule)
@@ -52,7 +52,7 @@ class Planner:
 
     def change(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
         """What `asked` becomes under another request; the pipeline is asked again only where it must be."""
-        noise = asked.noise if seed is None else self.noise(None, seed)
+        noise = asked.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
         scale, name = self._scale(request), self.adapter.guidance_argument
         schedule, prompt = asked.schedule, asked.prompt
         if not same_key(request.read_key(name), asked.request.read_key(name)):
@@ -68,7 +68,7 @@ class Planner:
         self.cache.clear()
         return replace(asked, prompt=self._read(asked.request)[1])
 
-    def noise(self, generator: torch.Generator | None, seed: Any) -> NoiseSource:
+    def noise(self, generator: torch.Generator | None, seed: Any, period: int | None = None) -> NoiseSource:
         """Noise from a generator, from a seed or from several with weights; from the default seed where none is given."""
         seed = as_weighted("seed", seed, int, "7")
         if generator is not None and seed is not None:
@@ -79,7 +79,7 @@ class Planner:
             raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
         if generator is None and seed is None:
             seed = DEFAULT_SEED
-        return NoiseSource(self.shape, seed, generator, self.period)
+        return NoiseSource(self.shape, seed, generator, period)
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
         """What the pipeline would do with this request, of which it is asked text by text."""
@@ -96,7 +96,7 @@ class Planner:
         return asked[0][0], Prompt(cond, self._blend(request, [prompt.uncond for _, prompt in against], negative))
 
     def _blend(self, request: Request, conds: list[Cond], weighted: Weighted) -> Cond:
-        weights = shares(weighted, request.normalize_weights)
+        weights = shares(weighted, request.normalize)
         return blend(conds, weights, request.blend, set(self.adapter.embeds.values()))
 
     def _ask(self, request: Request, *texts: str | None) -> tuple[Schedule, Prompt]:

@@ -26,7 +26,7 @@ CLASSES = {cls.__name__: cls for cls in (*UNDER_WAY, *SETTINGS)}
 OF_STREAM = (
     *("_state", "_change", "_updates", "_next_id", "_finished", "generator", "prev_image_result"),
     *("similar_filter", "similar_image_filter", "_regions", "_paste", "_scales", "_levels"),
-    *("_feedback", "_last_x0"),
+    "_last_x0",
 )
 # The ring's attributes that are made anew from the state.
 DERIVED = ("settings", "rows", "stages", "weight", "observer")

@@ -182,9 +182,9 @@ def embeds(width=64, pooled=48, prompts=1, tokens=77 + 256):
 
 # (arguments, error, message), for prepare and for update alike; a prompt of None leaves it to the embeddings.
 SETTINGS = {
-    "prompt is a list": ({"prompt": ["a", "b"]}, TypeError, r"prompt must be a string, not list .*one at a time"),
-    "prompt is a number": ({"prompt": 3}, TypeError, "prompt must be a string, not int 3"),
-    "negative prompt": ({"negative_prompt": ["a"]}, TypeError, "negative_prompt must be a string, not list"),
+    "prompt is a list": ({"prompt": ["a", "b"]}, TypeError, r"prompt as a list holds pairs .*, not 'a'"),
+    "prompt is a number": ({"prompt": 3}, TypeError, "prompt must be a string or a list of .string, weight., not int 3"),
+    "negative prompt": ({"negative_prompt": ["a"]}, TypeError, "negative_prompt as a list holds pairs .*, not 'a'"),
     "wide embeddings": (
         {"prompt": None, **embeds(width=63)},
         ValueError,
@@ -208,7 +208,7 @@ SETTINGS = {
     "guidance": ({"guidance_scale": "7"}, TypeError, "guidance_scale must be a number, not '7'"),
     "guidance NaN": ({"guidance_scale": NAN}, ValueError, "guidance_scale must be finite, not nan"),
     "delta": ({"delta": [1]}, TypeError, r"delta must be a number, not \[1\]"),
-    "seed": ({"seed": 1.5}, TypeError, "seed must be an integer, not 1.5"),
+    "seed": ({"seed": 1.5}, TypeError, "seed must be an integer or a list of .integer, weight., not 1.5"),
     "strength": ({"strength": 1.5}, ValueError, "strength must be above 0 and at most 1, not 1.5"),
     "no strength": ({"strength": 0.0}, ValueError, "strength must be above 0"),
     "rising sigmas": ({"sigmas": [0.2, 0.4, 0.6, 0.8]}, ValueError, "sigmas must fall strictly"),

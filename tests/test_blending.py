@@ -5,10 +5,9 @@ import threading
 
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import never_waiting, noises, relative_error, streamed
 
-from streamflow import blending
-from streamflow.blending import Cache, blend, linear, spherical
+from streamflow.blending import Cache, blend, spherical
 from streamflow.conditioning import Cond
 from streamflow.noise import NoiseSource
 
@@ -49,10 +48,11 @@ def test_a_linear_blend_is_the_sum(stream_of):
     for text in (CAT, DOG):
         stream.prepare(text, num_inference_steps=4)
         conds[text] = stream._state.prompt.cond
-    for options, a, b in (({}, 0.25, 0.75), ({"normalize_weights": False}, 0.5, 1.5)):
-        stream.prepare([(CAT, 0.5), (DOG, 1.5)], num_inference_steps=4, **options)
+    for weights, normalize in (((0.5, 1.5), True), ((0.25, 0.75), False)):
+        prompt = list(zip((CAT, DOG), weights, strict=True))
+        stream.prepare(prompt, num_inference_steps=4, normalize=normalize)
         for name in EMBEDS:
-            expected = a * conds[CAT].rows[name] + b * conds[DOG].rows[name]
+            expected = 0.25 * conds[CAT].rows[name] + 0.75 * conds[DOG].rows[name]
             assert torch.allclose(stream._state.prompt.cond.rows[name], expected, atol=1e-6)
     stream.prepare([(CAT, 1.0), (DOG, 0.0)], num_inference_steps=4)
     assert torch.equal(stream._state.prompt.cond.rows["pooled_projections"], conds[CAT].rows["pooled_projections"])
@@ -64,6 +64,10 @@ def test_tokens_that_only_some_texts_have_are_blended_among_those():
     mixed = blend([short, long], [0.5, 0.5], "linear", {"e"})
     assert mixed.rows["e"][0, :, 0].tolist() == [2.0, 2.0, 3.0, 0.0]
     assert mixed.rows["mask"].tolist() == [[1, 1, 1, 0]] and len(mixed.shared["ids"]) == 4
+    assert blend([short, long], [1.0, 0.0], "slerp", {"e"}) is short
+    pictured = [Cond({"e": k * torch.ones(1, 2, 3), "mask": torch.tensor([[1, k - 1, 1, 1]])}) for k in (1, 2)]
+    mixed = blend(pictured, [0.5, 0.5], "linear", {"e"})
+    assert mixed.rows["e"][0, :, 0].tolist() == [1.5, 2.0] and mixed.rows["mask"].tolist() == [[1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("family", ["sd3", "zimage", "qwenimage", "lumina2", "flux"])
@@ -91,12 +95,12 @@ def test_changing_weights_encodes_nothing_and_draws_what_a_new_blend_draws(strea
     encode = stream._planner.adapter.read
     monkeypatch.setattr(type(stream.adapter), "read", lambda self, *a, **k: calls.append(a) or encode(*a, **k))
     stream.update(prompt_weights=[0.1, 0.1, 0.8], guidance_scale=4.0, seed=[(1, 0.5), (7, 0.5)])
-    stream.update(prompt=[(FOX, 1.0), (CAT, 2.0)], blend="slerp", normalize_weights=False)
+    stream.update(prompt=[(FOX, 0.4), (CAT, 0.6)], blend="slerp", normalize=False)
     stream.update(prompt=DOG)
     assert not calls
     stream.update(prompt="a text that is new")
     assert len(calls) == 1
-    stream.update(prompt=[(CAT, 0.1), (DOG, 0.1), (FOX, 0.8)], blend="linear", normalize_weights=True)
+    stream.update(prompt=[(CAT, 0.1), (DOG, 0.1), (FOX, 0.8)], blend="linear", normalize=True)
     drawn = stream.txt2img()
     fresh = stream_of("sd3", cfg_type="full", prepare={"guidance_scale": 4.0, "seed": [(1, 0.5), (7, 0.5)]})
     fresh.update(prompt=[(CAT, 0.1), (DOG, 0.1), (FOX, 0.8)], negative_prompt=negative)
@@ -118,6 +122,12 @@ def test_changing_weights_encodes_nothing_and_draws_what_a_new_blend_draws(strea
         ({"blend": "cubic"}, ValueError, "unknown blend 'cubic'"),
         ({"seed": [(1.5, 1.0)]}, TypeError, "seed as a list holds pairs"),
         ({"seed": [(1, 0.0)]}, ValueError, "sum to 0"),
+        ({"prompt": [(CAT, 0.5), (DOG, 1.5)], "normalize": False}, ValueError, "weights of prompt sum to 2, not to 1"),
+        ({"negative_prompt": [("dark", 0.5)], "normalize": False}, ValueError, "weights of negative_prompt sum to 0.5"),
+        ({"noise": "slow"}, ValueError, "unknown noise 'slow': choose one of 'fixed'"),
+        ({"noise": "interpolated", "noise_period": 0}, ValueError, "noise_period must be"),
+        ({"feedback": 1.0, "prompt": DOG}, ValueError, "feedback must be 0 or more and below 1"),
+        ({"feedback": math.nan}, ValueError, "feedback must be finite"),
     ],
 )
 def test_what_cannot_be_blended_is_refused_and_the_stream_goes_on(change, error, says, stream_of):
@@ -126,7 +136,7 @@ def test_what_cannot_be_blended_is_refused_and_the_stream_goes_on(change, error,
     with pytest.raises(error, match=says):
         stream.update(**change)
     stream.txt2img()
-    assert stream._state is before
+    assert stream._state is before and stream._updates == 0
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last():
@@ -139,7 +149,7 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last():
     assert len(cache) == 0
 
 
-def test_updates_wait_for_a_prepare_in_another_thread(stream_of, monkeypatch):
+def test_updates_wait_for_a_prepare_in_another_thread(stream_of):
     stream = stream_of("sd3")
     plan, go, order = stream._planner.plan, threading.Event(), []
 
@@ -149,7 +159,7 @@ def test_updates_wait_for_a_prepare_in_another_thread(stream_of, monkeypatch):
         order.append("prepared")
         return state
 
-    object.__setattr__(stream._planner, "plan", slow)
+    object.__setattr__(stream._planner, "plan", slow)  # frozen
     thread = threading.Thread(target=lambda: stream.prepare(CAT, num_inference_steps=4))
     thread.start()
     go.wait()
@@ -209,13 +219,37 @@ def test_feedback_mixes_the_frame_that_left_last_into_the_next_start(batched, st
         last = k - (1 if not batched else 2)
         expected = own[k] if last < 0 else torch.lerp(own[k], lefts[last], 0.4)
         assert torch.allclose(starts[k], expected, atol=1e-6), k
-    stream.feedback = 0.0
+    assert torch.equal(stream._last_x0, lefts[-1])  # what drained has left too
     stream.reset()
     assert stream._fed_back(own[0]) is own[0]
-    for wrong in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError):
-            stream.feedback = wrong
 
 
-def test_the_names_of_the_table_are_the_methods():
-    assert blending.METHODS == {"linear": linear, "slerp": spherical} and PROMPT
+def test_one_update_changes_noise_feedback_prompt_and_levels_at_once(stream_of, picture):
+    options = {"cfg_type": "self", "use_denoising_batch": False}
+    stream = stream_of("sd3", [1, 2], **options, prepare={"seed": 3})
+    stream(picture(0))
+    last = stream._last_x0
+    stream.update(
+        **{"noise": "interpolated", "noise_period": 4, "feedback": 0.3, "strength": 0.5, "num_inference_steps": 8},
+        **{"prompt": [(CAT, 0.6), (DOG, 0.4)], "negative_prompt": "dark", "guidance_scale": 1.4, "delta": 0.5, "seed": 5},
+    )
+    drawn = stream(picture(1))
+    other = stream_of("sd3", range(4), **options, noise="interpolated", noise_period=4, feedback=0.3)
+    other.prepare([(CAT, 0.6), (DOG, 0.4)], "dark", 8, 1.4, 0.5, seed=5, strength=0.5)
+    other._last_x0, other._next_id = last, 1
+    assert torch.equal(drawn, other(picture(1))) and stream.denoising_steps_num == 4
+    stream.prepare(CAT, num_inference_steps=4)
+    assert (stream._state.request.noise, stream._state.request.feedback, stream._last_x0) == ("fixed", 0.0, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+def test_new_weights_do_not_wait_for_the_gpu(cuda_stream):
+    stream = cuda_stream(prepare={"blend": "slerp"})
+    stream.update(prompt=[(CAT, 0.5), (DOG, 0.5)])
+    stream.txt2img()
+    with never_waiting():
+        for share in (0.2, 0.8):
+            stream.update(prompt_weights=[1 - share, share])
+            drawn = stream.txt2img()
+    assert drawn.isfinite().all()

@@ -146,7 +146,7 @@ def test_a_prompt_and_sliders_change_the_picture_and_a_reload_keeps_them(tab):
     assert page.input_value("#steps") == "3" and page.input_value("#motion") == "still"
 
 
-def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab, tmp_path):
+def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     page = tab()
     live(page)
     slide(page, "steps", 2)
@@ -164,7 +164,9 @@ def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab, tmp_pat
     page.mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] - 20, steps=4)
     page.mouse.up()
     line = changes(page, blank)
-    page.set_input_files("#file", files=[{"name": "a.png", "mimeType": "image/png", "buffer": picture_file()}])
+    with page.expect_file_chooser() as chooser:
+        page.click("[data-source=file]")
+    chooser.value.set_files([{"name": "a.png", "mimeType": "image/png", "buffer": picture_file()}])
     changes(page, line)
 
 

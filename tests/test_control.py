@@ -321,6 +321,7 @@ def test_pictures_and_scales_change_without_a_new_graph_and_without_waiting(cuda
     captured = stream.velocity.captured
     stream.set_control_scale("edges", 0.4)
     loop.set_control_scale("edges", 0.4)
+    stream.reset()  # frame ids, and with them noise, begin anew
     with never_waiting():
         frames = drawn(stream, shown)
     assert stream.velocity.captured == captured == 1

@@ -27,7 +27,7 @@ ROWS = (
         "flow",
         "image_utils",
         "image_filter",
-        *("io", "io.*", "section", "server.settings"),
+        *("io", "io.*", "section", "server", "server.settings"),
         "parallel.plan",
     ),
     ("schedule", "guidance", "rules"),
@@ -42,8 +42,8 @@ ROWS = (
         *("attributes", "accelerating", "loras", "inpainting", "controlling", "snapshot", "resuming", "observing"),
         "pipeline",
     ),
-    ("", "modes", "wrapper", "live", "config", "benchmark", "benchmark.*", "doctor"),
-    ("cli", "commands", "commands.*", "server", "server.*"),
+    ("", "modes", "wrapper", "live", "config", "server.*", "benchmark", "benchmark.*", "doctor"),
+    ("cli", "commands", "commands.*"),
 )
 ACCELERATION = 4  # imported by later rows inside functions only
 OWNERS = {

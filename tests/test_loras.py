@@ -277,6 +277,6 @@ def test_graphs_are_captured_anew_for_a_lora(cuda_stream, lora):
         lambda s: s.set_adapters("a", 0.4),
         lambda s: s.unload_lora(),
     ):
-        change(stream, lora)
-        change(plain, lora)
-        assert relative_error(streamed(stream, x), streamed(plain, x)) < 1e-4
+        change(stream)
+        change(plain)
+        assert relative_error(streamed(stream, x), streamed(plain, x)) < 1e-3

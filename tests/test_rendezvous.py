@@ -284,7 +284,7 @@ def test_no_thread_outlives_its_stream(pipes):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-def test_frames_keep_to_the_callers_cuda_stream():
+def test_frames_keep_to_the_callers_cuda_stream(full_float32):
     """Every frame's thread works on the stream of whoever ticks, and in its order."""
     pipe = random_pipeline("sd3").to("cuda")
     with rendezvous(pipe, 3, prepare=BLURRY) as stream, torch.cuda.stream(torch.cuda.Stream()):

@@ -104,7 +104,7 @@ class Place:
 
     def _prepare(self, wish: Wish) -> None:
         picture = wish.mode == "picture"
-        strength = {"strength": min(1.0, max(wish.strength, (1 + 1e-6) / wish.steps))} if picture else {}
+        strength = {"strength": stages_of(wish) / wish.steps} if picture else {}
         self._stream.prepare(
             wish.prompts,
             self._negative,
@@ -151,6 +151,12 @@ class Place:
         k, part = divmod(self._count, PERIOD)
         angle = part / PERIOD * math.pi / 2
         return math.cos(angle) * self._stream.frame_noise(k) + math.sin(angle) * self._stream.frame_noise(k + 1)
+
+
+def stages_of(wish: Wish) -> int:
+    """How many of the steps a picture goes through: at least one, and all of them, from pure noise, at strength 1 only."""
+    most = wish.steps if wish.strength == 1 else wish.steps - 1
+    return max(1, min(most, round(wish.strength * wish.steps)))
 
 
 def _pixels(picture: Tensor) -> np.ndarray:
