@@ -55,7 +55,7 @@ def drawn(stream, n=5):
         pytest.param("sd3", {}, marks=pytest.mark.slow),
         ("flux", {}),
         pytest.param("instaflow", {}, marks=pytest.mark.slow),
-        ("sd3", {"fuse_qkv": True}),
+        pytest.param("sd3", {"fuse_qkv": True}, marks=pytest.mark.slow),
         pytest.param("instaflow", {"fuse_qkv": True}, marks=pytest.mark.slow),
         pytest.param("flux", {"channels_last": False}, marks=pytest.mark.slow),
     ],
@@ -73,6 +73,7 @@ def test_compiled_draws_the_same_and_can_be_undone(own_stream, family, options):
     assert torch.equal(drawn(stream), before)
 
 
+@pytest.mark.slow
 def test_pictures_go_in_through_the_compiled_encoder_too(own_stream, picture):
     stream = own_stream()
     before = stream.encode_image(stream.preprocess(picture()))
@@ -113,6 +114,7 @@ def test_another_network_or_vae_is_accelerated_in_its_place(own_stream):
     assert torch.allclose(drawn(stream), drawn(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_closing_leaves_the_pipe_as_it_was(own_stream):
     stream = own_stream("instaflow")
     weights = fingerprint(stream.pipe.unet, stream.pipe.vae)
@@ -151,6 +153,7 @@ def test_blocks_that_repeat_are_found_where_they_hold_most_weights():
     assert repeated_blocks(random_pipeline("flux").transformer) == []  # one of each does not repeat
 
 
+@pytest.mark.slow
 def test_regional_compilation_is_undone(own_stream):
     stream = own_stream("flux", changes={"num_layers": 4, "num_single_layers": 4})
     before = drawn(stream)

@@ -44,6 +44,7 @@ def test_the_chosen_attention_runs_and_is_undone(stream_of, family):
     assert torch.equal(part.call(), plain)
 
 
+@pytest.mark.slow
 def test_code_compiled_for_one_attention_is_not_used_for_another(stream_of):
     part, graphs = stream_of("sd3").parts().velocity, []
 

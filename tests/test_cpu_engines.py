@@ -65,6 +65,7 @@ def test_the_same_pictures_until_it_is_undone(stream, picture):
     assert torch.equal(drawn(stream), before)
 
 
+@pytest.mark.slow
 def test_other_sizes_have_sessions_of_their_own_and_the_longest_unused_leaves():
     part = conv_part()
     sessions = Sessions(part, Options(threads=1, limit=1))

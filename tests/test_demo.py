@@ -40,7 +40,7 @@ def test_it_draws_with_the_embedded_model_and_agrees_with_plain_diffusers(demo, 
 @pytest.mark.parametrize(
     "argv",
     [
-        ("--cfg-type", "full", "--guidance-scale", "2", "--negative-prompt", "blurry"),
+        pytest.param(("--cfg-type", "full", "--guidance-scale", "2", "--negative-prompt", "blurry"), marks=pytest.mark.slow),
         ("--cfg-type", "self", "--guidance-scale", "2"),
         pytest.param(("--cfg-type", "initialize"), marks=pytest.mark.slow),
         pytest.param(("--tiny-vae", "--rounds", "2"), marks=pytest.mark.slow),

@@ -68,7 +68,7 @@ def _in_dtypes():
             yield (case, dtype) if plain else _slow(case, dtype)
 
 
-@pytest.mark.parametrize("case,dtype", _in_dtypes(), ids=str)
+@pytest.mark.parametrize("case,dtype", list(_in_dtypes()), ids=str)
 def test_row_by_row_is_the_pipeline_to_the_bit(case, dtype, stream_of, found):
     stream = prepared(case, stream_of, 4, dtype, frame_buffer_size=3)
     stream.velocity = stream.adapter.row_by_row(stream.cfg_type == "full" and case != "sd3-guidance-off")

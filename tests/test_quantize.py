@@ -58,6 +58,7 @@ def latents(stream, n: int = 4) -> torch.Tensor:
     return streamed(stream, noises(stream, n))
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_quantised_stream_draws_nearly_the_same_and_gets_its_weights_back(stream):
     before, weights = latents(stream), dict(stream.unet.named_parameters())

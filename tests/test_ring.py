@@ -187,6 +187,7 @@ def test_frames_gives_a_skipped_input_the_picture_it_resembles(stream_of, pictur
     assert not torch.equal(drawn[3].image, drawn[0].image)
 
 
+@pytest.mark.slow
 def test_hundreds_of_ticks_hold_no_more_tensors_than_twenty(stream_of):
     """Tensors alive after many ticks are those alive after few."""
 

@@ -93,6 +93,7 @@ def test_the_simulation_is_compared_with_what_was_measured(model):
     assert model.compare({})["largest_off_percent"] is None
 
 
+@pytest.mark.slow
 def test_rows_are_on_disk_at_once_whatever_fails(module, tmp_path):
     run_module = module("scaling_run")
     path = tmp_path / "deep" / "scaling.json"

@@ -15,6 +15,7 @@ import time
 import pytest
 
 pytest.importorskip("fastapi", reason="the page needs the extra web")
+pytest.importorskip("httpx", reason="needs httpx")
 pytest.importorskip("uvicorn", reason="the page needs the extra web")
 connect = pytest.importorskip("websockets.sync.client", reason="the page needs the extra web").connect
 
@@ -29,10 +30,12 @@ from streamflow.server import pictures, tokens, wishes  # noqa: E402
 from streamflow.server.admission import KEPT, Admission, Refusal  # noqa: E402
 from streamflow.server.app import Service, create_app  # noqa: E402
 from streamflow.server.metrics import Metrics  # noqa: E402
+from streamflow.server.place import first_wish  # noqa: E402
 from streamflow.server.safety import Bucket, check_binding  # noqa: E402
 from streamflow.server.settings import Server  # noqa: E402
 from streamflow.server.wishes import BadMessage, Wish  # noqa: E402
 
+pytestmark = pytest.mark.extras
 SECRET, OTHER = "a-token-of-sixteen-or-more", "another-token-of-sixteen"
 
 
@@ -160,6 +163,15 @@ def test_wishes_are_checked_field_by_field():
             wishes.read(text)
 
 
+def test_two_prompts_of_the_settings_are_blended_at_first():
+    wish = first_wish(Settings(prompt=(("a cat", 3.0), ("a dog", 1.0))))
+    assert (wish.prompt, wish.other, wish.blend) == ("a cat", "a dog", 0.25)
+    assert wish.prompts == [("a cat", 0.75), ("a dog", 0.25)]
+    assert first_wish(Settings(prompt="a cat")).prompts == first_wish(Settings(prompt=(("a cat", 2.0),))).prompts == "a cat"
+    with pytest.raises(ValueError, match="blends two prompts, and the settings have 3"):
+        first_wish(Settings(prompt=(("a", 1.0), ("b", 1.0), ("c", 1.0))))
+
+
 def test_only_safetensors_of_the_owner_and_settings_that_fit():
     assert config.parse({"server": {"port": 0, "loras": {"ink": "ink.safetensors"}}}).server.loras == {
         "ink": "ink.safetensors"
@@ -173,8 +185,9 @@ def test_only_safetensors_of_the_owner_and_settings_that_fit():
     for one in wrong:
         with pytest.raises(ConfigError, match="server"):
             config.parse({"server": one})
-    with pytest.raises(ValueError, match="t_index_list"):
-        Service(Settings(t_index_list=(0,)), tokens.Tokens())
+    for unused in ({"t_index_list": (0,)}, {"devices": ("cpu", "cpu")}, {"similar_image_filter": {}}):
+        with pytest.raises(ValueError, match=f"does not use {next(iter(unused))}"):
+            Service(Settings(**unused), tokens.Tokens())
 
 
 def parsed(text):

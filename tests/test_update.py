@@ -64,7 +64,7 @@ def by_frames(stream, n, before):
 DRAW = {"predict_x0_batch": by_predict_x0_batch, "txt2img": by_txt2img, "frames": by_frames}
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("way", DRAW)
 @pytest.mark.parametrize(("family", "cfg_type"), [("sd3", "full"), ("flux", "none"), ("instaflow", "initialize")])
 def test_scope_frame_every_frame_equals_a_sequential_run_of_its_own_prompt(stream_of, family, cfg_type, way, frames):
@@ -99,7 +99,7 @@ def which(drawn, expected):
     return [k for k, _ in groupby(errors.argmin(dim=1).tolist())]
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "change", [{"prompt": OTHER, "scope": "frame"}, {"t_index_list": [2]}, {"t_index_list": [1, 2, 3]}], ids=str
 )
@@ -126,7 +126,7 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("way", DRAW)
 @pytest.mark.parametrize("name", LEVELS)
 def test_new_noise_levels_let_frames_in_flight_finish_with_the_old(stream_of, name, way, frames):
@@ -174,7 +174,7 @@ NOW = {
 }
 
 
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", NOW)
 def test_scope_now_all_rows_change_at_the_next_tick(stream_of, name, frames):
     """A frame's stages before the change are steps of the one stream, those after it of the other."""

@@ -27,6 +27,7 @@ FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.cs
 TRIES = 2.0  # wrong tokens a second, of all visitors together
 PROTOCOL = "streamflow"
 STOP_WITHIN = 4.0  # seconds for the turn under way when the server ends
+UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
 
 class Service:
@@ -34,8 +35,9 @@ class Service:
 
     def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_places):
         check_binding(settings.server, tokens)
-        if settings.t_index_list is not None or settings.frame_buffer_size != 1 or not settings.use_denoising_batch:
-            raise ValueError("on the page viewers choose the steps: leave t_index_list, frame_buffer_size and loops out")
+        if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
+            raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
+        first_wish(settings)
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
         self.worker = Worker(lambda: opened(settings), self.metrics)

@@ -182,13 +182,17 @@ def open_places(settings: Settings) -> dict[str, list[Place]]:
 
 def first_wish(settings: Settings, model: str = "model") -> Wish:
     """What a new viewer starts with."""
-    prompt = settings.prompt if isinstance(settings.prompt, str) else settings.prompt[0][0]
-    other = "" if isinstance(settings.prompt, str) or len(settings.prompt) < 2 else settings.prompt[1][0]
+    texts = ((settings.prompt, 1.0),) if isinstance(settings.prompt, str) else settings.prompt
+    if len(texts) > 2:
+        raise ValueError(f"the page blends two prompts, and the settings have {len(texts)}")
+    (prompt, _), (other, second) = texts[0], texts[1] if len(texts) == 2 else ("", 0.0)
+    blend = second / sum(weight for _, weight in texts)
     scale = {} if settings.guidance_scale is None else {"guidance": settings.guidance_scale}
     steps = min(settings.num_inference_steps, settings.server.max_steps)
     strength = {} if settings.strength is None else {"strength": settings.strength}
     mode = {"txt2img": "text", "img2img": "picture"}[settings.mode]
-    return Wish(mode=mode, model=model, prompt=prompt, other=other, seed=settings.seed, steps=steps, **scale, **strength)
+    both = {"prompt": prompt, "other": other, "blend": blend}
+    return Wish(mode=mode, model=model, **both, seed=settings.seed, steps=steps, **scale, **strength)
 
 
 def warm(place: Place, wish: Wish) -> None:
