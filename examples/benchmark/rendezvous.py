@@ -1,0 +1,104 @@
+"""What a family gains by an adapter over the universal fallback, and what the fallback gains over plain diffusers.
+
+    python examples/benchmark/rendezvous.py --model sd3-medium --output static/benchmarks/rendezvous-sd3.json
+
+The same pipeline draws in three ways, in turns within one run: its own call, picture after picture; the rendezvous, whose
+frames are whole calls that meet at the network; and the family's adapter, unaccelerated, since the rendezvous cannot be
+accelerated. `accelerated` is the adapter under `accelerate("auto")`. Networks have their true size and random weights, or
+are the embedded model's. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamflow import StreamFlow
+from streamflow.benchmark.machine import clocks, machine
+from streamflow.benchmark.measure import warm
+from streamflow.benchmark.report import ratio, rounded
+from streamflow.benchmark.settings import Settings
+from streamflow.benchmark.subject import Subject, load
+from streamflow.benchmark.timing import Spread, timed
+from streamflow.benchmark.ways import Way, plain, streamed
+from streamflow.command_line import at_least
+from streamflow.image_utils import denormalize
+
+SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "embedded": 128}
+
+
+def drawn(stream: StreamFlow) -> torch.Tensor:
+    """The next picture, [0, 1]."""
+    return denormalize(stream.txt2img())
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """Pictures a second by each way, and each way's share of the pipeline's own."""
+    s, fallback = subject.settings, replace(subject, family="rendezvous")
+    rates: dict[str, list[float]] = {}
+    with ExitStack() as opened:
+        ways = {
+            "plain": opened.enter_context(plain(subject, False)),
+            "rendezvous": Way(partial(drawn, opened.enter_context(fallback.stream(False)))),
+            "adapter": opened.enter_context(streamed(subject, "none", False, True)),
+        }
+        counts = {name: warm(subject, way) for name, way in ways.items()}
+        for _ in range(s.rounds):
+            for name, way in ways.items():
+                rates.setdefault(name, []).append(way.frames / timed(way.tick, counts[name], subject.device).mean)
+    with streamed(subject, "auto", False, True) as way:
+        count = warm(subject, way)
+        rates["accelerated"] = [way.frames / timed(way.tick, count, subject.device).mean for _ in range(s.rounds)]
+    found = {name: vars(Spread.of(each)) for name, each in rates.items()}
+    times = {f"{a} over {b}": ratio(found[a], found[b]) for a, b in PAIRS}
+    return {"pictures_per_s": found, "times": times, "clocks": clocks(subject.device)}
+
+
+PAIRS = (("rendezvous", "plain"), ("adapter", "rendezvous"), ("accelerated", "rendezvous"))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=SIZES, default="embedded", help="default: %(default)s")
+    p.add_argument("--steps", type=at_least(1), default=4, help="default 4")
+    p.add_argument("--size", type=at_least(1), help="pixels (default: the model's)")
+    p.add_argument("--rounds", type=at_least(1), default=5, help="default 5")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--output", type=Path, help="also write the JSON here")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parse(argv)
+    size = a.size or SIZES[a.model]
+    settings = Settings(
+        model=a.model,
+        random_weights=a.model != "embedded",
+        steps=a.steps,
+        width=size,
+        height=size,
+        rounds=a.rounds,
+        frames=20,
+        round_seconds=1.0,
+        device=a.device,
+    )
+    subject = load(settings)
+    about = {"command": " ".join(["python", *sys.argv]), "model": a.model, "size": size, "steps": a.steps}
+    result = rounded({**about, "machine": machine(subject.device), **measure(subject)})
+    if a.output:
+        a.output.parent.mkdir(parents=True, exist_ok=True)
+        a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, allow_nan=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
