@@ -36,6 +36,7 @@ EXTRAS = {
     "web": "the page and its server",
     "video": "video files",
     "live": "cameras, screens, windows, NDI and recordings",
+    "control": "knobs by OSC and MIDI",
     "bench": "plots of the benchmark",
     "ray": "Ray Serve and Ray Data, for many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",

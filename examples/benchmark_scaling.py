@@ -38,8 +38,8 @@ from scaling_run import Figures, Run, Setup  # noqa: E402
 from streamflow.benchmark.machine import machine  # noqa: E402
 from streamflow.benchmark.plot import require  # noqa: E402
 from streamflow.benchmark.report import rounded  # noqa: E402
-from streamflow.benchmark.settings import chosen, one_of, seconds, unusable  # noqa: E402
-from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow.benchmark.settings import chosen, one_of, unusable  # noqa: E402
+from streamflow.command_line import Parser, above, at_least  # noqa: E402
 from streamflow.parallel.distributed import local_device  # noqa: E402
 from streamflow.parallel.replicas import resolve_devices  # noqa: E402
 
@@ -128,7 +128,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     p.add_argument("--stages", type=numbers, default=(4, 8), help="comma-separated (default 4,8)")
     p.add_argument("--rounds", type=at_least(1), default=10, help="default 10")
     p.add_argument("--quick", action="store_true", help="few latents, stages and rounds, to see that it runs")
-    p.add_argument("--minutes", type=seconds, default=9.0, help="after which no row is begun any more (default 9)")
+    p.add_argument("--minutes", type=above(0), default=9.0, help="after which no row is begun any more (default 9)")
     p.add_argument("--output", type=Path, default=Path("outputs/benchmark_scaling.json"), help="default: %(default)s")
     p.add_argument("--no-plot", dest="plot", action="store_false", help="table and JSON only")
     p.add_argument("--plot-from", type=Path, help="draw the plot of an earlier run's JSON beside it, and measure nothing")

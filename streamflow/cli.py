@@ -9,6 +9,9 @@ from importlib import import_module
 COMMANDS = {
     "txt2img": ("streamflow.commands.txt2img", "draw pictures from a prompt"),
     "img2img": ("streamflow.commands.img2img", "restyle pictures"),
+    "video": ("streamflow.commands.video", "restyle a video file, with its times and its sound"),
+    "morph": ("streamflow.commands.morph", "draw the way from one prompt to the next"),
+    "live": ("streamflow.commands.live", "restyle a camera, a screen or a file live, or draw from a prompt"),
     "serve": ("streamflow.commands.serve", "serve the page: text and pictures, live, in a browser"),
     "config": ("streamflow.commands.settings_file", "write, check or show a file of settings"),
     "doctor": ("streamflow.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),

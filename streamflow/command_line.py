@@ -23,3 +23,15 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def above(least: float) -> Callable[[str], float]:
+    """An argparse type: a finite number above that."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not least < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number above {least:g}")
+        return value
+
+    return number

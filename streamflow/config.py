@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from streamflow.control.settings import Control
+from streamflow.live.settings import LiveSettings
 from streamflow.section import Section
 from streamflow.server.settings import Server
 
@@ -77,6 +79,8 @@ class Settings(Section):
     acceleration: Acceleration = Field(Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(None, description=SimilarImages.__doc__)
     warmup: int = Field(10, ge=0, description="pictures drawn and thrown away at the start")
+    live: LiveSettings = Field(LiveSettings(), description=LiveSettings.__doc__)
+    control: Control = Field(Control(), description=Control.__doc__)
     server: Server = Field(Server(), description=Server.__doc__)
 
     @model_validator(mode="after")

@@ -170,6 +170,15 @@ def tensorrt_lines() -> list[Line]:
     ]
 
 
+EXTRAS = {
+    "web": ("fastapi", "uvicorn", "websockets"),
+    "video": ("av",),
+    "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
+    "control": ("python-osc", "mido", "python-rtmidi"),
+    "bench": ("matplotlib",),
+}
+
+
 def accelerations(torch) -> list[Line]:
     """What could be faster or reach further, available or with the command that brings it."""
     if torch is None:
@@ -182,7 +191,7 @@ def accelerations(torch) -> list[Line]:
         *tensorrt_lines(),
         Line("several GPUs", f"available, {gpus} devices" if gpus > 1 else f"needs two CUDA devices, found {gpus}"),
     ]
-    for option, needed in (("web", ("fastapi", "uvicorn", "websockets")), ("video", ("av",)), ("bench", ("matplotlib",))):
+    for option, needed in EXTRAS.items():
         line = Line(option, "installed") if have(*needed) else Line(option, "not installed", install_command(option))
         lines.append(line)
     return lines

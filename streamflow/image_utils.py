@@ -162,6 +162,19 @@ def denormalize(images: Tensor | np.ndarray) -> Tensor | np.ndarray:
     return (images / 2 + 0.5).clip(0, 1)
 
 
+def cropped(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest part in the middle of an array `[H, W, 3]` that has the proportions width : height; a view."""
+    h, w = pixels.shape[:2]
+    part_h, part_w = max(1, min(h, round(w * height / width))), max(1, min(w, round(h * width / height)))
+    top, left = (h - part_h) // 2, (w - part_w) // 2
+    return pixels[top : top + part_h, left : left + part_w]
+
+
+def uint8_pixels(images: Tensor) -> np.ndarray:
+    """`[n, 3, H, W]` in [-1, 1] as uint8 `[n, H, W, 3]` on the host."""
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def pt_to_numpy(images: Tensor) -> np.ndarray:
     """`[n, C, H, W]` to a float32 array `[n, H, W, C]`."""
     return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()

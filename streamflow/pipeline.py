@@ -31,6 +31,7 @@ from streamflow.loras import Adapting
 from streamflow.models import adapter_for
 from streamflow.noise import check_policy
 from streamflow.observing import Observing
+from streamflow.performing import Performing
 from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
@@ -43,7 +44,15 @@ Seeds = int | Sequence[tuple[int, float]]
 
 
 class StreamFlow(
-    Accelerating, Adapting, Controlling, Inpainting, Observing, Resuming, StreamDiffusionAttributes, StreamDiffusion
+    Accelerating,
+    Adapting,
+    Controlling,
+    Inpainting,
+    Observing,
+    Performing,
+    Resuming,
+    StreamDiffusionAttributes,
+    StreamDiffusion,
 ):
     """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged.
 

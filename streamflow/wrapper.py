@@ -47,6 +47,7 @@ class StreamFlowWrapper:
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.
         seed: of all noise, in every `prepare`.
         use_safety_checker: every picture goes through the pipeline's safety checker, where the family has one.
+        like: width and height of a picture, whose proportions the size takes where neither width nor height is given.
         family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's.
 
     Raises:
@@ -83,6 +84,7 @@ class StreamFlowWrapper:
         use_safety_checker: bool = False,
         engine_dir: str | Path | None = "engines",
         *,
+        like: tuple[int, int] | None = None,
         family: str | None = None,
         acceleration_options: Mapping[str, Any] | None = None,
         stream_options: Mapping[str, Any] | None = None,
@@ -104,6 +106,8 @@ class StreamFlowWrapper:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         pipe = models.load(model_id_or_path, device=device, dtype=dtype, family=family)
         self._checker = _safety_checker(pipe) if use_safety_checker else None
+        if like is not None and width is None and height is None:
+            width, height = models.adapter_for(pipe, family).size_like(*like)
         self._defaults = {"max_sequence_length": 0} if model_id_or_path == "embedded" else {}  # it has no T5
         self.stream = StreamFlow(
             pipe,

@@ -317,7 +317,7 @@ def test_a_sweep_that_the_model_cannot_do_is_refused_before_it_starts(subject_of
         (["--device", "toaster"], "toaster"),
         (["--dtype", "int8"], "invalid choice"),
         (["--cfg-type", "initialize"], "invalid choice"),
-        (["--round-seconds", "-1"], "positive"),
+        (["--round-seconds", "-1"], "above 0"),
         (["--sweep", "colour=1,2"], "steps, size, buffer, cfg"),
         (["--sweep", "steps"], "NAME=VALUE"),
         (["--sweep", "steps=1,0"], "below 1"),
@@ -326,7 +326,7 @@ def test_a_sweep_that_the_model_cannot_do_is_refused_before_it_starts(subject_of
         (["--sweep", "cfg=none,loud"], "'loud'"),
         (["--sweep", "steps=1", "--sweep", "steps=2"], "twice"),
         (["--sweep", "cfg=none", "--sweep-vae", "huge"], "invalid choice"),
-        (["--latency", "--latency-seconds", "0"], "positive"),
+        (["--latency", "--latency-seconds", "0"], "above 0"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2(argv, said, capsys):

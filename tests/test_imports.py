@@ -27,7 +27,7 @@ ROWS = (
         "flow",
         "image_utils",
         "image_filter",
-        *("io", "io.*", "section", "server", "server.settings"),
+        *("io", "io.*", "section", "server", "server.settings", "live.settings", "control.settings"),
         "parallel.plan",
     ),
     ("schedule", "guidance", "rules"),
@@ -40,9 +40,10 @@ ROWS = (
     ("acceleration", "acceleration.*", "parallel", "parallel.*"),
     (
         *("attributes", "accelerating", "loras", "inpainting", "controlling", "snapshot", "resuming", "observing"),
+        *("performing", "modes", "pacing", "live", "live.*"),
         "pipeline",
     ),
-    ("", "modes", "wrapper", "live", "config", "server.*", "benchmark", "benchmark.*", "doctor"),
+    ("", "wrapper", "scenes", "control", "control.*", "config", "server.*", "benchmark", "benchmark.*", "doctor"),
     ("cli", "commands", "commands.*"),
 )
 ACCELERATION = 4  # imported by later rows inside functions only

@@ -536,6 +536,30 @@ def test_a_window_passes_its_keys_on_and_says_when_it_is_closed(monkeypatch):
     window.close()
 
 
+SHOWN_AND_READ = """
+import time
+from streamflow.io import Picture, open_sink, open_source
+import numpy as np
+pixels = np.zeros((96, 128, 3), np.uint8)
+pixels[:48, :64] = 255, 0, 0
+window, screen = open_sink("window", size=(400, 300)), open_source("screen:1")
+window.open()
+screen.open()
+for _ in range(5):
+    window.write(Picture(pixels, 0.0))
+    time.sleep(0.1)
+seen = screen.read().pixels
+print(((seen[..., 0] > 250) & (seen[..., 1:].max(2) < 5)).sum())
+"""
+
+
+@pytest.mark.skipif(NOT_HERE["screen"][0] or NOT_HERE["window"][0], reason="needs mss, pygame-ce and a display")
+def test_the_screen_reads_what_a_window_shows():
+    environment = {**os.environ, "SDL_VIDEODRIVER": "x11"} if sys.platform == "linux" else None
+    run = subprocess.run([sys.executable, "-c", SHOWN_AND_READ], capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == 0 and 29_000 < int(run.stdout.splitlines()[-1]) <= 30_000, run.stderr  # of 200 x 150 red ones
+
+
 def test_unknown_addresses_list_the_known():
     with pytest.raises(ValueError, match="camera, file, folder, picture, screen, mjpeg, ndi, spout, syphon"):
         open_source("webcam:0")

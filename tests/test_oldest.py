@@ -29,6 +29,7 @@ CORE = ("tests/test_ring.py", "tests/test_schedule.py", "tests/test_parity.py")
 NEWER = {
     "stochastic": "diffusers 0.33 has no stochastic_sampling",
     "precomputed": "its Stable Diffusion 3 without T5 takes no max_sequence_length",
+    "enlarges": "diffusers 0.33 has no FlowMatchLCMScheduler",
     "default": "guidance by default is what guided cases test",
 }
 

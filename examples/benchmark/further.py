@@ -29,11 +29,11 @@ from torch import Tensor
 from streamflow.benchmark.machine import clocks, compile_cache, machine
 from streamflow.benchmark.measure import FAILURES, cause, clean, differences, memory, warm
 from streamflow.benchmark.report import ratio, rounded
-from streamflow.benchmark.settings import Settings, chosen, seconds
+from streamflow.benchmark.settings import Settings, chosen
 from streamflow.benchmark.subject import COMPARED, Subject, load
 from streamflow.benchmark.timing import Spread, timed, wait
 from streamflow.benchmark.ways import Way, by_hand
-from streamflow.command_line import at_least
+from streamflow.command_line import above, at_least
 from streamflow.image_utils import denormalize
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--height", type=at_least(1), help="pixels (default: 512, embedded 128)")
     p.add_argument("--rounds", type=at_least(1), default=7, help="default 7")
     p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
-    p.add_argument("--round-seconds", type=seconds, default=0.5, help="a slow variant takes fewer ticks (default 0.5)")
+    p.add_argument("--round-seconds", type=above(0), default=0.5, help="a slow variant takes fewer ticks (default 0.5)")
     p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from streamflow.command_line import Parser, at_least
+from streamflow.command_line import Parser, above, at_least
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CFG_TYPES = ("none", "self", "full")
@@ -115,7 +115,7 @@ def parser(variants: Sequence[str]) -> Parser:
     p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
     p.add_argument("--rounds", type=at_least(1), default=5, help="how often each figure is taken (default 5)")
-    p.add_argument("--round-seconds", type=seconds, default=0.4, help="a slow way takes fewer ticks a round (default 0.4)")
+    p.add_argument("--round-seconds", type=above(0), default=0.4, help="a slow way takes fewer ticks a round (default 0.4)")
     p.add_argument("--warmup", type=at_least(0), default=3, help="ticks before the first round (default 3)")
     p.add_argument("--variants", type=chosen(variants), help=f"comma-separated, of {known}; or none (default: all)")
     p.add_argument("--tiny-vae", help="hub id or folder of an AutoencoderTiny of the model's latents")
@@ -136,7 +136,7 @@ def parser(variants: Sequence[str]) -> Parser:
     p.add_argument(
         "--latency", action="store_true", help="rate and latency of the modes, for cameras of 24, 30 and 60 a second"
     )
-    p.add_argument("--latency-seconds", type=seconds, default=2.0, help="how long each mode is measured (default 2)")
+    p.add_argument("--latency-seconds", type=above(0), default=2.0, help="how long each mode is measured (default 2)")
     p.add_argument("--no-plot", dest="plot", action="store_false", help="table and JSON only")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return p
@@ -161,14 +161,6 @@ def unusable(device: str) -> str | None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         return str(error).splitlines()[0]
     return None
-
-
-def seconds(text: str) -> float:
-    """An argparse type: a positive number."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
 
 
 def chosen(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

@@ -17,7 +17,8 @@ class FileSource:
     """The pictures of a video file, upright, with their times in `pts`.
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
-    and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound.
+    and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound; `count`, the frames
+    that the file says it has, None where it does not.
 
     Raises, from open: FileNotFoundError, and ValueError where PyAV cannot read it or it has no video.
     """
@@ -26,6 +27,7 @@ class FileSource:
         self.path, self.loop = Path(path), loop
         self.rate: Fraction | None = None
         self.audio: Path | None = None
+        self.count: int | None = None
         self._container: Any = None
         self._frames: Iterator[Any] = iter(())
         self._offset = self._end = 0.0
@@ -44,6 +46,7 @@ class FileSource:
             raise ValueError(f"{self.path} has no video in it")
         video = self._container.streams.video[0]
         self.rate = video.average_rate or video.guessed_rate or Fraction(30)
+        self.count = video.frames or None
         self.audio = self.path if self._container.streams.audio else None
         self._offset = self._end = 0.0
         self._start()

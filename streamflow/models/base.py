@@ -6,6 +6,7 @@ Everything that differs between families (signs, time scales, packings, names) i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -136,6 +137,11 @@ class FlowAdapter:
     def default_size(self) -> int:
         """The pipeline's default width and height in pixels."""
         return self.pipe.default_sample_size * self.factor
+
+    def size_like(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in these proportions, with about as many pixels as the default size."""
+        scale = self.default_size / math.sqrt(width * height)
+        return tuple(max(1, round(scale * side / self.multiple)) * self.multiple for side in (width, height))
 
     @property
     def latent_channels(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamflow import models
 from streamflow.config import Settings
+from streamflow.image_utils import uint8_pixels
 from streamflow.pipeline import StreamFlow
 from streamflow.server.wishes import Wish
 
@@ -140,7 +141,7 @@ class Place:
         left = self._left
         known = self._frames.get(left, self._frames[self._count - 1])
         self._frames = {one: when for one, when in self._frames.items() if one > left}
-        return Drawn(_pixels(picture), left, *known, self._ring)
+        return Drawn(uint8_pixels(picture)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
         """Of the frame that enters: the seed's own, or on the great circle to the next (which keeps its variance)."""
@@ -157,11 +158,6 @@ def stages_of(wish: Wish) -> int:
     """How many of the steps a picture goes through: at least one, and all of them, from pure noise, at strength 1 only."""
     most = wish.steps if wish.strength == 1 else wish.steps - 1
     return max(1, min(most, round(wish.strength * wish.steps)))
-
-
-def _pixels(picture: Tensor) -> np.ndarray:
-    """`[1, 3, H, W]` in [-1, 1] as uint8 `[H, W, 3]` on the host."""
-    return picture[0].float().mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def open_places(settings: Settings) -> dict[str, list[Place]]:

@@ -1,0 +1,132 @@
+"""How even the pictures of a live stream come: the embedded model at half of what this machine can draw.
+
+    python examples/benchmark/pacing.py --minutes 5 --output static/benchmarks/pacing-cpu.json
+
+First the stream draws as fast as it can for a while, which gives its capacity; then it plays live, from a source that moves,
+at half that rate (`StreamFlow.live`, policy "newest"), and every interval from one showing to the next is kept. A figure of
+the intervals goes beside the JSON, which is the last line too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamflow.benchmark.machine import machine
+from streamflow.benchmark.report import rounded
+from streamflow.command_line import above
+from streamflow.config import Settings
+from streamflow.io import Picture
+from streamflow.modes import percentile
+from streamflow.scenes import aside, open_scene
+
+WITHIN = 0.2  # of the period
+
+
+class Moving:
+    """A red square that goes from side to side, 30 pictures a second."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+
+    def open(self) -> None:
+        self.count, self.start = 0, time.monotonic()
+
+    def read(self) -> Picture:
+        self.count += 1
+        time.sleep(max(0.0, self.start + self.count / 30 - time.monotonic()))
+        pixels = np.full((self.height, self.width, 3), 255, np.uint8)
+        side = self.width // 2
+        left = int((self.width - side) * abs((self.count / 90) % 2 - 1))
+        pixels[side // 2 : side // 2 + side, left : left + side] = (220, 40, 30)
+        return Picture(pixels, time.monotonic())
+
+    def close(self) -> None:
+        pass
+
+
+def capacity(stream: Any, seconds: float) -> float:
+    """Pictures a second that the stream draws when nothing else is asked of it."""
+    picture = np.zeros((stream.height, stream.width, 3), np.uint8)
+    stream(picture)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        stream(picture)
+        count += 1
+    found = count / (time.perf_counter() - begun)
+    stream.reset()
+    return found
+
+
+def play(stream: Any, rate: float, seconds: float) -> dict[str, Any]:
+    """So many seconds live, and how even they were."""
+    with stream.live(Moving(stream.width, stream.height), "null", target_fps=rate, mode="fed") as show:
+        show.wait(seconds)
+        show.stop()
+        intervals, found = show.intervals, show.statistics
+    off = [abs(one * rate - 1) for one in intervals]
+    return {
+        "intervals": len(intervals),
+        "share_within_20_percent": sum(one <= WITHIN for one in off) / len(off),
+        "interval_ms": {name: 1e3 * percentile(intervals, q) for name, q in QUANTILES.items()},
+        "statistics": vars(found),
+        "each_ms": [1e3 * one for one in intervals],
+    }
+
+
+QUANTILES = {"least": 0.0, "p1": 0.01, "median": 0.5, "p99": 0.99, "most": 1.0}
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Every interval over time, with the band of 20 %."""
+    from matplotlib.figure import Figure
+
+    period, each = result["period_ms"], result["each_ms"]
+    figure = Figure((8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhspan(0.8 * period, 1.2 * period, color="#dfe9f3", label="period ± 20 %")
+    axes.plot(np.cumsum(each) / 1e3, each, ".", markersize=3, color="#1f5fa8", label="interval")
+    axes.set(xlabel="seconds", ylabel="ms from one picture to the next", ylim=(0, max(1.5 * period, 1.05 * max(each))))
+    share = 100 * result["share_within_20_percent"]
+    axes.set_title(f"{share:.2f} % of {len(each)} intervals within ± 20 % of {period:.0f} ms", fontsize=10)
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=above(0), default=5.0, help="default 5")
+    p.add_argument("--share", type=above(0), default=0.5, help="of the capacity that is asked for (default 0.5)")
+    p.add_argument("--output", type=Path, help="write the JSON here, and a figure beside it")
+    a = p.parse_args(argv)
+    settings = Settings(mode="img2img", t_index_list=(1, 2, 3), warmup=2, device="cpu")
+    with open_scene(settings) as wrapper:
+        found = aside(capacity, wrapper.stream, 10)
+        rate = a.share * found
+        result = rounded(
+            {
+                "command": " ".join(["python", *sys.argv]),
+                "machine": machine(torch.device("cpu")),
+                "capacity_per_s": found,
+                "rate_per_s": rate,
+                "period_ms": 1e3 / rate,
+                **play(wrapper.stream, rate, 60 * a.minutes),
+            }
+        )
+    if a.output:
+        a.output.parent.mkdir(parents=True, exist_ok=True)
+        a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draw(result, a.output.with_suffix(".png"))
+    print(json.dumps({name: value for name, value in result.items() if name != "each_ms"}, allow_nan=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

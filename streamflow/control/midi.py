@@ -1,0 +1,59 @@
+"""Knobs by MIDI. Knows mido and its backend python-rtmidi; no knob, no field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from streamflow.io.picture import need
+
+READ: dict[str, Callable[[Any], tuple[str, int, int]]] = {
+    "control_change": lambda message: ("cc", message.control, message.value),
+    "note_on": lambda message: ("note", message.note, message.velocity),
+    "note_off": lambda message: ("note", message.note, 0),
+}
+
+
+def heard(message: Any) -> tuple[str, int] | None:
+    """Address and value, 0 to 127, of a message of mido's; None of kinds that no knob sends. Channels count from 1."""
+    if message.type not in READ:
+        return None
+    kind, number, value = READ[message.type](message)
+    return f"midi:{kind}:{message.channel + 1}:{number}", value
+
+
+def chosen(name: str, ports: Sequence[str]) -> str:
+    """The port of this name, or the one whose name has it as a part. OSError names the ports there are."""
+    found = [port for port in ports if port == name] or [port for port in ports if name.lower() in port.lower()]
+    if len(set(found)) != 1:
+        many = f"{len(found)} MIDI ports have {name!r} in their names" if found else f"there is no MIDI port {name!r}"
+        raise OSError(f"{many}; ports: {', '.join(map(repr, ports)) or 'none'}")
+    return found[0]
+
+
+class MidiInput:
+    """Calls `hear("midi:cc:1:74", value)` in the driver's thread.
+
+    Raises:
+        ImportError: without mido or python-rtmidi. OSError: no such port, or this machine has no MIDI.
+    """
+
+    def __init__(self, name: str, hear: Callable[..., None]) -> None:
+        for module in ("mido", "rtmidi"):
+            need(module, '"streamflow-rf[control]"')
+        import mido
+
+        def take(message: Any) -> None:
+            if (read := heard(message)) is not None:
+                hear(*read)
+
+        backend = mido.Backend("mido.backends.rtmidi")
+        try:
+            ports = backend.get_input_names()
+        except OSError as error:
+            raise OSError(f"this machine has no MIDI: {error}") from error
+        self._port = backend.open_input(chosen(name, ports), callback=take)
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self._port.close()

@@ -1,0 +1,217 @@
+"""Drawing live: what comes in goes through a scene's stream in the mode that suits the rate, tick by tick.
+
+Knows streams by their calls, modes and feeds; no sink and no output clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamflow.image_utils import cropped, uint8_pixels
+from streamflow.io import Picture
+from streamflow.live.feed import Backoff, Feed
+from streamflow.modes import Mode, ModeChooser, fed, free, percentile, sequential
+from streamflow.pacing import Outbox
+
+logger = logging.getLogger(__name__)
+MODES = ("auto", "fed", "free", "sequential")
+PATIENCE = 0.05  # seconds after which a thread that waits for input looks around
+LATENCIES = 1000  # pictures whose latency is kept
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A finished picture, uint8 `[H, W, 3]`. entered: `time.monotonic()` of its input's capture."""
+
+    pixels: np.ndarray
+    entered: float
+
+
+class Scene:
+    """A prepared stream and how it is ticked: S ticks lie between a picture that enters and its result.
+
+    picture: whether pictures go in; else it draws from noise.
+    """
+
+    def __init__(self, stream: Any, picture: bool, mode: str, chooser: ModeChooser) -> None:
+        if stream.frame_bff_size != 1:
+            raise ValueError(f"live draws frame by frame, and this stream has frame_buffer_size={stream.frame_bff_size}")
+        self.stream, self.picture = stream, picture
+        self._mode, self._chooser = mode, chooser
+        self._entered: deque[float] = deque()
+        self.batched = stream.use_denoising_batch
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.stream.width, self.stream.height
+
+    def mode(self, picture: Picture) -> Mode:
+        """The mode to draw in; measured on this picture where it is to be chosen and there is none for the shape yet."""
+        stages = max(1, self.stream.denoising_steps_num)
+
+        def modes() -> list[Mode]:
+            ring = Mode("", lambda _: self._tick(picture, True), stages).tick
+            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self._tick(picture, False))]
+
+        if self._mode == "auto":
+            chosen = self._chooser.choose(*self.size, stages, modes)
+        else:
+            chosen = next(mode for mode in modes() if mode.name == self._mode)
+        self._batch(chosen.name != "sequential")
+        return chosen
+
+    def tick(self, picture: Picture | None) -> Drawn:
+        """One tick, on its way out what entered S ticks ago."""
+        return self._tick(picture, self.batched)
+
+    def _batch(self, batched: bool) -> None:
+        if batched != self.batched:
+            self.stream.reset()
+            self.stream.set_denoising_batch(batched)
+            self.batched = batched
+
+    def _tick(self, picture: Picture | None, batched: bool) -> Drawn:
+        self._batch(batched)
+        began = time.monotonic() if picture is None else picture.time
+        out = self.stream.txt2img() if picture is None else self.stream(cropped(picture.pixels, *self.size))
+        depth = max(1, self.stream.denoising_steps_num) if batched else 1
+        if len(self._entered) != depth - 1:  # an empty ring, or one of another length
+            self._entered = deque([began] * (depth - 1))
+        self._entered.append(began)
+        return Drawn(uint8_pixels(out)[0], self._entered.popleft())
+
+    def fill(self, picture: Picture | None) -> None:
+        """Empty the ring and fill it with this picture, so that the next tick gives one at once."""
+        self.stream.reset()
+        self._entered.clear()
+        self.tick(picture)
+
+
+class Drawing(threading.Thread):
+    """Takes pictures from a feed (None: draws from noise) and puts what is drawn into an outbox, until it is stopped, the
+    source ends, or an error is not to be held.
+
+    hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last picture stays.
+    """
+
+    def __init__(self, scene: Scene, feed: Feed | None, outbox: Outbox[Drawn], hold: bool, controls: Any = None) -> None:
+        super().__init__(name="streamflow live drawing", daemon=True)
+        self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
+        self.drawn = self.errors = 0
+        self.error: BaseException | None = None
+        self.latencies: deque[float] = deque(maxlen=LATENCIES)
+        self.newest: Picture | None = None
+        self.mode_name = ""
+        self.last: Drawn | None = None
+        self._next: tuple[Scene, float, threading.Event] | None = None
+        self._fade: tuple[np.ndarray, float, float] | None = None
+        self._ending = threading.Event()
+        self._said: set[str] = set()
+        self._backoff = Backoff()
+
+    def stop(self) -> None:
+        """Ask it to end after the tick under way."""
+        self._ending.set()
+        self.outbox.close()
+
+    def switch(self, scene: Scene, crossfade: float) -> threading.Event:
+        """Draw this scene from the next tick on; what is returned is set then."""
+        taken = threading.Event()
+        self._next = scene, crossfade, taken
+        return taken
+
+    def run(self) -> None:
+        try:
+            while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
+                self._turn()
+        except BaseException as error:  # raised by whoever waits for the end
+            self.error = error
+        finally:
+            self.outbox.close()
+
+    def _turn(self) -> None:
+        self._take_scene()
+        if self.controls is not None:
+            self.controls.tick(time.monotonic())
+            if self.controls.keys.paused:
+                self._ending.wait(PATIENCE)
+                return
+        if self._backoff.left:
+            self._ending.wait(min(self._backoff.left, PATIENCE))
+            return
+        try:
+            self._draw()
+        except Exception as error:
+            if not self.hold or self._of_feed(error):
+                raise
+            self._held(error)
+
+    def _of_feed(self, error: Exception) -> bool:
+        """Whether it came from the source, which has its own way to hold."""
+        return isinstance(error, (OSError, ImportError))
+
+    def _draw(self) -> None:
+        scene = self.scene
+        if not scene.picture:
+            self.mode_name = "text"
+        elif not self._input(scene):
+            return
+        drawn = scene.tick(self.newest if scene.picture else None)
+        self._backoff.well()
+        self.drawn += 1
+        self.last = Drawn(self._faded(drawn.pixels), drawn.entered)
+        self.outbox.put(self.last)
+
+    def _input(self, scene: Scene) -> bool:
+        """Whether there is a picture to draw now: a new one, or under "free" the newest again."""
+        if self.newest is None:
+            self.newest = self.feed.next(PATIENCE)
+            if self.newest is None:
+                return False
+            self.mode_name = scene.mode(self.newest).name
+            return True
+        mode = scene.mode(self.newest)
+        self.mode_name = mode.name
+        new = self.feed.next(PATIENCE if mode.waits else 0)
+        self.newest = new or self.newest
+        return new is not None or not (mode.waits or self.feed.ended)
+
+    def _held(self, error: Exception) -> None:
+        self.errors += 1
+        message = f"{type(error).__name__}: {error}"
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("drawing failed, the last picture stays, and it goes on: %s", message)
+        self._backoff.failed()
+
+    def _take_scene(self) -> None:
+        if self._next is None:
+            return
+        (self.scene, crossfade, taken), self._next = self._next, None
+        if crossfade > 0 and self.last is not None:
+            self._fade = self.last.pixels, time.monotonic(), crossfade
+        taken.set()
+
+    def _faded(self, pixels: np.ndarray) -> np.ndarray:
+        """The picture, mixed with the last one of the scene before while it fades."""
+        if self._fade is None:
+            return pixels
+        old, began, seconds = self._fade
+        share = (time.monotonic() - began) / seconds
+        if share >= 1 or old.shape != pixels.shape:
+            self._fade = None
+            return pixels
+        return (old + share * (pixels.astype(np.float32) - old)).round().astype(np.uint8)
+
+    def latency(self, share: float) -> float | None:
+        """Seconds from capture to showing that this share of the last pictures did not exceed."""
+        kept = list(self.latencies)
+        return percentile(kept, share) if kept else None

@@ -1,0 +1,288 @@
+"""`Live`: a stream between a source and sinks, at even intervals.
+
+Four kinds of threads with bounded queues between them: capture (`Feed`), drawing (`Drawing`), the output clock, and one for
+each sink. None waits for a slower one, except that drawing waits for the clock under policy "every".
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import PIL.Image
+
+from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
+from streamflow.live.draw import MODES, Drawing, Drawn, Scene
+from streamflow.live.feed import Feed
+from streamflow.modes import Clock, ModeChooser, RealClock
+from streamflow.pacing import POLICIES, Outbox, Pacer
+
+logger = logging.getLogger(__name__)
+ON_ERROR = ("hold", "raise")
+ENDING = 30.0  # seconds for a thread to end
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
+    there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
+    dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
+    sink took them. losses: of the source; errors: of the stream. latency: seconds from capture to showing, median and 95th
+    percentile, None before there are any."""
+
+    seconds: float
+    mode: str
+    shown: int
+    repeated: int
+    late: int
+    skipped: int
+    drawn: int
+    dropped_in: int
+    dropped_out: int
+    dropped_by_sinks: int
+    losses: int
+    errors: int
+    latency_p50: float | None
+    latency_p95: float | None
+
+    @property
+    def drawn_per_second(self) -> float:
+        """Pictures a second."""
+        return self.drawn / self.seconds if self.seconds else 0.0
+
+
+class Sinks:
+    """Where pictures go: each sink in its own thread. A sink that fails is left out and said; with `hold` the others go on.
+    All pictures have the first one's size, which recordings and cameras need."""
+
+    def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Any = None) -> None:
+        self._hold, self._keys = hold, keys
+        self._writing = [Writing(sink) for sink in sinks]
+        self._dropped, self._size, self._frozen = 0, None, None
+        self.error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sink is left, or one failed that was not to be held."""
+        return not self._writing or self.error is not None
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped + sum(one.dropped for one in self._writing)
+
+    def show(self, pixels: np.ndarray) -> None:
+        """Give every sink this picture, or what the keys say."""
+        picture = Picture(self._fitted(self._keyed(pixels)), time.monotonic())
+        for one in list(self._writing):
+            try:
+                one.write(picture)
+            except Exception as error:  # a sink's own, whatever it is
+                self._lose(one, error)
+
+    def _keyed(self, pixels: np.ndarray) -> np.ndarray:
+        keys = self._keys
+        if keys is None or not (keys.frozen or keys.black or keys.panic):
+            self._frozen = None
+            return pixels
+        self._frozen = pixels if self._frozen is None else self._frozen
+        return np.zeros_like(pixels) if keys.black and not keys.panic else self._frozen
+
+    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+        size = pixels.shape[1], pixels.shape[0]
+        self._size = self._size or size
+        if size == self._size:
+            return pixels
+        return np.asarray(PIL.Image.fromarray(pixels).resize(self._size, PIL.Image.Resampling.BICUBIC))
+
+    def _lose(self, writing: Writing, error: Exception) -> None:
+        self._writing.remove(writing)
+        self._dropped += writing.dropped
+        name = type(writing.sink).__name__
+        if isinstance(error, SinkLost):
+            logger.info("%s ended: %s", name, error)
+        else:
+            logger.error("%s failed and is left out: %s", name, error)
+            if not self._hold or not self._writing:
+                self.error = error
+
+    def close(self) -> None:
+        """Write what is queued and close all; the first error is raised, after the others are closed."""
+        found = None
+        for one in self._writing:
+            self._dropped += one.dropped
+            try:
+                one.close()
+            except SinkLost as error:
+                logger.info("%s ended: %s", type(one.sink).__name__, error)
+            except Exception as error:
+                found = found or error
+        self._writing = []
+        if found is not None:
+            raise found
+
+
+class Live:
+    """Runs from when it is made until the source ends, the last sink is gone, or `stop`.
+
+    `StreamFlow.live` makes one; its arguments are described there. Used in a `with`, it ends with the block.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        source: str | Source | None,
+        sinks: str | Sink | Sequence[str | Sink],
+        *,
+        target_fps: float = 30.0,
+        policy: str = "newest",
+        mode: str = "auto",
+        on_error: str = "hold",
+        controls: Any = None,
+        clock: Clock | None = None,
+    ) -> None:
+        for name, value, known in (("policy", policy, POLICIES), ("mode", mode, MODES), ("on_error", on_error, ON_ERROR)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:
+            raise ValueError(f"target_fps must be pictures a second, above 0 and below 10,000, not {target_fps!r}")
+        opened = open_source(source) if isinstance(source, str) else source
+        many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
+        if not many:
+            raise ValueError("nowhere to show: give at least one sink, such as 'window' or 'record:out.mp4'")
+        outs = [open_sink(one) if isinstance(one, str) else one for one in many]
+        self._mode, self._rate, hold = mode, float(target_fps), on_error == "hold"
+        self._pictures = opened is not None
+        scene = self._scene(stream)
+        self._began, self._ended_at = time.monotonic(), None
+        self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
+        self._outbox: Outbox[Drawn] = Outbox(policy if self._pictures else "every")
+        self._feed = Feed(opened, policy, hold) if self._pictures else None
+        self._sinks = Sinks(outs, hold, controls and controls.keys)
+        self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
+        self._stopped = threading.Event()
+        self._shown: Drawn | None = None
+        self._error: BaseException | None = None
+        self._clock_thread = threading.Thread(target=self._pace, name="streamflow live clock", daemon=True)
+        self._drawing.start()
+        self._clock_thread.start()
+
+    def _scene(self, stream: Any) -> Scene:
+        return Scene(stream, self._pictures, self._mode, ModeChooser(self._rate))
+
+    # -- while it runs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether it shows, or will."""
+        return self._clock_thread.is_alive()
+
+    @property
+    def stream(self) -> Any:
+        """The stream that draws now."""
+        return self._drawing.scene.stream
+
+    @property
+    def intervals(self) -> list[float]:
+        """Seconds from one showing to the next, the last 100,000."""
+        return list(self._pacer.intervals)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Up to now, or up to the end."""
+        p, d, feed = self._pacer, self._drawing, self._feed
+        return Statistics(
+            (self._ended_at or time.monotonic()) - self._began,
+            d.mode_name,
+            *(p.shown, p.repeated, p.late, p.skipped, d.drawn),
+            *(feed.dropped if feed else 0, self._outbox.dropped, self._sinks.dropped),
+            *(feed.losses if feed else 0, d.errors, d.latency(0.5), d.latency(0.95)),
+        )
+
+    def warm(self, stream: Any) -> Scene:
+        """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
+        its ring is full, so that `switch` has a picture at the next tick. ValueError, RuntimeError: it cannot be drawn."""
+        scene = self._scene(stream)
+        picture = self._drawing.newest
+        if self._pictures and picture is None:
+            picture = Picture(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
+        if self._pictures:
+            scene.mode(picture)
+        scene.fill(picture if self._pictures else None)
+        return scene
+
+    def switch(self, scene: Scene, crossfade: float = 0.0) -> Any:
+        """Draw a warmed scene from the next tick on; returns the stream that was drawn before, once no tick of it is under
+        way. crossfade: seconds in which the last picture of the old scene fades. The output has the first scene's size.
+
+        A ring that was filled long ago still holds what entered then, so it is filled anew first, here.
+        """
+        if not 0 <= crossfade < 1e4:
+            raise ValueError(f"crossfade must be seconds, 0 or more, not {crossfade!r}")
+        before = self._drawing.scene
+        if self._pictures and self._drawing.newest is not None:
+            scene.fill(self._drawing.newest)
+        taken = self._drawing.switch(scene, crossfade)
+        while not taken.wait(0.05):
+            if not self._drawing.is_alive():
+                raise RuntimeError("it has ended, and the scene was not shown")
+        return before.stream
+
+    def stop(self) -> None:
+        """End: the tick under way, then the sinks, whose files are finished. Returns when all is closed."""
+        self._stopped.set()
+        self._drawing.stop()
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> Statistics:
+        """Until it ends (or `timeout` seconds went by); raises what ended it, if that was an error."""
+        self._clock_thread.join(timeout)
+        if self._error is not None and not self._clock_thread.is_alive():
+            error, self._error = self._error, None
+            raise error
+        return self.statistics
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    # -- the clock's thread -----------------------------------------------------------------------------------------------
+
+    def _pace(self) -> None:
+        try:
+            self._pacer.run(self._outbox.take, self._show, self._going)
+        except BaseException as error:  # raised by wait()
+            self._error = error
+        finally:
+            self._close()
+
+    def _show(self, drawn: Drawn) -> None:
+        if drawn is not self._shown:
+            self._drawing.latencies.append(time.monotonic() - drawn.entered)
+            self._shown = drawn
+        self._sinks.show(drawn.pixels)
+
+    def _going(self) -> bool:
+        if self._stopped.is_set() or self._sinks.ended:
+            return False
+        return self._drawing.is_alive() or not self._outbox.empty
+
+    def _close(self) -> None:
+        """In order: drawing, capture, sinks. The first error of all is kept."""
+        self._drawing.stop()
+        self._drawing.join(ENDING)
+        found = [self._error, self._drawing.error, self._sinks.error]
+        for part in (self._feed, self._sinks):
+            try:
+                if part is not None:
+                    part.close()
+            except Exception as error:
+                found.append(error)
+        self._ended_at = time.monotonic()
+        self._error = next((error for error in found if error is not None), None)

@@ -1,0 +1,245 @@
+"""A stream between a source and sinks: pictures in order, errors held, scenes switched, and everything closed."""
+
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from streamflow.io import Picture, SinkLost, SourceLost
+
+WAIT = 20  # seconds, after which a thread that should have gone on has not
+
+
+class Camera:
+    """Gives grey pictures as fast as they are read, up to `most`; is unplugged before those numbered in `lost`."""
+
+    def __init__(self, most=None, lost=(), error=SourceLost):
+        self.most, self.lost, self.error = most, set(lost), error
+        self.count = self.opened = self.closed = 0
+
+    def open(self):
+        self.opened += 1
+
+    def read(self):
+        if self.count in self.lost:
+            self.lost.remove(self.count)
+            raise self.error("unplugged")
+        if self.count == self.most:
+            return None
+        self.count += 1
+        time.sleep(0.005)
+        return Picture(np.full((64, 64, 3), 7 * self.count % 256, np.uint8), time.monotonic())
+
+    def close(self):
+        self.closed += 1
+
+
+class Kept:
+    """Keeps what it is given, and fails at the picture numbered `fails`."""
+
+    def __init__(self, fails=None, error=SinkLost):
+        self.pictures, self.fails, self.error, self.closed = [], fails, error, 0
+
+    def open(self):
+        pass
+
+    def write(self, picture):
+        if len(self.pictures) == self.fails:
+            raise self.error("gone")
+        self.pictures.append(picture.pixels)
+
+    def close(self):
+        self.closed += 1
+
+
+def until(condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def distinct(pictures):
+    """The pictures without repetitions."""
+    return [one for k, one in enumerate(pictures) if not k or not np.array_equal(one, pictures[k - 1])]
+
+
+@pytest.fixture
+def stream(stream_of):
+    return stream_of("sd3", [1, 2], cfg_type="none")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert not [one.name for one in threading.enumerate() if one.name.startswith(("streamflow live", "reading", "writing"))]
+
+
+def test_every_picture_is_drawn_and_shown_in_order_as_the_loop_draws_them(stream, stream_of):
+    camera, kept, other = Camera(most=6), Kept(), Kept()
+    with stream.live(camera, [kept, other], target_fps=200, policy="every", mode="sequential") as show:
+        found = show.wait()
+    twin = stream_of("sd3", [1, 2], cfg_type="none", use_denoising_batch=False)
+    from streamflow.image_utils import uint8_pixels
+
+    own = [uint8_pixels(twin(np.full((64, 64, 3), 7 * k % 256, np.uint8)))[0] for k in range(1, 7)]
+    assert all(np.array_equal(a, b) for a, b in zip(distinct(kept.pictures), own, strict=True))
+    assert found.drawn == 6 and found.dropped_in == found.dropped_out == found.errors == found.losses == 0
+    assert found.shown == len(kept.pictures) + found.dropped_by_sinks // 2 and found.shown - found.repeated == 6
+    assert found.mode == "sequential" and found.latency_p50 <= found.latency_p95
+    assert camera.closed and kept.closed == other.closed == 1 and not show.running
+
+
+@pytest.mark.parametrize("mode", ["fed", "free"])
+def test_the_ring_restyles_too_and_a_prompt_reaches_it(stream, mode):
+    kept = Kept()
+    with stream.live(Camera(), kept, target_fps=100, mode=mode) as show:
+        until(lambda: len(kept.pictures) > 3)
+        stream.update_prompt("another one")
+        drawn = show.statistics.drawn
+        until(lambda: show.statistics.drawn > drawn + 4)
+        show.stop()
+    assert show.statistics.mode == mode and len(distinct(kept.pictures)) > 3
+
+
+def test_auto_measures_the_modes_and_takes_one(stream, caplog):
+    caplog.set_level(logging.INFO, "streamflow.modes")
+    kept = Kept()
+    with stream.live(Camera(), kept, target_fps=10) as show:
+        until(lambda: kept.pictures)
+        show.stop()
+    said = [record.getMessage() for record in caplog.records if record.name == "streamflow.modes"]
+    assert said[0].startswith(f"mode {show.statistics.mode}:") and said[1].startswith("runner-up")
+
+
+def test_text_is_drawn_as_fast_as_it_is_shown_and_no_faster(stream):
+    kept = Kept()
+    with stream.live(None, kept, target_fps=100) as show:
+        until(lambda: len(kept.pictures) > 5)
+        show.stop()
+    found = show.statistics
+    assert found.dropped_out == 0 and found.drawn <= found.shown - found.repeated + 4 and found.mode == "text"
+
+
+def test_a_source_that_is_lost_holds_the_last_picture_and_comes_back(stream, caplog):
+    camera, kept = Camera(lost=[3, 4]), Kept()
+    with stream.live(camera, kept, target_fps=50, mode="fed") as show:
+        until(lambda: camera.count > 6 and len(distinct(kept.pictures)) > 2)
+        show.stop()
+    assert camera.opened == camera.closed == 3 and show.statistics.losses in (1, 2) and show.statistics.repeated
+    assert [r.levelname for r in caplog.records if "the source is lost" in r.getMessage()].count("WARNING") in (1, 2)
+
+
+def test_without_holding_the_error_is_raised_after_all_is_closed(stream):
+    camera, kept = Camera(lost=[2]), Kept()
+    with pytest.raises(SourceLost, match="unplugged"), stream.live(camera, kept, mode="fed", on_error="raise") as show:
+        show.wait()
+    assert camera.closed == 1 and kept.closed == 1
+
+
+def test_a_stream_that_raises_holds_too(stream, caplog, monkeypatch):
+    camera, kept, real, fails = Camera(), Kept(), stream.velocity, iter([False, False, True, True])
+
+    def velocity(*args, **kwargs):
+        if next(fails, False):
+            raise RuntimeError("out of luck")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stream, "velocity", velocity)
+    with stream.live(camera, kept, target_fps=50, mode="fed") as show:
+        until(lambda: show.statistics.errors == 2 and show.statistics.drawn > 4)
+        show.stop()
+    assert sum("out of luck" in record.getMessage() for record in caplog.records) == 1, "each message is logged once"
+    monkeypatch.setattr(stream, "velocity", velocity)
+    fails = iter([True])
+    with pytest.raises(RuntimeError, match="out of luck"), stream.live(camera, kept, mode="fed", on_error="raise") as show:
+        show.wait()
+
+
+def test_a_sink_that_ends_leaves_the_others_and_the_last_one_ends_all(stream):
+    first, second = Kept(fails=2), Kept(fails=6)
+    with stream.live(Camera(), [first, second], target_fps=100, mode="fed") as show:
+        found = show.wait()
+    assert len(first.pictures) == 2 and len(second.pictures) == 6 and found.shown >= 6
+    broken = Kept(fails=1, error=OSError)
+    stream.reset()
+    with pytest.raises(OSError, match="gone"), stream.live(Camera(), broken, target_fps=100, mode="fed") as show:
+        show.wait()
+
+
+def test_a_scene_is_warmed_while_the_other_plays_and_shown_at_the_next_tick(stream, stream_of):
+    kept = Kept()
+    second = stream_of("flux", [0, 1], cfg_type="none")
+    with stream.live(Camera(), kept, target_fps=50, mode="fed") as show:
+        until(lambda: kept.pictures)
+        scene = show.warm(second)
+        drawn = show.statistics.drawn
+        until(lambda: show.statistics.drawn > drawn)  # the first one goes on
+        assert show.stream is stream
+        assert show.switch(scene, crossfade=0.2) is stream and show.stream is second
+        drawn = show.statistics.drawn
+        until(lambda: show.statistics.drawn > drawn + 2)
+        with pytest.raises(ValueError, match="crossfade must be seconds"):
+            show.switch(scene, crossfade=-1)
+        show.stop()
+    with pytest.raises(RuntimeError, match="it has ended"):
+        show.switch(scene)
+
+
+def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
+    from streamflow.live import draw
+
+    now = [10.0]
+    monkeypatch.setattr(draw.time, "monotonic", lambda: now[0])
+    drawing = draw.Drawing(None, None, draw.Outbox("newest"), True)
+    drawing.last = draw.Drawn(np.full((2, 2, 3), 200, np.uint8), 0.0)
+    drawing.switch("scene", 2.0)
+    drawing._take_scene()
+    new, seen = np.full((2, 2, 3), 100, np.uint8), []
+    for now[0] in (10.0, 10.5, 11.0, 12.0, 13.0):
+        seen.append(int(drawing._faded(new)[0, 0, 0]))
+    assert seen == [200, 175, 150, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "some"}, "unknown policy 'some': choose one of newest, every"),
+        ({"mode": "fast"}, "unknown mode 'fast'"),
+        ({"on_error": "ignore"}, "unknown on_error"),
+        ({"target_fps": 0}, "target_fps must be pictures a second, above 0"),
+        ({"target_fps": float("nan")}, "target_fps must be"),
+        ({"sinks": []}, "nowhere to show"),
+        ({"source": "nothing:1"}, "unknown source 'nothing:1'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_begins(stream, changes, message):
+    arguments = {"source": None, "sinks": "null", **changes}
+    with pytest.raises(ValueError, match=message):
+        stream.live(arguments.pop("source"), arguments.pop("sinks"), **arguments)
+
+
+def test_groups_of_frames_and_streams_that_are_not_prepared_are_refused(stream_of, pipes):
+    from streamflow import StreamFlow
+
+    with pytest.raises(ValueError, match="frame_buffer_size=2"):
+        stream_of("sd3", [1, 2], frame_buffer_size=2).live(None, "null")
+    with pytest.raises(RuntimeError, match="prepare"):
+        StreamFlow(pipes("sd3"), [1], cfg_type="none").live(None, "null")
+
+
+def test_ring_and_loop_change_places_between_frames_only(stream, stream_of, picture):
+    ring = stream(picture(1))
+    stream(picture(2))
+    with pytest.raises(RuntimeError, match="1 frames are in flight: flush"):
+        stream.set_denoising_batch(False)
+    stream.reset()
+    stream.set_denoising_batch(False)
+    loop = stream(picture(1))
+    assert stream.batch_size == stream_of("sd3", [1, 2], cfg_type="none", use_denoising_batch=False).batch_size
+    assert float((ring - loop).abs().max()) < 1e-4
+    with pytest.raises(TypeError, match="True or False"):
+        stream.set_denoising_batch(1)

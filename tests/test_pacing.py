@@ -1,0 +1,82 @@
+"""Even intervals, by a clock that takes no time."""
+
+import threading
+
+import pytest
+
+from streamflow.modes import SimulatedClock
+from streamflow.pacing import Outbox, Pacer
+
+
+def played(arrivals, period=1.0, slots=10, takes=0.0):
+    """Run a pacer whose pictures arrive at these times: [(time, picture) shown]. takes: seconds of each showing."""
+    clock, shown, waiting = SimulatedClock(), [], sorted(arrivals)
+
+    def take():
+        there = [name for at, name in waiting if at <= clock.now() + 1e-9]
+        del waiting[: len(there)]
+        return there[-1] if there else None
+
+    def show(picture):
+        shown.append((clock.now(), picture))
+        clock.advance(takes(len(shown)) if callable(takes) else takes)
+
+    pacer = Pacer(period, clock)
+    pacer.run(take, show, lambda: len(shown) < slots)
+    return pacer, shown
+
+
+def test_pictures_are_shown_at_exact_multiples_whatever_their_arrival():
+    pacer, shown = played([(0.4 + 0.77 * k, k) for k in range(40)], period=0.8, slots=25, takes=0.3)
+    start = shown[0][0]
+    assert [at for at, _ in shown] == pytest.approx([start + 0.8 * k for k in range(25)])
+    assert (pacer.shown, pacer.repeated, pacer.late, pacer.skipped) == (25, 0, 0, 0)
+    assert len(pacer.intervals) == 24 and list(pacer.intervals) == pytest.approx([0.8] * 24)
+
+
+def test_what_is_late_is_shown_when_it_is_there_and_the_last_one_again_until_then():
+    pacer, shown = played([(0, "a"), (1, "b"), (3.5, "c"), (5, "d")], slots=8)
+    assert [picture for _, picture in shown] == ["a", "b", "b", "b", "c", "d", "d", "d"]
+    assert (pacer.shown, pacer.repeated, pacer.late) == (8, 4, 1)
+    assert pacer.shown - pacer.repeated == len({picture for _, picture in shown})
+
+
+def test_multiples_that_went_by_are_left_out_and_the_clock_stays_in_step():
+    """The third showing takes 3.4 periods; those at 3 and 4 are gone, 5 comes late, and 6 is in time again."""
+    pacer, shown = played([(k, k) for k in range(20)], slots=7, takes=lambda n: 3.4 if n == 3 else 0.1)
+    assert [at for at, _ in shown] == pytest.approx([0, 1, 2, 5.4, 6, 7, 8])
+    assert pacer.skipped == 2 and pacer.shown == 7
+
+
+@pytest.mark.parametrize("period", [0, -1, float("inf"), float("nan")])
+def test_a_period_is_a_positive_time(period):
+    with pytest.raises(ValueError, match="positive number of seconds"):
+        Pacer(period, SimulatedClock())
+
+
+def test_an_outbox_of_the_newest_keeps_one_and_counts_the_others():
+    box = Outbox("newest")
+    for k in range(4):
+        box.put(k)
+    assert (box.take(), box.take(), box.dropped) == (3, None, 3) and box.empty
+
+
+def test_an_outbox_of_every_picture_keeps_order_and_makes_who_puts_wait():
+    box, put = Outbox("every", depth=2), []
+
+    def fill():
+        for k in range(5):
+            box.put(k)
+            put.append(k)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    taken = []
+    while len(taken) < 3:
+        taken += [one for one in [box.take()] if one is not None]
+    assert taken == [0, 1, 2]
+    box.close()
+    thread.join(5)
+    assert not thread.is_alive() and put == [0, 1, 2, 3, 4] and box.dropped == 0
+    with pytest.raises(ValueError, match="unknown policy 'some'"):
+        Outbox("some")
