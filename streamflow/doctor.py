@@ -5,12 +5,13 @@ other heavy package, and works where some of them are missing or broken.
 """
 
 import argparse
+import json
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -237,7 +238,8 @@ def main(argv: Sequence[str] = ()) -> int:
         description="Prints versions, devices, accelerations, and the command for whatever is missing.",
         epilog="example: streamflow doctor",
     )
-    parser.parse_args(list(argv))
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    arguments = parser.parse_args(list(argv))
     report = examine()
-    print(render(report))
+    print(json.dumps({**asdict(report), "can_run": not report.problems}) if arguments.json else render(report))
     return 1 if report.problems else 0

@@ -236,8 +236,12 @@ def test_list_and_clear(entry, capsys):
     assert command("list", "--engine-dir", directory) == 0
     out = capsys.readouterr().out
     assert "2 engines" in out and out.count("DAMAGED") == 1 and "Tiny" in out
+    assert command("list", "--json", "--engine-dir", directory) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    assert sorted(one["module"] for one in engines) == ["Tiny", "Tiny"] and sum(bool(one["damaged"]) for one in engines) == 1
     assert command("clear", "--engine-dir", directory) == 0 and "deleted 2 engines" in capsys.readouterr().out
     assert list_engines(entry.directory) == [] and mine.exists()
+    assert command("clear", "--json", "--engine-dir", directory) == 0 and json.loads(capsys.readouterr().out)["deleted"] == 0
 
 
 def test_clear_leaves_an_engine_that_is_being_built(entry):

@@ -1,6 +1,7 @@
 """The names, versions and files of the distribution, the doctor, and what no file of the repository may say."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -228,6 +229,17 @@ def test_doctor_finds_this_environment_well():
     assert text.endswith("StreamFlow can run.")
     for line in report.accelerations:
         assert line.command is not None or line.state.startswith(("available", "installed", "needs", "not on"))
+
+
+def test_doctor_tells_it_as_json(capsys):
+    assert doctor.main(["--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (
+        told["can_run"]
+        and told["problems"] == []
+        and {"label": "torch", "state": metadata.version("torch")}.items()
+        <= next(one for one in told["versions"] if one["label"] == "torch").items()
+    )
 
 
 def test_doctor_tells_the_other_streamflow_and_what_is_missing(monkeypatch):

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -450,18 +452,28 @@ def test_viewers_share_the_model_fairly_and_the_newest_picture_wins():
 
 
 @pytest.mark.slow
-def test_sigterm_drains_within_ten_seconds():
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, to make a certificate")
+def test_sigterm_drains_within_ten_seconds_and_tls_is_served(tmp_path):
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
+    subprocess.run(made, check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=certificate)
     command = "import sys; from streamflow.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["serve", "--port", "0", "--json", "--num-inference-steps", "1", "--server.max-viewers", "1"]
+    arguments += ["--server.tls-certificate", certificate, "--server.tls-key", key]
     with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = json.loads(process.stdout.readline())["url"]
-            deadline = time.monotonic() + 120
-            while httpx.get(f"{url}/health/ready").status_code != 200:
-                assert httpx.get(f"{url}/health/live").status_code == 200 and time.monotonic() < deadline
-                time.sleep(0.2)
-            ticket = httpx.post(f"{url}/session").json()["ticket"]
-            with connect(url.replace("http", "ws") + "/stream", subprotocols=["streamflow", ticket]) as ws:
+            with httpx.Client(base_url=url, verify=trusted) as client:
+                deadline = time.monotonic() + 120
+                while client.get("/health/ready").status_code != 200:
+                    assert client.get("/health/live").status_code == 200 and time.monotonic() < deadline
+                    time.sleep(0.2)
+                ticket = client.post("/session").json()["ticket"]
+            assert url.startswith("https://")
+            address = url.replace("https", "wss") + "/stream"
+            with connect(address, subprotocols=["streamflow", ticket], ssl=trusted) as ws:
                 drawn(ws, 2)
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(10) == 0

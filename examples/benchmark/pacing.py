@@ -2,9 +2,12 @@
 
     python examples/benchmark/pacing.py --minutes 5 --output static/benchmarks/pacing-cpu.json
 
+    python examples/benchmark/pacing.py --switch --minutes 1 --output static/benchmarks/switch-cpu.json
+
 First the stream draws as fast as it can for a while, which gives its capacity; then it plays live, from a source that moves,
 at half that rate (`StreamFlow.live`, policy "newest"), and every interval from one showing to the next is kept. A figure of
-the intervals goes beside the JSON, which is the last line too.
+the intervals goes beside the JSON, which is the last line too. With --switch a second scene is loaded and warmed at a third
+of the time and shown at two thirds, and what counts are the intervals from one new picture to the next, around the switch.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from streamflow.config import Settings
 from streamflow.io import Picture
 from streamflow.modes import percentile
 from streamflow.scenes import aside, open_scene
+from streamflow.wrapper import StreamFlowWrapper
 
 WITHIN = 0.2  # of the period
 
@@ -47,6 +52,25 @@ class Moving:
         left = int((self.width - side) * abs((self.count / 90) % 2 - 1))
         pixels[side // 2 : side // 2 + side, left : left + side] = (220, 40, 30)
         return Picture(pixels, time.monotonic())
+
+    def close(self) -> None:
+        pass
+
+
+class News:
+    """A sink that notes when a picture came that was not the last one again."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._last: Any = None
+
+    def open(self) -> None:
+        pass
+
+    def write(self, picture: Picture) -> None:
+        if picture.pixels is not self._last:
+            self.times.append(picture.time)
+        self._last = picture.pixels
 
     def close(self) -> None:
         pass
@@ -81,6 +105,36 @@ def play(stream: Any, rate: float, seconds: float) -> dict[str, Any]:
     }
 
 
+def switch(wrapper: StreamFlowWrapper, settings: Settings, rate: float, seconds: float) -> dict[str, Any]:
+    """So many seconds live with another scene in the middle; the longest waits for a new picture, in periods."""
+    stream, news = wrapper.stream, News()
+    with stream.live(Moving(stream.width, stream.height), news, target_fps=rate, mode="fed") as show:
+        show.wait(seconds / 3)
+        began = time.monotonic()
+        with open_scene(settings) as second:
+            scene = aside(show.warm, second.stream)
+            warmed = time.monotonic()
+            show.wait(max(0.0, began + seconds / 3 - warmed))
+            asked = time.monotonic()
+            aside(show.switch, scene)
+            shown = time.monotonic()
+            show.wait(seconds / 3)
+            show.stop()
+    waits = [(b, (b - a) * rate) for a, b in pairwise(news.times)]
+    period = 1 / rate
+    return {
+        "loaded_and_warm_after_s": warmed - began,
+        "switched_after_s": shown - asked,
+        "longest_wait_periods": {
+            "before": max(wait for at, wait in waits if at < began),
+            "while_it_was_loaded_and_warmed": max(wait for at, wait in waits if began <= at < warmed + period),
+            "at_the_switch": max(wait for at, wait in waits if asked <= at < shown + 3 * period),
+            "after": max(wait for at, wait in waits if at >= shown + 3 * period),
+        },
+        "statistics": vars(show.statistics),
+    }
+
+
 QUANTILES = {"least": 0.0, "p1": 0.01, "median": 0.5, "p99": 0.99, "most": 1.0}
 
 
@@ -104,9 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=above(0), default=5.0, help="default 5")
     p.add_argument("--share", type=above(0), default=0.5, help="of the capacity that is asked for (default 0.5)")
+    p.add_argument("--switch", action="store_true", help="measure the change of a scene instead")
     p.add_argument("--output", type=Path, help="write the JSON here, and a figure beside it")
     a = p.parse_args(argv)
     settings = Settings(mode="img2img", t_index_list=(1, 2, 3), warmup=2, device="cpu")
+    other = settings.model_copy(update={"prompt": "a fox, 3d render"})
     with open_scene(settings) as wrapper:
         found = aside(capacity, wrapper.stream, 10)
         rate = a.share * found
@@ -117,13 +173,14 @@ def main(argv: list[str] | None = None) -> int:
                 "capacity_per_s": found,
                 "rate_per_s": rate,
                 "period_ms": 1e3 / rate,
-                **play(wrapper.stream, rate, 60 * a.minutes),
+                **(switch(wrapper, other, rate, 60 * a.minutes) if a.switch else play(wrapper.stream, rate, 60 * a.minutes)),
             }
         )
     if a.output:
         a.output.parent.mkdir(parents=True, exist_ok=True)
         a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draw(result, a.output.with_suffix(".png"))
+        if not a.switch:
+            draw(result, a.output.with_suffix(".png"))
     print(json.dumps({name: value for name, value in result.items() if name != "each_ms"}, allow_nan=False))
     return 0
 

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = report.write(result, settings.output, subject.settings.name)
     if settings.plot:
         paths += plot.draw(result, settings.output, subject.settings.name)
-    print(report.table(result), "", *(f"saved {path}" for path in paths), sep="\n")
+    if not settings.json:
+        print(report.table(result), "", *(f"saved {path}" for path in paths), sep="\n")
     print(json.dumps(result, allow_nan=False))
     return 1 if report.failures(result) else 0
 

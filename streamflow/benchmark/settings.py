@@ -30,7 +30,7 @@ class Settings:
     taken. round_seconds: how long a round may last, so that slow ways take fewer ticks. warmup: ticks before the first
     round. variants None: all that there are. compile None: on CUDA. sweep: by the names of `SWEEPS`, values that one
     setting takes while the others stay; sweep_vae: "own" or "tiny". latency: modes are measured too (`latency`), each
-    for `latency_seconds`."""
+    for `latency_seconds`. json: the table is not printed."""
 
     model: str = "embedded"
     random_weights: bool = False
@@ -50,6 +50,7 @@ class Settings:
     frame_buffer_size: int = 1
     output: Path = Path("outputs/benchmark")
     plot: bool = True
+    json: bool = False
     compile: bool | None = None
     sweep: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     sweep_vae: str = "own"
@@ -139,6 +140,7 @@ def parser(variants: Sequence[str]) -> Parser:
     p.add_argument("--latency-seconds", type=above(0), default=2.0, help="how long each mode is measured (default 2)")
     p.add_argument("--no-plot", dest="plot", action="store_false", help="table and JSON only")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    p.add_argument("--json", action="store_true", help="print the line of JSON and no table")
     return p
 
 

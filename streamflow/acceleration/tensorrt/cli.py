@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from streamflow.acceleration.tensorrt.cache import DamagedEngine, Entry, clear_engines, list_engines
 from streamflow.acceleration.tensorrt.options import default_engine_dir
@@ -19,36 +21,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=ACTIONS, help="list them, or delete them")
     parser.add_argument("--engine-dir", type=Path, default=default_engine_dir(), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args(argv)
-    return ACTIONS[arguments.action](arguments.engine_dir)
+    return ACTIONS[arguments.action](arguments.engine_dir, arguments.json)
 
 
-def show(directory: Path) -> int:
+def show(directory: Path, as_json: bool) -> int:
     """One engine a line."""
-    entries = list_engines(directory)
-    for entry in entries:
-        print(line(entry))
-    print(f"{len(entries)} engines in {directory}")
+    engines = [told(entry) for entry in list_engines(directory)]
+    if as_json:
+        print(json.dumps({"directory": str(directory), "engines": engines}))
+        return 0
+    for one in engines:
+        print(line(one))
+    print(f"{len(engines)} engines in {directory}")
     return 0
 
 
-def line(entry: Entry) -> str:
-    """What an engine is, or what is wrong with it. Sizes are compared, contents are not read."""
+def told(entry: Entry) -> dict[str, Any]:
+    """What an engine is; `damaged` says what is wrong with it. Sizes are compared, contents are not read."""
+    known: dict[str, Any] = {"key": entry.stem, "damaged": None}
     try:
-        record = entry.read_record()
-        size = entry.engine.stat().st_size
+        record, size = entry.read_record(), entry.engine.stat().st_size
         facts = record["facts"]
-        state = "" if size == record["bytes"] else f"  DAMAGED: {size} bytes, not {record['bytes']}; it will be built anew"
-        gpu = facts["gpu"]["name"]
-        told = f"{facts['class']}  {gpu}  {facts['tensorrt']}  {size / 1e6:.1f} MB  {record['built']}"
+        known |= {"module": facts["class"], "gpu": facts["gpu"]["name"], "tensorrt": facts["tensorrt"]}
+        known |= {"bytes": size, "built": record["built"]}
+        if size != record["bytes"]:
+            known["damaged"] = f"{size} bytes, not {record['bytes']}"
     except (DamagedEngine, OSError, KeyError, TypeError) as error:
-        return f"{entry.stem[:24]}  DAMAGED: {error}; it will be built anew"
-    return f"{entry.stem[:24]}  {told}{state}"
+        known["damaged"] = str(error)
+    return known
 
 
-def clear(directory: Path) -> int:
+def line(engine: dict[str, Any]) -> str:
+    """The same in a line."""
+    parts = [engine["key"][:24]]
+    if "built" in engine:
+        parts += [engine["module"], engine["gpu"], engine["tensorrt"], f"{engine['bytes'] / 1e6:.1f} MB", engine["built"]]
+    if engine["damaged"]:
+        parts.append(f"DAMAGED: {engine['damaged']}; it will be built anew")
+    return "  ".join(parts)
+
+
+def clear(directory: Path, as_json: bool) -> int:
     """Delete them all; 1 where a process is building some just now."""
     count, freed, busy = clear_engines(directory)
+    if as_json:
+        print(json.dumps({"directory": str(directory), "deleted": count, "bytes": freed, "being_built": busy}))
+        return 1 if busy else 0
     print(f"deleted {count} engines, {freed / 1e6:.1f} MB, of {directory}")
     for stem in busy:
         print(f"left {stem}: a process is building it")
