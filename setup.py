@@ -59,7 +59,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         *("pytest>=8,<10", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "scipy>=1.14,<2"),
         *("nbclient>=0.10,<1", "ipykernel>=6.29,<8"),
-        *("httpx>=0.28,<1", "playwright>=1.50,<2"),
+        *("httpx>=0.28,<1", "playwright>=1.50,<2", "pyright[nodejs]>=1.1.400,<2"),
     ],
 }
 
@@ -87,7 +87,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["streamflow", "streamflow.*"]),
-    package_data={"streamflow": ["pretrained/emoji/**", "server/*.html", "server/*.css", "server/*.js"]},
+    package_data={"streamflow": ["py.typed", "pretrained/emoji/**", "server/*.html", "server/*.css", "server/*.js"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["streamflow = streamflow.cli:main"]},

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from streamdiffusion import StreamDiffusion
@@ -537,7 +537,7 @@ class StreamFlow(
         self._engine = self._state = self._change = self._regions = self._on_step = None
         self._closed = True
 
-    def __enter__(self) -> StreamFlow:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

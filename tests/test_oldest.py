@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_packaging import setup_lists
+from test_packaging import linked, setup_lists
 
 from streamflow.requirements_check import DIFFUSERS_MINIMUM
 
@@ -43,16 +42,6 @@ def test_the_oldest_pins_are_the_floor_of_the_ranges():
         assert PINS[name].startswith(lower), f"setup.py allows {name} {lower}, and {PINS[name]} is the oldest that is tested"
 
 
-def linked(folder: Path) -> Path:
-    """This environment's packages but the hidden ones, as links."""
-    folder.mkdir()
-    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(place).iterdir():
-            if canonicalize_name(entry.name.split("-")[0].removesuffix(".py")) not in HIDDEN:
-                (folder / entry.name).symlink_to(entry)
-    return folder
-
-
 def python(folders, *arguments, timeout):
     """Python with nothing but these folders (`-S`: no site-packages)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
@@ -70,7 +59,7 @@ def test_the_core_tests_pass_on_the_oldest_versions(tmp_path):
     if made.returncode and (why := re.search(UNREACHABLE, made.stderr)):
         pytest.skip(f"needs a package index: pip says {why.group()}")
     assert made.returncode == 0, made.stderr
-    folders = (overlay, linked(tmp_path / "others"), ROOT)
+    folders = (overlay, linked(tmp_path / "others", HIDDEN), ROOT)
 
     asked = f"from importlib.metadata import version; print(*[version(name) for name in {list(PINS)}])"
     assert python(folders, "-c", asked, timeout=60).stdout.split() == list(PINS.values())

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import types
 import zipfile
 from importlib import metadata
@@ -279,14 +281,17 @@ def test_the_console_script_is_there():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_model_and_is_small_enough(tmp_path):
+def test_the_wheel_of_the_sdist_holds_the_model_and_runs_the_demo_elsewhere(tmp_path):
     source = tmp_path / "source"  # a copy, so that building leaves nothing here
     for path in tracked():
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("streamflow_rf-*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", str(sdist), "--no-deps", "--wheel-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("streamflow_rf-*.whl")
     assert wheel.stat().st_size <= 90e6
     packed = set(zipfile.ZipFile(wheel).namelist())
@@ -294,6 +299,28 @@ def test_the_wheel_holds_the_model_and_is_small_enough(tmp_path):
     assert any("pretrained/emoji/" in name and name.endswith(".safetensors") for name in wanted)
     assert wanted <= packed
     assert not any(name.startswith(("tests/", "examples/", "env/")) for name in packed)
+
+    installed, others = tmp_path / "installed", tmp_path / "others"
+    subprocess.run([*PIP_TARGET, str(installed), str(wheel)], cwd=tmp_path, check=True, capture_output=True)
+    linked(others, {"streamflow-rf"})
+    (tmp_path / "demo.py").write_bytes((ROOT / "test_demo_gen.py").read_bytes())
+    drawn = ["demo.py", "--steps", "2", "--frames", "4", "--output", "sheet.png"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (installed, others)))}
+    run = subprocess.run([sys.executable, "-S", *drawn], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and json.loads(run.stdout.splitlines()[-1]) and (tmp_path / "sheet.png").is_file(), run.stderr
+
+
+PIP_TARGET = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target")
+
+
+def linked(folder: Path, hidden: set[str]) -> Path:
+    """This environment's packages but the hidden ones, as links."""
+    folder.mkdir()
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            if canonicalize_name(entry.name.split("-")[0].removesuffix(".py")) not in hidden:
+                (folder / entry.name).symlink_to(entry)
+    return folder
 
 
 @pytest.mark.slow

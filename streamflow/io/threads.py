@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from typing import Self
 
 from streamflow.io.picture import Picture, Sink, Source
 
@@ -27,7 +28,7 @@ class _Threaded:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def __enter__(self) -> _Threaded:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

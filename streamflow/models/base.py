@@ -188,7 +188,9 @@ class FlowAdapter:
 
     # -- what the pipeline would do ------------------------------------------------------------------------------------
 
-    def read(self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool):
+    def read(
+        self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool
+    ) -> tuple[Schedule, Prompt]:
         """(Schedule, Prompt) for the pipeline's own call with these arguments. `guided`: with a negative prompt's cond.
 
         Raises what the pipeline raises about its arguments; NotImplementedError for one that reaches the network and

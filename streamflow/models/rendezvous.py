@@ -191,7 +191,9 @@ class Rendezvous(FlowAdapter):
     def start_index(self, schedule: Schedule, strength: float) -> int:
         self.check_offers("images")
 
-    def read(self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool):
+    def read(
+        self, arguments: Mapping[str, Any], steps: int, height: int, width: int, guided: bool
+    ) -> tuple[Schedule, Prompt]:
         """(Schedule, Prompt). The pipeline is run up to its first step, so that what it refuses is refused here."""
         arguments = dict(arguments)
         if guided:

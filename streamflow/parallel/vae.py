@@ -245,19 +245,19 @@ class ShardedVAE(nn.Module):
         _on_all(self.replicas, "requires_grad_", requires_grad)
         return self
 
-    def named_parameters(self, *args: Any, **kwargs: Any):
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """The first copy's."""
         return self.replicas[0].named_parameters(*args, **kwargs)
 
-    def named_buffers(self, *args: Any, **kwargs: Any):
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
         """The first copy's."""
         return self.replicas[0].named_buffers(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The first copy's."""
         return self.replicas[0].state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Into every copy."""
         return _on_all(self.replicas, "load_state_dict", *args, **kwargs)
 

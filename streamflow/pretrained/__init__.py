@@ -40,7 +40,7 @@ class Absent:
     """
 
     @classmethod
-    def from_pretrained(cls, *_, **__) -> None:
+    def from_pretrained(cls, *_: object, **__: object) -> None:
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from streamflow.server.settings import Server
@@ -99,7 +100,7 @@ class Guard:
     def __init__(self, app: Callable, gate: Gate):
         self._app, self._gate = app, gate
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> Any:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         try:

@@ -1,0 +1,76 @@
+"""Every public call once, as a person with a type checker writes it. Never run: pyright reads it (test_typing.py)."""
+
+from pathlib import Path
+from typing import assert_type
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from streamflow import StreamFlow, StreamFlowWrapper, config, models
+from streamflow.config import Settings
+from streamflow.control import open_control
+from streamflow.frames import Frame, Input
+from streamflow.image_utils import postprocess_image
+from streamflow.io import Picture, Reading, Sink, Source, Writing, open_sink, open_source
+from streamflow.live.show import Live, Statistics
+from streamflow.parallel import ShardedVAE, decode, shard_denoiser, shard_vae
+from streamflow.scenes import open_scene
+
+
+def streaming(picture: Image.Image, mask: Image.Image) -> None:
+    pipe = models.load("embedded", device="cpu", dtype=torch.float32)
+    with StreamFlow(pipe, [0, 1], cfg_type="self", frame_buffer_size=1) as stream:
+        stream.prepare("a fox", "blur", num_inference_steps=4, guidance_scale=2.0, seed=3)
+        assert_type(stream(picture), Tensor)
+        assert_type(stream.txt2img(), Tensor)
+        assert_type(stream.update_prompt([("a cat", 0.6), ("a dog", 0.4)], scope="frame"), int)
+        assert_type(stream.update(seed=7, t_index_list=[0, 2]), int)
+        for frame in stream.frames([picture, None, Input(picture, mask=mask)]):
+            assert_type(frame, Frame)
+            assert_type(frame.id, int)
+            postprocess_image(frame.wait().image[None], "pil")
+        assert_type(stream.flush(), list[Tensor])
+        stream.inpaint(picture, mask)
+        stream.enable_similar_image_filter(0.98, 10)
+        stream.accelerate("compile")
+        stream.load_lora(Path("a.safetensors"), "style")
+        stream.set_adapters({"style": 0.7})
+        stream.vae = shard_vae(stream.vae, devices=["cpu", "cpu"])
+        shard_denoiser(stream, devices="all")
+        stream.load_state_dict(stream.state_dict())
+        stream.reset()
+
+
+def wrapping(image: Image.Image) -> None:
+    with StreamFlowWrapper("embedded", [0, 1], mode="img2img", output_type="pil", warmup=0) as wrapper:
+        wrapper.prepare("a fox", num_inference_steps=4)
+        wrapper(image)
+        assert_type(wrapper.update(prompt="a cat"), int)
+        assert_type(wrapper.stream, StreamFlow)
+
+
+def live(settings: Settings, source: Source, sink: Sink) -> Statistics:
+    with open_scene(settings) as wrapper, open_control(settings.control, wrapper.stream.update) as controls:
+        with wrapper.stream.live(source, [sink, "null"], target_fps=24, controls=controls) as show:
+            assert_type(show, Live)
+            return show.wait(1.0)
+
+
+def pictures() -> None:
+    with Reading(open_source("camera:0")) as reading, Writing(open_sink("record:out.mp4")) as writing:
+        picture = reading.read()
+        if picture is not None:
+            writing.write(Picture(np.ascontiguousarray(picture.pixels[::-1]), picture.time))
+
+
+def settings_of(path: Path) -> Settings:
+    settings = config.load(path)
+    config.save(settings, path)
+    return config.parse({"prompt": "a fox", "live": {"target_fps": 24}})
+
+
+def decoding(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    assert_type(shard_vae(vae, "all"), ShardedVAE)
+    return decode(vae, latents, ["cpu"], tile="auto")
