@@ -62,10 +62,12 @@ class StreamDiffusionAttributes:
 
     @property
     def c_skip(self) -> Any:
+        """Raises AttributeError, with the reason."""
         raise AttributeError("c_skip belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
 
     @property
     def c_out(self) -> Any:
+        """As `c_skip`."""
         raise AttributeError("c_out belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
 
     @property

@@ -111,9 +111,13 @@ class Anchors:
 class Lines(Protocol):
     """Where the first rows' answers of the network lead, and which answers lead to given images (`streamflow.ring.Rows`)."""
 
-    def x0(self, x: Tensor, v: Tensor) -> Tensor: ...
+    def x0(self, x: Tensor, v: Tensor) -> Tensor:
+        """The image that these answers head for."""
+        ...
 
-    def toward(self, x: Tensor, x0: Tensor) -> Tensor: ...
+    def toward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The answers that head for this image."""
+        ...
 
 
 def combine(

@@ -81,9 +81,11 @@ class Pasted:
     paste: Paste
 
     def done(self) -> bool:
+        """Whether the picture is there."""
         return self.decoding.done()
 
     def result(self) -> Tensor:
+        """The picture, once it is there."""
         return self.paste(self.decoding.result())
 
 

@@ -20,7 +20,9 @@ MEASURED_FOR = 2.0  # seconds, of all modes together
 class Clock(Protocol):
     """Seconds from any origin."""
 
-    def now(self) -> float: ...
+    def now(self) -> float:
+        """Where it stands."""
+        ...
 
     def sleep_until(self, t: float) -> None:
         """Return when `now()` is t or later."""
@@ -30,9 +32,11 @@ class RealClock:
     """The machine's own."""
 
     def now(self) -> float:
+        """`time.perf_counter()`."""
         return time.perf_counter()
 
     def sleep_until(self, t: float) -> None:
+        """Sleep until then, or not at all."""
         while (left := t - time.perf_counter()) > 0:
             time.sleep(left)
 
@@ -44,12 +48,15 @@ class SimulatedClock:
         self._now = 0.0
 
     def now(self) -> float:
+        """Where it stands."""
         return self._now
 
     def sleep_until(self, t: float) -> None:
+        """Go forward to then."""
         self._now = max(self._now, t)
 
     def advance(self, seconds: float) -> None:
+        """Go forward by so many seconds."""
         self._now += seconds
 
 

@@ -82,6 +82,7 @@ class Trace:
 
     @property
     def done(self) -> bool:
+        """Whether all frames that were asked for are there."""
         return len(self.frames) == self.count
 
     def add(self, step: Step) -> None:

@@ -55,6 +55,7 @@ class Outbox(Generic[T]):
 
     @property
     def empty(self) -> bool:
+        """Whether nothing waits."""
         return not self._queue
 
     def close(self) -> None:

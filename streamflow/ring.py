@@ -169,6 +169,7 @@ class Ring:
 
     @property
     def empty(self) -> bool:
+        """Whether no frame is in flight."""
         return not any(self._waiting)
 
     @property

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -125,6 +130,28 @@ def test_there_are_no_cycles():
 def test_only_its_owner_imports_a_heavy_package(package):
     users = {m for m, tree in MODULES.items() if any(name.split(".")[0] == package for name, _ in imports(tree))}
     assert {m for m in users if not matches(m, OWNERS[package])} == set()
+
+
+def test_every_public_name_says_what_it_is():
+    """Modules, classes, functions and methods; what overrides inherits its docstring. Fields are told in their class's."""
+    silent = []
+    for name in (name for name in MODULES if not name.endswith("__main__")):
+        module = importlib.import_module(f"streamflow.{name}".rstrip("."))
+        found = {"": module, **{key: one for key, one in vars(module).items() if of(one, module)}}
+        for one in list(found.values())[1:]:
+            if inspect.isclass(one):
+                told = {field.name for field in dataclasses.fields(one)} if dataclasses.is_dataclass(one) else ()
+                methods = {key for key, it in vars(one).items() if isinstance(it, METHODS) and key not in told}
+                found |= {f"{one.__name__}.{key}": getattr(one, key) for key in methods}
+        silent += [f"{name}.{key}" for key, it in found.items() if not re.search(r"(^|\.)_", key) and not inspect.getdoc(it)]
+    assert silent == []
+
+
+METHODS = (types.FunctionType, property, staticmethod, classmethod)
+
+
+def of(one, module):
+    return (inspect.isclass(one) or inspect.isfunction(one)) and one.__module__ == module.__name__
 
 
 def test_families_are_named_by_string_and_imported_on_use():

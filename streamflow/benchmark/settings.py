@@ -59,10 +59,12 @@ class Settings:
 
     @property
     def torch_device(self) -> torch.device:
+        """The device as torch names it."""
         return torch.device(self.device)
 
     @property
     def cuda(self) -> bool:
+        """Whether it is a CUDA device."""
         return self.torch_device.type == "cuda"
 
     @property

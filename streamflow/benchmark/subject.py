@@ -36,6 +36,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
+        """Where it draws."""
         return self.pipe.device
 
     def under(self, settings: Settings) -> Subject:
@@ -44,6 +45,7 @@ class Subject:
 
     @property
     def guided(self) -> bool:
+        """Whether every row has a guidance twin."""
         return self.settings.cfg_type == "full"
 
     @property

@@ -96,4 +96,5 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Median, least and most of these."""
         return cls(median(values), min(values), max(values))

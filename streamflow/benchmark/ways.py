@@ -144,18 +144,22 @@ def best(subject: Subject) -> str:
 
 
 def no_graphs(s: Settings) -> str | None:
+    """Why there are no CUDA graphs here."""
     return None if s.cuda else "CUDA graphs need a CUDA device"
 
 
 def no_compile(s: Settings) -> str | None:
+    """Why nothing is compiled here."""
     return None if s.compiles else "torch.compile was not asked for: --compile"
 
 
 def nothing_faster(s: Settings) -> str | None:
+    """Why there is neither."""
     return no_compile(s) if s.kind == "none" else None
 
 
 def no_tensorrt(s: Settings) -> str | None:
+    """Why there is no TensorRT here."""
     from importlib.util import find_spec
 
     if not s.cuda:
@@ -170,6 +174,7 @@ def no_tensorrt(s: Settings) -> str | None:
 
 
 def one_device(s: Settings) -> str | None:
+    """Why nothing can be spread."""
     found = torch.cuda.device_count() if s.cuda else 0
     return None if found > 1 else f"there are {found} GPUs, and sharded decoding takes two or more"
 

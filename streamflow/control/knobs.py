@@ -39,6 +39,7 @@ class Knobs:
 
     @property
     def mappings(self) -> tuple[Mapping, ...]:
+        """As they stand, with what was added."""
         with self._lock:
             return tuple(self._mappings.values())
 

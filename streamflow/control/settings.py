@@ -99,10 +99,12 @@ class Mapping(Section):
 
     @property
     def takes(self) -> Takes:
+        """What the field takes."""
         return FIELDS.get(self.field, Takes("number", 0))
 
     @property
     def kind(self) -> Literal["number", "integer", "text"]:
+        """Of the field's values."""
         return self.takes.kind
 
     @property

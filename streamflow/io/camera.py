@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, SourceLost, need
+from streamflow.io.picture import Picture, Source, SourceLost, need
 
 
-class CameraSource:
+class CameraSource(Source):
     """A camera by number (0 is the first) or by path, such as /dev/video2. width, height, rate: what to ask it for; it
     gives the nearest that it has.
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, need
+from streamflow.io.picture import Picture, Source, need
 
 
-class FileSource:
+class FileSource(Source):
     """The pictures of a video file, upright, with their times in `pts`.
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)

@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from streamflow.io.picture import Picture, check_rate
+from streamflow.io.picture import Picture, Sink, Source, check_rate
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-class FolderSource:
+class FolderSource(Source):
     """The pictures of a folder in the order of their names (2 before 10), or one picture.
 
     path: the folder or file. rate: frames a second, from which `pts` follows. loop: begin again at the end.
@@ -52,7 +52,7 @@ class FolderSource:
         self._paths = None
 
 
-class FolderSink:
+class FolderSink(Sink):
     """Writes frame_000000.png and on, after what is there already. suffix: the format, one that PIL writes."""
 
     def __init__(self, path: str | Path, suffix: str = ".png") -> None:

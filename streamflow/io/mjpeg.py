@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from streamflow.io.picture import Picture, SourceLost
+from streamflow.io.picture import Picture, Source, SourceLost
 
 LARGEST = 16 * 2**20  # bytes of one JPEG
 MOST_PIXELS = 4096 * 4096
 LINES = 32  # of a part's head
 
 
-class MjpegSource:
+class MjpegSource(Source):
     """A multipart stream of JPEGs at an http or https address. timeout: seconds without an answer.
 
     Raises SourceLost where nobody answers, the stream ends or what comes is no JPEG within 16 MiB and 4096x4096.

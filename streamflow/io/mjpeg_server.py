@@ -9,13 +9,13 @@ from typing import Any
 
 import PIL.Image
 
-from streamflow.io.picture import Picture
+from streamflow.io.picture import Picture, Sink
 
 HERE = ("127.0.0.1", "localhost", "::1")
 BOUNDARY = "frame"
 
 
-class MjpegSink:
+class MjpegSink(Sink):
     """Serves the newest picture to up to `viewers` at http://host:port/; no viewer makes another wait.
 
     host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the pictures, unencrypted.

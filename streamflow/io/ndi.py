@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, SourceLost, check_rate, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate, need, rgba
 
 
-class NdiSource:
+class NdiSource(Source):
     """The NDI source of that name, "MACHINE (NAME)" or NAME alone; the first that is found where it is empty.
     timeout: seconds to look for it, and to wait for a picture.
 
@@ -79,7 +79,7 @@ class NdiSource:
         return Picture(np.ascontiguousarray(rows.reshape(height, width, 4)[..., :3]), time.monotonic())
 
 
-class NdiSink:
+class NdiSink(Sink):
     """Sends under that name. rate: what is announced; when pictures go out is the writer's matter."""
 
     def __init__(self, name: str = "StreamFlow", rate: float = 30) -> None:

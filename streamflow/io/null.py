@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from streamflow.io.picture import Picture
+from streamflow.io.picture import Picture, Sink
 
 
-class NullSink:
+class NullSink(Sink):
     """Counts the pictures it is given in `count`."""
 
     def __init__(self) -> None:

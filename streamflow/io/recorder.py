@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, check_rate, need
+from streamflow.io.picture import Picture, Sink, check_rate, need
 
 TICKS = 90_000  # a second, in which times are written
 
@@ -20,7 +20,7 @@ CONTAINERS = {
 }
 
 
-class Recorder:
+class Recorder(Sink):
     """Writes pictures to .mp4 or .mkv as H.264. Killed at any moment, the file plays up to about half a second before.
 
     path: the file, replaced where it exists. rate: frames a second. clock: time each picture by its own `time`, as fits a

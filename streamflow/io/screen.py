@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, SourceLost, check_rate, need
+from streamflow.io.picture import Picture, Source, SourceLost, check_rate, need
 
 
-class ScreenSource:
+class ScreenSource(Source):
     """A monitor, 1 being the first and 0 all of them together, `rate` times a second. region: (left, top, width, height)
     in pixels of that monitor, the whole by default.
 

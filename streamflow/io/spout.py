@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, SinkLost, SourceLost, need, rgba
+from streamflow.io.picture import Picture, Sink, SinkLost, Source, SourceLost, need, rgba
 
 GL_RGBA = 0x1908
 
@@ -20,7 +20,7 @@ def _library() -> ModuleType:
     return need("SpoutGL", "SpoutGL")
 
 
-class SpoutSource:
+class SpoutSource(Source):
     """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for a picture.
 
     Raises SourceLost where it sends nothing for so long.
@@ -62,7 +62,7 @@ class SpoutSource:
         self._receiver = None
 
 
-class SpoutSink:
+class SpoutSink(Sink):
     """Sends under that name.
 
     Raises SinkLost, from open where there is no OpenGL, from write where the picture was not taken.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, SourceLost, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, need, rgba
 
 PACKAGE = "syphon-python"
 BGRA8 = 80  # MTLPixelFormatBGRA8Unorm
@@ -21,7 +21,7 @@ def _library() -> ModuleType:
     return need("syphon", PACKAGE)
 
 
-class SyphonSource:
+class SyphonSource(Source):
     """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for a picture.
 
     Raises SourceLost where there is none or it sends nothing for so long.
@@ -68,7 +68,7 @@ class SyphonSource:
         return Picture(np.ascontiguousarray(pixels[..., order]), time.monotonic())
 
 
-class SyphonSink:
+class SyphonSink(Sink):
     """Serves under that name."""
 
     def __init__(self, name: str = "StreamFlow") -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamflow.io.picture import Picture, SinkLost, check_rate, need
+from streamflow.io.picture import Picture, Sink, SinkLost, check_rate, need
 
 
-class VirtualCameraSink:
+class VirtualCameraSink(Sink):
     """device: its name, the first that is free by default. The first picture's size is the camera's.
 
     Raises, from write: SinkLost where no virtual camera is installed; ValueError for a picture of another size.

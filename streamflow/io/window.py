@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from streamflow.io.picture import Picture, SinkLost, need
+from streamflow.io.picture import Picture, Sink, SinkLost, need
 
 
-class WindowSink:
+class WindowSink(Sink):
     """Shows pictures, fitted into the window, black around them. on_key is called with the name of each key pressed
     ("p", "space", "f1"), in the thread that writes. On macOS that must be the main thread.
 

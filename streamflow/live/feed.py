@@ -89,5 +89,6 @@ class Feed:
         return left <= timeout
 
     def close(self) -> None:
+        """Let go of the source; its thread has ended then."""
         if self._reading is not None:
             self._reading.close()

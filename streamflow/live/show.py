@@ -73,6 +73,7 @@ class Sinks:
 
     @property
     def dropped(self) -> int:
+        """Pictures that were replaced before a sink took them."""
         return self._dropped + sum(one.dropped for one in self._writing)
 
     def show(self, pixels: np.ndarray) -> None:

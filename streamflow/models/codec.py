@@ -82,9 +82,11 @@ class Decoded:
     pictures: Tensor
 
     def done(self) -> bool:
+        """Whether it is there: always."""
         return True
 
     def result(self) -> Tensor:
+        """The pictures."""
         return self.pictures
 
 

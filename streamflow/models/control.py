@@ -142,6 +142,7 @@ class Controls:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the control nets, in their order."""
         return tuple(item.name for item in self.items)
 
     def over(self, velocity: nn.Module) -> nn.Module:

@@ -53,20 +53,25 @@ class Packed:
 
     @property
     def multiple(self) -> int:
+        """As `FlowAdapter`'s: a token is two latents wide."""
         return self.factor * 2
 
     @property
     def latent_channels(self) -> int:
+        """As `FlowAdapter`'s: a token holds four latents."""
         return self.net.config.in_channels // 4
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """`(tokens, channels)`."""
         return (height // self.multiple) * (width // self.multiple), self.net.config.in_channels
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        """As `FlowAdapter`'s; packs and unpacks."""
         self.check_vae(vae)
         return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
 
     def latent_mask(self, mask: Tensor, height: int, width: int) -> Tensor:
+        """As `FlowAdapter`'s, packed, the same for all channels of a token."""
         small = interpolate(mask, (height // self.factor, width // self.factor))
         return pack(small.expand(-1, self.latent_channels, -1, -1))
 

@@ -41,6 +41,7 @@ from streamflow.models.random_weights import _clip, euler, kl, t5, tokenizer
 
 
 def auraflow(scheduler: dict | None = None, **changes: Any) -> AuraFlowPipeline:
+    """A tiny random AuraFlow pipeline."""
     config = {
         "sample_size": 8,
         "num_mmdit_layers": 1,
@@ -61,6 +62,7 @@ def auraflow(scheduler: dict | None = None, **changes: Any) -> AuraFlowPipeline:
 
 
 def cogview4(scheduler: dict | None = None, **changes: Any) -> CogView4Pipeline:
+    """A tiny random CogView4 pipeline."""
     config = {
         "in_channels": 4,
         "out_channels": 4,
@@ -82,6 +84,7 @@ def cogview4(scheduler: dict | None = None, **changes: Any) -> CogView4Pipeline:
 
 
 def hidream(scheduler: dict | None = None, **changes: Any) -> HiDreamImagePipeline:
+    """A tiny random HiDream pipeline."""
     config = {
         "patch_size": 2,
         "in_channels": 4,
@@ -117,6 +120,7 @@ def hidream(scheduler: dict | None = None, **changes: Any) -> HiDreamImagePipeli
 
 
 def hunyuan_image(scheduler: dict | None = None, **changes: Any) -> HunyuanImagePipeline:
+    """A tiny random HunyuanImage pipeline."""
     config = {
         "in_channels": 4,
         "out_channels": 4,
@@ -155,6 +159,7 @@ def hunyuan_image(scheduler: dict | None = None, **changes: Any) -> HunyuanImage
 
 
 def kandinsky5(scheduler: dict | None = None, **changes: Any) -> Kandinsky5T2IPipeline:
+    """A tiny random Kandinsky 5 pipeline."""
     config = {
         "in_visual_dim": 4,
         "out_visual_dim": 4,
@@ -181,6 +186,7 @@ def kandinsky5(scheduler: dict | None = None, **changes: Any) -> Kandinsky5T2IPi
 
 
 def prx(scheduler: dict | None = None, **changes: Any) -> PRXPipeline:
+    """A tiny random PRX pipeline."""
     config = {
         "in_channels": 4,
         "context_in_dim": WIDTH,
@@ -200,6 +206,7 @@ def prx(scheduler: dict | None = None, **changes: Any) -> PRXPipeline:
 
 
 def omnigen(scheduler: dict | None = None, **changes: Any) -> OmniGenPipeline:
+    """A tiny random OmniGen pipeline."""
     config = {
         "hidden_size": 32,
         "num_attention_heads": 4,
@@ -223,6 +230,7 @@ def omnigen(scheduler: dict | None = None, **changes: Any) -> OmniGenPipeline:
 
 
 def bria(scheduler: dict | None = None, **changes: Any) -> BriaPipeline:
+    """A tiny random Bria pipeline."""
     config = {
         "in_channels": 16,
         "num_layers": 1,
@@ -242,6 +250,7 @@ def bria(scheduler: dict | None = None, **changes: Any) -> BriaPipeline:
 
 
 def ernie(scheduler: dict | None = None, **changes: Any) -> ErnieImagePipeline:
+    """A tiny random Ernie Image pipeline."""
     config = {
         "hidden_size": 32,
         "num_attention_heads": 2,
@@ -262,6 +271,7 @@ def ernie(scheduler: dict | None = None, **changes: Any) -> ErnieImagePipeline:
 
 
 def lumina(scheduler: dict | None = None, **changes: Any) -> LuminaPipeline:
+    """A tiny random Lumina pipeline."""
     config = {
         "sample_size": 8,
         "in_channels": 4,
@@ -282,6 +292,7 @@ def lumina(scheduler: dict | None = None, **changes: Any) -> LuminaPipeline:
 
 
 def ovis(scheduler: dict | None = None, **changes: Any) -> OvisImagePipeline:
+    """A tiny random Ovis Image pipeline."""
     config = {
         "in_channels": 16,
         "out_channels": 16,
@@ -312,6 +323,7 @@ def sana_dpm(**changes: Any) -> SanaPipeline:
 
 
 def sana_unipc(**changes: Any) -> SanaPipeline:
+    """A tiny random Sana pipeline with UniPC's solver."""
     pipe = sana(**changes)
     pipe.register_modules(scheduler=UniPCMultistepScheduler(**FLOW))
     return pipe

@@ -11,14 +11,17 @@ from streamflow.models.random_weights import _instaflow, _sdxl
 
 
 def perflow(**changes: Any) -> Any:
+    """A tiny random PeRFlow pipeline."""
     return _with_ddim(_instaflow(**changes))
 
 
 def perflow_sdxl(**changes: Any) -> Any:
+    """A tiny random PeRFlow SDXL pipeline."""
     return _with_ddim(_sdxl(**changes))
 
 
 def sana_sprint(**changes: Any) -> SanaSprintPipeline:
+    """A tiny random Sana-Sprint pipeline."""
     plain = random_transformers.sana()
     config = {**plain.transformer.config, "guidance_embeds": True, "timestep_scale": 1000.0, **changes}
     parts = {name: getattr(plain, name) for name in ("vae", "text_encoder", "tokenizer")}

@@ -56,6 +56,7 @@ def _language_model(layers: int = 2, **config: Any) -> dict[str, Any]:
 
 
 def chroma(scheduler: dict | None = None, **changes: Any) -> ChromaPipeline:
+    """A tiny random Chroma pipeline."""
     config = {
         "in_channels": 64,
         "num_layers": 1,
@@ -87,6 +88,7 @@ def _deep_compression_vae(channels: int) -> AutoencoderDC:
 
 
 def sana(scheduler: dict | None = None, **changes: Any) -> SanaPipeline:
+    """A tiny random Sana pipeline."""
     config = {
         "in_channels": 8,
         "out_channels": 8,
@@ -142,6 +144,7 @@ def _flux2_parts(text_encoder: Any, scheduler: dict | None, **changes: Any) -> d
 
 
 def flux2(scheduler: dict | None = None, **changes: Any) -> Flux2Pipeline:
+    """A tiny random Flux.2 pipeline."""
     text = MistralModel(MistralConfig(**_language_model(30)))  # the pipeline reads its layers 10, 20 and 30
     pipe = Flux2Pipeline(**_flux2_parts(text, scheduler, **changes))
     pipe.default_sample_size = 8
@@ -149,6 +152,7 @@ def flux2(scheduler: dict | None = None, **changes: Any) -> Flux2Pipeline:
 
 
 def flux2_klein(scheduler: dict | None = None, is_distilled: bool = False, **changes: Any) -> Flux2KleinPipeline:
+    """A tiny random Flux.2 Klein pipeline."""
     text = Qwen3Model(Qwen3Config(**_language_model(27)))  # the pipeline reads its layers 9, 18 and 27
     parts = _flux2_parts(text, scheduler, **{"guidance_embeds": False, **changes})
     pipe = Flux2KleinPipeline(**parts, is_distilled=is_distilled)
@@ -157,6 +161,7 @@ def flux2_klein(scheduler: dict | None = None, is_distilled: bool = False, **cha
 
 
 def qwenimage(scheduler: dict | None = None, **changes: Any) -> QwenImagePipeline:
+    """A tiny random Qwen-Image pipeline."""
     config = {
         "in_channels": 64,
         "out_channels": 16,
@@ -179,6 +184,7 @@ def qwenimage(scheduler: dict | None = None, **changes: Any) -> QwenImagePipelin
 
 
 def lumina2(scheduler: dict | None = None, **changes: Any) -> Lumina2Pipeline:
+    """A tiny random Lumina 2 pipeline."""
     config = {
         "sample_size": 8,
         "in_channels": 16,
@@ -202,6 +208,7 @@ def lumina2(scheduler: dict | None = None, **changes: Any) -> Lumina2Pipeline:
 
 
 def zimage(scheduler: dict | None = None, **changes: Any) -> ZImagePipeline:
+    """A tiny random Z-Image pipeline."""
     config = {
         "in_channels": 16,
         "dim": 32,

@@ -145,16 +145,19 @@ def _clip(width: int, projection: bool, tokens: int = TOKENS) -> torch.nn.Module
 
 
 def t5() -> T5EncoderModel:
+    """A tiny T5 encoder."""
     return T5EncoderModel(
         T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     )
 
 
 def euler(scheduler: dict | None, **config: Any) -> FlowMatchEulerDiscreteScheduler:
+    """The Euler scheduler of flows."""
     return FlowMatchEulerDiscreteScheduler(**{**config, **(scheduler or {})})
 
 
 def kl(channels: int, **config: Any) -> AutoencoderKL:
+    """A tiny KL VAE."""
     return AutoencoderKL(
         latent_channels=channels,
         block_out_channels=(8, 8, 16, 16),

@@ -332,6 +332,7 @@ class Frames:
 
     @property
     def empty(self) -> bool:
+        """Whether none is in flight."""
         return not self._groups
 
     def reset(self) -> None:

@@ -90,6 +90,7 @@ class Upstream:
     rename: Callable[[int, str], str]
 
     def read(self, folder: Path) -> AutoencoderTiny:
+        """The model, with the weights in this folder."""
         vae = self.make()
         weights = {self.rename(i, key): value for i, file in enumerate(self.files) for key, value in _read(folder / file)}
         statistics = {key: value for key, value in vae.state_dict().items() if key.startswith("bn.")}

@@ -46,6 +46,7 @@ class OneByOne(nn.Module):
         return [self.call(arguments) for arguments in calls]
 
     def call(self, arguments: Arguments) -> Any:
+        """One call of the network a row."""
         bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
         return self.network(*bound.args, **bound.kwargs)
 

@@ -147,6 +147,7 @@ class Pool:
 
     @property
     def closed(self) -> bool:
+        """Whether it was closed."""
         return self._state.closing
 
     def submit(

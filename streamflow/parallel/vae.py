@@ -196,6 +196,7 @@ class ShardedVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.replicas[0].dtype
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class Absent:
 
     @classmethod
     def from_pretrained(cls, *_: object, **__: object) -> None:
+        """Nothing."""
         return None
 
 

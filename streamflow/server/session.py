@@ -49,6 +49,7 @@ class Viewer:
     # -- the model's thread, with the worker's lock held -----------------------------------------------------------------
 
     def due(self, now: float) -> bool:
+        """Whether it wants a picture that it may have now."""
         if self.gone or not self.wish.running or self._out is not None or self.unacknowledged >= WINDOW:
             return False
         if self.wish.mode == "picture" and self.picture is None:
@@ -58,6 +59,7 @@ class Viewer:
         return all(pace.wait() == 0 for pace in self._paces)
 
     def take(self) -> tuple[Wish, Any, float | None, float | None]:
+        """The wish, its picture, when that came, and the viewer's own time of it."""
         for pace in self._paces:
             pace.take()
         if self.wish.mode == "text":
@@ -66,10 +68,12 @@ class Viewer:
         return self.wish, image, entered, stamp
 
     def put(self, drawn: Drawn) -> None:
+        """A picture for it."""
         self._out = drawn
         self._loop.call_soon_threadsafe(self.leaves.set)
 
     def tell(self, message: str, fatal: bool = False) -> None:
+        """A message for it."""
         self._texts.append(json.dumps({"type": "error", "message": message[:1000]}))
         self.fatal |= fatal
         self._loop.call_soon_threadsafe(self.leaves.set)

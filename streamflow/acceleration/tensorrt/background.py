@@ -51,6 +51,7 @@ class Build:
 
     @property
     def ready(self) -> bool:
+        """Whether it has ended, well or not."""
         return not self._thread.is_alive()
 
     @property

@@ -37,10 +37,12 @@ class Entry:
 
     @property
     def engine(self) -> Path:
+        """The engine's file."""
         return self.directory / f"{self.stem}.engine"
 
     @property
     def record(self) -> Path:
+        """The file that says what the engine was built from."""
         return self.directory / f"{self.stem}.json"
 
     @property

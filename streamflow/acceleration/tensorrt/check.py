@@ -43,6 +43,7 @@ class Trial:
 
     @property
     def done(self) -> bool:
+        """Whether enough ticks were compared."""
         return len(self._powers) >= self.calls
 
     def verdict(self) -> float:

@@ -67,10 +67,12 @@ class Library:
 
     @property
     def is_rtx(self) -> bool:
+        """Whether it is TensorRT for RTX."""
         return self.kind == RTX
 
     @property
     def version(self) -> str:
+        """Its name and version, such as "TensorRT 10.13"."""
         return self.trt.__version__
 
     def __str__(self) -> str:

@@ -29,6 +29,7 @@ class Pending:
 
     @property
     def rank(self) -> int:
+        """Of the process that decodes."""
         return self._worker.rank
 
     def done(self) -> bool:
