@@ -1,5 +1,6 @@
 """The commands `video` and `morph`, with the embedded model: every frame, its time, its sound; mistakes are told."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -10,6 +11,13 @@ from test_io import all_of, packets, record, with_sound
 from streamflow.commands import morph, video
 from streamflow.image_utils import cropped
 from streamflow.io import open_source
+
+
+def extras(test):
+    """A test that needs PyAV."""
+    lacking = importlib.util.find_spec("av") is None
+    return pytest.mark.extras(pytest.mark.skipif(lacking, reason="pip install av")(test))
+
 
 QUICK = ["--json", "--warmup", "0", "--acceleration.kind", "none", "--num-inference-steps", "2", "--device", "cpu"]
 
@@ -23,7 +31,7 @@ def said(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.extras
+@extras
 def test_a_video_is_restyled_frame_by_frame_with_its_times_and_its_sound(capsys, tmp_path):
     given = with_sound(tmp_path / "in.mp4", 0.5)
     assert video.main([*QUICK, "--in", "in.mp4", "--out", "out.mkv"]) == 0
@@ -41,7 +49,7 @@ def test_a_video_is_restyled_frame_by_frame_with_its_times_and_its_sound(capsys,
     assert levels == sorted(levels) and levels[-1] - levels[0] > 20
 
 
-@pytest.mark.extras
+@extras
 def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch):
     record(tmp_path / "in.mp4", 9)
     real, count = video.uint8_pixels, []
@@ -60,7 +68,7 @@ def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch)
     assert len(all_of(open_source("out.mp4"))) == 3
 
 
-@pytest.mark.extras
+@extras
 def test_what_a_video_cannot_be_is_one_line_and_nothing_is_lost(capsys, tmp_path):
     record(tmp_path / "in.mp4", 2)
     (tmp_path / "text.mp4").write_text("no video")
@@ -100,7 +108,7 @@ def test_a_morph_goes_over_all_prompts_and_back(capsys, tmp_path):
     assert Image.open("new/sheet.png").width > Image.open("new/sheet.png").height
 
 
-@pytest.mark.extras
+@extras
 def test_a_morph_as_a_video_ends_at_the_last_prompt(capsys):
     assert morph.main([*QUICK, "a fox", "a ghost", "--frames", "4", "--one-way", "--rate", "8", "--output", "m.mp4"]) == 0
     source = open_source("m.mp4")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -132,6 +132,8 @@ def test_only_its_owner_imports_a_heavy_package(package):
     assert {m for m in users if not matches(m, OWNERS[package])} == set()
 
 
+@pytest.mark.extras
+@pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="some modules need the extra web")
 def test_every_public_name_says_what_it_is():
     """Modules, classes, functions and methods; what overrides inherits its docstring. Fields are told in their class's."""
     silent = []
