@@ -49,13 +49,13 @@ class SimilarImageFilter:
         self.skip_count = 0
 
     def set_threshold(self, threshold: float) -> None:
-        """At 1 and above nothing is skipped. ValueError below 0."""
-        if threshold < 0:
+        """At 1 and above nothing is skipped. ValueError below 0, and for NaN."""
+        if not threshold >= 0:
             raise ValueError(f"threshold is a cosine similarity, 0 or more, not {threshold}")
         self.threshold = threshold
 
     def set_max_skip_frame(self, max_skip_frame: float) -> None:
-        """How many frames in a row may be skipped; 0 skips none. ValueError below 0."""
-        if max_skip_frame < 0:
+        """How many frames in a row may be skipped; 0 skips none. ValueError below 0, and for NaN."""
+        if not max_skip_frame >= 0:
             raise ValueError(f"max_skip_frame must be 0 or more, not {max_skip_frame}")
         self.max_skip_frame = max_skip_frame

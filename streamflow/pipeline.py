@@ -9,7 +9,7 @@ import copy
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -22,11 +22,12 @@ from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
 from streamflow.changes import SCOPES, Change, Prepared, Request, check_feedback
 from streamflow.controlling import Controlling
-from streamflow.frames import CallTimer, Frame, Input, Order, Waiting
+from streamflow.entering import Entering
+from streamflow.frames import CallTimer
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.image_utils import Normalized, check_range, normalize_image
-from streamflow.inpainting import Inpainting, Regions
+from streamflow.inpainting import Inpainting
 from streamflow.loras import Adapting
 from streamflow.models import adapter_for
 from streamflow.noise import check_policy
@@ -36,6 +37,7 @@ from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
+from streamflow.streaming import Streaming
 from streamflow.wrap import base_view, check_dtype, check_placement
 
 logger = logging.getLogger(__name__)
@@ -47,10 +49,12 @@ class StreamFlow(
     Accelerating,
     Adapting,
     Controlling,
+    Entering,
     Inpainting,
     Observing,
     Performing,
     Resuming,
+    Streaming,
     StreamDiffusionAttributes,
     StreamDiffusion,
 ):
@@ -381,79 +385,6 @@ class StreamFlow(
             )
         return self.txt2img(batch_size)
 
-    def frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
-        """One `Frame` an input, in order, none primed, none lost, none doubled. An input is a picture, None for a frame
-        drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
-        other calls.
-
-        Raises:
-            RuntimeError: frames are in flight: `flush()` them, or `prepare` anew.
-        """
-        if self._finished or not self._running().empty:
-            raise RuntimeError(
-                f"frames() needs an empty ring; {self._in_flight()} frames are in flight, copies not counted: "
-                f"flush() or prepare() first"
-            )
-        return self._frames(iterable)
-
-    @torch.no_grad()
-    def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
-        order = Order()
-        buffer: list[Waiting] = []
-        self.similar_filter.reset()
-        drawn = self._next_id
-        for item in iterable:
-            change = self._change
-            if buffer and change is not None and not change.spares_waiting(self._state):
-                self._push_buffer(buffer)  # they came in before it
-            self._take_change()
-            given = item if isinstance(item, Input) else Input(item)
-            shown = self._shown(given.control, 1)
-            if given.image is None:
-                picture, regions = self.similar_filter.forget(), self._text_regions(given.mask)
-            else:
-                picture = self._one_picture(given.image)
-                regions, seen = self._masked(picture, given.mask)
-                seen = self._seen_with(seen, shown)
-            (frame_id,) = self._new_ids(1)
-            skip = picture is not None and self.similar_image_filter and self.similar_filter(seen) is None
-            drawn = drawn if skip else frame_id
-            order.expect(frame_id, drawn)
-            if not skip:
-                if buffer and (buffer[0].picture is None) != (picture is None):
-                    self._push_buffer(buffer)
-                region = regions and regions[len(buffer)]
-                prompt = self._with_control(self._state.prompt, shown and shown.images[0])
-                buffer.append(Waiting(frame_id, picture, prompt, region))
-                if len(buffer) == self.frame_bff_size:
-                    self._push_buffer(buffer)
-            yield from self._deliver(order)
-        if buffer:
-            self._push_buffer(buffer)
-        yield from self._deliver(order)
-        for done in self._by_tick(self._engine.drain(self.velocity)):
-            self._left(done)
-            yield from self._deliver(order)
-        yield from self._deliver(order, last=True)
-
-    def _push_buffer(self, buffer: list[Waiting]) -> None:
-        """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""
-        padded = buffer + [buffer[-1]] * (self.frame_bff_size - len(buffer))
-        rows, regions = tuple(one.id for one in padded), [one.region for one in padded]
-        if padded[0].picture is None:
-            group = self._text_group(rows, regions=regions)
-        else:
-            group = self._image_group(torch.cat([one.picture for one in padded]), rows, regions)
-        self._push(replace(group, ids=rows[: len(buffer)], prompts=tuple(one.prompt for one in padded)))
-        buffer.clear()
-
-    def _deliver(self, order: Order, last: bool = False) -> Iterator[Frame]:
-        """Decode what is finished and give what is decoded, leaving as many decodes under way as there are lanes for."""
-        while self._finished:
-            done = self._finished.popleft()
-            order.decoding(done.ids, self._decode_later(done))
-        yield from order.ready(0 if last else self.codec.lanes)
-
     @torch.no_grad()
     def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
         """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
@@ -597,80 +528,6 @@ class StreamFlow(
         if done:
             self._last_x0 = done[-1].x0[-1:]
 
-    def _fed_back(self, x0: Tensor) -> Tensor:
-        """Clean latents with those of the last frame that has left mixed in."""
-        feedback = self._state.request.feedback
-        if not feedback or self._last_x0 is None:
-            return x0
-        return torch.lerp(x0, self._last_x0.expand_as(x0), feedback)
-
-    def _new_ids(self, count: int) -> tuple[int, ...]:
-        self._next_id += count
-        return tuple(range(self._next_id - count, self._next_id))
-
-    def _fixed_noise(self) -> Tensor:
-        """The noise that image frames share, on the device."""
-        source, held = self._held_noise
-        if source is not self._prepared().noise:
-            source = self._prepared().noise
-            held = self._to_device(source.fixed())
-            self._held_noise = source, held
-        return held
-
-    def _to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        if self.device.type == "cuda" and noise.device.type == "cpu":
-            noise = noise.pin_memory()
-        return noise.to(self.device, non_blocking=True).to(dtype or self.dtype)
-
-    def _one_picture(self, x: Any) -> Normalized:
-        picture = self.preprocess(x)
-        if len(picture) != 1:
-            raise ValueError(f"frames() takes one picture at a time, not {len(picture)}")
-        return picture
-
-    def _upload(self, pictures: Tensor) -> Tensor:
-        return pictures.as_subclass(Tensor).to(self.device, non_blocking=True)
-
-    def _clean_latents(self, pictures: Tensor) -> Tensor:
-        return self.codec.encode(self._upload(pictures)).to(self.dtype)
-
-    def _image_group(self, pictures: Tensor, ids: tuple[int, ...], regions: Regions | None = None) -> Group:
-        state = self._state
-        if state.stages.sigmas[0] == 1.0 and not any(regions or ()):
-            self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
-        x0, fixed = self._clean_latents(pictures), state.request.noise == "fixed"
-        if fixed:
-            noise = self._fixed_noise().expand_as(x0)
-        else:
-            noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
-        start = self._fed_back(x0)
-        anchor = start.float() if self._mode.carries_anchor else None
-        x = self.adapter.path(start, noise, self._engine.first_sigma)
-        draws = self._draws(ids, fixed)
-        group = Group(x, (state.prompt,) * len(ids), ids, noise, anchor, draws=draws)
-        return self._knowing(group, regions, x0, pictures)
-
-    def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None, regions: Regions | None = None) -> Group:
-        state = self._state
-        if self._mode.name == "self" and latents is None:
-            self._say_once("self", "text frames have no anchor: under cfg_type='self' they are drawn without guidance")
-        if latents is None:
-            x = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
-        else:
-            x = latents.to(self.device, self.dtype)
-        return self._knowing(Group(x, (state.prompt,) * len(ids), ids, x, draws=self._draws(ids)), regions)
-
-    def _draws(self, ids: tuple[int, ...], fixed: bool = False) -> Tensor | None:
-        """Noise for every step of these frames, `[S, F, ...]`, where the rule needs it fresh; `fixed`: the same for all."""
-        if self._engine.settings.rule.noise != "fresh":
-            return None
-        source, steps = self._state.noise, len(self._state.stages)
-        if fixed:
-            draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._shape)
-        else:
-            draws = torch.stack([source.draw_steps(i, steps) for i in ids], dim=1)
-        return self._to_device(draws, torch.float32)
-
     def _group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
         """How many groups a call of txt2img is to return."""
         frames = self.frame_bff_size
@@ -684,11 +541,6 @@ class StreamFlow(
     def _check_rows(self, x: Tensor, rows: int) -> None:
         if tuple(x.shape) != (rows, *self._shape):
             raise ValueError(f"latents must be {[rows, *self._shape]}, not {list(x.shape)}")
-
-    def _say_once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
-            logger.warning(message)
 
 
 _TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}

@@ -18,6 +18,7 @@ from streamflow.schedule import Schedule, Stages
 from streamflow.snapshot import Packer, Unpacker, attributes
 
 FORMAT = 1
+HELD = {"format", "made_by", "stream", "engine", "objects"}
 UNDER_WAY = (Anchors, Cond, ControlledPrompt, Done, Group, Known, Paste, Prompt, Region)
 SETTINGS = (Change, NoiseSource, Prepared, Request, Schedule, SimilarImageFilter, Stages)
 CLASSES = {cls.__name__: cls for cls in (*UNDER_WAY, *SETTINGS)}
@@ -95,7 +96,7 @@ class Resuming:
 
 def _check(state: Any, expected: Mapping[str, Any]) -> None:
     """TypeError or ValueError unless this is a state that a stream like the expected one made."""
-    if not isinstance(state, Mapping) or "made_by" not in state:
+    if not isinstance(state, Mapping) or not state.keys() >= HELD:
         raise TypeError("load_state_dict takes what state_dict() returned")
     if state["format"] != FORMAT:
         raise ValueError(f"this state is of format {state['format']}, and this version reads {FORMAT}: save it anew")

@@ -45,7 +45,7 @@ ROWS = (
     ("acceleration", "acceleration.*", "parallel", "parallel.*"),
     (
         *("attributes", "accelerating", "loras", "inpainting", "controlling", "snapshot", "resuming", "observing"),
-        *("performing", "modes", "pacing", "live", "live.*"),
+        *("entering", "streaming", "performing", "modes", "pacing", "live", "live.*"),
         "pipeline",
     ),
     ("", "wrapper", "scenes", "control", "control.*", "config", "server.*", "benchmark", "benchmark.*", "doctor"),

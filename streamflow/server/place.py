@@ -140,7 +140,7 @@ class Place:
             return None
         left = self._left
         known = self._frames.get(left, self._frames[self._count - 1])
-        self._frames = {one: when for one, when in self._frames.items() if one > left}
+        self._frames = {one: when for one, when in self._frames.items() if one >= left}  # copies follow the first
         return Drawn(uint8_pixels(picture)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
