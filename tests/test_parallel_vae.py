@@ -394,7 +394,7 @@ def test_nothing_is_left_at_interpreter_end():
 def test_measured_balance_gives_the_quick_device_more(tiny, latents):
     given = {0: 0, 1: 0}
 
-    with odd(tiny, lambda number: time.sleep(0.02 * number), count=2, balance="measured") as sharded:
+    with odd(tiny, lambda number: time.sleep(0.3 * number), count=2, balance="measured") as sharded:
         for number, one in enumerate(sharded.replicas):
             plain = one.decode
             one.decode = lambda z, number=number, plain=plain, **k: (given.update({number: len(z)}), plain(z, **k))[1]
