@@ -56,10 +56,11 @@ EXTRAS_REQUIRE = {
     "bench": ["matplotlib>=3.8,<4"],
     "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11
+    "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.29,<2"],
     "dev": [
         *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "scipy>=1.14,<2"),
         *("nbclient>=0.10,<1", "ipykernel>=6.29,<8"),
-        *("httpx>=0.28,<1", "playwright>=1.50,<2", "pyright[nodejs]>=1.1.400,<2"),
+        *("httpx>=0.28,<1", "hypothesis>=6.100,<7", "playwright>=1.50,<2", "pyright[nodejs]>=1.1.400,<2"),
     ],
 }
 

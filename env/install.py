@@ -40,6 +40,7 @@ EXTRAS = {
     "bench": "plots of the benchmark",
     "ray": "Ray Serve and Ray Data, for many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",
+    "docs": "the site of docs/ (mkdocs build)",
     "dev": "the linter, and uv for env/resolve.py",
 }
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")
