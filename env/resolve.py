@@ -27,7 +27,10 @@ PLATFORMS = {
     "Windows x86-64": "x86_64-pc-windows-msvc",
     "macOS 14 arm64": "aarch64-apple-darwin",
 }
-EXTRAS = ("tensorrt-rtx", "tensorrt", "onnxruntime", "web", "video", "live", "control", "bench", "quantize", "ray", "docs", "dev")
+EXTRAS = (
+    *("tensorrt-rtx", "tensorrt", "onnxruntime", "quantize", "bench", "ray"),
+    *("web", "video", "live", "control", "docs", "dev"),
+)
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")
 FROM_SOURCE = ("tensorrt",)  # a metapackage without wheels: its build fetches them from NVIDIA
 AT_ONCE = 4

@@ -104,7 +104,7 @@ def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
         return kind.model_validate_json(json.dumps(data))  # as JSON, in which a list may stand for a tuple
     except ValidationError as error:
         raise ConfigError("\n".join(_mistakes(error))) from None
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # of json: a date, a list that holds itself
         raise ConfigError(f"a value is of a kind that settings do not have: {error}") from None
 
 
@@ -118,13 +118,12 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
 
 def load(path: str | Path) -> Settings:
     """Settings of a YAML file. FileNotFoundError; ConfigError names the file and every mistake in it."""
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        return parse(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
+        return parse(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{textwrap.indent(str(error), '  ')}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: no UTF-8, 2001-99-99, an endless number
+        raise ConfigError(f"{path} is no YAML: {error}") from None
 
 
 def save(settings: Settings, path: str | Path) -> None:

@@ -93,6 +93,8 @@ def normalize_image(
 def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Normalized:
     if image.mode != "RGB":
         raise ValueError(f"a picture in mode {image.mode}: pass image.convert('RGB')")
+    if 0 in image.size:
+        raise ValueError(f"a picture without pixels: {image.width}x{image.height}")
     _check_size(image.height, image.width, height, width, resize)
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
@@ -113,6 +115,8 @@ def _from_tensor(
 ) -> Normalized:
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
+    if not image.numel():
+        raise ValueError(f"a picture without pixels: {list(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"a tensor of pixels is uint8 (0..255) or floating, not {image.dtype}")
     _check_size(*image.shape[-2:], height, width, resize)

@@ -141,6 +141,8 @@ def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor
             f"a mask of {mask.shape[-1]}x{mask.shape[-2]} for a stream of {width}x{height}: resize it with its picture, by "
             f"nearest neighbour, so that its edge stays sharp"
         )
+    if not mask.numel():
+        raise ValueError("an empty list of masks")
     mask = mask.reshape(-1, 1, height, width)
     if mask.dtype == torch.bool:
         return mask

@@ -264,7 +264,8 @@ class StreamFlow(
                 pending, state = self._change, self._prepared()
             asked = pending.target if pending else state
             target = self._planner.change(asked, asked.request.changed(own, changes), seed)
-            entries = self._entries(asked, target, {*own, *changes}, scope)
+            held = pending.entries if pending else frozenset()
+            entries = self._entries(asked, target, {*own, *changes}, scope, held)
             new_levels = target.stages is not asked.stages
             if new_levels and scope == "now" and len(target.stages) != len(asked.stages):
                 raise ValueError(
@@ -275,44 +276,53 @@ class StreamFlow(
             if pending:
                 drains = pending.target.stages is not state.stages and not pending.levels_now
                 levels_now = levels_now and not drains
-                entries = pending.entries if entries is None else entries
             with self._slot:
-                self._change = Change(target, entries or frozenset(), levels_now)
+                self._change = Change(target, entries, levels_now)
             self._updates += 1
             return self._updates
 
-    def _entries(self, asked: Prepared, target: Prepared, names: set[str], scope: str | None) -> frozenset[str] | None:
-        """Which of the prompt's tensors rows under way are to take; None where the update says nothing of the prompt."""
-        says_prompt = names - (_UPDATABLE - _TEXTS) - {self.adapter.guidance_argument}
-        if not says_prompt and target.prompt is asked.prompt:
-            return None
-        if scope == "frame":
-            return frozenset()
-        if says_prompt:
-            return frozenset(target.prompt.cond.rows)
-        return asked.prompt.differing(target.prompt)
+    def _entries(
+        self, asked: Prepared, target: Prepared, names: set[str], scope: str | None, held: frozenset[str]
+    ) -> frozenset[str]:
+        """Which of the prompt's tensors rows under way are to take; `held`: those of the update that still waits."""
+        if names - (_UPDATABLE - _TEXTS) - {self.adapter.guidance_argument}:  # it says something of the prompt
+            return frozenset() if scope == "frame" else frozenset(target.prompt.cond.rows)
+        if scope == "frame" or target.prompt is asked.prompt:
+            return held
+        return held | asked.prompt.differing(target.prompt)
 
     def _take_change(self) -> None:
         """Let a pending update act. Only the ticking thread comes here, at the start of a call."""
+        change, before = self._change, self._state
+        if change is None:
+            return
+        new_levels = change.target.stages is not before.stages
+        if new_levels and not change.levels_now:
+            self._run_out()  # where that fails, the update waits for the next call
         with self._slot:
-            change, self._change = self._change, None
-            if change is None:
-                return
-            before, self._state = self._state, change.target
-        if change.target.stages is not before.stages:
+            merged = self._change is not change
+            if not merged:
+                self._change, self._state = None, change.target
+        if merged:
+            return self._take_change()
+        if new_levels:
             self._change_levels(change.target.stages, change.levels_now)
         if change.entries:
             self._engine.set_prompt(change.target.prompt, change.entries)
         self._engine.weight = change.target.weight
 
     def _change_levels(self, stages: Stages, now: bool) -> None:
-        """New noise levels: for rows under way too, or once those have run to their end with the old ones."""
+        """New noise levels: for rows under way too, or for those to come."""
         if now:
             self._engine.set_levels(stages)
         else:
-            with self._ticks:
-                self._left(*self._engine.flush(self.velocity))
             self._install(stages)
+
+    def _run_out(self) -> None:
+        """Let what is in flight run to its end, and queue it."""
+        with self._ticks:
+            for done in self._running().drain(self.velocity):
+                self._left(done)
 
     # -- draw ---------------------------------------------------------------------------------------------------------
 
@@ -395,17 +405,16 @@ class StreamFlow(
         """
         self._running()
         self._check_rows(x_t_latent, self.frame_bff_size)
-        self._take_change()
         regions = self._text_regions()
         self._shown(None, len(x_t_latent))
+        self._take_change()
         group = self._text_group(self._new_ids(len(x_t_latent)), x_t_latent, regions)
         self._push(group if anchor is None else replace(group, anchor=anchor.float()))
         return self._finished.popleft().x0 if self._finished else None
 
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
-        with self._ticks:
-            self._left(*self._running().flush(self.velocity))
+        self._run_out()
         left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
         self._finished.clear()
         return left
@@ -458,6 +467,7 @@ class StreamFlow(
         SimilarImageFilter(threshold, max_skip_frame)  # both are checked before either is set
         self.similar_filter.set_threshold(threshold)
         self.similar_filter.set_max_skip_frame(max_skip_frame)
+        self.similar_filter.forget()
         self.similar_image_filter = True
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ class Streaming:
         order = Order()
         buffer: list[Waiting] = []
         self.similar_filter.reset()
+        self.prev_image_result = None  # no later call may show it for one of these
         drawn = self._next_id
         for item in iterable:
             change = self._change

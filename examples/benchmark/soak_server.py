@@ -13,7 +13,6 @@ from itertools import cycle, pairwise
 from typing import Any, Self
 
 import httpx
-import PIL.Image
 import torch
 import uvicorn
 from soak_acts import Act, Memory, acts, check_answers

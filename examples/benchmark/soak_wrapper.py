@@ -1,5 +1,5 @@
-"""The soak's part in one process with the wrapper: pictures by calls, text by calls, and `frames`, one session after another,
-each with a wrapper of its own."""
+"""The soak's part in one process with the wrapper: pictures by calls, text by calls, and `frames`, one session after
+another, each with a wrapper of its own."""
 
 from __future__ import annotations
 

@@ -95,6 +95,8 @@ class Worker(threading.Thread):
         self.ready.set()
         while (client := self._next()) is not None:
             self._turn(client)
+        self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
+        self._clients.clear()
 
     def _next(self) -> Client | None:
         """The due viewer with the least used time; None when it is over."""

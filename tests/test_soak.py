@@ -1,0 +1,72 @@
+"""The soak (`pytest -m soak`: half an hour on two cores), and that its judges find what they look for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
+pytest.importorskip("psutil", reason="the soak needs the extra web")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """`module(name)`: one of the soak's files."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return import_module
+
+
+def test_acts_cover_all_frames_and_pictures_keep_their_number(module):
+    acts = module("soak_acts")
+    played = list(acts.acts(range(100, 400), seed=1))
+    assert [number for act in played for number in act.numbers] == list(range(100, 400))
+    assert any(a.prompt != b.prompt for a, b in pairwise(played)) and len({act.size for act in played}) > 2
+    for act in played:
+        for number in (act.numbers.start, 65535):
+            shown = act.picture(number).resize((64, 64), 1)
+            assert act.picture(number).size == act.size and acts.number_of(np.asarray(shown) / 255) == number
+        mask = act.mask_of(64, 48)
+        assert mask.shape == (48, 64) and not mask[:12, :16].any()
+
+
+@pytest.mark.parametrize("answers", [[1, 2], [0, 1], [0, 2, 1], [0, 1, 0, 2], [0, 1, 2, 3], []])
+def test_what_is_missing_or_out_of_order_is_found(module, answers):
+    check = module("soak_acts").check_answers
+    check([0, 0, 1, 2, 2], range(3))
+    with pytest.raises(RuntimeError, match="where frames 0 to 2 went in"):
+        check(answers, range(3))
+
+
+def test_memory_is_told_from_the_first_warm_sample_on(module):
+    flatness = module("soak").flatness
+    samples = [(100, 50, 0), (600, 100, 0), (1000, 101, 0), (1500, 97, 0)]
+    assert flatness(samples, 1) == pytest.approx((-0.03, 0.01))
+    assert flatness(samples[:1], 1) == (None, None)
+
+
+CUDA = pytest.param(
+    ["--device", "cuda", "--model", "embedded"],
+    marks=(pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    id="cuda",
+)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", [pytest.param([], id="cpu"), CUDA])
+def test_ten_thousand_frames(tmp_path, arguments):
+    pytest.importorskip("uvicorn", reason="the server needs the extra web")
+    file = tmp_path / "soak.json"
+    command = [sys.executable, FOLDER / "soak.py", "--output", file, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    found = json.loads(file.read_text())
+    assert found["kept"] and {part["frames"] for part in found["parts"].values()} == {10_000}
+    assert file.with_suffix(".png").exists()
