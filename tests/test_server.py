@@ -246,7 +246,7 @@ class Running:
     def close(self):
         self.uvicorn.should_exit = True
         self.thread.join(20)
-        assert not self.thread.is_alive() and not self.service.worker.is_alive()
+        assert not self.thread.is_alive() and not self.service.worker.is_alive() and not self.service.worker.places
 
     def call(self, method, path, token=None, **headers):
         authorization = {"authorization": f"Bearer {token}"} if token else {}
