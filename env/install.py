@@ -183,16 +183,16 @@ def requirement_files(extras):
     return [ROOT / "env" / f"requirements{suffix}.txt" for suffix in ["", *(f"-{name}" for name in sorted(extras))]]
 
 
+def read_requirements(files):
+    """What requirements files ask for, as pip takes it: name==version or name[extra]==version."""
+    lines = [line.partition("#")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
 def read_pins(files):
     """The pinned versions in requirements files, {name: version}."""
-    pins = {}
-    for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            line = line.partition("#")[0].strip()
-            if line:
-                name, _, version = line.partition("==")
-                pins[name.partition("[")[0]] = version
-    return pins
+    split = (requirement.partition("==") for requirement in read_requirements(files))
+    return {name.partition("[")[0]: version for name, _, version in split}
 
 
 def digest(extras):
@@ -321,14 +321,16 @@ def install(python, state, stamp, extras, action):
     """Install everything; the torch that is there, or has just come, is held fast while pip does the rest."""
     if not state["pip"]:
         run([str(python), "-m", "ensurepip", "--upgrade"])
-    pins = read_pins(requirement_files(extras))
-    if action in ("cpu", "auto") and torch_is_due(action, state, stamp, pins["torch"]):
-        install_torch(python, action, pins["torch"])
+    wanted = read_requirements(requirement_files(extras))
+    pin = read_pins(requirement_files(extras))["torch"]
+    if action in ("cpu", "auto") and torch_is_due(action, state, stamp, pin):
+        install_torch(python, action, pin)
     if action != "pinned":
-        pins["torch"] = probe(python, ["torch"])["versions"]["torch"]
+        there = probe(python, ["torch"])["versions"]["torch"]
+        wanted[wanted.index(f"torch=={pin}")] = f"torch=={there}"
     if state["versions"]["streamdiffusion"] is not None:
         say("(pip may complain that streamdiffusion wants an older diffusers: that is expected.)")
-    pip_install(python, *(f"{name}=={version}" for name, version in pins.items()), "-e", str(ROOT))
+    pip_install(python, *wanted, "-e", str(ROOT))
     pip_install(python, "--no-deps", STREAMDIFFUSION)
 
 

@@ -124,6 +124,19 @@ def test_every_option_has_its_pins(installer):
         assert installer.read_pins([ROOT / "env" / f"requirements-{name}.txt"])
 
 
+def test_pip_is_asked_for_the_requirements_extras_and_for_the_torch_that_is_kept(installer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(installer, "run", asked.append)
+    monkeypatch.setattr(installer, "probe", lambda python, names: {"versions": {"torch": "2.11.0+cu130"}})
+    state = {"pip": True, "versions": {"torch": "2.11.0+cu130", "streamdiffusion": None}}
+    installer.install("python", state, {}, ["docs"], "keep")
+    files = [ROOT / "env" / "requirements.txt", ROOT / "env" / "requirements-docs.txt"]
+    wanted = installer.read_requirements(files)
+    assert any("[" in line for line in wanted)
+    kept = ["torch==2.11.0+cu130" if line.startswith("torch==") else line for line in wanted]
+    assert asked[0][-2 - len(kept) : -2] == kept and asked[0][-2:] == ["-e", str(ROOT)]
+
+
 # --- the second run --------------------------------------------------------------------------------------------------
 
 

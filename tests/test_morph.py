@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples/morph.py"
 @pytest.mark.slow
 def test_a_morph_goes_from_one_picture_to_the_other_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(EXAMPLE))
+    assert runpy.run_path(str(EXAMPLE))["main"]([]) == 0
     assert "30 frames from 'a red apple, 3d render'" in capsys.readouterr().out
     frames = []
     with Image.open("outputs/morph.gif") as gif:
