@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,14 @@ SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "emb
 def drawn(stream: StreamFlow) -> torch.Tensor:
     """The next picture, [0, 1]."""
     return denormalize(stream.txt2img())
+
+
+def tell(pipe: Any, texts: Mapping[str, Any]) -> None:
+    """Let a pipeline that has no text encoders answer every prompt with these embeddings: the rendezvous calls it with an
+    empty prompt too, to see what its latents look like."""
+    own = pipe.encode_prompt
+    known = {name: x for name, x in texts.items() if name in signature(own).parameters}
+    pipe.encode_prompt = lambda *args, **asked: own(*args, **asked | known)
 
 
 def measure(subject: Subject) -> dict[str, Any]:
@@ -91,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         device=a.device,
     )
     subject = load(settings)
+    if settings.random_weights:
+        tell(subject.pipe, subject.arguments)
     about = {"command": " ".join(["python", *sys.argv]), "model": a.model, "size": size, "steps": a.steps}
     result = rounded({**about, "machine": machine(subject.device), **measure(subject)})
     if a.output:

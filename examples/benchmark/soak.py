@@ -5,10 +5,10 @@ masks and sizes of pictures changing all the while, and both ended and started a
     python examples/benchmark/soak.py --device cuda --model embedded --output static/benchmarks/soak-cuda.json
 
 What it promises: every frame is answered once and in order, and memory stays within 2 % of what it was after the first 500
-frames. Each part is a process of its own, by a small network with random weights unless another model is named. It has one
-arena of the C library (MALLOC_ARENA_MAX=1 unless set): every new thread may take another and keep it, which says nothing of
-what is held. A figure of the memory goes beside the JSON, which is the last line too; the exit code is 1 where a promise is
-broken.
+frames. Each part is a process of its own, both at once, by a small network with random weights unless another model is
+named. It has one arena of the C library (MALLOC_ARENA_MAX=1 unless set): every new thread may take another and keep it,
+which says nothing of what is held. A figure of the memory goes beside the JSON, which is the last line too; the exit code
+is 1 where a promise is broken.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if a.model == "random":
             random_pipeline("sd3").save_pretrained(folder)
-        parts = {name: in_new_process(a, name, folder if a.model == "random" else a.model) for name in a.parts}
+        model = folder if a.model == "random" else a.model
+        with ThreadPoolExecutor() as pool:
+            parts = dict(zip(a.parts, pool.map(lambda part: in_new_process(a, part, model), a.parts), strict=True))
     result = {
         "command": " ".join(["python examples/benchmark/soak.py", *(sys.argv[1:] if argv is None else argv)]),
         "model": a.model,
