@@ -28,6 +28,7 @@ ROWS = (
         "requirements_check",
         "command_line",
         "pretrained",
+        "side_streams",
         "wrap",
         "flow",
         "image_utils",

@@ -2,13 +2,14 @@
 masks and sizes of pictures changing all the while, and both ended and started again in between.
 
     python examples/benchmark/soak.py --frames 10000 --output static/benchmarks/soak-cpu.json
-    python examples/benchmark/soak.py --device cuda --model embedded --output static/benchmarks/soak-cuda.json
+    python examples/benchmark/soak.py --device cuda --model embedded --acceleration cuda-graph
 
 What it promises: every frame is answered once and in order, and memory stays within 2 % of what it was after the first 500
 frames. Each part is a process of its own, both at once, by a small network with random weights unless another model is
-named. It has one arena of the C library (MALLOC_ARENA_MAX=1 unless set): every new thread may take another and keep it,
-which says nothing of what is held. A figure of the memory goes beside the JSON, which is the last line too; the exit code
-is 1 where a promise is broken.
+named. Of the C library, which may keep what is freed, it asks for one arena (every new thread may take another) and for
+blocks of 128 KiB and more to be given back (after the first large one is freed, those of up to 32 MiB are kept):
+MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_=131072, unless set. A figure of the memory goes beside the JSON, which is the
+last line too; the exit code is 1 where a promise is broken.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def in_new_process(a: argparse.Namespace, part: str, model: str) -> dict[str, An
     """What one part found. One that broke down is told by its last words."""
     command = [sys.executable, __file__, "--one", part, "--model", model, "--device", a.device]
     command += ["--frames", str(a.frames), "--sessions", str(a.sessions), "--acceleration", a.acceleration]
-    environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)

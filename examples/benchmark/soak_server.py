@@ -3,6 +3,7 @@ answer, looks at text in between, leaves and comes again; and a server that is e
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import socket
@@ -130,6 +131,8 @@ def play(model: str, device: str, acceleration: str, sessions: list[range]) -> M
                         memory.sample(act.numbers.stop)
                 _left(serving)
             check_answers(found, numbers)
+        del serving  # before the next one is made
+        gc.collect()
     return memory
 
 

@@ -3,6 +3,7 @@ another, each with a wrapper of its own."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -88,4 +89,6 @@ def play(model: str, device: str, acceleration: str, sessions: list[range]) -> M
         with StreamFlowWrapper(model, (1, 2, 3), device=device, **options) as wrapper:
             wrapper.prepare("a still life", num_inference_steps=4)
             check_answers(way(wrapper, list(acts(numbers, seed=k)), memory), numbers)
+        del wrapper  # before the next one is made
+        gc.collect()
     return memory

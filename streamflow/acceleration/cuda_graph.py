@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.watch import Watch
+from streamflow.side_streams import side_stream
 
 logger = logging.getLogger(__name__)
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
@@ -90,19 +91,18 @@ def fastest_convolutions() -> Iterator[None]:
 class Capture:
     """One graph: its own inputs, which calls are copied into, and its output, which calls are copied out of."""
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor | None], pool: object):
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor | None], pool: object, side: torch.cuda.Stream):
         self.inputs = {name: value if value is None else value.detach().clone() for name, value in inputs.items()}
         self._given: dict[str, tuple[Tensor, int]] = {}
         self.graph = torch.cuda.CUDAGraph()
-        device = next(value for value in self.inputs.values() if value is not None).device
-        side = torch.cuda.Stream(device)
+        device = side.device
         side.wait_stream(torch.cuda.current_stream(device))
         with CAPTURING, fastest_convolutions():
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     module(**self.inputs)
             torch.cuda.current_stream(device).wait_stream(side)
-            # torch's own capture stream belongs to one device for good; this one to the module's.
+            # torch's own capture stream belongs to one device for good; this one is on the module's.
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.output = module(**self.inputs)
 
@@ -138,6 +138,7 @@ class Graphed(nn.Module):
         self._watch = Watch(module)
         self._captures: OrderedDict[Signature, Capture] = OrderedDict()
         self._pool = None
+        self._sides: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def captured(self) -> int:
@@ -174,7 +175,10 @@ class Graphed(nn.Module):
             self._captures.popitem(last=False)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        self._captures[key] = capture = Capture(_Numbered(self.module), inputs, self._pool)
+        device = next(value for value in inputs.values() if value is not None).device
+        if device not in self._sides:
+            self._sides[device] = side_stream(self, device)
+        self._captures[key] = capture = Capture(_Numbered(self.module), inputs, self._pool, self._sides[device])
         logger.info("%s: CUDA graph captured, %d of %d kept", type(self.module).__name__, self.captured, self.limit)
         return capture
 

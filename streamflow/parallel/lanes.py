@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from streamflow.parallel.trees import mapped, tensors
+from streamflow.side_streams import side_stream
 
 Events = Mapping[torch.device, torch.cuda.Event]
 
@@ -83,7 +84,7 @@ class Lane:
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device] = side_stream(self, device)
         return self._streams[device]
 
     def _mark(self):
