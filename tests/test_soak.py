@@ -52,8 +52,14 @@ def test_memory_is_told_from_the_first_warm_sample_on(module):
     assert flatness(samples[:1], 1) == (None, None)
 
 
+def test_sessions_hold_every_frame_once(module):
+    split = module("soak").split
+    assert split(range(3, 10), 3) == [range(3, 5), range(5, 7), range(7, 10)]
+    assert split(range(2), 4) == [range(0, 1), range(1, 2)] and split(range(0), 4) == []
+
+
 CUDA = pytest.param(
-    ["--device", "cuda", "--model", "embedded"],
+    ["--device", "cuda", "--model", "embedded", "--acceleration", "cuda-graph"],
     marks=(pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
     id="cuda",
 )

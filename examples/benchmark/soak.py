@@ -23,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,19 @@ from streamflow.models.random_weights import random_pipeline
 
 PARTS = ("wrapper", "server")
 WARM = 500  # frames after which memory is to be flat
+SHORT = 4  # sessions that they are split into: each way of asking and each mode of guidance comes up in one
 BAND = 0.02
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--frames", type=at_least(1), default=10_000, help="of each part (default %(default)s)")
-    p.add_argument("--sessions", type=at_least(1), default=8, help="wrappers and servers, one after another (default 8)")
+    p.add_argument(
+        "--sessions",
+        type=at_least(1),
+        default=8,
+        help="wrappers and servers one after another, after the first 500 frames (default 8)",
+    )
     p.add_argument("--model", default="random", help="random, embedded, a folder or a hub id (default %(default)s)")
     p.add_argument("--device", default="cpu", help="default %(default)s")
     p.add_argument("--acceleration", default="none", help="default %(default)s")
@@ -89,8 +96,7 @@ def in_new_process(a: argparse.Namespace, part: str, model: str) -> dict[str, An
 def play(a: argparse.Namespace) -> dict[str, Any]:
     """One part, here: how long it took, and how flat its memory was."""
     torch.set_num_threads(1)
-    bounds = [a.frames * k // a.sessions for k in range(a.sessions + 1)]
-    sessions = [range(first, end) for first, end in zip(bounds, bounds[1:], strict=False) if end > first]
+    sessions = split(range(min(WARM, a.frames)), SHORT) + split(range(WARM, a.frames), a.sessions)
     began = time.perf_counter()
     samples = import_module(f"soak_{a.one}").play(a.model, a.device, a.acceleration, sessions).samples
     seconds = time.perf_counter() - began
@@ -98,6 +104,12 @@ def play(a: argparse.Namespace) -> dict[str, Any]:
     kept = all(one is None or abs(one) <= BAND for pair in flat.values() for one in pair)
     figures = {"frames": a.frames, "sessions": len(sessions), "seconds": seconds, "frames_per_s": a.frames / seconds}
     return {"kept": kept, **figures, "memory_least_and_most": flat, "samples": samples}
+
+
+def split(numbers: range, parts: int) -> list[range]:
+    """The numbers in so many ranges of about the same length; none is empty."""
+    bounds = [len(numbers) * k // parts for k in range(parts + 1)]
+    return [numbers[first:end] for first, end in pairwise(bounds) if end > first]
 
 
 def flatness(samples: list[tuple[int, int, int]], column: int) -> tuple[float | None, float | None]:

@@ -7,9 +7,9 @@ Knows modules, tensors and CUDA; no family, no stream.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,9 @@ from streamflow.acceleration.watch import Watch
 from streamflow.side_streams import side_stream
 
 logger = logging.getLogger(__name__)
-CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
+# Torch captures one graph at a time in a process. One thread does it for all: what cuDNN finds fastest is kept for each
+# thread, so that a new one would time every convolution again, and some of what that loads is never given back.
+CAPTURING = ThreadPoolExecutor(1, thread_name_prefix="streamflow capture")
 WARM_UP = 3  # calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones
 
 
@@ -89,19 +91,30 @@ def fastest_convolutions() -> Iterator[None]:
 
 
 class Capture:
-    """One graph: its own inputs, which calls are copied into, and its output, which calls are copied out of."""
+    """One graph: its own inputs, which calls are copied into, and its output, which calls are copied out of.
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor | None], pool: object, side: torch.cuda.Stream):
-        self.inputs = {name: value if value is None else value.detach().clone() for name, value in inputs.items()}
+    current: the stream that has the inputs ready, and on which graphs are replayed. side: where it is captured.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Tensor | None],
+        pool: object,
+        current: torch.cuda.Stream,
+        side: torch.cuda.Stream,
+    ):
         self._given: dict[str, tuple[Tensor, int]] = {}
         self.graph = torch.cuda.CUDAGraph()
-        device = side.device
-        side.wait_stream(torch.cuda.current_stream(device))
-        with CAPTURING, fastest_convolutions():
+        with torch.cuda.device(side.device), fastest_convolutions():
+            with torch.cuda.stream(current):
+                self.inputs = {name: value if value is None else value.detach().clone() for name, value in inputs.items()}
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     module(**self.inputs)
-            torch.cuda.current_stream(device).wait_stream(side)
+            current.wait_stream(side)
             # torch's own capture stream belongs to one device for good; this one is on the module's.
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.output = module(**self.inputs)
@@ -178,7 +191,9 @@ class Graphed(nn.Module):
         device = next(value for value in inputs.values() if value is not None).device
         if device not in self._sides:
             self._sides[device] = side_stream(self, device)
-        self._captures[key] = capture = Capture(_Numbered(self.module), inputs, self._pool, self._sides[device])
+        streams = torch.cuda.current_stream(device), self._sides[device]
+        capture = CAPTURING.submit(Capture, _Numbered(self.module), inputs, self._pool, *streams).result()
+        self._captures[key] = capture
         logger.info("%s: CUDA graph captured, %d of %d kept", type(self.module).__name__, self.captured, self.limit)
         return capture
 
