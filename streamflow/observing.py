@@ -167,15 +167,20 @@ class Observing:
     def _see(self, rows: Rows, groups: Sequence[Group | None], x: Tensor, v: Tensor, x_next: Tensor) -> Tensor:
         """The ring's observer: show the step to all who look, and answer with the latents to go on with."""
         step = step_of(rows, groups, x, v, x_next)
-        changed = None if self._on_step is None else self._on_step(step)
-        if changed is not None:
-            check_latents(changed, x_next)
-            step = replace(step, x_next=changed)
+        try:
+            changed = None if self._on_step is None else self._on_step(step)
+            if changed is not None:
+                check_latents(changed, x_next)
+                step = replace(step, x_next=changed)
+        finally:  # the rows have taken the step, whatever fn makes of it
+            self._record(step)
+        return step.x_next
+
+    def _record(self, step: Step) -> None:
         for trace in self._traces:
             trace.add(step)
         self._traces = tuple(trace for trace in self._traces if not trace.done)
         self._look()
-        return step.x_next
 
 
 def check_graphs(kind: str, options: Any) -> None:

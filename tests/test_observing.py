@@ -90,6 +90,25 @@ def test_what_fn_may_not_return_and_the_stream_goes_on_after_its_errors(stream_o
         stream.on_step("print")
 
 
+def test_an_error_in_fn_leaves_no_gap_in_a_trace(stream_of):
+    stream = stream_of("sd3")
+    trace, calls = stream.trace(2), []
+
+    def fails_once(step):
+        calls.append(step)
+        if len(calls) == stream.denoising_steps_num:  # the first frame is to leave in it
+            raise OSError("no space")
+
+    stream.on_step(fails_once)
+    frames = list(noises(stream, 6))
+    for latents in frames[: stream.denoising_steps_num - 1]:
+        assert stream.predict_x0_batch(latents[None]) is None
+    with pytest.raises(OSError, match="no space"):
+        stream.predict_x0_batch(frames[-2][None])
+    stream.predict_x0_batch(frames[-1][None])
+    assert trace.done and all(len(one.x) == stream.denoising_steps_num + 1 for one in trace.frames.values())
+
+
 def test_under_graphs_fn_must_be_vouched_for():
     """The rule by itself; tests on a GPU use it under a real graph."""
     graphs = [("cuda-graph", cuda_graph.Options()), ("compile", compiled.Options(cuda_graph=True))]
