@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from streamflow import models
+from streamflow import StreamFlow, StreamFlowWrapper, models
 from streamflow.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +96,16 @@ def test_the_messages_that_are_explained_are_messages_of_the_code():
         pieces = [piece.strip() for piece in re.split(r"\.\.\.|\bprompt\b", text) if len(piece.strip()) > 5]
         missing += [piece for piece in pieces if piece not in source]
     assert quoted and missing == []
+
+
+@pytest.mark.parametrize("one", [StreamFlow, StreamFlowWrapper])
+def test_the_reference_lists_every_member(one):
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    listed = re.search(
+        rf"^::: streamflow\.{one.__name__}\n    options:.*?members:\s*\[(.*?)\]", page, re.MULTILINE | re.DOTALL
+    )
+    public = {name for name in dir(one) if not name.startswith("_")} | {"__call__"}
+    assert sorted(re.split(r",\s*", listed[1])) == sorted(public)
 
 
 def test_links_lead_somewhere():
