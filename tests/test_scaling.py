@@ -90,6 +90,8 @@ def test_the_simulation_is_compared_with_what_was_measured(model):
     one = found["series"]["decode_rows: kl"]
     assert one["simulated_ms"]["1"] == pytest.approx(9) and one["simulated_ms"]["2"] == pytest.approx(5)
     assert found["largest_off_percent"] == pytest.approx(25)
+    costs["most_gpus"] = 1  # more of them were measured than have anything to do
+    assert model.compare(parts)["series"]["decode_rows: kl"]["off_percent"] == {}
     assert model.compare({})["largest_off_percent"] is None
 
 

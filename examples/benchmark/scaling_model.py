@@ -215,7 +215,7 @@ def compare(parts: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any]:
             simulated = shape(parts, costs, measured[1] / 1e3)
             most = costs.get("most_gpus", COUNTS[-1])
             points = {k: 1e3 * simulated.seconds(k) for k in sorted({*COUNTS, *measured}) if k <= most}
-            off = {k: 100 * (points[k] / ms - 1) for k, ms in measured.items() if k > 1}
+            off = {k: 100 * (points[k] / ms - 1) for k, ms in measured.items() if k > 1 and k in points}
             series[f"{part}: {name}"] = {
                 "simulated_ms": {str(k): ms for k, ms in points.items()},
                 "off_percent": {str(k): percent for k, percent in off.items()},
