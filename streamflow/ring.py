@@ -233,8 +233,12 @@ class Ring:
         """As `flush`, one group after another, each when it is done."""
         while not self.empty:
             newest = next(group for group in self._groups if group)
-            left = self.push(Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True), network)
-            self._groups[0] = None
+            padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
+            try:
+                left = self.push(padding, network)
+            finally:  # an observer that raises comes after the step
+                if self._groups[0] is padding:
+                    self._groups[0] = None
             if left is not None and not left.copy:
                 yield left
         self.reset()

@@ -209,9 +209,12 @@ class Model:
     def drain(self) -> Iterator[Group]:
         """Run what is in flight to its end."""
         while self.batched and self.waiting:
-            before = len(self.queue)
-            self.push(Group((), copy=True))
-            self.ring[0] = None
+            before, padding = len(self.queue), Group((), copy=True)
+            try:
+                self.push(padding)
+            finally:
+                if self.ring[0] is padding:
+                    self.ring[0] = None
             left = self.queue.pop() if len(self.queue) > before else None
             if left is not None and not left.copy:
                 yield left

@@ -109,6 +109,23 @@ def test_an_error_in_fn_leaves_no_gap_in_a_trace(stream_of):
     assert trace.done and all(len(one.x) == stream.denoising_steps_num + 1 for one in trace.frames.values())
 
 
+def test_an_error_in_fn_while_frames_run_out_leaves_a_gap_and_no_empty_frame(stream_of):
+    def fails(step):
+        raise OSError("no space")
+
+    stream = stream_of("sd3")
+    stages = stream.denoising_steps_num
+    frames = list(noises(stream, 2 * stages).split(1))
+    for latents in frames[: stages - 1]:
+        assert stream.predict_x0_batch(latents) is None
+    stream.on_step(fails)
+    with pytest.raises(OSError, match="no space"):
+        stream.flush()
+    stream.on_step(None)
+    left = [stream.predict_x0_batch(latents) is not None for latents in frames[stages:]]
+    assert left == [True] * (stages - 2) + [False, True], "the frame that left in that step is lost alone"
+
+
 def test_under_graphs_fn_must_be_vouched_for():
     """The rule by itself; tests on a GPU use it under a real graph."""
     graphs = [("cuda-graph", cuda_graph.Options()), ("compile", compiled.Options(cuda_graph=True))]
