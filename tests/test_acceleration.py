@@ -53,7 +53,7 @@ def drawn(stream, n=5):
     "family,options",
     [
         pytest.param("sd3", {}, marks=pytest.mark.slow),
-        ("flux", {}),
+        pytest.param("flux", {}, marks=pytest.mark.slow),
         pytest.param("instaflow", {}, marks=pytest.mark.slow),
         pytest.param("sd3", {"fuse_qkv": True}, marks=pytest.mark.slow),
         pytest.param("instaflow", {"fuse_qkv": True}, marks=pytest.mark.slow),

@@ -269,6 +269,7 @@ def test_a_small_true_size_streams(monkeypatch):
     assert all(f["difference"]["largest"] <= 1e-4 and f["difference"]["contrast"] > 0.01 for f in found.values())
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(roofline, "SIDE_ELSEWHERE", 64)
     monkeypatch.setattr(latency, "STAGES", (1,))

@@ -78,6 +78,7 @@ def test_other_sizes_have_sessions_of_their_own_and_the_longest_unused_leaves():
     assert torch.equal(first, kept)  # the caller's to keep
 
 
+@pytest.mark.slow
 def test_weights_changed_in_place_are_exported_anew():
     part, x = conv_part(), torch.randn(2, 3, 8, 8)
     sessions = Sessions(part, Options(threads=1))

@@ -194,6 +194,7 @@ json.dump([before, flags(), families, [n for n in loaded if "models" not in n]],
 """
 
 
+@pytest.mark.slow
 def test_nothing_happens_at_import(tmp_path):
     """No print, no folder, no global flag, no family and no TensorRT layer, StreamDiffusion's included."""
     empty, answer = tmp_path / "empty", tmp_path / "answer.json"

@@ -253,6 +253,7 @@ def test_doctor_tells_the_other_streamflow_and_what_is_missing(monkeypatch):
     assert "streamflow-rf" in problems["packages"].state
 
 
+@pytest.mark.slow
 def test_check_prints_what_the_doctor_prints():
     script = subprocess.run([sys.executable, "env/check.py"], cwd=ROOT, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout + script.stderr

@@ -383,6 +383,7 @@ kept = [pool.submit([lambda x: sys.stdout.write(f"{x} ")] * 3, (i,)) for i in ra
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_at_interpreter_end():
     folder = Path(parallel.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", ENDS, str(folder)], capture_output=True, text=True, timeout=120)
