@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
 ]
-BOUNDS = {"cuda-graph": 2 / 255, "compile": 4 / 255}
+BOUNDS = {"cuda-graph": 0, "compile": 4 / 255}
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_changes_under_way_act_without_another_capture(stream_on_gpu, cfg_type, 
     for stream in (fast, plain):
         stream(picture(0))
         stream.update(prompt="a boat", guidance_scale=3.0, seed=9)
-    out = [[stream(picture(k)).float() for k in range(1, 6)] for stream in (fast, plain)]
-    assert all((a - b).abs().max() <= 2 * BOUNDS["cuda-graph"] for a, b in zip(*out, strict=True))
+    for k in range(1, 6):
+        assert torch.equal(fast(picture(k)), plain(picture(k))), k
     assert fast.velocity.captured == captured
 
 
@@ -64,7 +64,7 @@ def test_other_shapes_capture_anew_and_the_oldest_leaves():
     graphed = Graphed(torch.nn.Linear(8, 8).cuda().requires_grad_(False), limit=2)
     for rows in (1, 2, 3, 2, 1):
         x = torch.randn(rows, 8, device="cuda")
-        assert torch.allclose(graphed(x), graphed.module(x), atol=1e-6)
+        assert torch.equal(graphed(x), graphed.module(x))
         assert graphed.captured <= 2
 
 
@@ -87,7 +87,7 @@ def test_more_stages_and_another_size_of_buffer(stream_on_gpu):
     fast.accelerate("cuda-graph")
     for stream in (fast, plain):
         stream.update(num_inference_steps=8, t_index_list=range(8))
-    assert (drawn(fast) - drawn(plain)).abs().max() <= BOUNDS["cuda-graph"]
+    assert torch.equal(drawn(fast), drawn(plain))
 
 
 def test_what_a_caller_holds_is_not_overwritten(stream_on_gpu):
@@ -111,7 +111,7 @@ def test_weights_changed_in_place_and_a_vae_swapped(stream_on_gpu):
     stream.vae = random_tiny_vae(16).to("cuda", torch.float16)
     swapped = drawn(stream)
     stream.accelerate("none")
-    assert (drawn(stream) - swapped).abs().max() <= BOUNDS["cuda-graph"]
+    assert torch.equal(drawn(stream), swapped)
 
 
 def test_a_lora_that_comes_goes_and_changes_strength(stream_on_gpu):
@@ -132,7 +132,7 @@ def test_a_lora_that_comes_goes_and_changes_strength(stream_on_gpu):
         lora = {name: value for name, value in stream.unet.state_dict().items() if "lora_" in name}
         plain.unet.load_state_dict(lora, strict=False)
         a, b = drawn(stream), drawn(plain)
-        assert (a - b).abs().max() <= BOUNDS["cuda-graph"]
+        assert torch.equal(a, b)
         assert state is None or not torch.equal(a, state)
         state = a
 
