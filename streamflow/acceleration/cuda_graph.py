@@ -1,9 +1,9 @@
 """CUDA graphs: a module's launches recorded once and replayed as one. The eager network at batch 1 to 4 is bound by its
 launches on a fast GPU, so this comes first and costs seconds, not minutes. A replay gives what the module gives, to the bit.
 
-cuDNN's timing (`torch.backends.cudnn.benchmark`) stays as it is set: on an H200 the algorithms that it picks for the UNet and
-the VAEs of Stable Diffusion 1.5 were no faster (within 1 %; 5 % slower for the tiny VAE) and moved half-precision pictures by
-up to 0.008, differently each time.
+cuDNN's timing (`torch.backends.cudnn.benchmark`) stays as it is set. On an H200 the algorithms that it picks for the UNet
+and the VAEs of Stable Diffusion 1.5 were no faster (within 1 %; the tiny VAE up to 5 % slower) and moved pictures in half
+precision by up to 0.008, differently each time.
 
 Knows modules, tensors and CUDA; no family, no stream.
 """
