@@ -240,6 +240,7 @@ def drawn(stream, picture) -> list[np.ndarray]:
     return [one for output in outputs for one in image_utils.postprocess_image(output, "np")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1], ids=["image to image", "text to image"])
 def test_the_readmes_snippets_run(tmp_path, monkeypatch, picture, first):
     """The two whole programs; the fragments that follow them run in the first one's names."""

@@ -340,7 +340,7 @@ def test_fault_17_loras_are_fused_by_todays_names(stream_of, monkeypatch):
 
 
 def test_fault_18_todays_diffusers_does_and_streamdiffusions_tensorrt_is_not_touched(stream_of):
-    assert tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+    assert tuple(map(int, diffusers.__version__.split(".")[:2])) > (0, 24), "newer than the one that StreamDiffusion pins"
     stream_of("sd3").txt2img()
     assert not any(name.startswith("streamdiffusion.acceleration") for name in sys.modules)
     assert importlib.util.find_spec("streamdiffusion.acceleration") is not None, "it is there, and left alone"

@@ -31,7 +31,7 @@ def both(stream_of, family, cfg_type, frames, prepare=GUIDED, **options):
 
 
 @pytest.mark.parametrize("cfg_type", MODES)
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("family", ["sd3", "flux", "instaflow"])
 def test_streamed_equals_sequential(family, frames, cfg_type, stream_of, picture):
     prepare = {**GUIDED, "true_cfg_scale": 2.5} if family == "flux" else GUIDED

@@ -86,7 +86,9 @@ def test_any_number_of_stages_to_the_bit(case, steps, stream_of):
     assert torch.equal(streamed(stream, latents), pipelines_own(case, stream.pipe, latents, steps))
 
 
-@pytest.mark.parametrize("case,steps", [(case, 4) for case in CASES] + [("sd3", 1), ("sd3", 2), ("sd3", 8), ("flux-dev", 8)])
+@pytest.mark.parametrize(
+    "case,steps", [(case, 4) for case in CASES] + [("sd3", 1), _slow("sd3", 2), _slow("sd3", 8), ("flux-dev", 8)]
+)
 def test_the_batch_stays_within_the_pipelines_own_batching_noise(case, steps, stream_of, found):
     """With one frame a tick and with three."""
     streams = [prepared(case, stream_of, steps, frame_buffer_size=frames) for frames in (1, 3)]

@@ -152,7 +152,7 @@ def run_script(*arguments):
 def test_a_whole_run_on_a_cpu(tmp_path):
     out = tmp_path / "scaling.json"
     small = ["--devices", "cpu,cpu", "--model", "embedded", "--size", 64, "--quick", "--no-plot", "--output", out]
-    said = run_script(*small)
+    said = run_script(*small, "--parts", "host,decode_rows,denoise_rows,decode_frames,decode_tiles,torchrun")
     found = json.loads(out.read_text())
     assert json.loads(said.splitlines()[-1]) == found
     rows = rows_of(found)
@@ -161,20 +161,13 @@ def test_a_whole_run_on_a_cpu(tmp_path):
         assert rows[*series, "2"]["equal"] and rows[*series, "2"]["times"]["median"] > 0
     denoised = rows["denoise_rows", "embedded, 2 stages", "2"]
     assert denoised["equal_shares"] and denoised["relative_error"] < 1e-5
+    by_ranks = rows["torchrun", "kl", "2"]
+    assert by_ranks["equal"] and by_ranks["ranks"] == 2
     assert found["scaling_model"]["series"].keys() >= {"decode_rows: kl", "decode_frames: network", "decode_tiles: tiles"}
     if not any(Path(folder, "matplotlib").is_dir() for folder in sys.path):
         pytest.skip("the plot needs matplotlib: python env/install.py --bench")
     run_script("--plot-from", out)
     assert {path.name for path in tmp_path.iterdir()} == {"scaling.json", "scaling.png", "scaling.svg"}
-
-
-@pytest.mark.slow
-def test_by_torchrun_on_a_cpu(tmp_path):
-    out = tmp_path / "scaling.json"
-    small = ["--devices", "cpu,cpu", "--model", "embedded", "--size", 64, "--quick", "--no-plot", "--output", out]
-    run_script(*small, "--parts", "torchrun")
-    row = json.loads(out.read_text())["parts"]["torchrun"]["kl"]["2"]
-    assert row["equal"] and row["ranks"] == 2
 
 
 @pytest.mark.gpu
