@@ -5,7 +5,8 @@ from streamflow.requirements_check import check_environment
 
 check_environment()
 
-from streamflow.pipeline import StreamFlow  # noqa: E402  (after the check, whose error names the remedy)
+from streamflow import pretrained  # noqa: E402, F401  (after the check, whose error names the remedy)
+from streamflow.pipeline import StreamFlow  # noqa: E402
 from streamflow.wrapper import StreamFlowWrapper  # noqa: E402
 
 __all__ = ["StreamFlow", "StreamFlowWrapper", "__version__"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from streamflow.models.codec import Codec
 from streamflow.observing import check_graphs
+from streamflow.wrap import check_network
 
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated, Parts
@@ -48,6 +49,9 @@ class Accelerating:
 
     @unet.setter
     def unet(self, network: nn.Module) -> None:
+        if network is None:
+            raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
+        check_network(network)
         self._put_back()
         self.adapter.rebuild(network)
         self._build()
@@ -87,6 +91,11 @@ class Accelerating:
 
     def _codec_of(self, vae: nn.Module) -> Codec:
         """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`)."""
+
+        if vae is None:
+            raise ValueError(
+                "a stream encodes and decodes by a VAE, and None is none: assign the pipe's own, or use_tiny_vae()"
+            )
 
         def make(one: nn.Module) -> Codec:
             return self.adapter.codec(one, self.height, self.width)

@@ -12,16 +12,23 @@ from torch import Tensor
 
 from streamflow.blending import METHODS, as_weighted, check_sum, with_weights
 from streamflow.conditioning import Prompt
-from streamflow.guidance import Weight
+from streamflow.guidance import Mode, Weight, mode
 from streamflow.noise import NoiseSource, check_policy
 from streamflow.schedule import Schedule, Stages
 
 SCOPES = (None, "now", "frame")
+AssignedEmbeds = tuple[Tensor | None, Tensor | None]
+
+
+class NotPreparedError(RuntimeError, AttributeError):
+    """A stream has nothing to draw yet. An AttributeError too, so that `hasattr` and `getattr` with a default work on what
+    is there only after `prepare`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name.
+    """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name;
+    `assigned_embeds` take the place of what the prompt and the negative prompt were encoded to.
 
     Raises:
         TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
@@ -40,10 +47,13 @@ class Request:
     noise: str = "fixed"
     noise_period: int = 30
     feedback: float = 0.0
+    cfg_type: str = "self"
+    do_add_noise: bool = False
+    assigned_embeds: AssignedEmbeds = (None, None)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            text = as_weighted(name, getattr(self, name), str, "'a cat'")
+            text = as_weighted(name, _one_text(name, getattr(self, name)), str, "'a cat'")
             _check_text(name, text)
             if not self.normalize:
                 check_sum(name, text)
@@ -63,6 +73,18 @@ class Request:
             raise TypeError("delta must be a number, not None: 1.0 leaves guidance as it is")
         check_policy(self.noise, self.noise_period)
         check_feedback(self.feedback)
+        if not isinstance(self.do_add_noise, bool):
+            raise TypeError(f"do_add_noise must be True or False, not {self.do_add_noise!r}")
+
+    @property
+    def mode(self) -> Mode:
+        """How rows are guided. ValueError for an unknown `cfg_type`."""
+        return mode(self.cfg_type)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative prompt takes part."""
+        return self.mode.extra_rows(1, 1) > 0
 
     @property
     def period(self) -> int | None:
@@ -80,14 +102,21 @@ class Request:
                 kept = {name: value for name, value in kept.items() if not name.startswith(start)}
         if "prompt_embeds" in arguments:
             changes = {"prompt": None, **changes}
+        changes.setdefault("assigned_embeds", self._still_assigned({*changes, *arguments}))
         return replace(self, **changes, arguments={**kept, **arguments})
+
+    def _still_assigned(self, names: set[str]) -> AssignedEmbeds:
+        """The assigned embeddings, less those for which something else is given now."""
+        positive = names & {"prompt", "prompt_embeds", "blend", "normalize"}
+        negative = any(name.startswith("negative_prompt") for name in names)
+        return None if positive else self.assigned_embeds[0], None if negative else self.assigned_embeds[1]
 
     def read_key(self, weight_name: str) -> tuple:
         """What the pipeline must be asked about again when it changes; the guidance weight, known as `weight_name`, is
         not among it."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
-        how = self.blend, self.normalize
+        how = self.blend, self.normalize, self.guided
         return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
 
 
@@ -128,8 +157,23 @@ class Change:
     def spares_waiting(self, before: Prepared) -> bool:
         """Whether frames that have come in, but wait for their group to be full, stay as they are."""
         now, then = self.target, before
-        kept = (now.request.noise, now.request.feedback) == (then.request.noise, then.request.feedback)
+        kept = all(getattr(now.request, name) == getattr(then.request, name) for name in _OF_ENTERING)
         return kept and not self.entries and now.noise is then.noise and now.stages is then.stages
+
+
+_OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise")  # what decides how a frame enters
+
+
+def _one_text(name: str, value: Any) -> Any:
+    """A text out of a list of one, as diffusers takes it. TypeError for a list of several texts."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
+        return value
+    if len(value) > 1:
+        raise TypeError(
+            f"{name} as a list holds pairs such as ('a cat', 0.5), which are blended, and here it holds {len(value)} texts: "
+            f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before its stream.txt2img()"
+        )
+    return value[0]
 
 
 def check_number(name: str, value: Any) -> None:

@@ -184,7 +184,7 @@ class Controlling:
         """What the similarity filter is to compare, where frames bring pictures for control nets."""
         if shown is None or not self.similar_image_filter:
             return seen
-        return torch.cat((seen, shown.pictures.to(seen.device, seen.dtype)), 1)
+        return torch.cat((seen.as_subclass(Tensor), shown.pictures.to(seen.device, seen.dtype)), 1)
 
     def _steered(self, group: Group, shown: Shown | None, first: int = 0) -> Group:
         """The group with what its frames are controlled by, from frame `first` of `shown` on; past its end, the last."""

@@ -1,9 +1,11 @@
-"""Pictures in and out. In: PIL, numpy and tensors become float32 `[n, 3, H, W]` in [-1, 1]; what range a float picture is
-in is stated by the caller and never guessed. Out: StreamDiffusion's helpers under their own names."""
+"""Images in and out. In: PIL, numpy and tensors become float32 `[n, 3, H, W]` in [-1, 1]; what range a float image is in is
+stated by the caller and never guessed. Out: StreamDiffusion's helpers under their own names."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,74 +13,36 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-# Operations that keep a tensor's values, and so its mark.
-_VALUE_KEEPING = frozenset(
-    getattr(Tensor, name)
-    for name in (
-        "to cpu cuda pin_memory float half bfloat16 double clone detach contiguous "
-        "__getitem__ unsqueeze squeeze unbind split chunk"
-    ).split()
-) | {torch.cat, torch.stack, torch.clone}
+from streamflow.image_range import Check, Normalized, check_on_host, mark
 
-# Writes into their first argument that have no trailing underscore by which to know them.
-_WRITING = frozenset((Tensor.__setitem__, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__, Tensor.__itruediv__))
-
-
-class Normalized(Tensor):
-    """A tensor that is known to hold pictures in [-1, 1]. Moving, indexing and stacking keep the mark; whatever computes
-    a new value drops it, from the tensor itself where that is written into."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            parts = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
-            if func in _VALUE_KEEPING and parts and all(type(part) is cls for part in parts):
-                return _mark(result)
-            if _writes(func):
-                _unmark(parts)
-            return result.as_subclass(Tensor) if type(result) is cls else result
-
-    def __deepcopy__(self, memo: dict) -> Normalized:
-        return self.clone()
-
-
-def _mark(result: Any) -> Any:
-    if isinstance(result, (list, tuple)):
-        return type(result)(_mark(part) for part in result)
-    return result.as_subclass(Normalized) if result.is_floating_point() else result.as_subclass(Tensor)
-
-
-def _unmark(parts: Sequence[Any]) -> None:
-    for part in parts:
-        if type(part) is Normalized:
-            part.__class__ = Tensor
-
-
-def _writes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return func in _WRITING or (name.endswith("_") and not name.endswith("__"))
+logger = logging.getLogger(__name__)
 
 
 def normalize_image(
-    image: Any, height: int, width: int, input_range: tuple[float, float] = (0, 1), resize: bool = True, check: bool = False
+    image: Any,
+    height: int,
+    width: int,
+    input_range: tuple[float, float] = (0, 1),
+    resize: bool = True,
+    check: Check = check_on_host,
 ) -> Normalized:
-    """Make `[n, 3, height, width]` in [-1, 1] of a picture or several.
+    """Make `[n, 3, height, width]` in [-1, 1] of an image or several.
 
-    image: a PIL image in mode RGB; an array `[H, W, 3]` or `[n, H, W, 3]`; a tensor `[3, H, W]` or `[n, 3, H, W]`; or a
-        list of pictures. uint8 is 0..255, floats are in `input_range`. A `Normalized` tensor comes back unchanged.
+    image: a PIL image (`as_rgb` says what becomes of other modes than RGB); an array `[H, W, 3]` or `[n, H, W, 3]`; a tensor
+        `[3, H, W]` or `[n, 3, H, W]`; or a list of images. uint8 is 0..255, floats are in `input_range`. A `Normalized`
+        tensor of this size comes back unchanged.
     resize: stretch other sizes (Lanczos for PIL, antialiased bilinear otherwise), or refuse them.
-    check: also look into tensors that are not on the CPU for NaN and for values out of range, which makes the host wait.
+    check: `check(image, low, high)` looks at the values of float images; by default at those on the CPU.
 
     Raises:
-        TypeError: not a picture, or of a dtype that is none.
+        TypeError: not an image, or of a dtype that is none.
         ValueError: mode, channel count, number of dimensions, size, NaN or range; with what was found and the remedy.
     """
     if isinstance(image, Normalized) and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
         return image if image.ndim == 4 else image[None]
     if isinstance(image, (list, tuple)):
         if not image:
-            raise ValueError("an empty list of pictures")
+            raise ValueError("an empty list of images")
         parts = [normalize_image(one, height, width, input_range, resize, check) for one in image]
         return torch.cat(parts)
     if isinstance(image, PIL.Image.Image):
@@ -86,20 +50,51 @@ def normalize_image(
     if isinstance(image, np.ndarray):
         image = _channels_first(image)
     if not isinstance(image, Tensor):
-        raise TypeError(f"a picture is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
     return _from_tensor(image, height, width, input_range, resize, check)
 
 
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image in mode RGB: what is transparent becomes white, grey stays grey, 16 bits a pixel become 8. Each kind of
+    change is logged once. ValueError for a mode whose range PIL does not say (I, F)."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"an image in mode {image.mode} does not say which values are black and white: pass an array, in 0..255 as "
+            f"uint8 or in the stream's input_range"
+        )
+    if image.mode.startswith("I;16"):
+        _say_once("an image of 16 bits a pixel is taken as 0 (black) to 65535 (white)")
+        return PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        _say_once(f"an image in mode {image.mode} is put on white where it is transparent; image.convert('RGB') drops that")
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def as_rgb_where_pil(image: Any) -> Any:
+    """A PIL image, or each of a list of them, by `as_rgb`; anything else as it is."""
+    if isinstance(image, (list, tuple)):
+        return type(image)(as_rgb_where_pil(one) for one in image)
+    return as_rgb(image) if isinstance(image, PIL.Image.Image) else image
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
 def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Normalized:
-    if image.mode != "RGB":
-        raise ValueError(f"a picture in mode {image.mode}: pass image.convert('RGB')")
     if 0 in image.size:
-        raise ValueError(f"a picture without pixels: {image.width}x{image.height}")
+        raise ValueError(f"an image without pixels: {image.width}x{image.height}")
+    image = as_rgb(image)
     _check_size(image.height, image.width, height, width, resize)
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
-    return (2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous().as_subclass(Normalized)
+    return mark((2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous())
 
 
 def _channels_first(image: np.ndarray) -> Tensor:
@@ -111,12 +106,12 @@ def _channels_first(image: np.ndarray) -> Tensor:
 
 
 def _from_tensor(
-    image: Tensor, height: int, width: int, input_range: tuple[float, float], resize: bool, check: bool
+    image: Tensor, height: int, width: int, input_range: tuple[float, float], resize: bool, check: Check
 ) -> Normalized:
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
     if not image.numel():
-        raise ValueError(f"a picture without pixels: {list(image.shape)}")
+        raise ValueError(f"an image without pixels: {list(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"a tensor of pixels is uint8 (0..255) or floating, not {image.dtype}")
     _check_size(*image.shape[-2:], height, width, resize)
@@ -125,13 +120,13 @@ def _from_tensor(
         low, high = -1.0, 1.0
     else:
         low, high = (0.0, 255.0) if image.dtype == torch.uint8 else input_range
+    if image.dtype != torch.uint8:
+        check(image, low, high)
     image = image.as_subclass(Tensor).float()
-    if check or image.device.type == "cpu":
-        _check_values(image, low, high)
     image = 2.0 * ((image - low) / (high - low)) - 1.0
     if image.shape[-2:] != (height, width):
         image = torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
-    return image.contiguous().as_subclass(Normalized)
+    return mark(image.contiguous())
 
 
 def check_range(input_range: tuple[float, float]) -> None:
@@ -143,19 +138,7 @@ def check_range(input_range: tuple[float, float]) -> None:
 
 def _check_size(h: int, w: int, height: int, width: int, resize: bool) -> None:
     if not resize and (h, w) != (height, width):
-        raise ValueError(f"a picture of {w}x{h} for a stream of {width}x{height}: resize it, or pass resize=True")
-
-
-def _check_values(image: Tensor, low: float, high: float) -> None:
-    least, most = image.aminmax()
-    if not (torch.isfinite(least) and torch.isfinite(most)):
-        raise ValueError("the picture holds NaN or infinite values")
-    slack = 1e-3 * (high - low)
-    if least < low - slack or most > high + slack:
-        raise ValueError(
-            f"the picture's values run from {least:.4g} to {most:.4g}, outside of [{low:g}, {high:g}]: "
-            f"state what yours are in with StreamFlow(..., input_range=(low, high))"
-        )
+        raise ValueError(f"an image of {w}x{h} for a stream of {width}x{height}: resize it, or pass resize=True")
 
 
 # -- StreamDiffusion's helpers -----------------------------------------------------------------------------------------
@@ -216,14 +199,15 @@ def postprocess_image(
 
 
 def process_image(image_pil: PIL.Image.Image, range: tuple[float, float] = (-1, 1)) -> tuple[Tensor, PIL.Image.Image]:
-    """A PIL image to (float32 `[1, C, H, W]` in `range`, the image)."""
+    """A PIL image to (float32 `[1, C, H, W]` in `range`, the image). In [-1, 1] the tensor is marked as such."""
     pixels = np.array(image_pil, dtype=np.float32).reshape(image_pil.height, image_pil.width, -1) / 255.0
     low, high = range
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] * (high - low) + low, image_pil
+    made = torch.from_numpy(pixels).permute(2, 0, 1)[None] * (high - low) + low
+    return mark(made) if (low, high) == (-1, 1) else made, image_pil
 
 
 def pil2tensor(image_pil: PIL.Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A PIL image to `[1, C, H, W]` in [-1, 1]."""
+    """A PIL image to `[1, C, H, W]` in [-1, 1], marked as such, so that a stream takes it as it is."""
     return process_image(image_pil)[0].to(dtype)
 
 

@@ -79,7 +79,7 @@ class Inpainting:
         if not self.similar_image_filter:
             return regions, pictures
         shown = masks.to(pictures.device, pictures.dtype).expand(len(pictures), -1, -1, -1)
-        return regions, torch.cat((pictures, shown), 1)
+        return regions, torch.cat((pictures.as_subclass(Tensor), shown), 1)
 
     def _text_regions(self, mask: Any = None) -> Regions | None:
         """The regions of frames that start from noise, which have no picture of their own and so no mask."""

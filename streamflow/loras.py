@@ -11,13 +11,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamflow.changes import Change, check_number
+from streamflow.changes import check_number
 from streamflow.ring import Done
 
 # The first of the two matrices of each layer, in the spellings that diffusers gives a LoRA that it has read.
@@ -209,13 +208,7 @@ class Adapting:
 
     def _encode_anew(self) -> None:
         """Give frames that enter from now on the embeddings that the text encoders make now."""
-        with self._callers:
-            with self._slot:
-                pending, state = self._change, self._prepared()
-            asked = pending.target if pending else state
-            target = self._planner.encoded_anew(asked)
-            with self._slot:
-                self._change = replace(pending, target=target) if pending else Change(target)
+        self._amend(self._planner.plan_again)
 
 
 def _parts(pipe: Any) -> dict[str, nn.Module]:

@@ -3,12 +3,18 @@ call pattern nor the device can change a picture. No global random state is read
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import random
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+RANDOM_SEEDS = 1_000_000  # random seeds are below it, as in StreamDiffusion's wrapper
 POLICIES = ("fixed", "frame", "interpolated")
 
 
@@ -18,6 +24,25 @@ def check_policy(noise: Any, period: Any) -> None:
         raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"noise_period must be an integer of 1 or more frames, not {period!r}")
+
+
+def resolve_seeds(seed: Any) -> Any:
+    """A seed as an integer, or seeds with weights; a negative one is replaced by a random one, which is logged. None stays.
+
+    Raises:
+        TypeError: not an integer, and not a tuple of (integer, weight).
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, tuple):
+        return tuple((resolve_seeds(one), weight) for one, weight in seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
+    if seed >= 0:
+        return int(seed)
+    drawn = random.SystemRandom().randrange(RANDOM_SEEDS)
+    logger.info("seed %d stands for a random one: seed=%d draws the same images again", seed, drawn)
+    return drawn
 
 
 class NoiseSource:
@@ -45,7 +70,7 @@ class NoiseSource:
             raise ValueError("interpolated noise is a function of the frame, and a generator's is not: pass a seed")
         self.shape = tuple(shape)
         self.seed, self.period = seed, period
-        self._generator = generator
+        self.generator = generator
         self._fixed: Tensor | None = None
         self._fixed_steps: Tensor | None = None
 
@@ -53,7 +78,15 @@ class NoiseSource:
         """This source under another period; itself where that is the same."""
         if period == self.period:
             return self
-        return NoiseSource(self.shape, self.seed, self._generator, period)
+        moved = NoiseSource(self.shape, self.seed, self.generator, period)
+        moved._fixed = self._fixed
+        return moved
+
+    def with_fixed(self, noise: Tensor) -> NoiseSource:
+        """This source with another `fixed` noise, `[1, *shape]`."""
+        source = copy.copy(self)
+        source._fixed = noise.detach().to("cpu", torch.float32, copy=True)
+        return source
 
     def draw(self, frame_id: int) -> Tensor:
         """The noise of a frame, float32 `[1, *shape]` on the CPU (on the generator's device where one was given)."""
@@ -82,16 +115,16 @@ class NoiseSource:
 
     def preview(self) -> Tensor:
         """What `fixed` would give, drawn aside: a generator's state stays as it is."""
-        if self._fixed is not None or self._generator is None:
+        if self._fixed is not None or self.generator is None:
             return self.fixed()
-        aside = torch.Generator(self._generator.device)
-        return NoiseSource(self.shape, generator=aside.set_state(self._generator.get_state())).fixed()
+        aside = torch.Generator(self.generator.device)
+        return NoiseSource(self.shape, generator=aside.set_state(self.generator.get_state())).fixed()
 
     def _normal(self, key: tuple[int, ...]) -> Tensor:
         if isinstance(self.seed, tuple):
             mixed = sum(weight * self._of_one(_generator(seed, key)) for seed, weight in self.seed)
             return mixed / math.hypot(*(weight for _, weight in self.seed))
-        return self._of_one(self._generator or _generator(self.seed, key))
+        return self._of_one(self.generator or _generator(self.seed, key))
 
     def _of_one(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.shape), generator=generator, device=generator.device, dtype=torch.float32)

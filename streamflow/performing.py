@@ -76,5 +76,5 @@ class Performing:
             self._running()
             if self._in_flight():
                 raise RuntimeError(f"{self._in_flight()} frames are in flight: flush() or reset() first")
-            self.use_denoising_batch = batched
+            self._batched = batched
             self._install(self._state.stages)

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor
 from streamflow import guidance
 from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, Prepared, Request, check_feedback
+from streamflow.changes import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback
 from streamflow.controlling import Controlling
 from streamflow.entering import Entering
 from streamflow.frames import CallTimer
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_utils import Normalized, check_range, normalize_image
+from streamflow.image_range import Normalized, RangeChecks, check_values, marking
+from streamflow.image_utils import as_rgb_where_pil, check_range, normalize_image
 from streamflow.inpainting import Inpainting
 from streamflow.loras import Adapting
 from streamflow.models import adapter_for
@@ -38,7 +40,7 @@ from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
 from streamflow.streaming import Streaming
-from streamflow.wrap import base_view, check_dtype, check_placement
+from streamflow.wrap import PipeParts, base_view, check_dtype
 
 logger = logging.getLogger(__name__)
 Texts = str | Sequence[tuple[str, float]]
@@ -62,9 +64,9 @@ class StreamFlow(
 
     Args:
         pipe: a diffusers pipeline of a known family (`streamflow.models.PIPELINES`), on its device, in its dtype.
-        t_index_list: the steps, of the schedule of `num_inference_steps`, at which a frame stops; strictly increasing,
-            0 the noisiest. `range(N)` of N is the pipeline's own schedule, `range(k, N)` image-to-image at strength
-            (N - k) / N, a subset is Euler on the sub-grid. None: all steps.
+        t_index_list: the steps, of the schedule of `num_inference_steps`, at which a frame stops; each once, 0 the noisiest.
+            `range(N)` of N is the pipeline's own schedule, `range(k, N)` image-to-image at strength (N - k) / N, a subset is
+            Euler on the sub-grid. None: all steps.
         torch_dtype: the network's dtype, which is the default; another one is an error, since the pipe is not changed.
         width, height: pixels; by default the pipeline's own.
         do_add_noise: False is Euler. True predicts x0 at every stage and re-noises it with the frame's own noise.
@@ -108,9 +110,8 @@ class StreamFlow(
         resize: bool = True,
         check_inputs: bool = False,
     ) -> None:
-        check_placement(pipe)
         self.adapter = adapter = adapter_for(pipe, family)
-        adapter.check_settings(cfg_type, do_add_noise)
+        self._seen = PipeParts.of(pipe, adapter.network)
         height = adapter.default_size if height is None else height
         width = adapter.default_size if width is None else width
         adapter.check_size(height, width)
@@ -122,11 +123,15 @@ class StreamFlow(
         check_feedback(feedback)
         check_range(input_range)
         dtype = check_dtype(torch_dtype, adapter.net, pipe.device)
-        self._mode = guidance.mode(cfg_type)
         self._shape = adapter.latent_shape(height, width)
-        self._planner = Planner(adapter, self._mode, self._shape, height, width, noise_period)
+        self._planner = Planner(adapter, self._shape, height, width, noise_period)
+        self._planner.check(cfg_type, do_add_noise)
         self._timer = CallTimer(pipe.device)
-        super().__init__(
+        self._indices, self._cfg_type, self._do_add_noise = t_index_list, cfg_type, do_add_noise
+        self._batched = use_denoising_batch
+        self._state: Prepared | None = None
+        self._engine: Ring | Loop | None = None
+        super().__init__(  # what it assigns and we derive is dropped (`__setattr__`)
             base_view(pipe, adapter.net, adapter.factor),
             list(t_index_list or [0]),
             adapter.latent_dtype or dtype,
@@ -138,13 +143,12 @@ class StreamFlow(
             cfg_type,
         )
         self.pipe = pipe
-        self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.image_processor = pipe.image_processor
+        self._vae = pipe.vae
+        self.codec = self._plain_codec = self._codec_of(pipe.vae)
+        self.image_processor = marking(pipe.image_processor, as_rgb_where_pil)
         self.similar_filter = SimilarImageFilter()
-        self._indices = t_index_list
         self._input_range, self._noise_policy, self._resize, self._check = input_range, noise, resize, check_inputs
-        self._state: Prepared | None = None
-        self._engine: Ring | Loop | None = None
+        self._ranges = RangeChecks()
         self._ticks, self._callers, self._slot = threading.RLock(), threading.Lock(), threading.Lock()  # taken in this order
         self._change: Change | None = None
         self._updates = 0
@@ -153,6 +157,7 @@ class StreamFlow(
         self._said: set[str] = set()
         self._held_noise: tuple[Any, Tensor | None] = (None, None)
         self._feedback, self._last_x0 = feedback, None
+        self._constructed = True
         self._wrap_controls(pipe)
 
     # -- prepare and change -------------------------------------------------------------------------------------------
@@ -181,8 +186,10 @@ class StreamFlow(
             guidance_scale: the pipeline's. None: the pipeline's own default under `full` and where it is embedded in the
                 network (Flux), 1.2 under `self` and `initialize`. Flux's weight of true guidance is `true_cfg_scale`.
             delta: under `self` and `initialize` the weight in force is `1 + (guidance_scale - 1) delta`.
-            generator: draws all noise, used as it is; or
-            seed: noise is a function of the seed and the frame's number. Default 2. Or seeds with weights.
+            generator: draws all noise; used as it is, or seeded with `seed` first where both are given, as in
+                StreamDiffusion.
+            seed: noise is a function of the seed and the frame's number. Default 2; a negative one stands for a random one,
+                which is logged. Or seeds with weights.
             blend: "linear" or "slerp", along the sphere (`streamflow.blending.METHODS`).
             normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
             strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
@@ -192,22 +199,73 @@ class StreamFlow(
             TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
         """
         self._check_open()
+        self._follow_pipe()
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
-            *(prompt, negative_prompt, num_inference_steps, guidance_scale, delta, self._indices, strength),
-            *(pipeline_arguments, blend, normalize, self._noise_policy, self._planner.noise_period, self._feedback),
+            prompt,
+            negative_prompt,
+            num_inference_steps,
+            guidance_scale,
+            delta,
+            t_index_list=self._indices,
+            strength=strength,
+            arguments=pipeline_arguments,
+            blend=blend,
+            normalize=normalize,
+            noise=self._noise_policy,
+            noise_period=self._planner.noise_period,
+            feedback=self._feedback,
+            cfg_type=self._cfg_type,
+            do_add_noise=self._do_add_noise,
         )
+        seed = self._planner.seed(seed)
         with self._callers:
             state = self._planner.plan(request, generator, seed)
+            if generator is not None and seed is not None:
+                generator.manual_seed(seed)
             seed = state.noise.seed
             self.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
             self.reset()
             with self._slot:
                 self._state, self._change = state, None
-        self.generator = generator
         self._install(state.stages)
         if self._accelerated is None:
             self._build()
+
+    def _follow_pipe(self) -> None:
+        """Take over what has become of the pipe's parts since the stream last looked, or raise ValueError with the
+        remedy."""
+        seen, now = self._seen, PipeParts.of(self.pipe, self.adapter.network)
+        if now.placement != seen.placement:
+            raise ValueError(
+                f"the pipe was moved, pipe.to(...), from {seen.placement} to {now.placement} after this stream was made: "
+                f"make a new StreamFlow of it, or move it back"
+            )
+        codec = None if now.vae is seen.vae or (now.vae is None and self._vae is not seen.vae) else self._codec_of(now.vae)
+        if now.network is not seen.network:
+            self._check_same_latents(now.network)
+        self.adapter.follow_pipe()
+        if now.scheduler != seen.scheduler:
+            self.adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
+        if now.network is not seen.network:
+            self.unet = now.network
+        if codec is not None:
+            self._put_back()
+            self._vae, self.codec, self._plain_codec = now.vae, codec, codec
+        self._seen = now
+
+    def _check_same_latents(self, network: Any) -> None:
+        before = self.adapter.net
+        self.adapter.rebuild(network)
+        try:
+            shape = self.adapter.latent_shape(self.height, self.width)
+        finally:
+            self.adapter.rebuild(before)
+        if tuple(shape) != tuple(self._shape):
+            raise ValueError(
+                f"pipe.{self.adapter.network} was replaced by one whose latents are {list(shape)}, and this stream's are "
+                f"{list(self._shape)}: make a new StreamFlow of the pipe"
+            )
 
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
@@ -243,7 +301,8 @@ class StreamFlow(
             seed: of the frames that enter from then on.
             changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
                 normalize, guidance_scale, delta, num_inference_steps, t_index_list, strength, noise, noise_period, feedback
-                (of frames that enter from then on), and the pipeline's own arguments by name.
+                (of frames that enter from then on), cfg_type, do_add_noise (frames under way finish first), and the
+                pipeline's own arguments by name.
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field.
 
@@ -297,7 +356,8 @@ class StreamFlow(
         if change is None:
             return
         new_levels = change.target.stages is not before.stages
-        if new_levels and not change.levels_now:
+        installs = not self._fits(change.target.request) or (new_levels and not change.levels_now)
+        if installs:
             self._run_out()  # where that fails, the update waits for the next call
         with self._slot:
             merged = self._change is not change
@@ -305,18 +365,18 @@ class StreamFlow(
                 self._change, self._state = None, change.target
         if merged:
             return self._take_change()
-        if new_levels:
-            self._change_levels(change.target.stages, change.levels_now)
+        if installs:
+            self._install(change.target.stages)
+        elif new_levels:
+            self._engine.set_levels(change.target.stages)
         if change.entries:
             self._engine.set_prompt(change.target.prompt, change.entries)
         self._engine.weight = change.target.weight
 
-    def _change_levels(self, stages: Stages, now: bool) -> None:
-        """New noise levels: for rows under way too, or for those to come."""
-        if now:
-            self._engine.set_levels(stages)
-        else:
-            self._install(stages)
+    def _fits(self, request: Request) -> bool:
+        """Whether the engine guides and steps as this asks for."""
+        settings = self._engine.settings
+        return settings.mode is request.mode and settings.rule == self.adapter.rule(request.do_add_noise)
 
     def _run_out(self) -> None:
         """Let what is in flight run to its end, and queue it."""
@@ -341,8 +401,9 @@ class StreamFlow(
             self._text_regions(mask)
             return self.txt2img(control=control)
         self._running()
+        self._ranges.raise_failed()
         with self._timer:
-            pictures = self.preprocess(x)
+            pictures = self._read_images(x)
             if len(pictures) != self.frame_bff_size:
                 raise ValueError(f"{len(pictures)} pictures for a frame buffer of {self.frame_bff_size}")
             regions, seen = self._masked(pictures, mask)
@@ -367,6 +428,7 @@ class StreamFlow(
         control: for each control net a picture, or one for each of `batch_size`; further frames have the last one's.
         """
         self._running()
+        self._ranges.raise_failed()
         groups, regions = self._group_count(batch_size, latents), self._text_regions()
         shown = self._shown(control, groups * self.frame_bff_size)
         self.similar_filter.forget()
@@ -414,6 +476,8 @@ class StreamFlow(
 
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
+        self._running()
+        self._ranges.raise_failed()
         self._run_out()
         left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
         self._finished.clear()
@@ -422,8 +486,16 @@ class StreamFlow(
     # -- the steps by themselves ----------------------------------------------------------------------------------------
 
     def preprocess(self, image: Any) -> Normalized:
-        """A picture or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
-        return normalize_image(image, self.height, self.width, self._input_range, self._resize, self._check)
+        """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
+        return self._normalize(image, "an image given to preprocess")
+
+    def _read_images(self, image: Any) -> Normalized:
+        """As `preprocess`, of images of the frames that come next."""
+        return self._normalize(image, f"the image of frame {self._next_id}")
+
+    def _normalize(self, image: Any, what: str) -> Normalized:
+        check = check_values if self._check else partial(self._ranges.add, what)
+        return normalize_image(image, self.height, self.width, self._input_range, self._resize, check)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, t_index: int) -> Tensor:
         """x0 on its path to the noise (`(1 - sigma) x0 + sigma noise` where that is straight) at stage `t_index`."""
@@ -495,8 +567,13 @@ class StreamFlow(
     def _prepared(self) -> Prepared:
         self._check_open()
         if self._state is None:
-            raise RuntimeError("call prepare(prompt) first")
+            raise NotPreparedError("call prepare(prompt) first")
         return self._state
+
+    @property
+    def _mode(self) -> guidance.Mode:
+        """How rows are guided."""
+        return guidance.mode(self._cfg_type) if self._state is None else self._state.request.mode
 
     def _running(self) -> Ring | Loop:
         self._prepared()
@@ -507,23 +584,19 @@ class StreamFlow(
         return self._engine.in_flight + sum(len(done.ids) for done in self._finished if not done.copy)
 
     def _install(self, stages: Stages) -> None:
-        """Make the ring (or the loop) for these stages, and say its sizes under StreamDiffusion's names."""
+        """Make the ring (or the loop) for these stages."""
         settings = Settings(
             stages,
             self.frame_bff_size,
             self._mode,
-            self.adapter.rule(self.do_add_noise),
+            self.adapter.rule(self._state.request.do_add_noise),
             self._shape,
             self.dtype,
             self.device,
             self.adapter.path,
         )
-        self._engine = self.adapter.engine(settings, self._state.weight, self.use_denoising_batch)
+        self._engine = self.adapter.engine(settings, self._state.weight, self._batched)
         self._engine.observer = self._observer
-        self.t_list = list(stages.indices)
-        self.denoising_steps_num = len(stages)
-        rows = self._engine.rows if self.use_denoising_batch else self._engine.stages[0]
-        self.batch_size, self.trt_unet_batch_size = rows.count, rows.count + rows.extra
 
     def _push(self, group: Group) -> None:
         with self._ticks:
@@ -553,6 +626,7 @@ class StreamFlow(
             raise ValueError(f"latents must be {[rows, *self._shape]}, not {list(x.shape)}")
 
 
-_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}
+_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize", "assigned_embeds"}
 _VIDEO = {"noise", "noise_period", "feedback"}
-_UPDATABLE = _TEXTS | _VIDEO | {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength"}
+_SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
+_UPDATABLE = _TEXTS | _VIDEO | _SAMPLING

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from streamflow.blending import Cache, Weighted, as_weighted, blend, parts, shares
-from streamflow.changes import Prepared, Request, check_number, same_key
+from streamflow.changes import AssignedEmbeds, Prepared, Request, check_number, same_key
 from streamflow.conditioning import Cond, Prompt
-from streamflow.guidance import Mode, Weight
+from streamflow.guidance import Weight, mode
 from streamflow.models.base import FlowAdapter
-from streamflow.noise import NoiseSource
+from streamflow.noise import NoiseSource, resolve_seeds
 from streamflow.schedule import Schedule, Stages
 
 DEFAULT_SEED = 2
@@ -26,24 +27,21 @@ class Planner:
     requests by `prepare`. `cache` holds what prompts became since the last `plan`."""
 
     adapter: FlowAdapter
-    mode: Mode
     shape: tuple[int, ...]
     height: int
     width: int
     noise_period: int = 30
     cache: Cache = field(default_factory=Cache, compare=False)
 
-    def __post_init__(self) -> None:
-        if self._guided:
+    def check(self, cfg_type: str, do_add_noise: bool) -> None:
+        """Raise ValueError where the pipeline cannot be streamed under these settings."""
+        self.adapter.check_settings(cfg_type, do_add_noise)
+        if mode(cfg_type).extra_rows(1, 1):
             self.adapter.check_guided()
-
-    @property
-    def _guided(self) -> bool:
-        """Whether a negative prompt takes part."""
-        return self.mode.extra_rows(1, 1) > 0
 
     def plan(self, request: Request, generator: torch.Generator | None, seed: int | None) -> Prepared:
         """What this request comes to, from nothing. Raises what is wrong with it."""
+        self.check(request.cfg_type, request.do_add_noise)
         noise, scale = self.noise(generator, seed, request.period), self._scale(request)
         self.cache.clear()
         schedule, prompt = self._read(request)
@@ -52,37 +50,71 @@ class Planner:
 
     def change(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
         """What `asked` becomes under another request; the pipeline is asked again only where it must be."""
+        self.check(request.cfg_type, request.do_add_noise)
         noise = asked.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
         scale, name = self._scale(request), self.adapter.guidance_argument
         schedule, prompt = asked.schedule, asked.prompt
         if not same_key(request.read_key(name), asked.request.read_key(name)):
             schedule, prompt = self._read(request)
+        elif any(a is not b for a, b in zip(request.assigned_embeds, asked.request.assigned_embeds, strict=True)):
+            prompt = self._read(request)[1]
         guidance = self._guidance(request, scale, schedule)
         stages = self._pick(request, schedule)
         if stages.same_levels(asked.stages):
             stages = asked.stages
         return Prepared(request, schedule, stages, prompt, *guidance, noise)
 
-    def encoded_anew(self, asked: Prepared) -> Prepared:
-        """`asked` with its prompts as the text encoders make them now."""
+    def plan_again(self, asked: Prepared) -> Prepared:
+        """`asked` as the pipeline's text encoders and scheduler make it now."""
         self.cache.clear()
-        return replace(asked, prompt=self._read(asked.request)[1])
+        again = self.plan(asked.request, None, DEFAULT_SEED)
+        same = again.stages.same_levels(asked.stages)
+        return replace(again, noise=asked.noise, stages=asked.stages if same else again.stages)
 
     def noise(self, generator: torch.Generator | None, seed: Any, period: int | None = None) -> NoiseSource:
-        """Noise from a generator, from a seed or from several with weights; from the default seed where none is given."""
-        seed = as_weighted("seed", seed, int, "7")
-        if generator is not None and seed is not None:
-            raise ValueError("pass a generator, which is used as it is, or a seed, not both")
+        """Noise from a generator, from a seed or from several with weights; from the default seed where none is given. A
+        negative seed is a random one. Of a generator and a seed, the generator; seeding it is left to the caller."""
+        seed = self.seed(seed)
+        if generator is not None and isinstance(seed, tuple):
+            raise ValueError("a generator has one seed: pass seed as an integer, or leave the generator out")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, tuple))):
-            raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
         if generator is None and seed is None:
             seed = DEFAULT_SEED
-        return NoiseSource(self.shape, seed, generator, period)
+        return NoiseSource(self.shape, None if generator else seed, generator, period)
+
+    @staticmethod
+    def seed(seed: Any) -> Any:
+        """A seed, or seeds with weights, as a stream keeps them: `streamflow.noise.resolve_seeds`."""
+        return resolve_seeds(as_weighted("seed", seed, int, "7"))
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
         """What the pipeline would do with this request, of which it is asked text by text."""
+        schedule, prompt = self._encoded(request)
+        return schedule, self._assigned(prompt, request.assigned_embeds)
+
+    def _assigned(self, prompt: Prompt, embeds: AssignedEmbeds) -> Prompt:
+        """The prompt with embeddings that were assigned in the place of its own."""
+        if embeds[0] is None and embeds[1] is None:
+            return prompt
+        name = self.adapter.embeds.get("prompt_embeds")
+        cond, uncond = (
+            one
+            if one is None or value is None
+            else Cond({**one.rows, name: self._fitting(value, one.rows[name])}, one.shared)
+            for one, value in zip((prompt.cond, prompt.uncond), embeds, strict=True)
+        )
+        return replace(prompt, cond=cond, uncond=uncond)
+
+    def _fitting(self, value: Tensor, own: Tensor) -> Tensor:
+        if value.shape != own.shape:
+            raise ValueError(
+                f"prompt_embeds was assigned as {list(value.shape)}, and the prompt is {list(own.shape)} now: pass "
+                f"embeddings of another length by update(prompt_embeds=...), with what the pipeline takes beside them"
+            )
+        return value.to(own.device, own.dtype)
+
+    def _encoded(self, request: Request) -> tuple[Schedule, Prompt]:
         if not isinstance(request.prompt, tuple) and not isinstance(request.negative_prompt, tuple):
             return self._ask(request, request.prompt, request.negative_prompt)
         self.adapter.check_offers("blending")
@@ -102,7 +134,8 @@ class Planner:
     def _ask(self, request: Request, *texts: str | None) -> tuple[Schedule, Prompt]:
         """As `_read`, of one prompt and one negative prompt; kept under these texts, since weights change more often."""
         *_, steps, scale, arguments = request.read_key(self.adapter.guidance_argument)
-        return self.cache.get((texts, steps, scale, tuple(arguments.items())), lambda: self._encode(request))
+        key = (texts, steps, scale, request.guided, tuple(arguments.items()))
+        return self.cache.get(key, lambda: self._encode(request))
 
     def _encode(self, request: Request) -> tuple[Schedule, Prompt]:
         """Ask the pipeline what it would do with this request."""
@@ -114,7 +147,7 @@ class Planner:
         arguments["negative_prompt"] = None if given else request.negative_prompt
         if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
             arguments["guidance_scale"] = request.guidance_scale
-        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, self._guided)
+        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, request.guided)
 
     def _pick(self, request: Request, schedule: Schedule) -> Stages:
         if request.strength is not None:
@@ -126,11 +159,11 @@ class Planner:
         adapter, name = self.adapter, self.adapter.guidance_argument
         scale = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
         check_number(name, scale)
-        if self.mode.name == "none":
+        if request.mode.name == "none":
             return adapter.unguided
         if scale is not None:
             return float(scale)
-        return RESIDUAL_GUIDANCE - (1.0 - adapter.unguided) if self.mode.carries_anchor else adapter.default(name)
+        return RESIDUAL_GUIDANCE - (1.0 - adapter.unguided) if request.mode.carries_anchor else adapter.default(name)
 
     def _guidance(self, request: Request, scale: float, schedule: Schedule) -> tuple[float, Weight]:
         """(the pipeline's guidance_scale, the weight in force) under this request."""
@@ -138,5 +171,5 @@ class Planner:
         shown = scale
         if adapter.guidance_argument != "guidance_scale":
             shown = adapter.default("guidance_scale") if request.guidance_scale is None else request.guidance_scale
-        in_force = self.mode.scale(scale, request.delta, adapter.unguided)
+        in_force = request.mode.scale(scale, request.delta, adapter.unguided)
         return float(scale if shown is None else shown), adapter.weight(in_force, request.arguments, schedule)

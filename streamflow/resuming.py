@@ -17,7 +17,7 @@ from streamflow.ring import Done, Group
 from streamflow.schedule import Schedule, Stages
 from streamflow.snapshot import Packer, Unpacker, attributes
 
-FORMAT = 1
+FORMAT = 2
 HELD = {"format", "made_by", "stream", "engine", "objects"}
 UNDER_WAY = (Anchors, Cond, ControlledPrompt, Done, Group, Known, Paste, Prompt, Region)
 SETTINGS = (Change, NoiseSource, Prepared, Request, Schedule, SimilarImageFilter, Stages)
@@ -25,7 +25,7 @@ CLASSES = {cls.__name__: cls for cls in (*UNDER_WAY, *SETTINGS)}
 
 # The stream's own attributes that a call depends on and changes, or that are set by a method.
 OF_STREAM = (
-    *("_state", "_change", "_updates", "_next_id", "_finished", "generator", "prev_image_result"),
+    *("_state", "_change", "_updates", "_next_id", "_finished", "prev_image_result"),
     *("similar_filter", "similar_image_filter", "_regions", "_paste", "_scales", "_levels"),
     "_last_x0",
 )

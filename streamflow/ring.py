@@ -188,6 +188,29 @@ class Ring:
         return self._advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
     @property
+    def next_x(self) -> Tensor:
+        """The latents of all rows `[rows, ...]` as the next step sees them; of the rows that have left, their last
+        step's."""
+        return torch.cat((self._advanced[: -self.settings.frames], self.x[-self.settings.frames :]))
+
+    @property
+    def next_sigma(self) -> Tensor:
+        """The noise levels of `next_x`, `[rows, 1, ...]`."""
+        return torch.cat((self.rows.sigma_next[: -self.settings.frames], self.rows.sigma[-self.settings.frames :]))
+
+    def set_waiting(self, x: Tensor) -> None:
+        """Replace the latents of the rows under way, `[(S - 1) F, ...]`."""
+        self._advanced = torch.cat((x, self._advanced[-self.settings.frames :]))
+
+    def set_residual_noise(self, noise: Tensor) -> None:
+        """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise` at its next
+        step; noise float32 `[rows, ...]`, of which the rows that have left take none."""
+        going_on = self.rows.count - self.settings.frames
+        x, sigma = self.next_x[:going_on].float(), self.next_sigma[:going_on]
+        anchor = (x - sigma * noise[:going_on]) / (1.0 - sigma)
+        self.anchors = Anchors(torch.cat((anchor, self.anchors.x0[going_on:])), self.anchors.known)
+
+    @property
     def _waiting(self) -> list[Group | None]:
         """The groups under way between two pushes: all but the one that the last push let out."""
         return list(self._groups)[:-1]

@@ -3,6 +3,7 @@ it is read off a pipeline's own scheduler (`streamflow.models.probe`) or given b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -10,14 +11,17 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 def check_indices(t_index_list: Sequence[int], steps: int | None = None) -> tuple[int, ...]:
-    """Return `t_index_list` as a tuple, or raise with the numbers: integers, at least one, strictly increasing,
-    not negative and, where `steps` is known, below it.
+    """Return `t_index_list` as an increasing tuple, or raise with the numbers: integers, at least one, each once, not
+    negative and, where `steps` is known, below it. A list in another order is sorted, which is logged: a frame goes from the
+    noisiest step to the last.
 
     Raises:
         TypeError: an entry is no integer, or the whole is no sequence.
-        ValueError: empty, unsorted, repeated or out of range.
+        ValueError: empty, repeated or out of range.
     """
     if isinstance(t_index_list, str) or not isinstance(t_index_list, Sequence):
         raise TypeError(f"t_index_list must be a sequence of integers such as [0, 16, 32, 45], not {t_index_list!r}")
@@ -27,10 +31,11 @@ def check_indices(t_index_list: Sequence[int], steps: int | None = None) -> tupl
     indices = tuple(int(t) for t in t_index_list)
     if not indices:
         raise ValueError("t_index_list is empty: name at least one step, such as [0]")
-    if any(later <= earlier for earlier, later in zip(indices, indices[1:], strict=False)):
-        raise ValueError(
-            f"t_index_list {list(indices)} must increase strictly, each step once: {sorted(set(indices))} would do"
-        )
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"t_index_list {list(indices)} must name each step once: {sorted(set(indices))} would do")
+    if list(indices) != sorted(indices):
+        logger.info("t_index_list %s is taken in the order of the steps: %s", list(indices), sorted(indices))
+        indices = tuple(sorted(indices))
     if indices[0] < 0:
         raise ValueError(f"t_index_list starts at {indices[0]}: steps are counted from 0, the noisiest")
     if steps is not None and indices[-1] >= steps:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streamflow.frames import Frame, Input, Order, Waiting
-from streamflow.image_utils import Normalized
+from streamflow.image_range import Normalized
 
 
 class Streaming:
@@ -41,6 +41,7 @@ class Streaming:
         self.prev_image_result = None  # no later call may show it for one of these
         drawn = self._next_id
         for item in iterable:
+            self._ranges.raise_failed()
             change = self._change
             if buffer and change is not None and not change.spares_waiting(self._state):
                 self._push_buffer(buffer)  # they came in before it
@@ -93,7 +94,7 @@ class Streaming:
         yield from order.ready(0 if last else self.codec.lanes)
 
     def _one_picture(self, x: Any) -> Normalized:
-        picture = self.preprocess(x)
+        picture = self._read_images(x)
         if len(picture) != 1:
             raise ValueError(f"frames() takes one picture at a time, not {len(picture)}")
         return picture

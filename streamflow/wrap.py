@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,50 @@ def base_view(pipe: Any, network: torch.nn.Module, factor: int) -> SimpleNamespa
         unet=network,
         vae=pipe.vae,
     )
+
+
+def base_network(network: Any) -> Any:
+    """The network inside `torch.compile`, peft and torch's wrappers for several devices."""
+    while True:
+        if hasattr(network, "_orig_mod"):
+            network = network._orig_mod
+        elif hasattr(network, "get_base_model"):
+            network = network.get_base_model()
+        elif isinstance(network, torch.nn.DataParallel):
+            network = network.module
+        else:
+            return network
+
+
+def check_network(network: Any) -> None:
+    """Raise ValueError for a network that remembers the step before, which rows at different steps do not share."""
+    if getattr(base_network(network), "is_cache_enabled", False):
+        raise ValueError(
+            f"this {type(base_network(network)).__name__} has a cache (enable_cache) that holds results of the step before, "
+            f"and the rows of a stream are at different steps: call its disable_cache()"
+        )
+
+
+@dataclass(frozen=True)
+class PipeParts:
+    """The parts of a pipe that a stream is made of, and where they are; of the scheduler, which one and how it is set."""
+
+    network: Any
+    vae: Any
+    scheduler: tuple[int, str]
+    placement: str
+
+    @classmethod
+    def of(cls, pipe: Any, network: str) -> PipeParts:
+        """The parts of this pipe now; `network` is the attribute that holds its network. Raises ValueError where a stream
+        cannot use them: offloaded, or without a network."""
+        check_placement(pipe)
+        net = getattr(pipe, network, None)
+        if net is None:
+            raise ValueError(f"this {type(pipe).__name__} has no {network} any more: assign pipe.{network}, then prepare")
+        check_network(net)
+        scheduler = id(pipe.scheduler), f"{dict(pipe.scheduler.config)} {getattr(pipe.scheduler, '_shift', None)}"
+        return cls(net, getattr(pipe, "vae", None), scheduler, f"{net.dtype} on {pipe.device}")
 
 
 def check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:

@@ -1,9 +1,11 @@
 """StreamDiffusionWrapper for flows: a model by its name, prepared and warm, in one object. Every argument of
-StreamDiffusion's does what it says, or is refused with the reason. Knows how the parts are put together, and holds none.
+StreamDiffusion's does what it says, or is refused with the reason; so does every attribute that is assigned. The names that
+livepeer's fork added are forwards. Knows how the parts are put together, and holds none.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,48 +14,105 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from streamflow import models
+from streamflow import models, pretrained
+from streamflow.blending import METHODS, parts
 from streamflow.config import Settings
 from streamflow.image_utils import postprocess_image
 from streamflow.pipeline import StreamFlow
+from streamflow.planner import Planner
 
+logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "np", "pt", "latent")
 MODES = ("img2img", "txt2img")
-NOT_HERE = {
-    "xformers": "torch's own attention has taken its place: choose 'auto', or 'none'",
-    "sfast": "stable-fast is no longer kept up: choose 'auto' (torch.compile with a CUDA graph), or 'none'",
-}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# What livepeer's fork has and StreamFlow does not, by the names of its arguments and methods.
+_CONTROL = (
+    "control nets are diffusers models here: wrapper.stream.add_control(name, model), then stream(image, control={...})"
+)
+_STYLE = "image prompts (IP-Adapter) are not offered"
+_CACHED = "cached attention over earlier frames (V2V) is not offered; StreamFlow(..., feedback=...) holds a video still"
+_HOOKS = "images are pre- and postprocessed by the caller, before and after each call"
+_MEMORY = "close() lets go of the stream, and nothing else holds its memory"
+NOT_HERE = {
+    **dict.fromkeys(("use_controlnet", "controlnet_config", "controlnets", "update_control_image"), _CONTROL),
+    **dict.fromkeys(("update_control_image_efficient", "get_last_processed_image", "cleanup_controlnets"), _CONTROL),
+    **dict.fromkeys(("use_ipadapter", "ipadapter_config", "ipadapters", "update_style_image"), _STYLE),
+    **dict.fromkeys(("use_cached_attn", "cache_maxframes", "cache_interval", "cached_attention", "stream_v2v"), _CACHED),
+    **dict.fromkeys((f"{what}_{when}processing_config" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
+    **dict.fromkeys((f"{what}_{when}processing" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
+    **dict.fromkeys(("cleanup_gpu_memory", "check_gpu_memory_for_engine", "cleanup_engines_and_rebuild"), _MEMORY),
+    "compile_engines_only": "python -m streamflow.acceleration.tensorrt --build-only builds engines without a stream",
+    "enable_pytorch_fallback": "accelerate('tensorrt', fallback='eager') goes on without an engine",
+    "sampler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
+    "scheduler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
+}
+
+_ANEW = "make a new StreamFlowWrapper with {}=..."
+_PREPARE = "call prepare({0}=...) or update({0}=...)"
+READ_ONLY = {
+    **{
+        name: _ANEW.format(name)
+        for name in ("device", "dtype", "width", "height", "frame_buffer_size", "lora_dict", "vae_id")
+    },
+    **{
+        name: _ANEW.format(name) for name in ("model_id_or_path", "device_ids", "use_tiny_vae", "use_lcm_lora", "engine_dir")
+    },
+    **{
+        name: _PREPARE.format(name)
+        for name in ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta")
+    },
+    "batch_size": "it follows from t_index_list and frame_buffer_size: update(t_index_list=...)",
+    "t_index_list": "call update(t_index_list=...)",
+    "sd_turbo": "it says whether the model's name holds 'turbo'",
+    "cfg_type": "assign wrapper.stream.cfg_type",
+    "acceleration": "call wrapper.stream.accelerate(...)",
+}
 
 
 class StreamFlowWrapper:
-    """A stream of a model that is loaded, adapted and accelerated here.
+    """A stream of a model that is loaded, adapted, accelerated and prepared here.
 
     Args, in StreamDiffusionWrapper's order:
         model_id_or_path: "embedded", a hub id, a folder or a .safetensors file (`streamflow.models.load`).
-        t_index_list: as `StreamFlow`'s; None: all steps.
+        t_index_list: as `StreamFlow`'s; None: all steps, and the wrapper is prepared with the first call at the latest.
         lora_dict: LoRAs, hub id or file, and how strong each is. They stay adapters: `stream.set_adapters` changes them.
         mode: "img2img" or "txt2img": what calling the wrapper does, and what it warms up.
         output_type: of what calls return: "pil", "np" or "pt" in [0, 1], or "latent", StreamDiffusion's name for the
-            pictures in [-1, 1] as they leave the stream.
-        lcm_lora_id, use_lcm_lora: refused where set: a flow needs no LCM-LoRA.
-        vae_id: hub id or folder of a tiny VAE in the place of the model's VAE.
+            images in [-1, 1] as they leave the stream.
+        lcm_lora_id: unused without use_lcm_lora, which is refused: a flow needs no LCM-LoRA.
+        vae_id: hub id or folder of a tiny VAE in the place of the model's VAE; unused with use_tiny_vae=False.
         device: None: a GPU where there is one. dtype: None: float32 on a CPU, bfloat16 elsewhere.
         frame_buffer_size, width, height, do_add_noise, use_denoising_batch, cfg_type: as `StreamFlow`'s.
-        warmup: pictures drawn and thrown away after the first `prepare`.
-        acceleration: as `StreamFlow.accelerate`'s; "tensorrt" keeps its engines in `engine_dir`.
+        warmup: images drawn and thrown away after the first preparation.
+        acceleration: as `StreamFlow.accelerate`'s; "tensorrt" keeps its engines in `engine_dir`; "xformers" is "none", since
+            torch's own attention has taken its place, which is logged.
         device_ids: more devices, "cuda:1" or 1: the decode and the denoising rows are spread over all of them.
-        use_tiny_vae: the family's own tiny VAE, where `vae_id` names none.
+        use_tiny_vae: True: `vae_id`, or the family's own tiny VAE. None: the same where the family has one, else the model's
+            VAE, which is logged. False: the model's VAE.
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.
-        seed: of all noise, in every `prepare`.
-        use_safety_checker: every picture goes through the pipeline's safety checker, where the family has one.
-        like: width and height of a picture, whose proportions the size takes where neither width nor height is given.
+        seed: of all noise, in every `prepare`; a negative one stands for a random one, which is logged.
+        use_safety_checker: every image goes through a safety checker, and `nsfw_fallback_img` (black) takes the place of
+            those that it objects to.
+        like: width and height of an image, whose proportions the size takes where neither width nor height is given.
+        prepare: arguments of the preparation in this constructor; by default StreamDiffusionWrapper's, the prompt "" and 50
+            steps.
+        safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
+            pipe's own, or those that StreamDiffusionWrapper loads from the hub.
+        skip_diffusion: calls return their image in the stream's size, and nothing is drawn. Can be assigned.
         family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's.
+        not_here: other names that livepeer's fork knows raise NotImplementedError with the reason.
+
+    StreamDiffusionWrapper's attributes can be read: device, dtype, width, height, mode, output_type, frame_buffer_size,
+    batch_size, use_denoising_batch, use_safety_checker, sd_turbo, stream, and with a checker safety_checker,
+    feature_extractor and nsfw_fallback_img. Assigning one acts at the next call, or raises AttributeError with the remedy.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, FileNotFoundError: for what cannot be, before anything is loaded where
-            that can be told.
+        ValueError, TypeError, NotImplementedError, FileNotFoundError, OSError: for what cannot be, before anything is loaded
+            where that can be told.
     """
+
+    _constructed = False
 
     def __init__(
         self,
@@ -74,7 +133,7 @@ class StreamFlowWrapper:
         do_add_noise: bool = False,
         device_ids: Sequence[int | str] | None = None,
         use_lcm_lora: bool = False,
-        use_tiny_vae: bool = False,
+        use_tiny_vae: bool | None = None,
         enable_similar_image_filter: bool = False,
         similar_image_filter_threshold: float = 0.98,
         similar_image_filter_max_skip_frame: int = 10,
@@ -85,30 +144,39 @@ class StreamFlowWrapper:
         engine_dir: str | Path | None = "engines",
         *,
         like: tuple[int, int] | None = None,
+        prepare: Mapping[str, Any] | None = None,
+        safety_checker: tuple[Any, Any] | None = None,
+        skip_diffusion: bool = False,
         family: str | None = None,
         acceleration_options: Mapping[str, Any] | None = None,
         stream_options: Mapping[str, Any] | None = None,
+        **not_here: Any,
     ) -> None:
+        _refuse(type(self).__name__, not_here)
         _check(mode, MODES, "mode")
         _check(output_type, OUTPUTS, "output_type")
-        if use_lcm_lora or lcm_lora_id is not None:
+        if use_lcm_lora:
             raise NotImplementedError(
-                "a rectified flow draws in few steps by itself: leave lcm_lora_id and use_lcm_lora out"
+                "a rectified flow draws in few steps by itself, so no LCM-LoRA is loaded: pass use_lcm_lora=False"
             )
-        if acceleration in NOT_HERE:
-            raise ValueError(f"acceleration {acceleration!r}: {NOT_HERE[acceleration]}")
+        if acceleration == "xformers":
+            logger.info("acceleration 'xformers': torch's own attention is used, and nothing else is accelerated")
+            acceleration = "none"
+        if acceleration == "sfast":
+            raise ValueError("acceleration 'sfast': stable-fast is no longer maintained: choose 'auto', or 'none'")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup must be an integer of 0 or more, not {warmup!r}")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
-        self.mode, self.output_type, self.seed, self.warmup = mode, output_type, seed, warmup
-        device = torch.device(device or _first_device())
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        pipe = models.load(model_id_or_path, device=device, dtype=dtype, family=family)
-        self._checker = _safety_checker(pipe) if use_safety_checker else None
+        self._mode, self._output_type, self._seed, self.warmup = mode, output_type, Planner.seed(seed), warmup
+        self.skip_diffusion = skip_diffusion
+        self.device = device or _first_device()
+        dtype = dtype or (torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16)
+        pipe = models.load(model_id_or_path, device=self.device, dtype=dtype, family=family)
         if like is not None and width is None and height is None:
             width, height = models.adapter_for(pipe, family).size_like(*like)
-        self._defaults = {"max_sequence_length": 0} if model_id_or_path == "embedded" else {}  # it has no T5
+        self._model = str(model_id_or_path)
+        self._defaults = {"max_sequence_length": 0} if _is_embedded(self._model) else {}  # it has no T5
         self.stream = StreamFlow(
             pipe,
             t_index_list,
@@ -122,8 +190,7 @@ class StreamFlowWrapper:
             **(stream_options or {}),
         )
         _adapt(self.stream, lora_dict or {})
-        if vae_id is not None or use_tiny_vae:
-            self.stream.use_tiny_vae(vae_id)
+        _choose_vae(self.stream, vae_id, use_tiny_vae)
         _spread(self.stream, device_ids)
         if enable_similar_image_filter:
             self.stream.enable_similar_image_filter(similar_image_filter_threshold, similar_image_filter_max_skip_frame)
@@ -131,11 +198,20 @@ class StreamFlowWrapper:
         if acceleration == "tensorrt" and engine_dir is not None:
             options.setdefault("engine_dir", engine_dir)
         self.stream.accelerate(acceleration, **options)
+        self._uses_checker = False
+        if safety_checker is not None:
+            self.safety_checker, self.feature_extractor = safety_checker
+        if use_safety_checker:
+            self._load_checker()
+        if prepare is not None or t_index_list is not None:
+            self._prepare_itself(prepare or {})
+        self._constructed = True
 
     @classmethod
     def from_settings(cls, settings: Settings, **changes: Any) -> Self:
         """The wrapper of these settings, prepared and warm. `changes`: other arguments of the wrapper."""
         s, similar = settings, settings.similar_image_filter
+        strength = {} if s.strength is None else {"strength": s.strength}
         arguments: dict[str, Any] = {
             "lora_dict": s.loras,
             "mode": s.mode,
@@ -150,47 +226,173 @@ class StreamFlowWrapper:
             "acceleration_options": s.acceleration.options,
             "do_add_noise": s.do_add_noise,
             "device_ids": s.devices or None,
-            "use_tiny_vae": s.tiny_vae is True,
+            "use_tiny_vae": bool(s.tiny_vae),
             "use_denoising_batch": s.use_denoising_batch,
             "cfg_type": s.cfg_type,
             "seed": s.seed,
             "family": s.family,
             "engine_dir": None,
+            "prepare": {
+                "prompt": s.prompt if isinstance(s.prompt, str) else list(s.prompt),
+                "negative_prompt": s.negative_prompt,
+                "num_inference_steps": s.num_inference_steps,
+                "guidance_scale": s.guidance_scale,
+                "delta": s.delta,
+                **strength,
+            },
         }
         if similar is not None:
             arguments["enable_similar_image_filter"] = True
             arguments |= {f"similar_image_filter_{name}": value for name, value in similar.model_dump().items()}
-        self = cls(s.model, s.t_index_list, **{**arguments, **changes})
-        prompt = s.prompt if isinstance(s.prompt, str) else list(s.prompt)
-        strength = {} if s.strength is None else {"strength": s.strength}
-        self.prepare(prompt, s.negative_prompt, s.num_inference_steps, s.guidance_scale, s.delta, **strength)
-        return self
+        return cls(s.model, s.t_index_list, **{**arguments, **changes})
+
+    # -- StreamDiffusionWrapper's attributes ------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._constructed and name in READ_ONLY:
+            raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {READ_ONLY[name]}")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NOT_HERE:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {NOT_HERE[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's dtype."""
+        return self.stream.unet.dtype
+
+    @property
+    def width(self) -> int:
+        """Of images, in pixels."""
+        return self.stream.width
+
+    @property
+    def height(self) -> int:
+        """Of images, in pixels."""
+        return self.stream.height
+
+    @property
+    def frame_buffer_size(self) -> int:
+        """F, how many frames enter and leave together."""
+        return self.stream.frame_bff_size
+
+    @property
+    def batch_size(self) -> int:
+        """Frames under way at once: S F, or F without the denoising batch."""
+        return self.stream.batch_size
+
+    @property
+    def sd_turbo(self) -> bool:
+        """Whether the model's name holds "turbo". Nothing depends on it: one stage is drawn in one step, as any number
+        is."""
+        return "turbo" in self._model
+
+    @property
+    def use_denoising_batch(self) -> bool:
+        """As `StreamFlow.use_denoising_batch`."""
+        return self.stream.use_denoising_batch
+
+    @use_denoising_batch.setter
+    def use_denoising_batch(self, value: bool) -> None:
+        self.stream.use_denoising_batch = value
+
+    @property
+    def mode(self) -> str:
+        """What calling the wrapper does, "img2img" or "txt2img"."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        _check(value, MODES, "mode")
+        self._mode = value
+
+    @property
+    def output_type(self) -> str:
+        """What calls return: "pil", "np", "pt" or "latent"."""
+        return self._output_type
+
+    @output_type.setter
+    def output_type(self, value: str) -> None:
+        _check(value, OUTPUTS, "output_type")
+        self._output_type = value
+
+    @property
+    def seed(self) -> Any:
+        """Of all noise. Assigning it is `update(seed=...)`, and later calls of `prepare` keep it."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: Any) -> None:
+        self.update(seed=value)
+
+    @property
+    def use_safety_checker(self) -> bool:
+        """Whether finished images go through the safety checker. Assigning True loads one where there is none yet."""
+        return self._uses_checker
+
+    @use_safety_checker.setter
+    def use_safety_checker(self, value: bool) -> None:
+        if value:
+            self._load_checker()
+        else:
+            self._uses_checker = False
+
+    def _load_checker(self) -> None:
+        from streamflow.models.safety_checker import load
+
+        if "safety_checker" not in vars(self):
+            self.safety_checker, self.feature_extractor = load(self.stream.pipe)
+        if "nsfw_fallback_img" not in vars(self):
+            self.nsfw_fallback_img = PIL.Image.new("RGB", (self.width, self.height))
+        self._uses_checker = True
 
     # -- StreamDiffusionWrapper's calls -----------------------------------------------------------------------------------
 
     def prepare(
         self,
-        prompt: Any,
+        prompt: Any = "",
         negative_prompt: str = "",
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         delta: float = 1.0,
+        prompt_interpolation_method: str | None = None,
+        seed_list: Sequence[tuple[int, float]] | None = None,
+        seed_interpolation_method: str = "linear",
         **arguments: Any,
     ) -> None:
-        """As `StreamFlow.prepare`, with the wrapper's seed unless one is given; the first time, warm up."""
+        """As `StreamFlow.prepare`, with the wrapper's seed unless one is given; the first time, warm up.
+
+        prompt_interpolation_method, seed_list, seed_interpolation_method: livepeer's names for `blend` and for seeds with
+            weights (`update_stream_params`).
+        """
+        if prompt_interpolation_method is not None:
+            arguments["blend"] = prompt_interpolation_method
+        if seed_list is not None:
+            arguments["seed"] = _mixed_seeds(seed_list, seed_interpolation_method)
         if "generator" not in arguments:
-            arguments.setdefault("seed", self.seed)
+            arguments.setdefault("seed", self._seed)
         arguments = {**self._defaults, **arguments}
         self.stream.prepare(prompt, negative_prompt, num_inference_steps, guidance_scale, delta, **arguments)
         if self.warmup:
             self._warm_up()
 
+    def _prepare_itself(self, arguments: Mapping[str, Any]) -> None:
+        try:
+            self.prepare(**arguments)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (the wrapper prepares itself when it is made, by default with the prompt '' and 50 steps: pass "
+                f"prepare={{'prompt': ..., 'num_inference_steps': ...}} for other arguments)"
+            ) from error
+
     def _warm_up(self) -> None:
         count, self.warmup = self.warmup, 0
         blank = torch.zeros(1, 3, self.stream.height, self.stream.width)
-        pictures = [blank] * self.stream.frame_bff_size
+        images = [blank] * self.stream.frame_bff_size
         for _ in range(count):
-            self.stream(torch.cat(pictures)) if self.mode == "img2img" else self.stream.txt2img()
+            self.stream(torch.cat(images)) if self.mode == "img2img" else self.stream.txt2img()
         self.stream.reset()
 
     def __call__(self, image: Any = None, prompt: Any = None) -> Any:
@@ -204,29 +406,37 @@ class StreamFlowWrapper:
         return self.img2img(image, prompt)
 
     def txt2img(self, prompt: Any = None) -> Any:
-        """The next picture, or `frame_buffer_size` of them as a list; with a prompt, of it from here on."""
+        """The next image, or `frame_buffer_size` of them as a list; with a prompt, of it from here on."""
+        if self.skip_diffusion:
+            raise ValueError(
+                "skip_diffusion returns the image of a call, and txt2img has none: assign skip_diffusion = False"
+            )
         self._take(prompt)
         return self._out(self.stream.txt2img())
 
     def img2img(self, image: Any, prompt: Any = None) -> Any:
-        """A picture (PIL, array, tensor or path), or `frame_buffer_size` of them, restyled."""
+        """An image (PIL, array, tensor or path), or `frame_buffer_size` of them, restyled."""
+        if self.skip_diffusion:
+            return self._out(self.preprocess_image(image))
         self._take(prompt)
         return self._out(self.stream(_opened(image)))
 
     def update(self, **changes: Any) -> int:
         """As `StreamFlow.update`: any of prompt, negative_prompt, guidance_scale, delta, seed, strength, t_index_list,
         num_inference_steps, from any thread."""
-        self.seed = changes.get("seed") if changes.get("seed") is not None else self.seed
-        return self.stream.update(**changes)
+        seed = Planner.seed(changes.get("seed"))
+        number = self.stream.update(**{**changes, "seed": seed})
+        self._seed = self._seed if seed is None else seed
+        return number
 
     def preprocess_image(self, image: Any) -> Tensor:
-        """A picture (or a path) as `[1, 3, height, width]` in [-1, 1], which calls take as it is."""
+        """An image (or a path) as `[1, 3, height, width]` in [-1, 1], which calls take as it is."""
         return self.stream.preprocess(_opened(image))
 
     def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Any:
-        """Pictures `[n, 3, H, W]` in [-1, 1] as this type; one alone is not in a list."""
+        """Images `[n, 3, H, W]` in [-1, 1] as this type; one alone is not in a list."""
         _check(output_type, OUTPUTS, "output_type")
-        out = postprocess_image(image_tensor, output_type)
+        out = postprocess_image(image_tensor.as_subclass(Tensor), output_type)
         return out if self.stream.frame_bff_size > 1 else out[0]
 
     def close(self) -> None:
@@ -239,21 +449,142 @@ class StreamFlowWrapper:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    # -- livepeer's names -------------------------------------------------------------------------------------------------
+
+    def update_prompt(
+        self,
+        prompt: Any,
+        negative_prompt: str | None = None,
+        prompt_interpolation_method: str = "slerp",
+        clear_blending: bool = True,
+        warn_about_conflicts: bool = True,
+    ) -> None:
+        """As `StreamFlow.update_prompt`; several prompts with weights are blended by `prompt_interpolation_method`. A new
+        prompt always takes the place of a blend, so the last two arguments, which the fork has for that, change nothing."""
+        blend = {} if isinstance(prompt, str) else {"blend": prompt_interpolation_method}
+        self._prepared()
+        self.stream.update_prompt(prompt, negative_prompt, **blend)
+
+    def update_stream_params(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        delta: float | None = None,
+        t_index_list: Sequence[int] | None = None,
+        seed: int | None = None,
+        prompt_list: Sequence[tuple[str, float]] | None = None,
+        negative_prompt: str | None = None,
+        prompt_interpolation_method: str = "slerp",
+        normalize_prompt_weights: bool | None = None,
+        seed_list: Sequence[tuple[int, float]] | None = None,
+        seed_interpolation_method: str = "linear",
+        normalize_seed_weights: bool | None = None,
+        use_safety_checker: bool | None = None,
+        **not_here: Any,
+    ) -> None:
+        """`update` under livepeer's names; None leaves a value as it is.
+
+        Raises:
+            ValueError, TypeError: as `StreamFlow.update`; a seed beside a seed_list; normalize_seed_weights=False, since
+            noise of
+                another variance is no noise of the flow. NotImplementedError: what there is not, with the reason.
+        """
+        _refuse("update_stream_params", not_here)
+        if seed is not None and seed_list is not None:
+            raise ValueError("pass seed or seed_list, not both")
+        if normalize_seed_weights is False:
+            raise ValueError(
+                "normalize_seed_weights=False changes the noise's variance, which a flow draws as blur or grain"
+            )
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "delta": delta,
+            "t_index_list": t_index_list,
+            "prompt": None if prompt_list is None else list(prompt_list),
+            "blend": None if prompt_list is None else prompt_interpolation_method,
+            "normalize": normalize_prompt_weights,
+            "negative_prompt": negative_prompt,
+            "seed": seed if seed_list is None else _mixed_seeds(seed_list, seed_interpolation_method),
+        }
+        self._prepared()
+        self.update(**{name: value for name, value in given.items() if value is not None})
+        if use_safety_checker is not None:
+            self.use_safety_checker = use_safety_checker
+
+    def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
+        """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
+        self._prepared()
+        stream = self.stream
+        state = stream.request
+        prompts = [] if state.prompt is None else parts(state.prompt)
+        return {
+            **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
+            **{name: getattr(stream, name) for name in ("cfg_type", "use_denoising_batch", "guidance_scale", "delta")},
+            "device": stream.device.type,
+            "dtype": str(self.dtype),
+            "model_type": type(stream.adapter).__name__,
+            "is_sdxl": "XL" in type(stream.pipe).__name__,
+            "is_turbo": self.sd_turbo,
+            "prompt_list": [tuple(one) for one in prompts],
+            "seed_list": [tuple(one) for one in parts(self._seed)],
+            "normalize_prompt_weights": state.normalize,
+            "normalize_seed_weights": True,
+            "negative_prompt": state.negative_prompt or "",
+            "t_index_list": stream.t_list,
+            "current_seed": self._seed,
+            "num_inference_steps": len(stream.timesteps),
+            "controlnet_config": [
+                {"model_id": name, "conditioning_scale": scale, "preprocessor_params": {}, "enabled": True}
+                for name, scale in stream.controls.items()
+            ],
+            "ipadapter_config": None,
+            **({"caches": {"cached_prompts": len(stream._planner.cache)}} if include_caches else {}),
+        }
+
     # -- inside -----------------------------------------------------------------------------------------------------------
 
+    def _prepared(self) -> None:
+        """Prepare with the defaults, if nobody has yet."""
+        if not self.stream.prepared:
+            self.prepare()
+
     def _take(self, prompt: Any) -> None:
+        self._prepared()
         if prompt is not None:
             self.stream.update_prompt(prompt)
 
-    def _out(self, pictures: Tensor) -> Any:
-        if self._checker is not None:
-            pictures = self._checker(pictures)
-        return self.postprocess_image(pictures, self.output_type)
+    def _out(self, images: Tensor) -> Any:
+        if self._uses_checker:
+            from streamflow.models.safety_checker import replace_unsafe
+
+            images = replace_unsafe(images, self.safety_checker, self.feature_extractor, self.nsfw_fallback_img)
+        return self.postprocess_image(images, self.output_type)
 
 
 def _check(value: str, known: Sequence[str], what: str) -> None:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
+
+
+def _refuse(what: str, names: Mapping[str, Any]) -> None:
+    """Raise for arguments that are not there: TypeError for unknown ones, NotImplementedError for those that the fork knows
+    and that ask for something."""
+    for name, value in names.items():
+        if name not in NOT_HERE:
+            raise TypeError(f"{what} takes no argument {name!r}")
+        if value:
+            raise NotImplementedError(f"{name}={value!r}: {NOT_HERE[name]}")
+
+
+def _mixed_seeds(seed_list: Sequence[tuple[int, float]], method: str) -> list[tuple[int, float]]:
+    """Seeds with weights. Their noises are mixed to variance one, which "linear" and "slerp" both come to."""
+    _check(method, tuple(METHODS), "seed_interpolation_method")
+    return [tuple(one) for one in seed_list]
+
+
+def _is_embedded(model: str) -> bool:
+    return model == "embedded" or Path(model).expanduser().resolve() == pretrained.FOLDER.resolve()
 
 
 def _first_device() -> str:
@@ -263,7 +594,30 @@ def _first_device() -> str:
 
 
 def _opened(image: Any) -> Any:
-    return PIL.Image.open(image).convert("RGB") if isinstance(image, (str, Path)) else image
+    """An image that a path names, or that is a PIL image, in mode RGB, as StreamDiffusionWrapper converts it."""
+    if isinstance(image, (str, Path)):
+        image = PIL.Image.open(image)
+    if isinstance(image, PIL.Image.Image):
+        return image if image.mode == "RGB" or image.mode.startswith("I;16") else image.convert("RGB")
+    if isinstance(image, (list, tuple)):
+        return [_opened(one) for one in image]
+    return image
+
+
+def _choose_vae(stream: StreamFlow, vae_id: str | None, wanted: bool | None) -> None:
+    from streamflow.models.tiny_vae import known_place
+
+    place = vae_id or known_place(stream.pipe, stream.adapter.tiny_vae)
+    if wanted is None and place is None:
+        logger.info("no tiny VAE is known for %s: the model's own decodes", type(stream.pipe).__name__)
+    if wanted or (wanted is None and place is not None):
+        try:
+            stream.use_tiny_vae(vae_id)
+        except OSError as error:
+            raise OSError(
+                f"the tiny VAE {place} could not be loaded: pass vae_id=, the folder of one, or use_tiny_vae=False for the "
+                f"model's own VAE"
+            ) from error
 
 
 def _adapt(stream: StreamFlow, loras: Mapping[str, float]) -> None:
@@ -282,15 +636,3 @@ def _spread(stream: StreamFlow, device_ids: Sequence[int | str] | None) -> None:
     devices = named if stream.device in named else [stream.device, *named]
     stream.vae = shard_vae(stream.vae, devices)
     shard_denoiser(stream, devices)
-
-
-def _safety_checker(pipe: Any) -> Any:
-    """What makes every picture that the pipeline's checker objects to black."""
-    if getattr(pipe, "safety_checker", None) is None:
-        raise ValueError(f"this {type(pipe).__name__} has no safety checker: load one that has, or use_safety_checker=False")
-
-    def check(pictures: Tensor) -> Tensor:
-        checked, _ = pipe.run_safety_checker(pictures, pipe.device, pictures.dtype)
-        return checked
-
-    return check

@@ -18,8 +18,8 @@ NAN = float("nan")
 
 CONSTRUCTOR = {
     "no step": ({"t_index_list": []}, ValueError, r"t_index_list is empty: name at least one step, such as \[0\]"),
-    "unsorted": ({"t_index_list": [2, 1]}, ValueError, r"\[2, 1\] must increase strictly.*\[1, 2\] would do"),
-    "repeated": ({"t_index_list": [0, 1, 1]}, ValueError, r"\[0, 1, 1\] must increase strictly.*\[0, 1\] would do"),
+    "repeated": ({"t_index_list": [0, 1, 1]}, ValueError, r"\[0, 1, 1\] must name each step once: \[0, 1\] would do"),
+    "repeated and unsorted": ({"t_index_list": [2, 0, 2]}, ValueError, r"\[2, 0, 2\] must name each step once: \[0, 2\]"),
     "negative step": ({"t_index_list": [-1, 2]}, ValueError, "starts at -1: steps are counted from 0"),
     "half a step": ({"t_index_list": [0, 1.5]}, TypeError, "1.5, which is no integer"),
     "a truth value": ({"t_index_list": [False]}, TypeError, "False, which is no integer"),
@@ -182,9 +182,16 @@ def embeds(width=64, pooled=48, prompts=1, tokens=77 + 256):
 
 # (arguments, error, message), for prepare and for update alike; a prompt of None leaves it to the embeddings.
 SETTINGS = {
-    "prompt is a list": ({"prompt": ["a", "b"]}, TypeError, r"prompt as a list holds pairs .*, not 'a'"),
+    "prompt is a list": (
+        {"prompt": ["a", "b"]},
+        TypeError,
+        r"it holds 2 texts: .*stream\.update_prompt\(text, scope='frame'\)",
+    ),
+    "prompt is a list of some": ({"prompt": ["a", ("b", 1)]}, TypeError, r"prompt as a list holds pairs .*, not 'a'"),
     "prompt is a number": ({"prompt": 3}, TypeError, "prompt must be a string or a list of .string, weight., not int 3"),
-    "negative prompt": ({"negative_prompt": ["a"]}, TypeError, "negative_prompt as a list holds pairs .*, not 'a'"),
+    "negative prompt": ({"negative_prompt": ["a", "b"]}, TypeError, "negative_prompt as a list .* holds 2 texts"),
+    "cfg_type": ({"cfg_type": "cfg"}, ValueError, "unknown cfg_type 'cfg': choose one of 'none', 'full'"),
+    "do_add_noise": ({"do_add_noise": 1}, TypeError, "do_add_noise must be True or False, not 1"),
     "wide embeddings": (
         {"prompt": None, **embeds(width=63)},
         ValueError,
@@ -214,13 +221,18 @@ SETTINGS = {
     "rising sigmas": ({"sigmas": [0.2, 0.4, 0.6, 0.8]}, ValueError, "sigmas must fall strictly"),
 }
 ONLY_PREPARE = {
-    "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ValueError, "a generator, .* or a seed, not both"),
+    "seeds and a generator": (
+        {"seed": [(1, 0.5), (2, 0.5)], "generator": torch.Generator()},
+        ValueError,
+        "a generator has one seed: pass seed as an integer",
+    ),
     "generator": ({"generator": 5}, TypeError, "generator must be a torch.Generator, not int"),
     "nothing to draw": ({"prompt": None}, ValueError, "pass a prompt, or prompt_embeds made by .*encode_prompt"),
     "twice a prompt": (embeds(), ValueError, "a prompt or prompt_embeds, not both"),
 }
 ONLY_UPDATE = {
-    "unsorted": ({"t_index_list": [2, 1]}, ValueError, r"\[2, 1\] must increase strictly"),
+    "repeated": ({"t_index_list": [2, 1, 1]}, ValueError, r"\[2, 1, 1\] must name each step once"),
+    **{name: SETTINGS.pop(name) for name in ("cfg_type", "do_add_noise")},
     "beyond": ({"t_index_list": [0, 4]}, ValueError, "ends at 4, but the schedule has 4 steps, 0 to 3"),
     "no step": ({"t_index_list": []}, ValueError, "t_index_list is empty"),
     "scope": ({"seed": 3, "scope": "later"}, ValueError, "scope 'later': choose 'now' or 'frame'"),
@@ -319,8 +331,7 @@ def test_a_bad_filter_changes_nothing(stream_of):
 
 PICTURES = {
     "a path": ("a.png", TypeError, "not str"),
-    "mode": (Image.new("RGBA", (64, 64)), ValueError, r"mode RGBA: pass image.convert\('RGB'\)"),
-    "grey": (Image.new("L", (64, 64)), ValueError, "mode L"),
+    "mode": (Image.new("F", (64, 64)), ValueError, "mode F does not say which values are black and white"),
     "channels": (np.zeros((64, 64, 4), np.uint8), ValueError, r"\[64, 64, 4\]"),
     "channels last": (torch.zeros(64, 64, 3), ValueError, r"\[64, 64, 3\]"),
     "NaN": (torch.full((3, 64, 64), NAN), ValueError, "NaN or infinite"),
@@ -358,7 +369,7 @@ def test_a_bad_picture_among_frames_loses_none_before_it(stream_of, picture):
 def test_sizes_are_refused_where_that_is_asked(pipes, picture):
     stream = StreamFlow(pipes("sd3"), [2, 3], cfg_type="none", resize=False)
     stream.prepare(PROMPT, num_inference_steps=4)
-    with pytest.raises(ValueError, match="a picture of 40x30 for a stream of 64x64: resize it, or pass resize=True"):
+    with pytest.raises(ValueError, match="an image of 40x30 for a stream of 64x64: resize it, or pass resize=True"):
         stream(picture(0, (40, 30)))
     assert stream(picture(0)).shape == (1, 3, 64, 64)
 

@@ -121,7 +121,7 @@ def test_shapes_of_the_attributes(stream_of, family, cfg_type, batch):
     assert stream.sub_timesteps_tensor.shape == (by_stage,)
     assert stream.alpha_prod_t_sqrt.shape == stream.beta_prod_t_sqrt.shape == (by_stage, *ones)
     assert stream.init_noise.shape == stream.stock_noise.shape == (rows, *latent)
-    assert stream.prompt_embeds.shape[0] == rows and stream.prompt_embeds.ndim == 3
+    assert stream.prompt_embeds.shape[0] == rows + extra and stream.prompt_embeds.ndim == 3
     if batch:
         assert stream.x_t_latent_buffer.shape == ((S - 1) * F, *latent)
     assert stream.prev_image_result is None

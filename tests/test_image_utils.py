@@ -13,8 +13,10 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from streamflow.image_range import Normalized, RangeChecks, check_values, marking
 from streamflow.image_utils import (
-    Normalized,
+    as_rgb,
+    as_rgb_where_pil,
     denormalize,
     normalize_image,
     numpy_to_pil,
@@ -94,6 +96,39 @@ KEEPING = {
     "cpu": lambda x: x.cpu(),
     "detach": lambda x: x.detach(),
     "contiguous": lambda x: x.contiguous(),
+    "view": lambda x: x.view(-1, 3, SIZE * SIZE),
+    "reshape": lambda x: x.reshape(6, SIZE, SIZE),
+    "flatten": lambda x: x.flatten(1),
+    "narrow": lambda x: x.narrow(0, 0, 1),
+    "select": lambda x: x.select(0, 1),
+    "index_select": lambda x: x.index_select(0, torch.tensor([1])),
+    "masked": lambda x: x[torch.tensor([True, False])],
+    "expand": lambda x: x[:1].expand(4, -1, -1, -1),
+    "expand_as": lambda x: x[:1].expand_as(torch.empty(4, 3, SIZE, SIZE)),
+    "repeat": lambda x: x.repeat(2, 1, 1, 1),
+    "permute": lambda x: x.permute(0, 2, 3, 1),
+    "transpose": lambda x: x.mT,
+    "movedim": lambda x: torch.movedim(x, 1, -1),
+    "flip": lambda x: x.flip(-1),
+    "torch.flip": lambda x: torch.flip(x, (-1,)),
+    "roll": lambda x: x.roll(1, 0),
+    "squeeze": lambda x: x[:1].squeeze(0),
+    "torch.unsqueeze": lambda x: torch.unsqueeze(x[0], 0),
+    "unbind": lambda x: x.unbind()[0],
+    "chunk": lambda x: x.chunk(2)[1],
+    "data": lambda x: x.data,
+    "type": lambda x: x.type(torch.float64),
+    "concat": lambda x: torch.concat([x]),
+    "concatenate": lambda x: torch.concatenate((x, x), dim=0),
+    "cat by keyword": lambda x: torch.cat(tensors=[x, x], dim=0),
+    "hstack": lambda x: torch.hstack([x, x]),
+    "vstack": lambda x: torch.vstack([x, x]),
+    "requires_grad_": lambda x: x.clone().requires_grad_(True),
+    "requires_grad": lambda x: _set(x.clone(), "requires_grad", True),
+    "share_memory_": lambda x: x.clone().share_memory_(),
+    "unsqueeze_": lambda x: x.clone().unsqueeze_(0),
+    "filled with another one": lambda x: x.clone().copy_(x.flip(0)),
+    "a row written from another one": lambda x: _write(x.clone(), x[1]),
 }
 
 DROPPING = {
@@ -103,17 +138,36 @@ DROPPING = {
     "clamp": lambda x: x.clamp(0, 1),
     "mean": lambda x: x.mean(),
     "to integers": lambda x: x.to(torch.uint8),
-    "cat with an unmarked one": lambda x: torch.cat([x, torch.rand(1, 3, SIZE, SIZE)]),
     "where": lambda x: torch.where(x > 0, x, 0.5),
     "denormalize": denormalize,
     "in place": lambda x: x.clone().mul_(2),
-    "written into": lambda x: _write(x.clone()),
+    "written into": lambda x: _write(x.clone(), 7.0),
+    "a row written from elsewhere": lambda x: _write(x.clone(), torch.full((3, SIZE, SIZE), 7.0)),
+    "filled from elsewhere": lambda x: x.clone().copy_(torch.rand_like(x.as_subclass(torch.Tensor)), non_blocking=True),
+    "new data": lambda x: _set(x.clone(), "data", torch.full((2, 3, SIZE, SIZE), 7.0)),
+    "a result written into it": lambda x: _out(x.clone()),
+    "other bits": lambda x: x.view(torch.int32),
+    "the same bits as half": lambda x: x.view(torch.float16),
+    "interpolated": lambda x: torch.nn.functional.interpolate(x, (8, 8)),
+    "padded": lambda x: torch.nn.functional.pad(x, (1, 1), value=3.0),
+    "like it": lambda x: torch.zeros_like(x),
+    "a copy of it in another tensor": lambda x: torch.empty(2, 3, SIZE, SIZE).copy_(x),
     "augmented": lambda x: _augment(x.clone()),
 }
 
 
-def _write(x):
-    x[0] = 7.0
+def _write(x, value):
+    x[0] = value
+    return x
+
+
+def _set(x, name, value):
+    setattr(x, name, value)
+    return x
+
+
+def _out(x):
+    torch.mul(torch.ones(2, 3, SIZE, SIZE), 7.0, out=x)
     return x
 
 
@@ -140,6 +194,83 @@ def test_the_mark_is_dropped_by_arithmetic(marked, name):
     assert type(marked) is Normalized
 
 
+JOINING = {
+    "cat": lambda x, y: torch.cat([x, y]),
+    "concat": lambda x, y: torch.concat((y, x)),
+    "stack": lambda x, y: torch.stack([x, y]),
+    "vstack": lambda x, y: torch.vstack([y, x]),
+}
+
+
+@pytest.mark.parametrize("name", JOINING)
+def test_marked_and_unmarked_images_are_not_joined(marked, name):
+    with pytest.raises(ValueError, match=r"marked as images in \[-1, 1\] with others, .*stream.preprocess"):
+        JOINING[name](marked, torch.rand(2, 3, SIZE, SIZE))
+
+
+MODES = {
+    "L": (PIL.Image.new("L", (SIZE, SIZE), 51), (51, 51, 51)),
+    "1": (PIL.Image.new("1", (SIZE, SIZE), 1), (255, 255, 255)),
+    "P": (PIL.Image.new("RGB", (SIZE, SIZE), (10, 200, 30)).quantize(4), (10, 200, 30)),
+    "CMYK": (PIL.Image.new("CMYK", (SIZE, SIZE), (0, 0, 0, 0)), (255, 255, 255)),
+    "opaque RGBA": (PIL.Image.new("RGBA", (SIZE, SIZE), (9, 8, 7, 255)), (9, 8, 7)),
+    "transparent RGBA": (PIL.Image.new("RGBA", (SIZE, SIZE), (9, 8, 7, 0)), (255, 255, 255)),
+    "half RGBA": (PIL.Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 51)), (204, 204, 204)),
+    "LA": (PIL.Image.new("LA", (SIZE, SIZE), (0, 0)), (255, 255, 255)),
+    "I;16": (PIL.Image.fromarray(np.full((SIZE, SIZE), 51 * 257, np.uint16)), (51, 51, 51)),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_images_of_other_modes_become_rgb(name):
+    image, colour = MODES[name]
+    expected = torch.tensor(colour).reshape(1, 3, 1, 1) / 127.5 - 1
+    processor = marking(VaeImageProcessor(vae_scale_factor=4), as_rgb_where_pil)
+    for made in (normalize_image(image, SIZE, SIZE), processor.preprocess(image), processor.preprocess([image])):
+        assert type(made) is Normalized
+        torch.testing.assert_close(made.as_subclass(torch.Tensor), expected.expand(1, 3, SIZE, SIZE), atol=1e-6, rtol=0)
+    assert as_rgb(image).mode == "RGB"
+
+
+def test_what_an_image_processor_made_is_marked_and_not_normalised_again(pixels):
+    plain = VaeImageProcessor(vae_scale_factor=4)
+    processor = marking(plain, as_rgb_where_pil)
+    bright = PIL.Image.fromarray(pixels // 2 + 128)
+    made = processor.preprocess(bright, SIZE, SIZE)
+    assert type(made) is Normalized and torch.equal(made.as_subclass(torch.Tensor), plain.preprocess(bright, SIZE, SIZE))
+    assert processor.preprocess(made) is not None and torch.equal(processor.preprocess(made), made)
+    assert torch.equal(processor.preprocess(made[0]), made) and torch.equal(processor.preprocess([made, made])[1:], made)
+    smaller = processor.preprocess(made, 8, 8)
+    assert type(smaller) is Normalized and smaller.min() > -0.01 and smaller.shape == (1, 3, 8, 8)
+    assert type(plain.preprocess(bright)) is torch.Tensor, "the pipe's own processor is as it was"
+    with pytest.raises(ValueError, match="values of the image run from .* to 509"):
+        processor.preprocess(torch.full((1, 3, SIZE, SIZE), 255.0))
+    unnormalised = marking(VaeImageProcessor(vae_scale_factor=4, do_normalize=False), as_rgb_where_pil)
+    assert type(unnormalised.preprocess(bright)) is torch.Tensor
+
+
+def test_pil2tensor_is_taken_as_it_is_and_other_ranges_are_not_marked(pixels):
+    image = PIL.Image.fromarray(pixels // 2 + 128)
+    expected = normalize_image(image, SIZE, SIZE)
+    for tensor in (pil2tensor(image), torch.cat([pil2tensor(image)]).to("cpu"), process_image(image)[0]):
+        assert torch.allclose(normalize_image(tensor, SIZE, SIZE), expected, atol=1e-6)
+    assert type(process_image(image, (0, 1))[0]) is torch.Tensor
+
+
+def test_checks_are_made_at_once_on_the_host_and_later_on_a_device():
+    checks = RangeChecks()
+    checks.add("the image of frame 3", torch.zeros(1, 3, 4, 4), 0.0, 1.0)
+    checks.raise_failed()
+    with pytest.raises(ValueError, match=r"values of the image of frame 3 run from 2 to 2, outside of \[0, 1\]"):
+        checks.add("the image of frame 3", torch.full((1, 3, 4, 4), 2.0), 0.0, 1.0)
+    with pytest.raises(ValueError, match="frame 4 holds NaN or infinite values"):
+        checks.add("the image of frame 4", torch.full((1, 3, 4, 4), float("nan")), 0.0, 1.0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        check_values(torch.ones(2, dtype=dtype), 0.0, 1.0)
+        with pytest.raises(ValueError, match="run from -1 to -1"):
+            check_values(-torch.ones(2, dtype=dtype), 0.0, 1.0)
+
+
 def test_a_part_of_a_picture_is_no_picture(marked):
     with pytest.raises(ValueError, match=r"\[3, H, W\] or \[n, 3, H, W\], not \[16, 16\]"):
         normalize_image(marked[0, 0], SIZE, SIZE)
@@ -164,14 +295,13 @@ def test_other_sizes_are_resized_or_refused(pixels, form):
     image = forms(pixels)[form]
     made = normalize_image(image, 8, 24)
     assert made.shape == (1, 3, 8, 24) and made.abs().max() <= 1.0
-    with pytest.raises(ValueError, match="a picture of 16x16 for a stream of 24x8: resize it, or pass resize=True"):
+    with pytest.raises(ValueError, match="an image of 16x16 for a stream of 24x8: resize it, or pass resize=True"):
         normalize_image(image, 8, 24, resize=False)
 
 
 BAD = {
     "no picture": ("a.png", TypeError, "PIL image, a numpy array or a tensor, not str"),
-    "grey": (PIL.Image.new("L", (SIZE, SIZE)), ValueError, r"mode L: pass image.convert\('RGB'\)"),
-    "transparent": (PIL.Image.new("RGBA", (SIZE, SIZE)), ValueError, "mode RGBA"),
+    "32 bits": (PIL.Image.new("I", (SIZE, SIZE)), ValueError, "mode I does not say which values are black and white"),
     "four channels": (np.zeros((SIZE, SIZE, 4), np.uint8), ValueError, r"\[H, W, 3\].*not \[16, 16, 4\]"),
     "channels last": (torch.zeros(SIZE, SIZE, 3), ValueError, r"\[3, H, W\].*not \[16, 16, 3\]"),
     "flat": (torch.zeros(SIZE, SIZE), ValueError, r"not \[16, 16\]"),

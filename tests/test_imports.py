@@ -31,6 +31,7 @@ ROWS = (
         "side_streams",
         "wrap",
         "flow",
+        "image_range",
         "image_utils",
         "image_filter",
         *("io", "io.*", "section", "server", "server.settings", "live.settings", "control.settings"),

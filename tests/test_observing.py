@@ -319,13 +319,12 @@ def test_control_nets_are_gone_on_with_by_name_and_their_scale_still_acts_on_wha
 
 
 NOT_OF_A_STATE = {
-    "set where the stream is made": "_check _feedback _indices _input_range _mode _noise_policy _planner _resize _shape "
-    "adapter cfg_type device do_add_noise dtype frame_bff_size height width latent_height latent_width image_processor pipe "
-    "scheduler text_encoder use_denoising_batch",
+    "set where the stream is made": "_batched _cfg_type _check _do_add_noise _feedback _indices _input_range _noise_policy "
+    "_planner _resize _shape adapter device dtype frame_bff_size height width latent_height latent_width image_processor "
+    "pipe",
     "parts of the pipeline": "_plain_codec _vae codec _accelerated _acceleration _blank",
-    "held by itself, or follows from what is": "_engine batch_size denoising_steps_num t_list trt_unet_batch_size "
-    "_held_noise _levels_of",
-    "of this process": "_callers _slot _ticks _timer _said _traces _on_step _graph_safe _closed",
+    "held by itself, or follows from what is": "_engine _held_noise _levels_of",
+    "of this process": "_constructed _ranges _seen _callers _slot _ticks _timer _said _traces _on_step _graph_safe _closed",
 }
 
 

@@ -211,4 +211,4 @@ def test_precomputed_embeddings_and_the_pipelines_own_arguments(stream_of):
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     stream.prepare(num_inference_steps=4, guidance_scale=3.0, **dict(zip(names, embeds, strict=True)))
     assert torch.equal(stream.txt2img(), expected)
-    assert stream.prompt_embeds.shape == (4, 77 + 7, 64)
+    assert stream.prompt_embeds.shape == (8, 77 + 7, 64)

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROMPT
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from streamflow import config
 from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+from streamflow.models.safety_checker import load as load_checker
 from streamflow.parallel.rows import ShardedVelocity
 from streamflow.parallel.vae import ShardedVAE
 from streamflow.wrapper import StreamFlowWrapper
@@ -37,7 +40,8 @@ def made(folder):
     """`made(t_index_list, ...)`: a wrapper of it on the CPU, without warm-up."""
 
     def make(t_index_list=(0, 1), **arguments):
-        arguments = {"device": "cpu", "warmup": 0, "mode": "txt2img", "cfg_type": "none", **arguments}
+        defaults = {"device": "cpu", "warmup": 0, "mode": "txt2img", "cfg_type": "none", "use_tiny_vae": False}
+        arguments = {**defaults, **({"use_tiny_vae": True} if "vae_id" in arguments else {}), **arguments}
         return StreamFlowWrapper(folder, t_index_list, **arguments)
 
     return make
@@ -94,22 +98,52 @@ def test_fault_11_the_seed_stays_in_every_prepare(made):
     assert wrapper.stream._state.noise.seed == 9
 
 
-def test_fault_11_the_safety_checker_sees_every_picture(made, monkeypatch):
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline has no safety checker"):
+def checker(tmp_path, threshold: float):
+    """A real safety checker and feature extractor with random weights, saved and loaded; it objects where a likeness,
+    between -1 and 1, is above the threshold."""
+    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**side, "image_size": 16, "patch_size": 8, "projection_dim": 8}
+    made = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=side, projection_dim=8))
+    for weights, value in ((made.concept_embeds_weights, threshold), (made.special_care_embeds_weights, 2.0)):
+        weights.data.fill_(value)
+    made.concept_embeds.data[1:] = 1.0
+    made.save_pretrained(tmp_path / "checker")
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**size).save_pretrained(tmp_path / "features")
+    loaded = StableDiffusionSafetyChecker.from_pretrained(tmp_path / "checker").eval()
+    return loaded, CLIPImageProcessor.from_pretrained(tmp_path / "features")
+
+
+@pytest.mark.parametrize("kind", ["pil", "latent"])
+def test_fault_11_the_safety_checker_sees_every_image(made, tmp_path, kind):
+    options = {"frame_buffer_size": 2, "output_type": kind, "t_index_list": [0, 1]}
+    plain = made(**options)()
+    for threshold, unsafe in ((2.0, False), (-2.0, True)):
+        wrapper = made(use_safety_checker=True, safety_checker=checker(tmp_path, threshold), **options)
+        for image, own in zip(wrapper(), plain, strict=True):
+            image, own = (torch.from_numpy(np.asarray(one).copy()).float() for one in (image, own))
+            black = torch.full_like(own, 0.0 if kind == "pil" else -1.0)
+            assert torch.equal(image, black if unsafe else own)
+    wrapper.nsfw_fallback_img = Image.new("RGB", (8, 8), "white")
+    assert all(np.asarray(one).min() == (255 if kind == "pil" else 1) for one in wrapper())
+    wrapper.use_safety_checker = False
+    assert wrapper.use_safety_checker is False and all(np.asarray(one).std() > 0 for one in wrapper())
+    wrapper.use_safety_checker = True
+    assert all(np.asarray(one).std() == 0 for one in wrapper())
+
+
+def test_a_checker_that_cannot_be_loaded_says_how_to_pass_one(made, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        OSError, match=r"CompVis/stable-diffusion-safety-checker .*: pass both, safety_checker=\(StableDiffusionSafety"
+    ):
         made(use_safety_checker=True)
+
+
+def test_the_pipes_own_checker_is_used_where_it_has_one(tmp_path):
     pipe = random_pipeline("instaflow")
-    pipe.safety_checker = object()
-    seen = []
-
-    def run_safety_checker(image, device, dtype):
-        seen.append(image)
-        return torch.zeros_like(image), [True] * len(image)
-
-    pipe.run_safety_checker = run_safety_checker
-    monkeypatch.setattr("streamflow.models.load", lambda *_, **__: pipe)
-    wrapper = made(use_safety_checker=True, frame_buffer_size=2, output_type="latent", family="instaflow")
-    wrapper.prepare(PROMPT, num_inference_steps=2)
-    assert not wrapper().any() and [len(one) for one in seen] == [2]
+    pipe.safety_checker, pipe.feature_extractor = checker(tmp_path, -2.0)
+    assert load_checker(pipe) == (pipe.safety_checker, pipe.feature_extractor)
 
 
 def test_warming_up_draws_once_and_leaves_no_trace(made, picture):
@@ -154,8 +188,11 @@ def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_
         ({"mode": "vid2vid"}, ValueError, "unknown mode 'vid2vid': choose one of img2img, txt2img"),
         ({"output_type": "jpg"}, ValueError, "unknown output_type"),
         ({"use_lcm_lora": True}, NotImplementedError, "draws in few steps by itself"),
-        ({"lcm_lora_id": "x/y"}, NotImplementedError, "draws in few steps by itself"),
-        ({"acceleration": "xformers"}, ValueError, "torch's own attention"),
+        ({"use_ipadapter": True}, NotImplementedError, "image prompts .IP-Adapter. are not offered"),
+        ({"use_cached_attn": True}, NotImplementedError, "cached attention over earlier frames .V2V. is not offered"),
+        ({"controlnet_config": [{"model_id": "x/y"}]}, NotImplementedError, "wrapper.stream.add_control"),
+        ({"colour": "red"}, TypeError, "StreamFlowWrapper takes no argument 'colour'"),
+        ({"t_index_list": [99]}, ValueError, "ends at 99, but .* 50 steps.*prepare=.'prompt'"),
         ({"acceleration": "sfast"}, ValueError, "choose 'auto'"),
         ({"acceleration": "fast"}, ValueError, "unknown acceleration"),
         ({"warmup": -1}, ValueError, "warmup must be"),

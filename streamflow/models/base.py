@@ -5,6 +5,7 @@ Everything that differs between families (signs, time scales, packings, names) i
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -97,7 +98,9 @@ class FlowAdapter:
             raise ValueError(
                 f"{type(pipe).__name__} has no {self.network}, which {type(self).__name__} calls: pass another family="
             )
+        self._given = pipe
         self.pipe = self._text_to_image(pipe)
+        self.scheduler = copy.deepcopy(pipe.scheduler)  # whose schedule is read; the stream's own
         self.rebuild(getattr(pipe, self.network))
 
     def rebuild(self, network: nn.Module) -> None:
@@ -105,6 +108,14 @@ class FlowAdapter:
         self.net = network
         velocity = self.Velocity(network)
         self.velocity = self.controls.over(velocity) if self.controls else velocity
+
+    def follow_pipe(self) -> None:
+        """Take over the parts that the pipe has now. The network and the codec are the stream's to rebuild."""
+        if self.pipe is self._given:
+            return
+        for name, part in self.pipe.components.items():
+            if getattr(self._given, name, None) is not part:
+                setattr(self.pipe, name, getattr(self._given, name))
 
     def set_controls(self, controls: Controls | None) -> None:
         """Make the velocity with these control nets, or with none."""
@@ -219,11 +230,11 @@ class FlowAdapter:
 
     def check_settings(self, cfg_type: str, do_add_noise: bool) -> None:
         """Raise ValueError where the stream would not follow the pipeline under these settings."""
-        check_sampling(self.pipe.scheduler)
+        check_sampling(self.scheduler)
 
     def rule(self, do_add_noise: bool) -> Rule:
         """How rows take their steps: as the pipeline's scheduler does, or re-noised with the frames' own noise."""
-        return rule_of(type(self.pipe.scheduler).__name__, self.pipe.scheduler.config, do_add_noise)
+        return rule_of(type(self.scheduler).__name__, self.scheduler.config, do_add_noise)
 
     def check_offers(self, feature: str) -> None:
         """Raise NotImplementedError for what a stream of this family does not offer, with the remedy."""
@@ -283,13 +294,16 @@ class FlowAdapter:
         return parameters
 
     def _text_to_image(self, pipe: Any) -> Any:
-        """The pipe itself, or the text-to-image one of the same parts if it starts from an image or has control nets."""
+        """The pipe itself, or the text-to-image one of the same parts if it starts from an image or has control nets.
+        Prompts are encoded by the pipe's own method, which a subclass may have changed."""
         if "strength" not in inspect.signature(type(pipe).__call__).parameters and not hasattr(pipe, "controlnet"):
             return pipe
         import diffusers
 
         parts = {name: part for name, part in pipe.components.items() if name != "controlnet"}
-        return getattr(diffusers, self.text_pipeline)(**parts)
+        text = getattr(diffusers, self.text_pipeline)(**parts)
+        vars(text)["encode_prompt"] = pipe.encode_prompt
+        return text
 
     def _record(self, arguments: dict[str, Any], steps: int, height: int, width: int, guided: bool) -> Recording:
         if guided:
@@ -304,7 +318,7 @@ class FlowAdapter:
         dtype = self.latent_dtype or self.net.dtype
         latents = torch.zeros(1, *self.latent_shape(height, width), device=self.pipe.device, dtype=dtype)
         size = {"height": height, "width": width, "latents": latents, "num_inference_steps": steps}
-        return record(self.pipe, self.network, self.sample, **size, **arguments)
+        return record(self.pipe, self.network, self.sample, self.scheduler, **size, **arguments)
 
     def _settle_negative_prompt(self, arguments: dict[str, Any]) -> None:
         """Leave out an empty negative prompt where the pipeline takes none; refuse another one, and none at all."""

@@ -104,7 +104,7 @@ class _PeRFlow:
     _on_device: tuple[Any, Tensor] | None = None
 
     def _windows(self) -> Windows:
-        scheduler = self.pipe.scheduler
+        scheduler = self.scheduler
         if type(scheduler).__name__ != "PeRFlowScheduler":
             betas = torch.linspace(*(beta**0.5 for beta in BETAS), TRAINED) ** 2
             return Windows(4, self.prediction, torch.cumprod(1.0 - betas, dim=0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.schedule import Schedule
+from streamflow.wrap import base_network
 
 
 class _Done(Exception):
@@ -43,7 +44,12 @@ class _StandIn(nn.Module):
         super().__init__()
         object.__setattr__(self, "_network", network)
         self._sample = sample
-        self._signature = inspect.signature(network.forward)
+        self._signature = inspect.signature(base_network(network).forward)
+        if sample not in self._signature.parameters:
+            raise TypeError(
+                f"{type(network).__name__} hides the arguments of its network, of which {sample!r} is one: pass the network "
+                f"itself"
+            )
         self.calls: list[dict[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -57,14 +63,15 @@ class _StandIn(nn.Module):
 
 
 @torch.no_grad()
-def record(pipe: Any, network: str, sample: str, **arguments: Any) -> Recording:
+def record(pipe: Any, network: str, sample: str, scheduler: Any = None, **arguments: Any) -> Recording:
     """Call a copy of `pipe` with `arguments` up to its first scheduler step, and return what its network was given.
 
-    network: the pipe's attribute that holds the network. sample: the network's first argument by name.
+    network: the pipe's attribute that holds the network. sample: the network's first argument by name. scheduler: in the
+        place of the pipe's own.
     Whatever the pipeline raises about its arguments is passed on as it is.
     """
     twin = copy.copy(pipe)
-    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler = copy.deepcopy(pipe.scheduler if scheduler is None else scheduler)
     stand_in = _StandIn(getattr(pipe, network), sample)
     scheduler.step = _stop
     vars(twin).update({network: stand_in, "scheduler": scheduler, "_progress_bar_config": {"disable": True}})

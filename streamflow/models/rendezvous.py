@@ -108,10 +108,6 @@ class Rendezvous(FlowAdapter):
         for name in ("vae", "image_processor"):
             if getattr(pipe, name, None) is None:
                 raise ValueError(f"{type(pipe).__name__} has no {name}, which the rendezvous decodes with")
-        if getattr(self.net, "is_cache_enabled", False):
-            raise ValueError(
-                f"frames cannot share the cache of this {self.network}: call pipe.{self.network}.disable_cache()"
-            )
 
     def rebuild(self, network: nn.Module) -> None:
         super().rebuild(network)
@@ -243,7 +239,8 @@ class Rendezvous(FlowAdapter):
     def _twin(self, texts: dict[str, Any], forward: Callable[..., Any], **parts: Any) -> Any:
         """A copy of the pipeline with its own scheduler and guider, and another forward of its network."""
         twin = copy.copy(self.pipe)
-        own = {name: copy.deepcopy(part) for name, part in self.pipe.components.items() if name.endswith(OWN)}
+        named = {**self.pipe.components, "scheduler": self.scheduler}
+        own = {name: copy.deepcopy(part) for name, part in named.items() if name.endswith(OWN)}
         quiet = {"_progress_bar_config": {"disable": True}}
         vars(twin).update({**own, **quiet, self.network: _stand_in(self.net, forward), **parts})
         if hasattr(twin, "encode_prompt"):

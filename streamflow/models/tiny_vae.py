@@ -141,26 +141,33 @@ def load(where: str) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(where)
 
 
+def known_place(pipe: Any, known: str | None) -> str | None:
+    """Where the tiny VAE of a pipe can be loaded from: the folder `vae_tiny` beside its own, or the hub id of its
+    family's."""
+    own = Path(str(getattr(pipe, "name_or_path", None) or "")) / "vae_tiny"
+    if own.is_dir():
+        return str(own)
+    return known if known is not None and "/" in known else None
+
+
 def find(pipe: Any, known: str | None) -> str:
-    """Where the tiny VAE of a pipe is: in the folder `vae_tiny` beside its own, or where its family's is published.
+    """As `known_place`.
 
     Raises:
         ValueError: none is known, or it is not on the hub; with where to get it, if anywhere.
     """
-    own = Path(str(getattr(pipe, "name_or_path", None) or "")) / "vae_tiny"
-    if own.is_dir():
-        return str(own)
+    place = known_place(pipe, known)
+    if place is not None:
+        return place
     if known is None:
         raise ValueError(
             f"no tiny VAE is known for {type(pipe).__name__}: pass use_tiny_vae(path) with an AutoencoderTiny of its "
             f"latents, a folder or a hub id"
         )
-    if "/" not in known:
-        raise ValueError(
-            f"{known}, the tiny VAE for {type(pipe).__name__}, is not on the hub: put "
-            f"{' and '.join(PUBLISHED[known].files)} of {UPSTREAM} into a folder and pass use_tiny_vae(folder)"
-        )
-    return known
+    raise ValueError(
+        f"{known}, the tiny VAE for {type(pipe).__name__}, is not on the hub: put "
+        f"{' and '.join(PUBLISHED[known].files)} of {UPSTREAM} into a folder and pass use_tiny_vae(folder)"
+    )
 
 
 def check_scale(vae: Any, factor: int) -> None:
