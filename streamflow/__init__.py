@@ -5,8 +5,10 @@ from streamflow.requirements_check import check_environment
 
 check_environment()
 
-from streamflow import pretrained  # noqa: E402, F401  (after the check, whose error names the remedy)
+# After the check, whose error names the remedy. `pretrained`, since diffusers loads the embedded model's folder by it.
+from streamflow import pretrained  # noqa: E402, F401
 from streamflow.pipeline import StreamFlow  # noqa: E402
 from streamflow.wrapper import StreamFlowWrapper  # noqa: E402
+from streamflow.wrapper_config import create_wrapper_from_config, load_config  # noqa: E402
 
-__all__ = ["StreamFlow", "StreamFlowWrapper", "__version__"]
+__all__ = ["StreamFlow", "StreamFlowWrapper", "__version__", "create_wrapper_from_config", "load_config"]

@@ -37,7 +37,7 @@ READ_ONLY = {
     "text_encoder": "prompts are encoded by the pipe: assign pipe.text_encoder, then prepare",
     "image_processor": "images are read by preprocess: call stream(processor.preprocess(image)) with input_range=(-1, 1)",
     "input_range": "make a new StreamFlow of the same pipe with input_range=...",
-    **{name: _UPDATE.format(name) for name in ("prompt", "negative_prompt", "num_inference_steps", "strength", "seed")},
+    **{name: _UPDATE.format(name) for name in ("prompt", "negative_prompt", "num_inference_steps", "strength")},
     **{name: _UPDATE.format(name) for name in ("prompt_weights", "blend", "normalize", "noise", "noise_period", "feedback")},
 }
 
@@ -170,6 +170,16 @@ class StreamDiffusionAttributes:
     def text_encoder(self) -> Any:
         """The pipe's first text encoder."""
         return getattr(self.pipe, "text_encoder", None)
+
+    @property
+    def seed(self) -> Any:
+        """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
+        `update(seed=...)`."""
+        return None if self._state is None else self._state.noise.seed
+
+    @seed.setter
+    def seed(self, value: Any) -> None:
+        self.update(seed=value)
 
     @property
     def generator(self) -> torch.Generator | None:

@@ -99,20 +99,10 @@ class Planner:
             return prompt
         name = self.adapter.embeds.get("prompt_embeds")
         cond, uncond = (
-            one
-            if one is None or value is None
-            else Cond({**one.rows, name: self._fitting(value, one.rows[name])}, one.shared)
+            one if one is None or value is None else Cond({**one.rows, name: _fitting(value, one, name)}, one.shared)
             for one, value in zip((prompt.cond, prompt.uncond), embeds, strict=True)
         )
         return replace(prompt, cond=cond, uncond=uncond)
-
-    def _fitting(self, value: Tensor, own: Tensor) -> Tensor:
-        if value.shape != own.shape:
-            raise ValueError(
-                f"prompt_embeds was assigned as {list(value.shape)}, and the prompt is {list(own.shape)} now: pass "
-                f"embeddings of another length by update(prompt_embeds=...), with what the pipeline takes beside them"
-            )
-        return value.to(own.device, own.dtype)
 
     def _encoded(self, request: Request) -> tuple[Schedule, Prompt]:
         if not isinstance(request.prompt, tuple) and not isinstance(request.negative_prompt, tuple):
@@ -173,3 +163,16 @@ class Planner:
             shown = adapter.default("guidance_scale") if request.guidance_scale is None else request.guidance_scale
         in_force = request.mode.scale(scale, request.delta, adapter.unguided)
         return float(scale if shown is None else shown), adapter.weight(in_force, request.arguments, schedule)
+
+
+def _fitting(value: Tensor, cond: Cond, name: str) -> Tensor:
+    """Embeddings in the place of those of this name. ValueError for another width, or for another number of tokens where
+    other tensors of the cond depend on that."""
+    own = cond.rows[name]
+    fixed = cond.shared or any("mask" in one for one in cond.rows)
+    if value.shape[-1] != own.shape[-1] or (fixed and value.shape != own.shape):
+        raise ValueError(
+            f"prompt_embeds was assigned as {list(value.shape)}, and the prompt is {list(own.shape)} now: embeddings of "
+            f"another size come by update(prompt_embeds=...), with what the pipeline takes beside them"
+        )
+    return value.to(own.device, own.dtype)

@@ -515,25 +515,27 @@ class StreamFlowWrapper:
     def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
-        stream = self.stream
-        state = stream.request
-        prompts = [] if state.prompt is None else parts(state.prompt)
+        stream, asked = self.stream, self.stream._asked()
+        request, seed = asked.request, asked.noise.seed
         return {
             **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
-            **{name: getattr(stream, name) for name in ("cfg_type", "use_denoising_batch", "guidance_scale", "delta")},
+            "use_denoising_batch": stream.use_denoising_batch,
+            "cfg_type": request.cfg_type,
+            "guidance_scale": asked.guidance_scale,
+            "delta": request.delta,
             "device": stream.device.type,
             "dtype": str(self.dtype),
             "model_type": type(stream.adapter).__name__,
             "is_sdxl": "XL" in type(stream.pipe).__name__,
             "is_turbo": self.sd_turbo,
-            "prompt_list": [tuple(one) for one in prompts],
-            "seed_list": [tuple(one) for one in parts(self._seed)],
-            "normalize_prompt_weights": state.normalize,
+            "prompt_list": [] if request.prompt is None else list(parts(request.prompt)),
+            "seed_list": [] if seed is None else list(parts(seed)),
+            "normalize_prompt_weights": request.normalize,
             "normalize_seed_weights": True,
-            "negative_prompt": state.negative_prompt or "",
-            "t_index_list": stream.t_list,
-            "current_seed": self._seed,
-            "num_inference_steps": len(stream.timesteps),
+            "negative_prompt": request.negative_prompt or "",
+            "t_index_list": list(asked.stages.indices),
+            "current_seed": seed,
+            "num_inference_steps": request.num_inference_steps,
             "controlnet_config": [
                 {"model_id": name, "conditioning_scale": scale, "preprocessor_params": {}, "enabled": True}
                 for name, scale in stream.controls.items()

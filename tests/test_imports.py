@@ -50,7 +50,19 @@ ROWS = (
         *("entering", "streaming", "performing", "modes", "pacing", "live", "live.*"),
         "pipeline",
     ),
-    ("", "wrapper", "scenes", "control", "control.*", "config", "server.*", "benchmark", "benchmark.*", "doctor"),
+    (
+        "",
+        "wrapper",
+        "wrapper_config",
+        "scenes",
+        "control",
+        "control.*",
+        "config",
+        "server.*",
+        "benchmark",
+        "benchmark.*",
+        "doctor",
+    ),
     ("cli", "commands", "commands.*"),
 )
 ACCELERATION = 4  # imported by later rows inside functions only
