@@ -9,7 +9,8 @@ import copy
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -199,7 +200,6 @@ class StreamFlow(
             TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
         """
         self._check_open()
-        self._follow_pipe()
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
             prompt,
@@ -220,7 +220,8 @@ class StreamFlow(
         )
         seed = self._planner.seed(seed)
         with self._callers:
-            state = self._planner.plan(request, generator, seed)
+            with self._following_pipe():
+                state = self._planner.plan(request, generator, seed)
             if generator is not None and seed is not None:
                 generator.manual_seed(seed)
             seed = state.noise.seed
@@ -232,38 +233,42 @@ class StreamFlow(
         if self._accelerated is None:
             self._build()
 
-    def _follow_pipe(self) -> None:
-        """Take over what has become of the pipe's parts since the stream last looked, or raise ValueError with the
-        remedy."""
-        seen, now = self._seen, PipeParts.of(self.pipe, self.adapter.network)
-        if now.placement != seen.placement:
-            raise ValueError(
-                f"the pipe was moved, pipe.to(...), from {seen.placement} to {now.placement} after this stream was made: "
-                f"make a new StreamFlow of it, or move it back"
-            )
+    @contextmanager
+    def _following_pipe(self) -> Iterator[None]:
+        """Inside, the pipe's parts as they are now are what is planned with; afterwards they are what is drawn with. An
+        error leaves the stream as it was.
+
+        Raises:
+            ValueError: what has become of the pipe cannot be taken over, with the remedy.
+        """
+        seen, now, adapter = self._seen, PipeParts.of(self.pipe, self.adapter.network), self.adapter
+        now.check_same_place(seen)
+        new_network = now.network is not seen.network
         codec = None if now.vae is seen.vae or (now.vae is None and self._vae is not seen.vae) else self._codec_of(now.vae)
-        if now.network is not seen.network:
-            self._check_same_latents(now.network)
-        self.adapter.follow_pipe()
-        if now.scheduler != seen.scheduler:
-            self.adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
-        if now.network is not seen.network:
+        before = adapter.net, adapter.scheduler
+        try:
+            if new_network:
+                adapter.net = now.network
+                self._check_same_latents()
+            if now.scheduler != seen.scheduler:
+                adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
+            adapter.follow_pipe()
+            yield
+        except BaseException:
+            adapter.net, adapter.scheduler = before
+            raise
+        if new_network:
             self.unet = now.network
         if codec is not None:
             self._put_back()
             self._vae, self.codec, self._plain_codec = now.vae, codec, codec
         self._seen = now
 
-    def _check_same_latents(self, network: Any) -> None:
-        before = self.adapter.net
-        self.adapter.rebuild(network)
-        try:
-            shape = self.adapter.latent_shape(self.height, self.width)
-        finally:
-            self.adapter.rebuild(before)
-        if tuple(shape) != tuple(self._shape):
+    def _check_same_latents(self) -> None:
+        shape = list(self.adapter.latent_shape(self.height, self.width))
+        if shape != list(self._shape):
             raise ValueError(
-                f"pipe.{self.adapter.network} was replaced by one whose latents are {list(shape)}, and this stream's are "
+                f"pipe.{self.adapter.network} was replaced by one whose latents are {shape}, and this stream's are "
                 f"{list(self._shape)}: make a new StreamFlow of the pipe"
             )
 
@@ -276,6 +281,7 @@ class StreamFlow(
                 logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
             self._engine.reset()
         self._finished.clear()
+        self._ranges.clear()
         self._next_id = 0
         self._traces = ()
         self.similar_filter.reset()

@@ -49,6 +49,7 @@ class PipeParts:
 
     network: Any
     vae: Any
+    controlnet: Any
     scheduler: tuple[int, str]
     placement: str
 
@@ -62,7 +63,21 @@ class PipeParts:
             raise ValueError(f"this {type(pipe).__name__} has no {network} any more: assign pipe.{network}, then prepare")
         check_network(net)
         scheduler = id(pipe.scheduler), f"{dict(pipe.scheduler.config)} {getattr(pipe.scheduler, '_shift', None)}"
-        return cls(net, getattr(pipe, "vae", None), scheduler, f"{net.dtype} on {pipe.device}")
+        parts = (getattr(pipe, name, None) for name in ("vae", "controlnet"))
+        return cls(net, *parts, scheduler, f"{net.dtype} on {pipe.device}")
+
+    def check_same_place(self, seen: PipeParts) -> None:
+        """Raise ValueError where the pipe has other control nets than these, or is elsewhere or in another dtype."""
+        if self.controlnet is not seen.controlnet:
+            raise ValueError(
+                "pipe.controlnet was assigned after this stream was made: call stream.remove_control(name) and "
+                "stream.add_control(name, model), or make a new StreamFlow of the pipe"
+            )
+        if self.placement != seen.placement:
+            raise ValueError(
+                f"the pipe was moved, pipe.to(...), from {seen.placement} to {self.placement} after this stream was made: "
+                f"make a new StreamFlow of it, or move it back"
+            )
 
 
 def check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:

@@ -33,7 +33,7 @@ _CONTROL = (
 _STYLE = "image prompts (IP-Adapter) are not offered"
 _CACHED = "cached attention over earlier frames (V2V) is not offered; StreamFlow(..., feedback=...) holds a video still"
 _HOOKS = "images are pre- and postprocessed by the caller, before and after each call"
-_MEMORY = "close() lets go of the stream, and nothing else holds its memory"
+_MEMORY = "engines are built for what a stream needs, and torch says where memory is short"
 NOT_HERE = {
     **dict.fromkeys(("use_controlnet", "controlnet_config", "controlnets", "update_control_image"), _CONTROL),
     **dict.fromkeys(("update_control_image_efficient", "get_last_processed_image", "cleanup_controlnets"), _CONTROL),
@@ -41,7 +41,7 @@ NOT_HERE = {
     **dict.fromkeys(("use_cached_attn", "cache_maxframes", "cache_interval", "cached_attention", "stream_v2v"), _CACHED),
     **dict.fromkeys((f"{what}_{when}processing_config" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
     **dict.fromkeys((f"{what}_{when}processing" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
-    **dict.fromkeys(("cleanup_gpu_memory", "check_gpu_memory_for_engine", "cleanup_engines_and_rebuild"), _MEMORY),
+    **dict.fromkeys(("check_gpu_memory_for_engine", "cleanup_engines_and_rebuild"), _MEMORY),
     "compile_engines_only": "python -m streamflow.acceleration.tensorrt --build-only builds engines without a stream",
     "enable_pytorch_fallback": "accelerate('tensorrt', fallback='eager') goes on without an engine",
     "sampler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
@@ -482,12 +482,12 @@ class StreamFlowWrapper:
         use_safety_checker: bool | None = None,
         **not_here: Any,
     ) -> None:
-        """`update` under livepeer's names; None leaves a value as it is.
+        """`update` under livepeer's names; None leaves a value as it is. `num_inference_steps` without a `t_index_list`
+        keeps the steps at their places in the schedule: [0, 16, 32, 45] of 50 become [0, 3, 5, 7] of 9.
 
         Raises:
             ValueError, TypeError: as `StreamFlow.update`; a seed beside a seed_list; normalize_seed_weights=False, since
-            noise of
-                another variance is no noise of the flow. NotImplementedError: what there is not, with the reason.
+                noise of another variance is no noise of the flow. NotImplementedError: what there is not, with the reason.
         """
         _refuse("update_stream_params", not_here)
         if seed is not None and seed_list is not None:
@@ -508,9 +508,30 @@ class StreamFlowWrapper:
             "seed": seed if seed_list is None else _mixed_seeds(seed_list, seed_interpolation_method),
         }
         self._prepared()
+        if num_inference_steps is not None and t_index_list is None:
+            given["t_index_list"] = self._same_places(num_inference_steps)
         self.update(**{name: value for name, value in given.items() if value is not None})
         if use_safety_checker is not None:
             self.use_safety_checker = use_safety_checker
+
+    def _same_places(self, steps: int) -> list[int] | None:
+        """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
+        asked = self.stream._asked()
+        given = asked.request.t_index_list is not None and asked.request.strength is None
+        if not given or not isinstance(steps, int) or steps < 1:
+            return None  # `update` says what is wrong with `steps`
+        last = max(1, len(asked.schedule) - 1)
+        return list(dict.fromkeys(round(i * (steps - 1) / last) for i in asked.stages.indices))
+
+    def clear_caches(self) -> None:
+        """Forget the prompts that are kept encoded; those in force stay."""
+        self.stream._planner.cache.clear()
+
+    def cleanup_gpu_memory(self) -> None:
+        """`close`, and give the memory that torch holds beyond its tensors back to the GPU."""
+        self.close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""

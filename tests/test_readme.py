@@ -1,4 +1,5 @@
-"""The README says what is so: its Python blocks run, its links lead somewhere, its list of substitutions is the tests'."""
+"""The README says what is so: its Python blocks run, its links lead somewhere; and the list of substitutions that the page
+for StreamDiffusion's users prints is the tests'."""
 
 import json
 import re
@@ -35,8 +36,9 @@ def test_links_and_pictures_are_there():
 
 
 def test_every_substitution_is_printed():
+    page = (ROOT / "docs/from-streamdiffusion.md").read_text(encoding="utf-8")
     for what, _, replacement, why in SUBSTITUTIONS:
-        row = next((line for line in README.splitlines() if line.startswith(f"| {what} |")), "")
+        row = next((line for line in page.splitlines() if line.startswith(f"| {what} |")), "")
         assert why.split(": ")[-1] in row
         assert (replacement.splitlines()[-1] if replacement else "removed") in row
 

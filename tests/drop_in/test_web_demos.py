@@ -111,6 +111,24 @@ def test_several_prompts_and_seeds_are_prepared(live):
     assert_drawn(frames(live))
 
 
+def test_another_number_of_steps_keeps_their_places(live):
+    for steps, expected in ((9, [6, 7]), (50, [37, 43]), (2, [1])):
+        live.update_stream_params(num_inference_steps=steps)
+        assert live.get_stream_state()["t_index_list"] == expected
+        assert_drawn(frames(live, 3))
+    with pytest.raises(ValueError, match="num_inference_steps must be an integer of 1 or more, not 0"):
+        live.update_stream_params(num_inference_steps=0)
+
+
+def test_memory_is_given_back(live):
+    live.clear_caches()
+    assert live.get_stream_state(include_caches=True)["caches"] == {"cached_prompts": 0}
+    assert_drawn(frames(live))
+    live.cleanup_gpu_memory()
+    with pytest.raises(RuntimeError, match="this stream was closed"):
+        frames(live)
+
+
 def test_drawing_is_skipped(live):
     live.skip_diffusion = True
     image = live(image=tensor_of(2), prompt="unused")
@@ -124,7 +142,7 @@ def test_drawing_is_skipped(live):
 
 
 def test_what_is_not_there_says_so(live):
-    for name in ("update_style_image", "update_control_image", "get_last_processed_image", "cleanup_gpu_memory"):
+    for name in ("update_style_image", "update_control_image", "get_last_processed_image"):
         assert not hasattr(live, name)
     with pytest.raises(AttributeError, match="no update_style_image: image prompts .IP-Adapter. are not offered"):
         live.update_style_image(image_of())
