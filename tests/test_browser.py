@@ -155,7 +155,7 @@ def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     first = changes(page, page.evaluate(OUT))
     changes(page, changes(page, first))  # the camera moves
     assert page.evaluate("document.getElementById('input').toDataURL()") != page.evaluate(OUT)
-    page.wait_for_function("document.getElementById('median').textContent.endsWith('ms')")
+    page.wait_for_function("() => document.getElementById('median').textContent.endsWith('ms')")
     page.click("[data-source=drawing]")
     blank = still(page)
     box = page.locator("#input").bounding_box()
@@ -186,7 +186,7 @@ def test_two_tabs_draw_a_third_waits_and_all_come_back_to_a_server_that_was_kill
         live(page)
         changes(page, changes(page, page.evaluate(OUT)))
     third = tab()
-    third.wait_for_function("document.getElementById('status').textContent.includes('places are taken')")
+    third.wait_for_function("() => document.getElementById('status').textContent.includes('places are taken')")
     second.context.close()
     live(third)
     first.fill("#prompt", "an octopus, flat vector")
