@@ -7,11 +7,10 @@ import argparse
 from pathlib import Path
 
 import diffusers
-from PIL import Image
 
 from streamflow import StreamFlowWrapper
 from streamflow.frames import Input
-from streamflow.image_utils import postprocess_image
+from streamflow.image_utils import as_rgb, open_image, postprocess_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         net = getattr(diffusers, a.net_class).from_pretrained(a.control_net, torch_dtype=stream.dtype)
         stream.add_control("control", net.to(stream.device), scale=a.scale)
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
-        inputs = (Input(None, control={"control": Image.open(file).convert("RGB")}) for file in files)
+        inputs = (Input(None, control={"control": as_rgb(open_image(file))}) for file in files)
         for file, frame in zip(files, stream.frames(inputs), strict=True):
             postprocess_image(frame.wait().image[None])[0].save(a.output / file.name)
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from streamflow import StreamFlowWrapper
+from streamflow.image_utils import as_rgb, open_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         size = wrapper.stream.width, wrapper.stream.height
         if a.mask:
-            mask = Image.open(a.mask).convert("L").resize(size)
+            mask = open_image(a.mask).convert("L").resize(size)
         else:
             mask = Image.new("L", size)
             mask.paste(255, (0, 0, size[0] // 2, size[1]))
-        picture = Image.open(a.input).convert("RGB").resize(size)
+        picture = as_rgb(open_image(a.input)).resize(size)
         wrapper.stream.inpaint(picture, mask)  # holds for all frames until inpaint(None)
         a.output.parent.mkdir(parents=True, exist_ok=True)
         wrapper(picture).save(a.output)

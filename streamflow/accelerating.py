@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from streamflow.grad_mode import computing
 from streamflow.models.codec import Codec
 from streamflow.observing import check_graphs
 from streamflow.wrap import check_network
@@ -39,6 +40,7 @@ class Accelerating:
     @velocity.setter
     def velocity(self, module: nn.Module) -> None:
         self._put_back()
+        self._redraw()
         self.adapter.velocity = module
         self._build()
 
@@ -53,6 +55,7 @@ class Accelerating:
             raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
         check_network(network)
         self._put_back()
+        self._redraw()
         self.adapter.rebuild(network)
         self._build()
 
@@ -65,6 +68,7 @@ class Accelerating:
     def vae(self, vae: nn.Module) -> None:
         codec = self._codec_of(vae)
         self._put_back()
+        self._redraw()
         self.codec = self._plain_codec = codec
         self._vae = vae
         self._build()
@@ -96,12 +100,15 @@ class Accelerating:
             raise ValueError(
                 "a stream encodes and decodes by a VAE, and None is none: assign the pipe's own, or use_tiny_vae()"
             )
+        if not hasattr(vae, "config"):
+            raise TypeError(f"a VAE of diffusers is needed, not {vae!r}")
 
         def make(one: nn.Module) -> Codec:
             return self.adapter.codec(one, self.height, self.width)
 
         return vae.codec_of(make) if hasattr(vae, "codec_of") else make(vae)
 
+    @computing
     def accelerate(self, kind: str = "auto", **options: Any) -> None:
         """Make the network and the VAE faster; the pictures stay the same within the kind's bound.
 
@@ -129,6 +136,7 @@ class Accelerating:
         self._acceleration = kind, checked
         self._build()
 
+    @computing
     def _build(self) -> None:
         """Accelerate what is there now, as asked, once shapes are known."""
         kind, options = self._acceleration

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamflow.changes import Change, Prepared, Request
+from streamflow.changes import Change, Prepared, Request, check_bool
 from streamflow.flow import per_row, velocity_from
 from streamflow.ring import Loop, Ring, Rows
 from streamflow.schedule import check_indices
@@ -34,6 +34,10 @@ READ_ONLY = {
     "denoising_steps_num": "it is the length of t_list: assign t_list",
     **dict.fromkeys(("timesteps", "sub_timesteps", "sub_timesteps_tensor"), _SIGMAS),
     **dict.fromkeys(("alpha_prod_t_sqrt", "beta_prod_t_sqrt", "c_skip", "c_out"), _SIGMAS),
+    "acceleration": "call accelerate(kind)",
+    "controls": "call add_control(name, model), remove_control(name) or set_control_scale(name, scale)",
+    "loras": "call load_lora(...), set_adapters(...) or unload_lora(...)",
+    **dict.fromkeys(("request", "prepared"), "call prepare(prompt) or update(...)"),
     "text_encoder": "prompts are encoded by the pipe: assign pipe.text_encoder, then prepare",
     "image_processor": "images are read by preprocess: call stream(processor.preprocess(image)) with input_range=(-1, 1)",
     "input_range": "make a new StreamFlow of the same pipe with input_range=...",
@@ -69,8 +73,8 @@ class StreamDiffusionAttributes:
 
     @property
     def guidance_scale(self) -> float:
-        """The pipeline's guidance_scale in force; assigning it is `update(guidance_scale=...)`."""
-        return self._prepared().guidance_scale
+        """The pipeline's guidance_scale; assigning it is `update(guidance_scale=...)`."""
+        return self._asked().guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None:
@@ -79,7 +83,7 @@ class StreamDiffusionAttributes:
     @property
     def delta(self) -> float:
         """How strongly residual guidance acts; assigning it is `update(delta=...)`."""
-        return self._prepared().request.delta
+        return self._asked().request.delta
 
     @delta.setter
     def delta(self, value: float) -> None:
@@ -89,10 +93,11 @@ class StreamDiffusionAttributes:
     def cfg_type(self) -> str:
         """How rows are guided: "none", "full", "self" or "initialize". Assigning it is `update(cfg_type=...)`, and later
         calls of `prepare` keep it."""
-        return self._cfg_type if self._state is None else self._state.request.cfg_type
+        return self._cfg_type if self._state is None else self._asked().request.cfg_type
 
     @cfg_type.setter
     def cfg_type(self, value: str) -> None:
+        self._check_open()
         self._planner.check(value, self._do_add_noise)
         if self._state is not None:
             self.update(cfg_type=value)
@@ -102,10 +107,12 @@ class StreamDiffusionAttributes:
     def do_add_noise(self) -> bool:
         """Whether every stage predicts x0 and adds noise again. Assigning it is `update(do_add_noise=...)`, and later calls
         of `prepare` keep it."""
-        return self._do_add_noise if self._state is None else self._state.request.do_add_noise
+        return self._do_add_noise if self._state is None else self._asked().request.do_add_noise
 
     @do_add_noise.setter
     def do_add_noise(self, value: bool) -> None:
+        self._check_open()
+        check_bool("do_add_noise", value)
         self._planner.check(self._cfg_type, value)
         if self._state is not None:
             self.update(do_add_noise=value)
@@ -115,10 +122,11 @@ class StreamDiffusionAttributes:
     def t_list(self) -> list[int]:
         """The steps of the schedule at which a frame stops. Assigning it is `update(t_index_list=...)`, and later calls of
         `prepare` keep it."""
-        return list(self._indices or [0]) if self._state is None else list(self._state.stages.indices)
+        return list(self._indices or [0]) if self._state is None else list(self._asked().stages.indices)
 
     @t_list.setter
     def t_list(self, value: Sequence[int]) -> None:
+        self._check_open()
         indices = check_indices(value)
         if self._state is not None:
             self.update(t_index_list=indices)
@@ -157,6 +165,7 @@ class StreamDiffusionAttributes:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
+        self._check_open()
         check_sampling(scheduler)
         before, self.adapter.scheduler = self.adapter.scheduler, scheduler
         try:
@@ -175,22 +184,26 @@ class StreamDiffusionAttributes:
     def seed(self) -> Any:
         """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
         `update(seed=...)`."""
-        return None if self._state is None else self._state.noise.seed
+        return None if self._state is None else self._asked().noise.seed
 
     @seed.setter
     def seed(self, value: Any) -> None:
+        if value is None:
+            raise TypeError("seed must be an integer or a list of (integer, weight), not None")
         self.update(seed=value)
 
     @property
     def generator(self) -> torch.Generator | None:
         """What all noise is drawn from; None where it is a function of the seed. Assigning one draws from it from the next
         frame on."""
-        return None if self._state is None else self._state.noise.generator
+        return None if self._state is None else self._asked().noise.generator
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
         if self._state is None:
             raise AttributeError("generator is set by prepare(prompt, generator=...)")
+        if generator is None and self.generator is None:
+            return
         self._amend(lambda asked: replace(asked, noise=self._planner.noise(generator, None, asked.request.period)))
 
     @property
@@ -201,8 +214,8 @@ class StreamDiffusionAttributes:
         Assigning embeddings of one prompt, in this layout or `[1, tokens, width]` without a negative one, acts on all rows,
         until another prompt is given. ValueError where rows differ: a stream has one prompt at a time.
         """
-        prompt, rows = self._asked().prompt, self.trt_unet_batch_size - self.batch_size
-        cond = self._embeds(prompt.cond).expand(self.batch_size, -1, -1)
+        prompt, (count, rows) = self._asked().prompt, self._asked_rows()
+        cond = self._embeds(prompt.cond).expand(count, -1, -1)
         if not rows:
             return cond.clone()
         uncond = self._embeds(prompt.uncond)
@@ -215,18 +228,13 @@ class StreamDiffusionAttributes:
 
     @prompt_embeds.setter
     def prompt_embeds(self, value: Tensor) -> None:
-        prompt, rows = self._asked().prompt, self.trt_unet_batch_size - self.batch_size
-        own = self._embeds(prompt.cond)
-        if (
-            not isinstance(value, Tensor)
-            or value.ndim != 3
-            or len(value) not in (1, self.batch_size, rows + self.batch_size)
-        ):
+        own, (count, rows) = self._embeds(self._asked().prompt.cond), self._asked_rows()
+        if not isinstance(value, Tensor) or value.ndim != 3 or len(value) not in (1, count, rows + count):
             raise ValueError(
-                f"prompt_embeds is a tensor [{rows + self.batch_size}, tokens, width] or [1, tokens, width], not "
+                f"prompt_embeds is a tensor [{rows + count}, tokens, width] or [1, tokens, width], not "
                 f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
             )
-        twins = len(value) - self.batch_size if len(value) > self.batch_size else 0
+        twins = max(0, len(value) - count)
         cond, uncond = (self._one_row(part, own) if len(part) else None for part in (value[twins:], value[:twins]))
         self.update(
             scope="now", assigned_embeds=(cond, self._asked().request.assigned_embeds[1] if uncond is None else uncond)
@@ -242,6 +250,8 @@ class StreamDiffusionAttributes:
 
     @staticmethod
     def _one_row(rows: Tensor, like: Tensor) -> Tensor:
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("prompt_embeds holds NaN or infinite values")
         if not bool((rows == rows[:1]).all()):
             raise ValueError(
                 "the rows of prompt_embeds differ, and all frames have one prompt at a time: assign one row, or give each "
@@ -260,6 +270,7 @@ class StreamDiffusionAttributes:
 
     @init_noise.setter
     def init_noise(self, value: Tensor) -> None:
+        self.adapter.check_offers("images")
         policy = self._asked().request.noise
         if policy != "fixed":
             raise AttributeError(
@@ -305,6 +316,7 @@ class StreamDiffusionAttributes:
                     f"other noise"
                 )
             engine.set_residual_noise(value.to(self.device).float())
+            self._redraw()
 
     @property
     def x_t_latent_buffer(self) -> Tensor | None:
@@ -325,12 +337,13 @@ class StreamDiffusionAttributes:
                     f"{'None, there are no rows under way' if waiting is None else list(waiting.shape)}, not "
                     f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; None empties the ring"
                 )
-            if not self._in_flight():
+            if self._engine.empty:
                 raise AttributeError(
                     "no frame is under way whose latents could be replaced: predict_x0_batch(latents) and "
                     "txt2img(latents=...) take latents in"
                 )
             self._engine.set_waiting(value.to(self.device, self.dtype))
+            self._redraw()
 
     # -- what follows from it -------------------------------------------------------------------------------------------
 
@@ -349,6 +362,12 @@ class StreamDiffusionAttributes:
         """The rows of a call of the network, with those of the negative prompt."""
         return sum(self._row_counts())
 
+    def _asked_rows(self) -> tuple[int, int]:
+        """As `_row_counts`, of the next call."""
+        asked, frames = self._asked(), self.frame_bff_size
+        count = len(asked.stages) * frames if self._batched else frames
+        return count, asked.request.mode.extra_rows(count, frames)
+
     def _row_counts(self) -> tuple[int, int]:
         """(rows that are advanced, rows of the negative prompt) of a call."""
         if self._engine is not None:
@@ -361,12 +380,12 @@ class StreamDiffusionAttributes:
     @property
     def timesteps(self) -> Tensor:
         """The whole schedule's timesteps, float32 `[N]`."""
-        return self._prepared().schedule.timesteps.to(self.device)
+        return self._prepared().schedule.timesteps.to(self.device, copy=True)
 
     @property
     def sub_timesteps(self) -> list[Tensor]:
         """The stages' timesteps, one tensor each."""
-        return list(self._prepared().stages.timesteps.to(self.device))
+        return list(self._prepared().stages.timesteps.to(self.device, copy=True))
 
     @property
     def sub_timesteps_tensor(self) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from streamflow.blending import METHODS, as_weighted, check_sum, with_weights
@@ -60,9 +62,10 @@ class Request:
             object.__setattr__(self, name, text)
         if self.blend not in METHODS:
             raise ValueError(f"unknown blend {self.blend!r}: choose one of {', '.join(map(repr, METHODS))}")
-        if self.prompt is None and "prompt_embeds" not in self.arguments:
+        embeds = _has_embeds(self.arguments)
+        if self.prompt is None and not embeds:
             raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
-        if self.prompt is not None and "prompt_embeds" in self.arguments:
+        if self.prompt is not None and embeds:
             raise ValueError("pass a prompt or prompt_embeds, not both")
         steps = self.num_inference_steps
         if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
@@ -73,8 +76,7 @@ class Request:
             raise TypeError("delta must be a number, not None: 1.0 leaves guidance as it is")
         check_policy(self.noise, self.noise_period)
         check_feedback(self.feedback)
-        if not isinstance(self.do_add_noise, bool):
-            raise TypeError(f"do_add_noise must be True or False, not {self.do_add_noise!r}")
+        check_bool("do_add_noise", self.do_add_noise)
 
     @property
     def mode(self) -> Mode:
@@ -97,11 +99,12 @@ class Request:
         if "prompt_weights" in changes:
             prompt = as_weighted("prompt", changes.get("prompt", self.prompt), str, "'a cat'")
             changes["prompt"] = with_weights("prompt", prompt, changes.pop("prompt_weights"))
-        for text, start in (("prompt", ("prompt_embeds", "pooled_prompt_embeds")), ("negative_prompt", ("negative_",))):
+        for text, start in (("prompt", ("prompt_", "pooled_prompt_")), ("negative_prompt", ("negative_",))):
             if text in changes:
                 kept = {name: value for name, value in kept.items() if not name.startswith(start)}
-        if "prompt_embeds" in arguments:
+        if _has_embeds(arguments):
             changes = {"prompt": None, **changes}
+            kept = {name: value for name, value in kept.items() if name not in ("prompt_2", "prompt_3")}
         changes.setdefault("assigned_embeds", self._still_assigned({*changes, *arguments}))
         return replace(self, **changes, arguments={**kept, **arguments})
 
@@ -120,15 +123,40 @@ class Request:
         return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
 
 
-def same_key(a: tuple, b: tuple) -> bool:
-    """Whether two read keys are equal; tensors only where they are the same object."""
-    if a[:-1] != b[:-1] or a[-1].keys() != b[-1].keys():
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal: numbers, texts, tensors and arrays by their values, and lists and mappings of them.
+    On a GPU the host waits for the answer."""
+    if a is b:
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
         return False
-    return all(x is b[-1][name] or _equal_plain(x, b[-1][name]) for name, x in a[-1].items())
+    return type(a) is type(b) and bool(a == b)
 
 
-def _equal_plain(a: Any, b: Any) -> bool:
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and (a == b) is True
+def owned(value: Any) -> Any:
+    """A value of which the caller may change what he has: tensors and arrays copied, lists and mappings with theirs."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (list, tuple):
+        return type(value)(owned(one) for one in value)
+    return {name: owned(one) for name, one in value.items()} if type(value) is dict else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether no tensor or array is in an argument."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, (Tensor, np.ndarray))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +192,11 @@ class Change:
 _OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise")  # what decides how a frame enters
 
 
+def _has_embeds(arguments: Mapping[str, Any]) -> bool:
+    """Whether a prompt is given as embeddings, under whatever name of the pipeline."""
+    return any(name.startswith("prompt_embeds") and value is not None for name, value in arguments.items())
+
+
 def _one_text(name: str, value: Any) -> Any:
     """A text out of a list of one, as diffusers takes it. TypeError for a list of several texts."""
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
@@ -171,9 +204,15 @@ def _one_text(name: str, value: Any) -> Any:
     if len(value) > 1:
         raise TypeError(
             f"{name} as a list holds pairs such as ('a cat', 0.5), which are blended, and here it holds {len(value)} texts: "
-            f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before its stream.txt2img()"
+            f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before each input of stream.frames"
         )
     return value[0]
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:

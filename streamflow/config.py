@@ -95,17 +95,25 @@ class Settings(Section):
 
 
 def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
-    """Settings of plain data, as YAML gives it. ConfigError lists every mistake."""
+    """Settings of plain data, as YAML gives it. Without a mode, that is img2img where a strength or a live source needs
+    images. ConfigError lists every mistake."""
     if data is None:
         data = {}
     if not isinstance(data, Mapping):
         raise ConfigError(f"settings are keys and values, not {type(data).__name__}")
+    if "mode" not in data and _needs_images(data):
+        data = {**data, "mode": "img2img"}
     try:
         return kind.model_validate_json(json.dumps(data))  # as JSON, in which a list may stand for a tuple
     except ValidationError as error:
         raise ConfigError("\n".join(_mistakes(error))) from None
     except (TypeError, ValueError, RecursionError) as error:  # of json: a date, a list that holds itself
         raise ConfigError(f"a value is of a kind that settings do not have: {error}") from None
+
+
+def _needs_images(data: Mapping[Any, Any]) -> bool:
+    live = data.get("live")
+    return data.get("strength") is not None or (isinstance(live, Mapping) and bool(live.get("source")))
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.conditioning import Prompt
+from streamflow.grad_mode import computing
 from streamflow.models import control_rule
 from streamflow.models.control import Control, ControlledVelocity, Controls, check_scale, controlled, image_name
 from streamflow.ring import Group
@@ -43,6 +44,7 @@ class Controlling:
         """The names of the control nets, in the order in which they were added, and their scales."""
         return dict(self._scales)
 
+    @computing
     def add_control(
         self, name: str, model: nn.Module, scale: float = 1.0, start: float = 0.0, end: float = 1.0, mode: int | None = None
     ) -> None:
@@ -70,6 +72,7 @@ class Controlling:
         rule.ready(item, self.adapter.net)
         self._put_controls(Controls(rule, (*items, item)), {**self._scales, name: float(scale)})
 
+    @computing
     def remove_control(self, name: str) -> None:
         """Take a control net out; as `add_control`, frames under way finish first. ValueError: an unknown name."""
         self._control_rule()
@@ -89,6 +92,7 @@ class Controlling:
         with self._slot:
             self._check_control_names([name])
             self._scales = {**self._scales, name: float(scale)}
+        self._redraw()
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class Controlling:
             except BaseException:
                 self._set_controls(*before)
                 raise
-        self.similar_filter.forget()
+        self._redraw()
 
     def _set_controls(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
         self.adapter.set_controls(controls)
@@ -143,7 +147,7 @@ class Controlling:
             pictures = torch.zeros(1, 3, self.height, self.width, device=self.device)
             self._blank = {name: torch.zeros_like(one) for name, one in self._control_inputs([pictures] * count).items()}
 
-    @torch.no_grad()
+    @computing
     def _control_inputs(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the nets see of pictures `[n, 3, H, W]`, one tensor of them a net, on the device."""
         controls, vae = self.adapter.controls, self.adapter.pipe.vae

@@ -26,15 +26,15 @@ class Entering:
     _last_x0: Tensor | None
 
     def _fed_back(self, x0: Tensor) -> Tensor:
-        """Clean latents with those of the last frame that has left mixed in."""
-        feedback = self._state.request.feedback
-        if not feedback or self._last_x0 is None:
+        """Clean latents with those of the last frame that has left mixed in, where these are finite."""
+        feedback, last = self._state.request.feedback, self._last_x0
+        if not feedback or last is None:
             return x0
-        return torch.lerp(x0, self._last_x0.expand_as(x0), feedback)
+        return torch.where(torch.isfinite(last).all(), torch.lerp(x0, last.expand_as(x0), feedback), x0)
 
-    def _new_ids(self, count: int) -> tuple[int, ...]:
-        self._next_id += count
-        return tuple(range(self._next_id - count, self._next_id))
+    def _next_ids(self, count: int) -> tuple[int, ...]:
+        """The numbers of the next frames, which they have once they have entered."""
+        return tuple(range(self._next_id, self._next_id + count))
 
     def _fixed_noise(self) -> Tensor:
         """The noise that image frames share, on the device."""
@@ -58,7 +58,7 @@ class Entering:
 
     def _image_group(self, pictures: Tensor, ids: tuple[int, ...], regions: Regions | None = None) -> Group:
         state = self._state
-        if state.stages.sigmas[0] == 1.0 and not any(regions or ()):
+        if state.stages.sigmas[0] >= 1.0 and not any(regions or ()):
             self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
         x0, fixed = self._clean_latents(pictures), state.request.noise == "fixed"
         if fixed:

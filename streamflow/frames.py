@@ -81,9 +81,9 @@ class Order:
         `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((ids, decoding))
 
-    def ready(self, most: int = 0) -> Iterator[Frame]:
+    def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:
         """The frames whose turn it is, waiting only for those beyond `most` that are still under way. A picture is let go
-        when no later input can refer to it."""
+        when no later input can refer to it. `copies`: later inputs may, so that each frame gets a picture of its own."""
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
             ids, decoding = self._decoding.popleft()
             self._arrive(ids, decoding.result())
@@ -92,6 +92,9 @@ class Order:
             for old in [i for i in self._pictures if i < waiting.source]:
                 del self._pictures[old]
             picture, event = self._pictures[waiting.source]
+            if copies or waiting.id != waiting.source:
+                picture = picture.clone()
+                event = _event(picture)
             latency = time.perf_counter() - waiting.since
             yield Frame(waiting.id, picture, latency, waiting.id != waiting.source, event)
 

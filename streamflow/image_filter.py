@@ -18,15 +18,16 @@ class SimilarImageFilter:
     """
 
     def __init__(self, threshold: float = 0.98, max_skip_frame: float = 10, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed, self._to_draw = seed, 0
         self.set_threshold(threshold)
         self.set_max_skip_frame(max_skip_frame)
         self.reset()
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if self._similar(x) and self.skip_count < self.max_skip_frame:
+        if not self._to_draw and self._similar(x) and self.skip_count < self.max_skip_frame:
             self.skip_count += 1
             return None
+        self._to_draw = max(0, self._to_draw - 1)
         self.skip_count = 0
         self.prev_tensor = x.detach().clone()
         return x
@@ -43,10 +44,11 @@ class SimilarImageFilter:
         self.forget()
         self._random = random.Random(self.seed)
 
-    def forget(self) -> None:
-        """Forget the last frame, so that the next one is drawn."""
+    def forget(self, frames: int = 1) -> None:
+        """Forget the last frame, so that at least the next `frames` are drawn, whatever they look like."""
         self.prev_tensor: Tensor | None = None
         self.skip_count = 0
+        self._to_draw = max(self._to_draw, frames)
 
     def set_threshold(self, threshold: float) -> None:
         """At 1 and above nothing is skipped. ValueError below 0, and for NaN."""

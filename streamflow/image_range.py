@@ -21,10 +21,11 @@ _KEEPING = frozenset(
     "squeeze unbind split tensor_split split_with_sizes chunk hsplit vsplit dsplit view view_as reshape reshape_as flatten "
     "ravel unflatten narrow select index_select take gather masked_select expand expand_as broadcast_to permute transpose "
     "swapaxes swapdims movedim moveaxis T mT adjoint t repeat tile repeat_interleave roll flip fliplr flipud rot90 "
-    "atleast_1d atleast_2d atleast_3d diagonal unfold as_strided alias "
+    "diagonal unfold as_strided alias "
     "requires_grad_ share_memory_ detach_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_".split()
 )
 _JOINING = frozenset("cat concat concatenate stack hstack vstack dstack column_stack row_stack".split())
+_SEVERAL = frozenset("atleast_1d atleast_2d atleast_3d".split())  # of one tensor or several, each by itself
 _COPYING = {"copy_": 1, "__setitem__": 2}  # which argument holds the values that go into the first one
 # Functions that write into their first argument; those whose names end in one underscore do so, too.
 _WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ data= real=".split())
@@ -32,8 +33,11 @@ _WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ data= 
 
 class Normalized(Tensor):
     """A tensor that is known to hold images in [-1, 1]. Whatever moves, selects or joins its values keeps the mark; whatever
-    computes a new value drops it, from the tensor itself where that is written into. Joining it with an unmarked tensor
-    raises ValueError."""
+    computes a new value drops it, from the tensor itself where that, or a view of it, is written into. Joining it with an
+    unmarked tensor raises ValueError. Ask `is_marked`, since a write through a view leaves the class as it is. What is
+    written through `.numpy()` or `.data` is not seen."""
+
+    _stamp: int  # torch's count of writes into this memory when the mark was set
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -48,20 +52,38 @@ class Normalized(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
+            if keeps and name in _COPYING:
+                sources[0]._stamp = _writes(sources[0])
+                return result
             if keeps:
                 return _mark(result)
             _unmark(kwargs.get("out"))
-            if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
+            if name in _WRITING or (name[-1:] == "_" and name[-2:] != "__"):
                 _unmark(args[0])
             return result.as_subclass(Tensor) if type(result) is cls else result
 
     def __deepcopy__(self, memo: dict) -> Normalized:
         return self.clone()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.as_subclass(Tensor)
+        return (mark, (plain,)) if is_marked(self) else plain.__reduce_ex__(protocol)
+
 
 def mark(image: Tensor) -> Normalized:
     """The same tensor, marked as holding images in [-1, 1]."""
-    return image.as_subclass(Normalized)
+    marked = image.as_subclass(Normalized)
+    marked._stamp = _writes(marked)
+    return marked
+
+
+torch.serialization.add_safe_globals([mark])  # `torch.load` makes marked tensors by it
+
+
+def _writes(image: Tensor) -> int:
+    """How often torch has written into this memory; of inference tensors it keeps no count."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return 0 if image.is_inference() else image._version
 
 
 def _name(func: Any) -> str:
@@ -74,12 +96,14 @@ def _name(func: Any) -> str:
 
 def _sources(name: str, args: tuple, kwargs: dict) -> Sequence[Any]:
     """Where the values of the result come from; nothing where it has computed them."""
-    given = (*args, *kwargs.values())
+    first = args[0] if args else kwargs.get("tensors", kwargs.get("input"))
     if name in _JOINING:
-        return given[0]
+        return first if isinstance(first, (list, tuple)) else (first,)
     if name in _COPYING:
-        return given[0], given[_COPYING[name]]
-    return given[:1] if name in _KEEPING else ()
+        return first, args[_COPYING[name]] if len(args) > _COPYING[name] else kwargs.get("src")
+    if name in _SEVERAL:
+        return first if isinstance(first, (list, tuple)) else args
+    return (first,) if name in _KEEPING else ()
 
 
 def _reinterprets(name: str, args: tuple, kwargs: dict) -> bool:
@@ -104,7 +128,7 @@ def _unmark(value: Any) -> None:
 def is_marked(image: Any) -> bool:
     """Whether this is a marked tensor, or a list of nothing else."""
     parts = image if isinstance(image, (list, tuple)) and image else (image,)
-    return all(type(one) is Normalized for one in parts)
+    return all(type(one) is Normalized and one._stamp == _writes(one) for one in parts)
 
 
 def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
@@ -112,11 +136,14 @@ def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
     `convert` is what happens to any other image first."""
 
     def preprocess(image: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(image, (list, tuple)) and any(map(is_marked, image)) and not is_marked(image):
+            return torch.cat([preprocess(one, *args, **kwargs) for one in image])
         if not is_marked(image):
             made = processor.preprocess(convert(image), *args, **kwargs)
             if not processor.config.do_normalize:
                 return made
-            check_on_host(made, -1.0, 1.0)
+            if made.device.type == "cpu":
+                _check_extremes(_extremes(made), -1.0, 1.0, "what the image processor made of this image", _GIVE_IT)
             return mark(made)
         parts = [one if one.ndim == 4 else one[None] for one in (image if isinstance(image, (list, tuple)) else [image])]
         image = torch.cat(parts)
@@ -133,7 +160,7 @@ def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
 
 def check_values(image: Tensor, low: float, high: float) -> None:
     """ValueError unless all values are finite and in [low, high]. On a GPU the host waits for the answer."""
-    _check_extremes(torch.stack(image.as_subclass(Tensor).aminmax()).tolist(), low, high, "the image")
+    _check_extremes(_extremes(image), low, high, "the image")
 
 
 def check_on_host(image: Tensor, low: float, high: float) -> None:
@@ -142,18 +169,27 @@ def check_on_host(image: Tensor, low: float, high: float) -> None:
         check_values(image, low, high)
 
 
-def _check_extremes(extremes: Sequence[float], low: float, high: float, what: str) -> None:
+_GIVE_IT = "an image processor takes floats in [0, 1]: divide first, or call stream.preprocess(image)"
+_STATE_IT = (
+    "state what yours are in with StreamFlow(..., input_range=(low, high)); a tensor in [-1, 1] that stream.preprocess, "
+    "stream.image_processor.preprocess or streamflow.image_utils.pil2tensor made is taken as it is, until something "
+    "computes with it"
+)
+
+
+def _extremes(image: Tensor) -> list[float]:
+    return torch.stack(image.as_subclass(Tensor).aminmax()).tolist()
+
+
+def _check_extremes(extremes: Sequence[float], low: float, high: float, what: str, remedy: str = _STATE_IT) -> None:
     least, most = extremes
     slack = 1e-3 * (high - low)
     if low - slack <= least and most <= high + slack:
         return
     if not all(torch.isfinite(torch.tensor(extremes))):
         raise ValueError(f"{what} holds NaN or infinite values")
-    raise ValueError(
-        f"the values of {what} run from {least:.4g} to {most:.4g}, outside of [{low:g}, {high:g}]: state what yours are in "
-        f"with StreamFlow(..., input_range=(low, high)); a tensor in [-1, 1] that stream.preprocess, stream.image_processor."
-        f"preprocess or streamflow.image_utils.pil2tensor made is taken as it is, until something computes with it"
-    )
+    found = f"run from {least:.4g} to {most:.4g}, outside of [{low:g}, {high:g}]"
+    raise ValueError(f"the values of {what} {found}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +200,7 @@ class _Pending:
     low: float
     high: float
     extremes: Tensor
-    event: torch.cuda.Event | None
+    event: torch.cuda.Event
 
 
 class RangeChecks:
@@ -183,10 +219,11 @@ class RangeChecks:
         event = torch.cuda.current_stream(image.device).record_event()
         self._pending.append(_Pending(what, low, high, host, event))
 
-    def raise_failed(self) -> None:
-        """ValueError for the oldest image whose values have arrived and are out of range, once for each."""
-        while self._pending and (self._pending[0].event is None or self._pending[0].event.query()):
+    def raise_failed(self, wait: bool = False) -> None:
+        """ValueError for the oldest image whose values have arrived and are out of range, once for each; `wait` for all."""
+        while self._pending and (wait or self._pending[0].event.query()):
             one = self._pending.popleft()
+            one.event.synchronize()
             _check_extremes(one.extremes.tolist(), one.low, one.high, one.what)
 
     def clear(self) -> None:

@@ -3,17 +3,20 @@ stated by the caller and never guessed. Out: StreamDiffusion's helpers under the
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
-from streamflow.image_range import Check, Normalized, check_on_host, mark
+from streamflow.image_range import Check, Normalized, check_on_host, is_marked, mark
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,10 @@ def normalize_image(
         TypeError: not an image, or of a dtype that is none.
         ValueError: mode, channel count, number of dimensions, size, NaN or range; with what was found and the remedy.
     """
-    if isinstance(image, Normalized) and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
+    marked = isinstance(image, Tensor) and is_marked(image)
+    if marked and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
+        if image.device.type == "cpu":
+            check(image, -1.0, 1.0)
         return image if image.ndim == 4 else image[None]
     if isinstance(image, (list, tuple)):
         if not image:
@@ -86,6 +92,47 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
+MAX_PIXELS = 2**26  # of an image file: 8192 x 8192
+
+
+class ImageFileError(OSError, ValueError):
+    """An image file that cannot be read, with its name and the reason."""
+
+
+def open_image(
+    source: str | Path | bytes, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS, side: int | None = None
+) -> PIL.Image.Image:
+    """The image in a file, or in the bytes of one: upright as its EXIF data says, of an animation the first frame, with all
+    pixels read, in whatever mode; `as_rgb` makes it RGB. This is the one reader of image files.
+
+    formats: names of PIL's formats, None for all. side: both sides are at least this long where that is enough, so that a
+        JPEG may be decoded smaller than it is.
+
+    Raises:
+        FileNotFoundError: there is no such file. ImageFileError: it is no image, truncated, or of more than `max_pixels`.
+    """
+    name = "the image" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    try:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageFileError(f"{name} has {image.width}x{image.height} pixels, and at most {max_pixels} are read")
+            if side is not None:
+                image.draft("RGB", (side, side))
+            image.load()
+            deep = image.mode == "I" and image.format == "PNG"  # how PIL reads 16 bits a pixel, or "I;16"
+            upright = PIL.ImageOps.exif_transpose(image)
+            return PIL.Image.fromarray(np.asarray(upright).astype(np.uint16)) if deep else upright
+    except ImageFileError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        kinds = "a known format" if formats is None else ", ".join(formats)
+        raise ImageFileError(f"{name} is no image in {kinds}") from error
+    except Exception as error:  # a decoder may fail in any way on the bytes of a broken file
+        raise ImageFileError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
 def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Normalized:
     if 0 in image.size:
         raise ValueError(f"an image without pixels: {image.width}x{image.height}")
@@ -116,7 +163,7 @@ def _from_tensor(
         raise TypeError(f"a tensor of pixels is uint8 (0..255) or floating, not {image.dtype}")
     _check_size(*image.shape[-2:], height, width, resize)
     image = image if image.ndim == 4 else image[None]
-    if type(image) is Normalized:
+    if is_marked(image):
         low, high = -1.0, 1.0
     else:
         low, high = (0.0, 255.0) if image.dtype == torch.uint8 else input_range

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow.grad_mode import computing
 from streamflow.inpaint import Pasted, Region, known_rows, paste_of, read_mask
 from streamflow.ring import Done, Group
 
@@ -22,6 +23,7 @@ class Inpainting:
     _regions: tuple[Region, ...] | None = None
     _paste = True
 
+    @computing
     def inpaint(self, image: Any = None, mask: Any = None, paste: bool = True) -> None:
         """Draw only part of the frames that enter from now on; the rest is known and follows its own noised path. What is
         set stays, through `prepare` too, until `inpaint(None)` ends it; frames under way keep what they entered with.
@@ -48,14 +50,14 @@ class Inpainting:
             raise ValueError("inpaint(image) needs a mask, white where to draw; inpaint(None) ends inpainting")
         regions = None if mask is None else self._make_regions(self._read_mask(mask), image, paste)
         self._regions, self._paste = regions, paste
-        self.similar_filter.forget()
+        self._redraw()
 
     def _read_mask(self, mask: Any) -> Tensor:
         return read_mask(mask, self.height, self.width, self._check)
 
     def _make_regions(self, masks: Tensor, image: Any, paste: bool) -> tuple[Region, ...]:
         """One region a row of the frame buffer."""
-        pictures = None if image is None else self.preprocess(image)
+        pictures = None if image is None else self.preprocess(image).clone()  # kept, and its memory is the caller's
         for name, given in (("masks", masks), ("pictures", pictures)):
             if given is not None and len(given) not in (1, self.frame_bff_size):
                 raise ValueError(

@@ -198,6 +198,7 @@ class Adapting:
         """Inside no tick runs and no prompt is encoded. An error puts everything back, with `values` also adapters that
         change in place; else prompts follow the text encoders."""
         with self._ticks:
+            self._redraw()
             with self._callers, _undone_on_error(list(_parts(self.pipe).values()), values):
                 texts = [part for name, part in _parts(self.pipe).items() if name != self.adapter.network]
                 before = [_settings(part) for part in texts]

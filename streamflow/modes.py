@@ -15,6 +15,7 @@ from typing import Protocol
 logger = logging.getLogger(__name__)
 TOLERANCE = 0.02  # a mode holds a rate if it falls short of it by no more than this share
 MEASURED_FOR = 2.0  # seconds, of all modes together
+LONGEST = 4  # times as long a slow mode may take to be measured
 
 
 class Clock(Protocol):
@@ -113,23 +114,28 @@ class Measured:
 
 def play(mode: Mode, clock: Clock, period: float, seconds: float) -> Measured:
     """Draw from a source that gives a frame every `period` seconds, for so many seconds of the clock, and on until two
-    pictures are out. Frames that a mode has no time for are left out. The picture of a frame that went in several times
-    counts once, when it first comes out."""
+    pictures are out, or for `LONGEST` times as long; then the rate is that of the ticks. Frames that a mode has no time for
+    are left out. The picture of a frame that went in several times counts once, when it first comes out."""
     mode.tick(0)  # an empty ring fills
     start, newest, shown = clock.now(), -1, -1
     under_way: deque[int] = deque(maxlen=mode.depth)
     waits: list[float] = []
     ends: list[float] = []
-    while len(ends) < 2 or clock.now() - start < seconds:
+    ticks, longest = 0, LONGEST * max(seconds, mode.depth * period)
+    while clock.now() - start < seconds or (len(ends) < 2 and clock.now() - start < longest):
         wanted = newest + 1 if mode.waits else max(newest, 0)
         clock.sleep_until(start + wanted * period)
         newest = max(wanted, int((clock.now() - start) / period))
         under_way.append(newest)
         mode.tick(newest)
+        ticks += 1
         if len(under_way) == mode.depth and under_way[0] != shown:
             shown = under_way[0]
             ends.append(clock.now())
             waits.append(ends[-1] - (start + shown * period))
+    if len(ends) < 2:
+        each = (clock.now() - start) / ticks
+        return Measured(mode.name, min(1 / each, 1 / period), mode.depth * each, mode.depth * each, len(ends))
     rate = (len(ends) - 1) / (ends[-1] - ends[0])
     return Measured(mode.name, rate, percentile(waits, 0.5), percentile(waits, 0.95), len(ends))
 

@@ -27,10 +27,10 @@ def check_policy(noise: Any, period: Any) -> None:
 
 
 def resolve_seeds(seed: Any) -> Any:
-    """A seed as an integer, or seeds with weights; a negative one is replaced by a random one, which is logged. None stays.
+    """A seed as an integer, or seeds with weights; -1 is replaced by a random one, which is logged. None stays.
 
     Raises:
-        TypeError: not an integer, and not a tuple of (integer, weight).
+        TypeError: not an integer, and not a tuple of (integer, weight). ValueError: not in 0 .. 2^64 - 1, and not -1.
     """
     if seed is None:
         return None
@@ -38,11 +38,13 @@ def resolve_seeds(seed: Any) -> Any:
         return tuple((resolve_seeds(one), weight) for one, weight in seed)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
-    if seed >= 0:
-        return int(seed)
-    drawn = random.SystemRandom().randrange(RANDOM_SEEDS)
-    logger.info("seed %d stands for a random one: seed=%d draws the same images again", seed, drawn)
-    return drawn
+    if seed == -1:
+        drawn = random.SystemRandom().randrange(RANDOM_SEEDS)
+        logger.info("seed -1 stands for a random one: seed=%d draws the same images again", drawn)
+        return drawn
+    if not 0 <= seed <= _MASK:
+        raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, or -1 for a random one, not {seed}")
+    return int(seed)
 
 
 class NoiseSource:

@@ -22,10 +22,11 @@ from torch import Tensor
 from streamflow import guidance
 from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback
+from streamflow.changes import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback, owned
 from streamflow.controlling import Controlling
 from streamflow.entering import Entering
 from streamflow.frames import CallTimer
+from streamflow.grad_mode import computing
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.image_range import Normalized, RangeChecks, check_values, marking
@@ -33,6 +34,7 @@ from streamflow.image_utils import as_rgb_where_pil, check_range, normalize_imag
 from streamflow.inpainting import Inpainting
 from streamflow.loras import Adapting
 from streamflow.models import adapter_for
+from streamflow.models.base import ASKS_FOR_NOTHING, RESERVED
 from streamflow.noise import check_policy
 from streamflow.observing import Observing
 from streamflow.performing import Performing
@@ -163,6 +165,7 @@ class StreamFlow(
 
     # -- prepare and change -------------------------------------------------------------------------------------------
 
+    @computing
     def prepare(
         self,
         prompt: Texts | None = None,
@@ -189,7 +192,7 @@ class StreamFlow(
             delta: under `self` and `initialize` the weight in force is `1 + (guidance_scale - 1) delta`.
             generator: draws all noise; used as it is, or seeded with `seed` first where both are given, as in
                 StreamDiffusion.
-            seed: noise is a function of the seed and the frame's number. Default 2; a negative one stands for a random one,
+            seed: noise is a function of the seed and the frame's number. Default 2; -1 stands for a random one,
                 which is logged. Or seeds with weights.
             blend: "linear" or "slerp", along the sphere (`streamflow.blending.METHODS`).
             normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
@@ -197,9 +200,11 @@ class StreamFlow(
             pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
 
         Raises:
-            TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
+            TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed. Whatever
+                acceleration raises; then the stream is prepared, without acceleration.
         """
         self._check_open()
+        pipeline_arguments = self._asking(pipeline_arguments)
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
             prompt,
@@ -209,7 +214,7 @@ class StreamFlow(
             delta,
             t_index_list=self._indices,
             strength=strength,
-            arguments=pipeline_arguments,
+            arguments=owned(pipeline_arguments),
             blend=blend,
             normalize=normalize,
             noise=self._noise_policy,
@@ -219,6 +224,10 @@ class StreamFlow(
             do_add_noise=self._do_add_noise,
         )
         seed = self._planner.seed(seed)
+        self.adapter.settle(request.arguments, request.prompt)
+        if not self._shape:  # of a pipeline without text encoders, whose own call tells it
+            self._shape = self.adapter.latent_shape(self.height, self.width)
+            self._planner = replace(self._planner, shape=self._shape)
         with self._callers:
             with self._following_pipe():
                 state = self._planner.plan(request, generator, seed)
@@ -242,7 +251,7 @@ class StreamFlow(
             ValueError: what has become of the pipe cannot be taken over, with the remedy.
         """
         seen, now, adapter = self._seen, PipeParts.of(self.pipe, self.adapter.network), self.adapter
-        now.check_same_place(seen)
+        now.check_same_place(seen, [item.net for item in adapter.controls.items] if adapter.controls else [])
         new_network = now.network is not seen.network
         codec = None if now.vae is seen.vae or (now.vae is None and self._vae is not seen.vae) else self._codec_of(now.vae)
         before = adapter.net, adapter.scheduler
@@ -256,11 +265,13 @@ class StreamFlow(
             yield
         except BaseException:
             adapter.net, adapter.scheduler = before
+            self._planner.forget_prompts()  # they may be of the parts that are not taken over
             raise
+        if new_network or codec is not None:
+            self._put_back()  # `prepare` accelerates anew
         if new_network:
-            self.unet = now.network
+            adapter.rebuild(now.network)
         if codec is not None:
-            self._put_back()
             self._vae, self.codec, self._plain_codec = now.vae, codec, codec
         self._seen = now
 
@@ -272,6 +283,7 @@ class StreamFlow(
                 f"{list(self._shape)}: make a new StreamFlow of the pipe"
             )
 
+    @computing
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
         that dropped is logged; a pending update is kept."""
@@ -296,6 +308,7 @@ class StreamFlow(
         changes = {"prompt": prompt} if negative_prompt is None else {"prompt": prompt, "negative_prompt": negative_prompt}
         return self.update(scope=scope, **changes, **pipeline_arguments)
 
+    @computing
     def update(self, *, scope: str | None = None, seed: Seeds | None = None, **changes: Any) -> int:
         """Change what is drawn, from any thread; the ticking thread takes it at the start of its next call.
 
@@ -320,6 +333,7 @@ class StreamFlow(
         if scope != "frame":
             self.adapter.check_offers("update now")
         own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
+        changes = self._asking(changes)
         self.adapter.check_arguments(changes)
         if own.get("t_index_list") is not None:
             own["t_index_list"] = check_indices(own["t_index_list"])
@@ -328,7 +342,9 @@ class StreamFlow(
             with self._slot:
                 pending, state = self._change, self._prepared()
             asked = pending.target if pending else state
-            target = self._planner.change(asked, asked.request.changed(own, changes), seed)
+            request = asked.request.changed(own, owned(changes))
+            self.adapter.settle(request.arguments, request.prompt)
+            target = self._planner.change(asked, request, seed)
             held = pending.entries if pending else frozenset()
             entries = self._entries(asked, target, {*own, *changes}, scope, held)
             new_levels = target.stages is not asked.stages
@@ -345,6 +361,13 @@ class StreamFlow(
                 self._change = Change(target, entries, levels_now)
             self._updates += 1
             return self._updates
+
+    def _asking(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments, less those that ask for what happens anyway."""
+        anyway = {**ASKS_FOR_NOTHING, "height": self.height, "width": self.width}
+        nothing = {*RESERVED, *self.adapter.refused} & {name for name, value in arguments.items() if value is None}
+        nothing |= {name for name, value in arguments.items() if name in anyway and value == anyway[name]}
+        return {name: value for name, value in arguments.items() if name not in nothing}
 
     def _entries(
         self, asked: Prepared, target: Prepared, names: set[str], scope: str | None, held: frozenset[str]
@@ -375,6 +398,7 @@ class StreamFlow(
             self._install(change.target.stages)
         elif new_levels:
             self._engine.set_levels(change.target.stages)
+        self._redraw()
         if change.entries:
             self._engine.set_prompt(change.target.prompt, change.entries)
         self._engine.weight = change.target.weight
@@ -392,7 +416,7 @@ class StreamFlow(
 
     # -- draw ---------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @computing
     def __call__(self, x: Any = None, mask: Any = None, control: Any = None) -> Tensor:
         """One call of the stream: F pictures in, F finished pictures out, `[F, 3, height, width]` in [-1, 1].
 
@@ -415,17 +439,16 @@ class StreamFlow(
             regions, seen = self._masked(pictures, mask)
             shown = self._shown(control, len(pictures))
             seen = self._seen_with(seen, shown)
-            if self.similar_image_filter and self.similar_filter(seen) is None and self.prev_image_result is not None:
-                return self.prev_image_result
             self._take_change()
-            group = self._steered(self._image_group(pictures, self._new_ids(len(pictures)), regions), shown)
+            if self.similar_image_filter and self.similar_filter(seen) is None and self.prev_image_result is not None:
+                return self.prev_image_result.clone()
+            group = self._steered(self._image_group(pictures, self._next_ids(len(pictures)), regions), shown)
             self._push(group)
             while not self._finished:
                 self._push(replace(group, copy=True))
-            self.prev_image_result = self._decode(self._finished.popleft())
-        return self.prev_image_result
+            return self._shown_now(self._decode(self._finished.popleft()))
 
-    @torch.no_grad()
+    @computing
     def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None, control: Any = None) -> Tensor:
         """Draw from noise: exactly `batch_size` pictures (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
@@ -445,14 +468,13 @@ class StreamFlow(
             while len(done) < groups:
                 mine = latents is not None and pushed < groups
                 given = latents.split(self.frame_bff_size)[pushed] if mine else None
-                group = self._text_group(self._new_ids(self.frame_bff_size), given, regions)
+                group = self._text_group(self._next_ids(self.frame_bff_size), given, regions)
                 self._push(self._steered(group, shown, pushed * self.frame_bff_size))
                 pushed += 1
                 if self._finished:
                     done.append(self._finished.popleft())
             pictures = [self._decode(group) for group in done]
-            self.prev_image_result = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
-        return self.prev_image_result
+            return self._shown_now(torch.cat(pictures) if len(pictures) > 1 else pictures[0])
 
     def txt2img_sd_turbo(self, batch_size: int | None = None) -> Tensor:
         """The one-step form: `txt2img` of a stream with a single stage. ValueError with more."""
@@ -463,7 +485,7 @@ class StreamFlow(
             )
         return self.txt2img(batch_size)
 
-    @torch.no_grad()
+    @computing
     def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
         """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
         clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
@@ -476,10 +498,11 @@ class StreamFlow(
         regions = self._text_regions()
         self._shown(None, len(x_t_latent))
         self._take_change()
-        group = self._text_group(self._new_ids(len(x_t_latent)), x_t_latent, regions)
+        group = self._text_group(self._next_ids(len(x_t_latent)), x_t_latent, regions)
         self._push(group if anchor is None else replace(group, anchor=anchor.float()))
         return self._finished.popleft().x0 if self._finished else None
 
+    @computing
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
         self._running()
@@ -491,6 +514,7 @@ class StreamFlow(
 
     # -- the steps by themselves ----------------------------------------------------------------------------------------
 
+    @computing
     def preprocess(self, image: Any) -> Normalized:
         """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
         return self._normalize(image, "an image given to preprocess")
@@ -508,11 +532,13 @@ class StreamFlow(
         sigma = self._prepared().stages.sigmas[t_index].to(original_samples.device)
         return self.adapter.path(original_samples, noise, sigma.reshape(1))
 
+    @computing
     def encode_image(self, image_tensors: Tensor) -> Tensor:
         """Pictures `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
         x0 = self._clean_latents(image_tensors)
         return self.adapter.path(x0, self._fixed_noise(), self._running().first_sigma)
 
+    @computing
     def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
         """Clean latents, as the pipeline's `output_type="latent"`, to pictures `[n, 3, H, W]` in [-1, 1]."""
         return self.codec.decode(x_0_pred_out)
@@ -525,7 +551,7 @@ class StreamFlow(
         """x at the next sigma, given velocities; all rows of the batch, or those of stage idx."""
         return self._rows(idx).step(x_t_latent_batch, model_pred_batch)
 
-    @torch.no_grad()
+    @computing
     def unet_step(self, x_t_latent: Tensor, t_list: Tensor, idx: int | None = None) -> tuple[Tensor, Tensor]:
         """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
         rows = self._rows(idx)
@@ -604,10 +630,33 @@ class StreamFlow(
         self._engine = self.adapter.engine(settings, self._state.weight, self._batched)
         self._engine.observer = self._observer
 
+    def _number(self, group: Group) -> None:
+        """These frames are under way, so later ones have later numbers."""
+        self._next_id = max(self._next_id, 1 + max(group.ids, default=-1))
+
+    def _redraw(self) -> None:
+        """What is drawn has changed: no frame is skipped until those that enter from now on have left."""
+        stages = self.denoising_steps_num if self._batched else 1
+        self.similar_filter.forget(stages * self.frame_bff_size)
+
+    def _shown_now(self, images: Tensor) -> Tensor:
+        """Keep a copy of these images for calls that skip, or the last one where these are not finite; and return them."""
+        last, finite = self.prev_image_result, torch.isfinite(images).all()
+        if last is None or last.shape != images.shape:
+            last = torch.zeros_like(images)
+        self.prev_image_result = torch.where(finite, images, last.to(images))
+        return images
+
     def _push(self, group: Group) -> None:
         with self._ticks:
             self._take_control_levels()
-            done = self._engine.push(group, self.velocity)
+            try:
+                done = self._engine.push(group, self.velocity)
+            except BaseException:
+                if self._engine.holds(group):
+                    self._number(group)
+                raise
+        self._number(group)
         if done is not None:
             self._left(done)
 
@@ -615,7 +664,7 @@ class StreamFlow(
         """Queue groups that have left the ring."""
         self._finished.extend(done)
         if done:
-            self._last_x0 = done[-1].x0[-1:]
+            self._last_x0 = done[-1].x0[-1:].clone()
 
     def _group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
         """How many groups a call of txt2img is to return."""

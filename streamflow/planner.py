@@ -4,13 +4,14 @@ pipeline through the adapter, keeps nothing, and changes nothing."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamflow.blending import Cache, Weighted, as_weighted, blend, parts, shares
-from streamflow.changes import AssignedEmbeds, Prepared, Request, check_number, same_key
+from streamflow.changes import AssignedEmbeds, Prepared, Request, check_number, is_plain, same
 from streamflow.conditioning import Cond, Prompt
 from streamflow.guidance import Weight, mode
 from streamflow.models.base import FlowAdapter
@@ -43,7 +44,7 @@ class Planner:
         """What this request comes to, from nothing. Raises what is wrong with it."""
         self.check(request.cfg_type, request.do_add_noise)
         noise, scale = self.noise(generator, seed, request.period), self._scale(request)
-        self.cache.clear()
+        self.forget_prompts()
         schedule, prompt = self._read(request)
         guidance = self._guidance(request, scale, schedule)
         return Prepared(request, schedule, self._pick(request, schedule), prompt, *guidance, noise)
@@ -54,7 +55,7 @@ class Planner:
         noise = asked.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
         scale, name = self._scale(request), self.adapter.guidance_argument
         schedule, prompt = asked.schedule, asked.prompt
-        if not same_key(request.read_key(name), asked.request.read_key(name)):
+        if not same(request.read_key(name), asked.request.read_key(name)):
             schedule, prompt = self._read(request)
         elif any(a is not b for a, b in zip(request.assigned_embeds, asked.request.assigned_embeds, strict=True)):
             prompt = self._read(request)[1]
@@ -64,16 +65,21 @@ class Planner:
             stages = asked.stages
         return Prepared(request, schedule, stages, prompt, *guidance, noise)
 
+    def forget_prompts(self) -> None:
+        """Encode prompts anew when they are asked for again."""
+        self.cache.clear()
+        self.adapter.texts.clear()
+
     def plan_again(self, asked: Prepared) -> Prepared:
         """`asked` as the pipeline's text encoders and scheduler make it now."""
-        self.cache.clear()
+        self.forget_prompts()
         again = self.plan(asked.request, None, DEFAULT_SEED)
         same = again.stages.same_levels(asked.stages)
         return replace(again, noise=asked.noise, stages=asked.stages if same else again.stages)
 
     def noise(self, generator: torch.Generator | None, seed: Any, period: int | None = None) -> NoiseSource:
         """Noise from a generator, from a seed or from several with weights; from the default seed where none is given. A
-        negative seed is a random one. Of a generator and a seed, the generator; seeding it is left to the caller."""
+        seed of -1 is a random one. Of a generator and a seed, the generator; seeding it is left to the caller."""
         seed = self.seed(seed)
         if generator is not None and isinstance(seed, tuple):
             raise ValueError("a generator has one seed: pass seed as an integer, or leave the generator out")
@@ -86,7 +92,7 @@ class Planner:
     @staticmethod
     def seed(seed: Any) -> Any:
         """A seed, or seeds with weights, as a stream keeps them: `streamflow.noise.resolve_seeds`."""
-        return resolve_seeds(as_weighted("seed", seed, int, "7"))
+        return resolve_seeds(as_weighted("seed", seed, Integral, "7"))
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
         """What the pipeline would do with this request, of which it is asked text by text."""
@@ -124,8 +130,8 @@ class Planner:
     def _ask(self, request: Request, *texts: str | None) -> tuple[Schedule, Prompt]:
         """As `_read`, of one prompt and one negative prompt; kept under these texts, since weights change more often."""
         *_, steps, scale, arguments = request.read_key(self.adapter.guidance_argument)
-        key = (texts, steps, scale, request.guided, tuple(arguments.items()))
-        return self.cache.get(key, lambda: self._encode(request))
+        key = (texts, steps, scale, request.guided, repr(sorted(arguments.items())))
+        return self.cache.get(key, lambda: self._encode(request)) if is_plain(arguments) else self._encode(request)
 
     def _encode(self, request: Request) -> tuple[Schedule, Prompt]:
         """Ask the pipeline what it would do with this request."""
@@ -133,7 +139,7 @@ class Planner:
         arguments = dict(request.arguments)
         if request.prompt is not None:
             arguments["prompt"] = request.prompt
-        given = "negative_prompt_embeds" in arguments
+        given = any(name.startswith(("negative_prompt_embeds", "negative_pooled")) for name in arguments)
         arguments["negative_prompt"] = None if given else request.negative_prompt
         if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
             arguments["guidance_scale"] = request.guidance_scale

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamflow.changes import Change, Prepared, Request
 from streamflow.conditioning import Cond, Prompt
+from streamflow.grad_mode import computing
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.inpaint import Known, Paste, Region
@@ -53,6 +54,7 @@ class Resuming:
             held = {"stream": stream, "engine": {name: packer.pack(value) for name, value in engine.items()}}
         return {"format": FORMAT, "made_by": self._made_by(), **held, "objects": packer.objects}
 
+    @computing
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the stream of this state stood. What this one has in flight is dropped; it need not be prepared.
 
@@ -90,8 +92,13 @@ class Resuming:
             "device": self.device.type,
             "noise": self._noise_policy,
             "controls": list(self._scales),
+            "scheduler": f"{type(self.scheduler).__name__} {_settings(self.scheduler)}",
             **{name: getattr(self, "frame_bff_size" if name == "frame_buffer_size" else name) for name in names},
         }
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
 
 
 def _check(state: Any, expected: Mapping[str, Any]) -> None:

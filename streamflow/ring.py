@@ -172,6 +172,10 @@ class Ring:
         """Whether no frame is in flight."""
         return not any(self._waiting)
 
+    def holds(self, group: Group) -> bool:
+        """Whether this very group is under way."""
+        return any(one is group for one in self._groups)
+
     @property
     def first_sigma(self) -> Tensor:
         """The noise level at which frames enter, `[1, 1, ...]`."""
@@ -327,6 +331,10 @@ class Loop:
     def first_sigma(self) -> Tensor:
         """The noise level at which frames enter, `[1, 1, ...]`."""
         return self.stages[0].sigma[:1]
+
+    def holds(self, group: Group) -> bool:
+        """Whether this very group is under way: never."""
+        return False
 
     def reset(self) -> None:
         """Nothing is in flight."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+ROUNDING = 1e-5  # by how much a scheduler's float32 arithmetic may leave the first sigma above 1
 
 
 def check_indices(t_index_list: Sequence[int], steps: int | None = None) -> tuple[int, ...]:
@@ -69,8 +70,8 @@ class Stages:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`timesteps` `[N]`, what the pipeline hands its network; `sigmas` `[N + 1]`, strictly falling to 0. Both float32
-    on the CPU. They are two lists since in some families the one is not 1000 times the other.
+    """`timesteps` `[N]`, what the pipeline hands its network; `sigmas` `[N + 1]`, strictly falling from at most 1, to within
+    rounding, to 0. Both float32 on the CPU. They are two lists since in some families the one is not 1000 times the other.
 
     coefficients: what the family's rule (`streamflow.rules`) needs of every step, `[N]` by name. windows: the steps at which
     a new piece of a piecewise straight flow starts, which no `t_index_list` may leave out."""
@@ -86,7 +87,8 @@ class Schedule:
                 f"a schedule of {len(self.timesteps)} timesteps needs one sigma more, not {tuple(self.sigmas.shape)}"
             )
         falls = bool((self.sigmas.diff() < 0).all())
-        if not (torch.isfinite(self.sigmas).all() and falls and self.sigmas[-1] == 0 and self.sigmas[0] <= 1):
+        starts = self.sigmas[0] <= 1 + ROUNDING
+        if not (torch.isfinite(self.sigmas).all() and falls and self.sigmas[-1] == 0 and starts):
             raise ValueError(
                 f"sigmas must fall strictly from at most 1 (noise) to 0 (image), not {self.sigmas.tolist()}: "
                 f"pass other `sigmas`, or a scheduler whose schedule does"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from streamflow.frames import Frame, Input, Order, Waiting
+from streamflow.grad_mode import computing
 from streamflow.image_range import Normalized
 
 
@@ -33,7 +34,7 @@ class Streaming:
             )
         return self._frames(iterable)
 
-    @torch.no_grad()
+    @computing
     def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
         order = Order()
         buffer: list[Waiting] = []
@@ -54,7 +55,8 @@ class Streaming:
                 picture = self._one_picture(given.image)
                 regions, seen = self._masked(picture, given.mask)
                 seen = self._seen_with(seen, shown)
-            (frame_id,) = self._new_ids(1)
+            (frame_id,) = self._next_ids(1)
+            self._next_id += 1
             skip = picture is not None and self.similar_image_filter and self.similar_filter(seen) is None
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
@@ -63,6 +65,8 @@ class Streaming:
                     self._push_buffer(buffer)
                 region = regions and regions[len(buffer)]
                 prompt = self._with_control(self._state.prompt, shown and shown.images[0])
+                if picture is not None and self.frame_bff_size > 1:
+                    picture = picture.clone()  # it waits, and its memory is the caller's
                 buffer.append(Waiting(frame_id, picture, prompt, region))
                 if len(buffer) == self.frame_bff_size:
                     self._push_buffer(buffer)
@@ -74,6 +78,7 @@ class Streaming:
             self._left(done)
             yield from self._deliver(order)
         yield from self._deliver(order, last=True)
+        self._ranges.raise_failed(wait=True)
 
     def _push_buffer(self, buffer: list[Waiting]) -> None:
         """Push the frames that wait for each other, the last one repeated to F rows, and empty the buffer."""
@@ -91,7 +96,7 @@ class Streaming:
         while self._finished:
             done = self._finished.popleft()
             order.decoding(done.ids, self._decode_later(done))
-        yield from order.ready(0 if last else self.codec.lanes)
+        yield from order.ready(0 if last else self.codec.lanes, copies=self.similar_image_filter)
 
     def _one_picture(self, x: Any) -> Normalized:
         picture = self._read_images(x)

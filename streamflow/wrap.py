@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,8 @@ def base_network(network: Any) -> Any:
 
 def check_network(network: Any) -> None:
     """Raise ValueError for a network that remembers the step before, which rows at different steps do not share."""
+    if not callable(network):
+        raise TypeError(f"a network is a module that can be called, not {network!r}")
     if getattr(base_network(network), "is_cache_enabled", False):
         raise ValueError(
             f"this {type(base_network(network)).__name__} has a cache (enable_cache) that holds results of the step before, "
@@ -59,16 +62,22 @@ class PipeParts:
         cannot use them: offloaded, or without a network."""
         check_placement(pipe)
         net = getattr(pipe, network, None)
-        if net is None:
-            raise ValueError(f"this {type(pipe).__name__} has no {network} any more: assign pipe.{network}, then prepare")
+        for name in (network, "scheduler"):
+            if getattr(pipe, name, None) is None:
+                raise ValueError(f"this {type(pipe).__name__} has no {name}: assign pipe.{name} first")
         check_network(net)
         scheduler = id(pipe.scheduler), f"{dict(pipe.scheduler.config)} {getattr(pipe.scheduler, '_shift', None)}"
         parts = (getattr(pipe, name, None) for name in ("vae", "controlnet"))
-        return cls(net, *parts, scheduler, f"{net.dtype} on {pipe.device}")
+        vae = getattr(pipe, "vae", None)
+        own = base_network(net)
+        apart = f", its VAE on {vae.device}" if vae is not None and vae.device != own.device else ""
+        return cls(net, *parts, scheduler, f"{own.dtype} on {own.device}{apart}")
 
-    def check_same_place(self, seen: PipeParts) -> None:
-        """Raise ValueError where the pipe has other control nets than these, or is elsewhere or in another dtype."""
-        if self.controlnet is not seen.controlnet:
+    def check_same_place(self, seen: PipeParts, controls: Sequence[Any]) -> None:
+        """Raise ValueError where the pipe has got other control nets than the stream has, or is elsewhere or in another
+        dtype."""
+        nets = getattr(self.controlnet, "nets", [self.controlnet] if self.controlnet is not None else [])
+        if self.controlnet is not seen.controlnet and [id(net) for net in nets] != [id(net) for net in controls]:
             raise ValueError(
                 "pipe.controlnet was assigned after this stream was made: call stream.remove_control(name) and "
                 "stream.add_control(name, model), or make a new StreamFlow of the pipe"
@@ -82,7 +91,7 @@ class PipeParts:
 
 def check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:
     """The network's dtype; TypeError, ValueError or RuntimeError where another one is wanted or it cannot be had."""
-    dtype = network.dtype
+    dtype = base_network(network).dtype
     if wanted is not None and (not isinstance(wanted, torch.dtype) or not wanted.is_floating_point):
         raise TypeError(f"torch_dtype must be a floating torch.dtype such as torch.float32, not {wanted!r}")
     if wanted not in (None, dtype):
@@ -142,7 +151,9 @@ _OFFLOADED = (
 
 
 def check_sampling(scheduler: Any) -> None:
-    """Raise ValueError where the pipeline's scheduler changes the size of its latents from step to step."""
+    """Raise TypeError for what is no scheduler, ValueError for one that changes the size of latents from step to step."""
+    if not hasattr(scheduler, "config") or not hasattr(scheduler, "set_timesteps"):
+        raise TypeError(f"a scheduler of diffusers is needed, not {scheduler!r}")
     if scheduler.config.get("scale_factors") or getattr(scheduler, "_scale_factors", None):
         raise ValueError(
             f"this pipe's {type(scheduler).__name__} has scale_factors, which enlarge the latents step by step, and the "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from streamflow import models, pretrained
 from streamflow.blending import METHODS, parts
 from streamflow.config import Settings
-from streamflow.image_utils import postprocess_image
+from streamflow.image_utils import as_rgb, open_image, postprocess_image
 from streamflow.pipeline import StreamFlow
 from streamflow.planner import Planner
 
@@ -48,26 +50,32 @@ NOT_HERE = {
     "scheduler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
 }
 
-_ANEW = "make a new StreamFlowWrapper with {}=..."
+_STREAM = "assign wrapper.stream.{}"
 _PREPARE = "call prepare({0}=...) or update({0}=...)"
+_FILTER = "call wrapper.stream.enable_similar_image_filter(...) or disable_similar_image_filter()"
 READ_ONLY = {
-    **{
-        name: _ANEW.format(name)
-        for name in ("device", "dtype", "width", "height", "frame_buffer_size", "lora_dict", "vae_id")
-    },
-    **{
-        name: _ANEW.format(name) for name in ("model_id_or_path", "device_ids", "use_tiny_vae", "use_lcm_lora", "engine_dir")
-    },
     **{
         name: _PREPARE.format(name)
         for name in ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta")
     },
+    **{name: _STREAM.format(name) for name in ("cfg_type", "do_add_noise", "scheduler")},
+    **dict.fromkeys(("enable_similar_image_filter", "similar_image_filter_threshold"), _FILTER),
+    "similar_image_filter_max_skip_frame": _FILTER,
     "batch_size": "it follows from t_index_list and frame_buffer_size: update(t_index_list=...)",
     "t_index_list": "call update(t_index_list=...)",
     "sd_turbo": "it says whether the model's name holds 'turbo'",
-    "cfg_type": "assign wrapper.stream.cfg_type",
     "acceleration": "call wrapper.stream.accelerate(...)",
 }
+SETTABLE = (
+    "mode",
+    "output_type",
+    "seed",
+    "use_denoising_batch",
+    "use_safety_checker",
+    "safety_checker",
+    "skip_diffusion",
+    "warmup",
+)
 
 
 class StreamFlowWrapper:
@@ -91,12 +99,12 @@ class StreamFlowWrapper:
         use_tiny_vae: True: `vae_id`, or the family's own tiny VAE. None: the same where the family has one, else the model's
             VAE, which is logged. False: the model's VAE.
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.
-        seed: of all noise, in every `prepare`; a negative one stands for a random one, which is logged.
+        seed: of all noise, in every `prepare`; -1 stands for a random one, which is logged.
         use_safety_checker: every image goes through a safety checker, and `nsfw_fallback_img` (black) takes the place of
             those that it objects to.
         like: width and height of an image, whose proportions the size takes where neither width nor height is given.
-        prepare: arguments of the preparation in this constructor; by default StreamDiffusionWrapper's, the prompt "" and 50
-            steps.
+        prepare: arguments of the preparation in this constructor; by default the prompt "" and 50 steps, as
+            StreamDiffusionWrapper's.
         safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
             pipe's own, or those that StreamDiffusionWrapper loads from the hub.
         skip_diffusion: calls return their image in the stream's size, and nothing is drawn. Can be assigned.
@@ -201,6 +209,7 @@ class StreamFlowWrapper:
         self._uses_checker = False
         if safety_checker is not None:
             self.safety_checker, self.feature_extractor = safety_checker
+            self.nsfw_fallback_img = PIL.Image.new("RGB", (self.width, self.height))
         if use_safety_checker:
             self._load_checker()
         if prepare is not None or t_index_list is not None:
@@ -249,8 +258,8 @@ class StreamFlowWrapper:
     # -- StreamDiffusionWrapper's attributes ------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._constructed and name in READ_ONLY:
-            raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {READ_ONLY[name]}")
+        if self._constructed and (remedy := _remedy(name)):
+            raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {remedy}")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -261,7 +270,7 @@ class StreamFlowWrapper:
     @property
     def dtype(self) -> torch.dtype:
         """The network's dtype."""
-        return self.stream.unet.dtype
+        return self.stream.adapter.base.dtype
 
     @property
     def width(self) -> int:
@@ -371,10 +380,11 @@ class StreamFlowWrapper:
             arguments["blend"] = prompt_interpolation_method
         if seed_list is not None:
             arguments["seed"] = _mixed_seeds(seed_list, seed_interpolation_method)
-        if "generator" not in arguments:
+        if arguments.get("generator") is None:
             arguments.setdefault("seed", self._seed)
         arguments = {**self._defaults, **arguments}
-        self.stream.prepare(prompt, negative_prompt, num_inference_steps, guidance_scale, delta, **arguments)
+        given = prompt, negative_prompt, num_inference_steps, guidance_scale, delta
+        self.stream.prepare(*given, **arguments)
         if self.warmup:
             self._warm_up()
 
@@ -389,11 +399,16 @@ class StreamFlowWrapper:
 
     def _warm_up(self) -> None:
         count, self.warmup = self.warmup, 0
+        generator = self.stream.generator
+        if generator is not None:  # which warming up leaves as it is
+            self.stream.generator = torch.Generator()
         blank = torch.zeros(1, 3, self.stream.height, self.stream.width)
         images = [blank] * self.stream.frame_bff_size
         for _ in range(count):
             self.stream(torch.cat(images)) if self.mode == "img2img" else self.stream.txt2img()
         self.stream.reset()
+        if generator is not None:
+            self.stream.generator = generator
 
     def __call__(self, image: Any = None, prompt: Any = None) -> Any:
         """`img2img(image, prompt)` in mode "img2img", else `txt2img(prompt)`."""
@@ -525,7 +540,7 @@ class StreamFlowWrapper:
 
     def clear_caches(self) -> None:
         """Forget the prompts that are kept encoded; those in force stay."""
-        self.stream._planner.cache.clear()
+        self.stream._planner.forget_prompts()
 
     def cleanup_gpu_memory(self) -> None:
         """`close`, and give the memory that torch holds beyond its tensors back to the GPU."""
@@ -585,6 +600,15 @@ class StreamFlowWrapper:
         return self.postprocess_image(images, self.output_type)
 
 
+@cache
+def _remedy(name: str) -> str | None:
+    """What to do instead of assigning this attribute; None where assigning acts."""
+    if name in READ_ONLY or name in NOT_HERE:
+        return READ_ONLY.get(name) or NOT_HERE[name]
+    arguments = {*signature(StreamFlowWrapper.__init__).parameters} - {"self", "prepare", "not_here", *SETTABLE}
+    return f"make a new StreamFlowWrapper with {name}=..." if name in arguments else None
+
+
 def _check(value: str, known: Sequence[str], what: str) -> None:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
@@ -619,9 +643,9 @@ def _first_device() -> str:
 def _opened(image: Any) -> Any:
     """An image that a path names, or that is a PIL image, in mode RGB, as StreamDiffusionWrapper converts it."""
     if isinstance(image, (str, Path)):
-        image = PIL.Image.open(image)
+        image = open_image(image)
     if isinstance(image, PIL.Image.Image):
-        return image if image.mode == "RGB" or image.mode.startswith("I;16") else image.convert("RGB")
+        return as_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
     if isinstance(image, (list, tuple)):
         return [_opened(one) for one in image]
     return image

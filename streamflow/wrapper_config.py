@@ -69,6 +69,8 @@ def create_wrapper_from_config(config: Mapping[str, Any], **overrides: Any) -> S
         ValueError: as `check_config`. NotImplementedError: it asks for what is not there, with the reason. Otherwise as
             `StreamFlowWrapper`.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"a configuration is keys and values, as load_config gives them, not {type(config).__name__}")
     config = {name: value for name, value in {**config, **overrides}.items() if value is not None}
     check_config(config)
     preparation = {name: config[name] for name in PREPARATION if name in config}

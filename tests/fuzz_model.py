@@ -74,18 +74,19 @@ class Filter:
     most: int = 10
     skips: int = 0
     last: Any = None
+    to_draw: int = 1
 
     def skip(self, seen: Any) -> bool:
         """Whether a frame is skipped that looks like this."""
-        if seen == self.last and self.skips < self.most:
+        if not self.to_draw and seen == self.last and self.skips < self.most:
             self.skips += 1
             return True
-        self.skips, self.last = 0, seen
+        self.skips, self.last, self.to_draw = 0, seen, max(0, self.to_draw - 1)
         return False
 
-    def forget(self) -> None:
-        """The next one is drawn."""
-        self.skips, self.last = 0, None
+    def forget(self, frames: int = 1) -> None:
+        """At least so many are drawn next."""
+        self.skips, self.last, self.to_draw = 0, None, max(self.to_draw, frames)
 
 
 class Model:
@@ -168,6 +169,11 @@ class Model:
             self._unsure(frame for group in self.ring if group for frame in group.frames)
         if weight[0] != weight[1]:
             self._unsure(self.buffer)
+        self.redraw()
+
+    def redraw(self) -> None:
+        """What is drawn has changed: frames are drawn until those that enter from now on have left."""
+        self.filter.forget(self.F * (len(self._levels(self.look)) if self.batched else 1))
 
     def _unsure(self, frames: Iterable[Frame]) -> None:
         for frame in frames:
@@ -189,11 +195,18 @@ class Model:
         """One tick; without the batch, all of the group's steps."""
         if self.broken:
             raise Refused(RuntimeError)
+        if self.batched:
+            self._number(group)
         for _ in range(1 if self.batched else len(self._levels(self.look))):
             self.ring.appendleft(group)
             self._seen()
+        self._number(group)
         if self.ring[-1] is not None:
             self.queue.append(self.ring[-1])
+
+    def _number(self, group: Group) -> None:
+        """The frames of this group are under way, so that later ones have later numbers."""
+        self.next_id = max([self.next_id, *(frame.id + 1 for frame in group.frames)])
 
     def _seen(self) -> None:
         ids: list[int | None] = []
@@ -222,18 +235,17 @@ class Model:
             self._install()
 
     def enter(self, origins: Iterable[tuple], region: tuple | None) -> Group:
-        """A group of new frames."""
-        first, self.next_id = self.next_id, self.next_id + self.F
-        return Group(tuple(Frame(first + k, origin, self.look, region) for k, origin in enumerate(origins)))
+        """A group of new frames, which have their numbers once they are under way."""
+        return Group(tuple(Frame(self.next_id + k, origin, self.look, region) for k, origin in enumerate(origins)))
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
     def pictures(self, keys: tuple, mask: Any = None) -> Group | None:
         """`stream(pictures, mask)`: the group whose pictures come back; None where the last ones do again."""
         region = self.region if mask is None else (None, mask)
+        self.take()
         if self.filter.on and self.filter.skip((keys, mask)) and self.shown is not None:
             return None
-        self.take()
         group = self.enter([("picture", key) for key in keys], region)
         self.push(group)
         while not self.queue:

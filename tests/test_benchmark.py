@@ -338,8 +338,15 @@ def test_what_cannot_be_is_one_line_and_exit_2(argv, said, capsys):
     assert said in lines[-1] and lines[-1].startswith("streamflow benchmark: error:")
 
 
-def test_a_missing_matplotlib_names_the_command(monkeypatch, capsys):
+def test_without_matplotlib_there_are_no_plots_and_one_line_says_so_before_anything_is_loaded(monkeypatch, capsys):
+    def load(settings):
+        assert not settings.plot
+        raise ValueError("it would load now")
+
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr("streamflow.benchmark.command.load", load)
     with pytest.raises(SystemExit):
         main(["--model", "sd15", "--random-weights", "--device", "cpu"])
-    assert 'pip install "streamflow-rf[bench]"' in capsys.readouterr().err
+    first, *_, last = capsys.readouterr().err.strip().splitlines()
+    assert first == 'no plots: matplotlib is not installed: pip install "streamflow-rf[bench]"'
+    assert last.endswith("it would load now")

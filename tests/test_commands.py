@@ -1,6 +1,7 @@
 """The commands that draw: they write pictures, say what was wrong, and their flags are the settings' own."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -25,9 +26,14 @@ def test_pictures_of_text_and_of_pictures(capsys, tmp_path):
     first, second = (Image.open(one) for one in said["files"])
     assert first.size == (128, 128) and first.tobytes() != second.tobytes()
     steps = ["--num-inference-steps", "2", "--strength", "0.5"]
-    code = main(["img2img", *said["files"], "gone.png", *QUICK, *steps, "--output", "restyled", "--json"])
+    with pytest.raises(SystemExit):
+        main(["img2img", *said["files"], "gone.png", *QUICK, *steps, "--output", "restyled", "--json"])
+    assert "there is no file gone.png" in capsys.readouterr().err and not os.path.exists("restyled")
+    with open("torn.png", "wb") as file:
+        file.write(open(said["files"][0], "rb").read()[:300])
+    code = main(["img2img", *said["files"], "torn.png", *QUICK, *steps, "--output", "restyled", "--json"])
     again = capsys.readouterr()
-    assert code == 1 and "gone.png cannot be read" in again.err
+    assert code == 1 and "torn.png cannot be read" in again.err
     assert json.loads(again.out.splitlines()[-1])["files"] == ["restyled/0000.png", "restyled/0001.png"]
     restyled = Image.open("restyled/0001.png")
     assert restyled.size == (128, 128) and restyled.tobytes() != second.tobytes()

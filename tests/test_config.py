@@ -77,7 +77,7 @@ def test_all_mistakes_are_told_at_once_with_their_paths(tmp_path):
     "wrong,says",
     [
         ({"t_index_list": [0], "strength": 0.5, "mode": "img2img"}, "leave one out"),
-        ({"strength": 0.5}, "strength is of mode img2img"),
+        ({"strength": 0.5, "mode": "txt2img"}, "strength is of mode img2img"),
         ({"negative_prompt": "x"}, "needs guidance"),
         ({"seed": True}, "seed: Input should be a valid integer"),
         (["seed"], "keys and values, not list"),

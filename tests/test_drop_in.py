@@ -126,7 +126,7 @@ def test_shapes_of_the_attributes(stream_of, family, cfg_type, batch):
         assert stream.x_t_latent_buffer.shape == ((S - 1) * F, *latent)
     assert stream.prev_image_result is None
     picture = stream.txt2img()
-    assert picture is stream.prev_image_result and picture.shape == (F, 3, size, size)
+    assert torch.equal(picture, stream.prev_image_result) and picture.shape == (F, 3, size, size)
     assert stream.inference_time_ema > 0
 
 

@@ -256,8 +256,10 @@ def test_what_has_no_negative_prompt_is_refused_where_guidance_needs_one(pipes):
     with pytest.raises(ValueError, match="takes no negative_prompt text.*negative_prompt_embeds"):
         klein.prepare(PROMPT, "blurry")
     qwen = StreamFlow(pipes("qwenimage"), [0], cfg_type="full")
-    with pytest.raises(ValueError, match="needs a negative prompt"):
-        qwen.prepare(PROMPT, None)
+    qwen.prepare(PROMPT, None)
+    empty = StreamFlow(pipes("qwenimage"), [0], cfg_type="full")
+    empty.prepare(PROMPT, "")
+    assert torch.equal(qwen.txt2img(), empty.txt2img())
 
 
 def test_sanas_own_solver_is_refused_with_what_to_use(pipes):

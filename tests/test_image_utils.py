@@ -243,7 +243,7 @@ def test_what_an_image_processor_made_is_marked_and_not_normalised_again(pixels)
     smaller = processor.preprocess(made, 8, 8)
     assert type(smaller) is Normalized and smaller.min() > -0.01 and smaller.shape == (1, 3, 8, 8)
     assert type(plain.preprocess(bright)) is torch.Tensor, "the pipe's own processor is as it was"
-    with pytest.raises(ValueError, match="values of the image run from .* to 509"):
+    with pytest.raises(ValueError, match="what the image processor made of this image run from 509 to 509.*: divide first"):
         processor.preprocess(torch.full((1, 3, SIZE, SIZE), 255.0))
     unnormalised = marking(VaeImageProcessor(vae_scale_factor=4, do_normalize=False), as_rgb_where_pil)
     assert type(unnormalised.preprocess(bright)) is torch.Tensor

@@ -29,6 +29,7 @@ ROWS = (
         "command_line",
         "pretrained",
         "side_streams",
+        "grad_mode",
         "wrap",
         "flow",
         "image_range",

@@ -3,13 +3,18 @@ for StreamDiffusion's users prints is the tests'."""
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
+import numpy as np
+from diffusers import StableDiffusion3Pipeline
 from family_table import RESULTS, in_readme, table
 from PIL import Image
 from readme_substitutions import SUBSTITUTIONS
 
-from streamflow import models
+from streamflow import StreamFlow, models
+from streamflow.image_utils import postprocess_image
+from streamflow.pretrained import embedded
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,9 +29,29 @@ def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), scope)
     saved = sorted(p.name for p in tmp_path.glob("*.png"))
-    assert saved == ["frame0.png", "frame1.png", "frame2.png", "frame3.png", "frame4.png", "picture.png"]
+    frames = ["frame0.png", "frame1.png", "frame2.png", "frame3.png", "frame4.png"]
+    prompts = {
+        "a fox.png": "a fox, 3d render",
+        "a rocket.png": "a rocket, flat vector",
+        "picture.png": "a red apple, 3d render",
+    }
+    prompts["a castle.png"] = "a castle, soft gradient, on a lavender background"
+    assert saved == sorted([*frames, *prompts])
     for name in saved:
         assert Image.open(tmp_path / name).size == (128, 128)
+    for name, prompt in prompts.items():  # each image is of its own prompt, and of no other
+        drawn = np.asarray(Image.open(tmp_path / name), np.float32)
+        off = {text: min(np.abs(drawn - one).mean() for one in drawn_alone(text)) for text in prompts.values()}
+        assert min(off, key=off.get) == prompt and off[prompt] < 1, (name, off)
+
+
+@cache
+def drawn_alone(prompt: str) -> list[np.ndarray]:
+    """The first frames of this prompt, each drawn to its end by itself."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(embedded(), text_encoder_3=None, tokenizer_3=None)
+    stream = StreamFlow(pipe, [0, 1, 2, 3], cfg_type="none", use_denoising_batch=False)
+    stream.prepare(prompt, num_inference_steps=4, max_sequence_length=0)
+    return [np.asarray(one, np.float32) for one in postprocess_image(stream.txt2img(16))]
 
 
 def test_links_and_pictures_are_there():

@@ -45,7 +45,7 @@ def drawn_alone(pipe, steps, generator, count, **call):
 
 def from_generator(stream, count):
     """The same of a stream that was prepared with a generator; each group is of one frame."""
-    groups = [stream._push(stream._text_group(stream._new_ids(1))) for _ in range(count)]
+    groups = [stream._push(stream._text_group(stream._next_ids(1))) for _ in range(count)]
     assert groups == [None] * count
     done = [one.x0 for one in stream._finished]
     stream._finished.clear()

@@ -236,7 +236,8 @@ def test_the_guidance_weight_acts_on_all_rows_whatever_the_scope(stream_of, scop
 def test_assigning_guidance_scale_and_delta_is_an_update(stream_of):
     stream = stream_of("sd3", cfg_type="initialize", prepare={"guidance_scale": 3.0})
     stream.guidance_scale, stream.delta = 5.0, 0.25
-    assert (stream.guidance_scale, stream.delta) == (3.0, 1.0), "in force from the next call on"
+    assert (stream.guidance_scale, stream.delta) == (5.0, 0.25), "what was assigned is read"
+    assert stream._state.request.guidance_scale == 3.0, "in force from the next call on"
     stream.txt2img()
     assert (stream.guidance_scale, stream.delta) == (5.0, 0.25)
     same = stream_of("sd3", cfg_type="initialize", prepare={"guidance_scale": 5.0, "delta": 0.25})

@@ -10,6 +10,7 @@ import json
 import time
 
 import torch
+from tqdm import tqdm
 
 from streamflow import StreamFlowWrapper
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             wrapper.prepare("a red apple, 3d render", num_inference_steps=a.steps)
             wrapper()  # fills the batch
             begun = time.perf_counter()
-            for _ in range(a.iterations):
+            for _ in tqdm(range(a.iterations), desc=name, unit="image"):
                 picture = wrapper()
             if picture.is_cuda:
                 torch.cuda.synchronize()

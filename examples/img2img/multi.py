@@ -6,10 +6,8 @@ python examples/img2img/multi.py --input photos --prompt "a fox, flat vector" --
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from streamflow import StreamFlowWrapper
-from streamflow.image_utils import postprocess_image
+from streamflow.image_utils import as_rgb, open_image, postprocess_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     a.output.mkdir(parents=True, exist_ok=True)
     with StreamFlowWrapper(a.model, cfg_type="none", warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
-        pictures = (Image.open(file).convert("RGB") for file in files)
+        pictures = (as_rgb(open_image(file)) for file in files)
         for file, frame in zip(files, wrapper.stream.frames(pictures), strict=True):
             postprocess_image(frame.wait().image[None])[0].save(a.output / f"{file.stem}.png")
     return 0

@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     imported = time.process_time()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, settings = parse(argv, list(VARIANTS))
+    if settings.plot and (missing := plot.missing()):
+        print(f"no plots: {missing}", file=sys.stderr)
+        settings = replace(settings, plot=False)
     cache = compile_cache() if settings.compiles else None
     with log_to_stderr(), current(settings.torch_device):
         try:
-            if settings.plot:
-                plot.require()
             subject = sized(load(settings))
             check(subject)
         except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:

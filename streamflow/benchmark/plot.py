@@ -16,10 +16,17 @@ ROOFS = (
 )
 
 
+def missing() -> str | None:
+    """What is missing for plots, and the command that brings it; None where nothing is."""
+    if find_spec("matplotlib") is None:
+        return 'matplotlib is not installed: pip install "streamflow-rf[bench]"'
+    return None
+
+
 def require() -> None:
     """ImportError that names the command, where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise ImportError('plots need matplotlib: pip install "streamflow-rf[bench]", or pass --no-plot')
+    if lacking := missing():
+        raise ImportError(f"{lacking}, or pass --no-plot")
 
 
 def draw(result: Mapping[str, Any], folder: Path, name: str) -> list[Path]:

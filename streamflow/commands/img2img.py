@@ -24,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [path.stem for path in a.pictures]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         p.error(f"several pictures are called {', '.join(twice)}, and results have their names: give them apart")
+    if missing := [str(path) for path in a.pictures if not path.is_file()]:
+        p.error(f"there is no file {', '.join(missing)}")
     settings = options.settings(p, a, mode="img2img", strength=0.5)
-    from streamflow.image_utils import postprocess_image
+    from streamflow.image_utils import as_rgb, open_image, postprocess_image
     from streamflow.wrapper import StreamFlowWrapper
 
     a.output.mkdir(parents=True, exist_ok=True)
@@ -33,11 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     read: list[str] = []
 
     def pictures():
-        from PIL import Image
-
         for path in tqdm(a.pictures, unit="picture", disable=a.json):
             try:
-                picture = Image.open(path).convert("RGB")
+                picture = as_rgb(open_image(path))
             except OSError as error:
                 unread[str(path)] = str(error)
                 continue

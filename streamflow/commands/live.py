@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--in", dest="source", metavar="SOURCE", help="short for --live.source")
     p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")
-    p.add_argument("--seconds", type=above(0), help="end after so long (default: at the source's end)")
+    p.add_argument("--seconds", type=above(0), help="end so long after the first image (default: at the source's end)")
     p.add_argument("--learn", metavar="FIELD", help="the next knob that is moved turns this field; its mapping is printed")
     a = p.parse_args(argv)
     outs = [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]
     for path, value in {"live.source": a.source, "live.sinks": json.dumps(outs) if outs else None}.items():
         if value is not None:
             setattr(a, path, value)
-    settings = _with_pictures(options.settings(p, a))
+    settings = _with_start(options.settings(p, a))
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
@@ -50,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_pictures(settings: Settings) -> Settings:
-    """Mode img2img where there is a source and nothing else was said."""
-    if not settings.live.source or "mode" in settings.model_fields_set:
+def _with_start(settings: Settings) -> Settings:
+    """A source's images start half way where nothing else was said."""
+    if settings.mode != "img2img" or settings.t_index_list or settings.strength is not None:
         return settings
-    start = {} if settings.t_index_list or settings.strength is not None else {"strength": 0.5}
-    return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", **start})
+    return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
 
 
 def play(settings: Settings, seconds: float | None = None, learn: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -104,12 +103,14 @@ def play(settings: Settings, seconds: float | None = None, learn: str | None = N
 
 def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool) -> None:
     """Report, prepare scenes and change them, until it ends."""
-    end = time.monotonic() + seconds if seconds else float("inf")
+    end = float("inf")
     try:
         with tqdm(unit="picture", disable=quiet) as bar:
             _scene(scenes.prepare)
             while show.running and (left := end - time.monotonic()) > 0:
                 show.wait(min(PERIOD, left))
+                if seconds and end == float("inf") and show.statistics.shown:
+                    end = time.monotonic() + seconds
                 for _ in range(keys.next()):
                     _scene(scenes.next, crossfade)
                     _scene(scenes.prepare)

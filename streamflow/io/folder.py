@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
+from streamflow.image_utils import as_rgb, open_image
 from streamflow.io.picture import Picture, Sink, Source, check_rate
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -74,9 +74,8 @@ class FolderSink(Sink):
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """A picture file's pixels, uint8 `[H, W, 3]`, turned as its EXIF says."""
-    with PIL.Image.open(path) as image:
-        return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    """An image file's pixels, uint8 `[H, W, 3]`, read by `streamflow.image_utils.open_image`."""
+    return np.array(as_rgb(open_image(path)))
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

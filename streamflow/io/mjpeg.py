@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
+from streamflow.image_utils import as_rgb, open_image
 from streamflow.io.picture import Picture, Source, SourceLost
 
 LARGEST = 16 * 2**20  # bytes of one JPEG
@@ -46,10 +45,8 @@ class MjpegSource(Source):
             raise RuntimeError(f"{self.url} is not open: call open() first")
         try:
             data = self._part()
-            with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise SourceLost(f"{self.url} sent {image.width}x{image.height} pixels: at most {MOST_PIXELS}")
-                return Picture(np.array(image.convert("RGB")), time.monotonic())
+            image = open_image(data, formats=("JPEG",), max_pixels=MOST_PIXELS)
+            return Picture(np.array(as_rgb(image)), time.monotonic())
         except SourceLost:
             raise
         except OSError as error:

@@ -86,7 +86,19 @@ class Reading(_Threaded):
             raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
         super().__init__({"newest": 1, "every": 4}[policy] if depth is None else depth, "reading")
         self.source, self.policy = source, policy
+        self._paused_at: float | None = None
+        self._paused_for = 0.0
         self._thread.start()
+
+    def pause(self, paused: bool) -> None:
+        """While paused, "newest" discards nothing: the source waits, and its time stands still."""
+        with self._changed:
+            if paused and self._paused_at is None:
+                self._paused_at = time.monotonic()
+            elif not paused and self._paused_at is not None:
+                self._paused_for += time.monotonic() - self._paused_at
+                self._paused_at = None
+            self._changed.notify_all()
 
     def read(self, timeout: float | None = None) -> Picture | None:
         """The next picture; None at the source's end or after `close`. TimeoutError after `timeout` seconds without one
@@ -119,8 +131,11 @@ class Reading(_Threaded):
         with self._changed:
             if self.policy == "every":
                 self._changed.wait_for(lambda: self._stop or len(self._queue) < self.depth)
-            elif picture.pts is not None:
-                self._changed.wait_for(lambda: self._stop, max(0.0, started + picture.pts - time.monotonic()))
+            else:
+                self._changed.wait_for(lambda: self._stop or self._paused_at is None or len(self._queue) < self.depth)
+                if picture.pts is not None:
+                    due = started + self._paused_for + picture.pts
+                    self._changed.wait_for(lambda: self._stop, max(0.0, due - time.monotonic()))
             if self._stop:
                 return
             while len(self._queue) >= self.depth:

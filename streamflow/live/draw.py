@@ -176,7 +176,11 @@ class Drawing(threading.Thread):
             self.newest = self.feed.next(PATIENCE)
             if self.newest is None:
                 return False
-            self.mode_name = scene.mode(self.newest).name
+            self.feed.pause(True)  # while modes are measured
+            try:
+                self.mode_name = scene.mode(self.newest).name
+            finally:
+                self.feed.pause(False)
             return True
         mode = scene.mode(self.newest)
         self.mode_name = mode.name

@@ -50,6 +50,11 @@ class Feed:
         """Pictures that were captured and not asked for."""
         return self._dropped + (self._reading.dropped if self._reading else 0)
 
+    def pause(self, paused: bool) -> None:
+        """While paused, no picture is discarded: the source waits."""
+        if self._reading is not None:
+            self._reading.pause(paused)
+
     def next(self, timeout: float) -> Picture | None:
         """The next picture; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
         if self._reading is None and not self._again(timeout):

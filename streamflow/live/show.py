@@ -6,6 +6,7 @@ each sink. None waits for a slower one, except that drawing waits for the clock 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -171,6 +172,7 @@ class Live:
         self._clock_thread = threading.Thread(target=self._pace, name="streamflow live clock", daemon=True)
         self._drawing.start()
         self._clock_thread.start()
+        atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
 
     def _scene(self, stream: Any) -> Scene:
         return Scene(stream, self._pictures, self._mode, ModeChooser(self._rate))
@@ -247,6 +249,11 @@ class Live:
             raise error
         return self.statistics
 
+    def _at_exit(self) -> None:
+        self._stopped.set()
+        self._drawing.stop()
+        self._clock_thread.join(2 * ENDING)
+
     def __enter__(self) -> Self:
         return self
 
@@ -279,11 +286,16 @@ class Live:
         self._drawing.stop()
         self._drawing.join(ENDING)
         found = [self._error, self._drawing.error, self._sinks.error]
+        if self._drawing.is_alive():
+            found.append(
+                TimeoutError(f"the drawing thread has not ended within {ENDING:g} s: a call of the stream does not return")
+            )
         for part in (self._feed, self._sinks):
             try:
                 if part is not None:
                     part.close()
             except Exception as error:
                 found.append(error)
+        atexit.unregister(self._at_exit)
         self._ended_at = time.monotonic()
         self._error = next((error for error in found if error is not None), None)

@@ -20,12 +20,12 @@ from streamflow.flow import add_noise
 from streamflow.guidance import Weight
 from streamflow.models.codec import Codec
 from streamflow.models.control import LEVELS, Controls
-from streamflow.models.probe import Recording, record
+from streamflow.models.probe import Recording, encoding, record
 from streamflow.models.rows import RowByRow
 from streamflow.ring import Loop, Ring, Settings
 from streamflow.rules import BY_SCHEDULER, Rule, rule_of
 from streamflow.schedule import Schedule
-from streamflow.wrap import check_sampling
+from streamflow.wrap import base_network, check_sampling
 
 # Arguments of a pipeline's __call__ that the stream gives itself.
 RESERVED = frozenset(
@@ -33,6 +33,13 @@ RESERVED = frozenset(
     "num_images_per_prompt callback_on_step_end callback_on_step_end_tensor_inputs callback callback_steps image "
     "strength timesteps".split()
 )
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+INSTEAD = {
+    "callback_on_step_end": "on_step(fn) calls a function after every step, with every row's latents",
+    "callback": "on_step(fn) calls a function after every step, with every row's latents",
+}
+ASKS_FOR_NOTHING = {"num_images_per_prompt": 1, "use_resolution_binning": False}  # what happens anyway
 
 
 class FlowAdapter:
@@ -101,7 +108,13 @@ class FlowAdapter:
         self._given = pipe
         self.pipe = self._text_to_image(pipe)
         self.scheduler = copy.deepcopy(pipe.scheduler)  # whose schedule is read; the stream's own
+        self.texts: dict[str, Any] = {}  # what prompts were encoded to
         self.rebuild(getattr(pipe, self.network))
+
+    @property
+    def base(self) -> nn.Module:
+        """The network without what compiles or adapts it."""
+        return base_network(self.net)
 
     def rebuild(self, network: nn.Module) -> None:
         """Make the velocity of another network of the same family."""
@@ -157,7 +170,7 @@ class FlowAdapter:
     @property
     def latent_channels(self) -> int:
         """The channels that the VAE must have."""
-        return self.net.config.in_channels
+        return self.base.config.in_channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of one frame's latent, as the pipeline takes `latents=`, without the batch dimension."""
@@ -207,7 +220,18 @@ class FlowAdapter:
         Raises what the pipeline raises about its arguments; NotImplementedError for one that reaches the network and
         that this family does not stream; ValueError for embeddings of a wrong width or of several prompts.
         """
-        recording = self._record(dict(arguments), steps, height, width, guided)
+        try:
+            with encoding(self.pipe):
+                recording = self._record(dict(arguments), steps, height, width, guided)
+        except (TypeError, AttributeError) as error:
+            parts = self.pipe.components.items()
+            lacking = [name for name, part in parts if part is None and name.startswith(TEXT_PARTS)]
+            if arguments.get("prompt") is None or not lacking or "NoneType" not in str(error):
+                raise
+            raise ValueError(
+                f"this {type(self.pipe).__name__} has no {', '.join(lacking)} and could not encode its prompt ({error}): "
+                f"put that back, or pass prompt_embeds and what else its call takes in the place of prompts"
+            ) from error
         return self.schedule(recording, steps), self._prompt(recording, guided)
 
     def schedule(self, recording: Recording, steps: int) -> Schedule:
@@ -249,6 +273,9 @@ class FlowAdapter:
                 f"cfg_type='none', or 'self' for images"
             )
 
+    def settle(self, arguments: Mapping[str, Any], prompt: Any) -> None:
+        """Take note of what a `prepare` brings before anything is planned; ValueError where that cannot be drawn."""
+
     def start_index(self, schedule: Schedule, strength: float) -> int:
         """The first step of image-to-image at this strength, read off the image pipeline's own `get_timesteps`."""
         if not 0.0 < strength <= 1.0:
@@ -273,6 +300,8 @@ class FlowAdapter:
         """Raise TypeError for names that are not the pipeline's, or that the stream sets itself."""
         known = self._parameters()
         for name in arguments:
+            if name in INSTEAD:
+                raise TypeError(f"{name} is not passed on to {type(self.pipe).__name__}: {INSTEAD[name]}")
             if name in RESERVED:
                 raise TypeError(f"{name} cannot be passed on to {type(self.pipe).__name__}: the stream sets it itself")
             if name in self.refused:
@@ -315,10 +344,10 @@ class FlowAdapter:
                 arguments["negative_prompt"] = None
             if self.guidance_argument:
                 arguments[self.guidance_argument] = self.unguided
-        dtype = self.latent_dtype or self.net.dtype
+        dtype = self.latent_dtype or self.base.dtype
         latents = torch.zeros(1, *self.latent_shape(height, width), device=self.pipe.device, dtype=dtype)
         size = {"height": height, "width": width, "latents": latents, "num_inference_steps": steps}
-        return record(self.pipe, self.network, self.sample, self.scheduler, **size, **arguments)
+        return record(self.pipe, self.network, self.sample, self.scheduler, self.texts, **size, **arguments)
 
     def _settle_negative_prompt(self, arguments: dict[str, Any]) -> None:
         """Leave out an empty negative prompt where the pipeline takes none; refuse another one, and none at all."""
@@ -327,7 +356,7 @@ class FlowAdapter:
             if arguments.pop("negative_prompt", None):
                 raise ValueError(f"{name} takes no negative_prompt text, only an empty one: pass negative_prompt_embeds")
         elif arguments.get("negative_prompt") is None and arguments.get("negative_prompt_embeds") is None:
-            raise ValueError(f"guidance of {name} needs a negative prompt: pass negative_prompt='' or a text")
+            arguments["negative_prompt"] = ""  # as the pipelines do
 
     def _prompt(self, recording: Recording, guided: bool) -> Prompt:
         calls = [self._inputs(call) for call in recording.calls]
@@ -364,7 +393,7 @@ class FlowAdapter:
     def _check_embeds(self, called: str, name: str, value: Tensor, count: int) -> None:
         if len(value) != count:
             raise ValueError(f"{called} holds {len(value) // count} prompts: a stream takes one prompt at a time")
-        width = self.net.config[self.widths[name]] if name in self.widths else value.shape[-1]
+        width = self.base.config[self.widths[name]] if name in self.widths else value.shape[-1]
         if value.shape[-1] != width:
             raise ValueError(
                 f"{called} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "

@@ -59,11 +59,11 @@ class Packed:
     @property
     def latent_channels(self) -> int:
         """As `FlowAdapter`'s: a token holds four latents."""
-        return self.net.config.in_channels // 4
+        return self.base.config.in_channels // 4
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(tokens, channels)`."""
-        return (height // self.multiple) * (width // self.multiple), self.net.config.in_channels
+        return (height // self.multiple) * (width // self.multiple), self.base.config.in_channels
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         """As `FlowAdapter`'s; packs and unpacks."""

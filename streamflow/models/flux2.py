@@ -61,7 +61,7 @@ class Flux2(Packed, FlowAdapter):
     latent_mask = FlowAdapter.latent_mask
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return self.net.config.in_channels, height // self.multiple, width // self.multiple
+        return self.base.config.in_channels, height // self.multiple, width // self.multiple
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         self.check_vae(vae)

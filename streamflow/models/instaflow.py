@@ -51,7 +51,7 @@ class InstaFlow(FlowAdapter):
 
     @property
     def default_size(self) -> int:
-        return self.net.config.sample_size * self.factor
+        return self.base.config.sample_size * self.factor
 
     def _record(self, arguments: dict[str, Any], steps: int, *size_and_guided: Any) -> Recording:
         return super()._record(arguments, PIPELINE_STEPS, *size_and_guided)

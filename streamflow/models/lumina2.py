@@ -48,7 +48,7 @@ class Lumina2(FlowAdapter):
 
     @property
     def multiple(self) -> int:
-        return self.factor * self.net.config.patch_size
+        return self.factor * self.base.config.patch_size
 
     def weight(self, scale: float, arguments: Mapping[str, Any], schedule: Schedule) -> Weight:
         normalize = arguments.get("cfg_normalization", self.default("cfg_normalization"))

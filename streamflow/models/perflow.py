@@ -154,7 +154,7 @@ class PeRFlow(_PeRFlow, InstaFlow):
 
     def __init__(self, pipe: Any):
         super().__init__(pipe)
-        if self.net.config.get("addition_embed_type") == "text_time":
+        if self.base.config.get("addition_embed_type") == "text_time":
             raise ValueError("this is SDXL's UNet: pass family='perflow-sdxl'")
 
 

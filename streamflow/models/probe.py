@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_any, tree_map_only
 
 from streamflow.schedule import Schedule
 from streamflow.wrap import base_network
+
+KNOWN = 64  # encoded prompts that are kept
 
 
 class _Done(Exception):
@@ -63,14 +71,18 @@ class _StandIn(nn.Module):
 
 
 @torch.no_grad()
-def record(pipe: Any, network: str, sample: str, scheduler: Any = None, **arguments: Any) -> Recording:
+def record(
+    pipe: Any, network: str, sample: str, scheduler: Any = None, texts: dict[str, Any] | None = None, **arguments: Any
+) -> Recording:
     """Call a copy of `pipe` with `arguments` up to its first scheduler step, and return what its network was given.
 
     network: the pipe's attribute that holds the network. sample: the network's first argument by name. scheduler: in the
-        place of the pipe's own.
+        place of the pipe's own. texts: what prompts were encoded to before (`once`).
     Whatever the pipeline raises about its arguments is passed on as it is.
     """
     twin = copy.copy(pipe)
+    if texts is not None and hasattr(pipe, "encode_prompt"):
+        vars(twin)["encode_prompt"] = once(pipe.encode_prompt, texts)
     scheduler = copy.deepcopy(pipe.scheduler if scheduler is None else scheduler)
     stand_in = _StandIn(getattr(pipe, network), sample)
     scheduler.step = _stop
@@ -80,6 +92,42 @@ def record(pipe: Any, network: str, sample: str, scheduler: Any = None, **argume
     except _Done:
         return Recording(tuple(stand_in.calls), scheduler)
     raise RuntimeError(f"{type(pipe).__name__} ended without a scheduler step: its schedule cannot be read off")
+
+
+def once(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
+    """The function, run once for the same plain arguments, of which the last `KNOWN` are kept; what it returned is cloned
+    every time."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if tree_any(lambda one: isinstance(one, Tensor), (args, kwargs)):
+            return function(*args, **kwargs)
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+            while len(known) > KNOWN:
+                known.pop(next(iter(known)))
+        return tree_map_only(Tensor, torch.clone, known[key])
+
+    return call
+
+
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+@contextmanager
+def encoding(pipe: Any) -> Iterator[None]:
+    """Inside, no other thread uses the tokenizers of this pipe, which keep settings of a call on themselves; pipes may share
+    them."""
+    components = getattr(pipe, "components", {})
+    shared = [part for name, part in components.items() if part is not None and name.startswith(("tokenizer", "processor"))]
+    with _making:
+        locks = {id(part): _locks.setdefault(part, threading.RLock()) for part in shared or [pipe]}
+    with ExitStack() as held:
+        for _, lock in sorted(locks.items()):  # in one order, so that two threads never wait for each other
+            held.enter_context(lock)
+        yield
 
 
 def _stop(*args: Any, **kwargs: Any) -> None:

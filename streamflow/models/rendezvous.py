@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from importlib.util import find_spec
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,12 @@ from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_any, tree_map_only
 
 from streamflow.conditioning import Cond, Prompt
 from streamflow.models.base import FlowAdapter
 from streamflow.models.classification import check_drawable
 from streamflow.models.codec import Codec
+from streamflow.models.probe import encoding, once
 from streamflow.models.strand import Strand
 from streamflow.models.together import OneByOne, Together
 from streamflow.ring import Done, Group, Settings
@@ -38,6 +39,7 @@ from streamflow.schedule import Schedule, Stages
 # Arguments that every call gets, where the pipeline takes them: the size that was asked for is the size that is drawn.
 ALWAYS = {"use_resolution_binning": False, "return_dict": False}
 OWN = ("scheduler", "guider")  # components that change while they draw, so that every frame has its own
+PACKAGES = {"PRXPipeline": "ftfy"}  # what a pipeline cleans its prompts with
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
@@ -104,6 +106,7 @@ class Rendezvous(FlowAdapter):
         check_drawable(type(pipe))
         self.network = _network_name(pipe)
         self._texts: dict[str, Any] = {}
+        self._basis: Mapping[str, Any] = {"prompt": ""}  # what the pipeline is asked with where the prompt does not matter
         super().__init__(pipe)
         for name in ("vae", "image_processor"):
             if getattr(pipe, name, None) is None:
@@ -136,8 +139,31 @@ class Rendezvous(FlowAdapter):
             raise ValueError(f"{type(self.pipe).__name__} names no default size: pass width and height")
         return size
 
+    @property
+    def _lacking(self) -> list[str]:
+        """What the pipeline would need to encode a prompt, and does not have."""
+        parts = self.pipe.components
+        lacking = [name for name in ("text_encoder", "tokenizer") if parts.get(name, self) is None]
+        package = PACKAGES.get(type(self.pipe).__name__)
+        return lacking + [f"the package {package}"] * (package is not None and find_spec(package) is None)
+
+    def settle(self, arguments: Mapping[str, Any], prompt: Any) -> None:
+        if not self._lacking:
+            self._basis = {"prompt": ""}
+        elif prompt is not None:
+            raise ValueError(
+                f"this {type(self.pipe).__name__} cannot encode a prompt without {' and '.join(self._lacking)}: put that "
+                f"back, or pass prompt_embeds and what else its call takes in the place of prompts"
+            )
+        else:
+            self._basis = {name: value for name, value in arguments.items() if "prompt" in name}
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        asked = Asked(Cond({}), arguments=self._call({"prompt": ""}, 2, height, width), texts=self._texts)
+        """As the base class's. Of a pipeline that cannot encode prompts it is found once `settle` has seen embeddings; ()
+        before."""
+        if "prompt" in self._basis and self._lacking:
+            return ()
+        asked = Asked(Cond({}), arguments=self._call(self._basis, 2, height, width), texts=self._texts)
         latents = self._first_step(asked).sample
         back = self._without_steps(self.pipe.vae, latents, asked.arguments, "latent")
         if not isinstance(back, Tensor) or back.shape != latents.shape or not torch.equal(back, latents):
@@ -155,8 +181,11 @@ class Rendezvous(FlowAdapter):
 
     def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
         """The pipeline's own decoding: its call without a single step."""
-        call = self._call({"prompt": ""}, 2, height, width)
-        return Codec.of(_Decoder(vae, partial(self._without_steps, call=call), (height, width)), _NoEncoder(self))
+
+        def images(vae: nn.Module, latents: Tensor) -> Tensor:
+            return self._without_steps(vae, latents, self._call(self._basis, 2, height, width), "pt")
+
+        return Codec.of(_Decoder(vae, images, (height, width)), _NoEncoder(self))
 
     # -- what the pipeline would do ------------------------------------------------------------------------------------
 
@@ -244,7 +273,7 @@ class Rendezvous(FlowAdapter):
         quiet = {"_progress_bar_config": {"disable": True}}
         vars(twin).update({**own, **quiet, self.network: _stand_in(self.net, forward), **parts})
         if hasattr(twin, "encode_prompt"):
-            vars(twin)["encode_prompt"] = _once(twin.encode_prompt, texts)
+            vars(twin)["encode_prompt"] = once(_locked(twin.encode_prompt, self.pipe), texts)
         return twin
 
     def _first_step(self, asked: Asked) -> Any:
@@ -262,7 +291,7 @@ class Rendezvous(FlowAdapter):
             return reached
         raise RuntimeError(f"{type(self.pipe).__name__} ended without a step of its scheduler: it needs an adapter")
 
-    def _without_steps(self, vae: nn.Module, latents: Tensor, call: Mapping[str, Any], output_type: str = "pt") -> Tensor:
+    def _without_steps(self, vae: nn.Module, latents: Tensor, call: Mapping[str, Any], output_type: str) -> Tensor:
         """What the pipeline makes of latents that need no more steps."""
         twin = self._twin(self._texts, _unasked, vae=vae)
         scheduler, own = twin.scheduler, twin.scheduler.set_timesteps
@@ -331,6 +360,10 @@ class Frames:
     def empty(self) -> bool:
         """Whether none is in flight."""
         return not self._groups
+
+    def holds(self, group: Group) -> bool:
+        """Whether this very group is under way."""
+        return any(one is group for one, _ in self._groups)
 
     def reset(self) -> None:
         """Stop all frames, and wait for their threads to end."""
@@ -418,17 +451,13 @@ def _stand_in(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return stand_in
 
 
-def _once(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
-    """The function, run once for the same plain arguments; what it returned is cloned every time."""
+def _locked(function: Callable[..., Any], pipe: Any) -> Callable[..., Any]:
+    """The function, by one thread at a time."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if tree_any(lambda one: isinstance(one, Tensor), (args, kwargs)):
+        with encoding(pipe):
             return function(*args, **kwargs)
-        key = repr((args, kwargs))
-        if key not in known:
-            known[key] = function(*args, **kwargs)
-        return tree_map_only(Tensor, torch.clone, known[key])
 
     return call
 

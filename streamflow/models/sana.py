@@ -51,7 +51,7 @@ class Sana(FlowAdapter):
 
     @property
     def multiple(self) -> int:
-        return max(MULTIPLE, self.factor * self.net.config.patch_size)
+        return max(MULTIPLE, self.factor * self.base.config.patch_size)
 
     @property
     def default_size(self) -> int:

@@ -53,10 +53,10 @@ class StableDiffusion3(FlowAdapter):
 
     @property
     def multiple(self) -> int:
-        return self.factor * self.net.config.patch_size
+        return self.factor * self.base.config.patch_size
 
     def check_size(self, height: int, width: int) -> None:
         super().check_size(height, width)
-        largest = self.net.config.pos_embed_max_size * self.multiple
+        largest = self.base.config.pos_embed_max_size * self.multiple
         if max(height, width) > largest:
             raise ValueError(f"{width}x{height} is beyond this network's position table: at most {largest} a side")

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from streamflow.image_utils import as_rgb, open_image
 from streamflow.server.wishes import BadMessage
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -21,18 +21,10 @@ STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every 
 def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.Image:
     """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. BadMessage says what is wrong."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL, about sizes: ours are checked here
-            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise BadMessage(f"a picture of {image.width}x{image.height} is above {max_pixels} pixels")
-            image.draft("RGB", (width, height))  # a JPEG is decoded no larger than needed
-            image.load()
-            return PIL.ImageOps.fit(image.convert("RGB"), (width, height))
-    except BadMessage:
-        raise
-    except Exception as error:  # a decoder may fail in any way on hostile bytes
-        raise BadMessage(f"the picture cannot be read ({type(error).__name__}): send a whole JPEG, PNG or WebP") from None
+        image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
+        return PIL.ImageOps.fit(as_rgb(image), (width, height))
+    except ValueError as error:
+        raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP") from None
 
 
 def split(message: bytes) -> tuple[float, bytes]:
