@@ -14,6 +14,7 @@ from torch import Tensor
 
 from streamflow.changes import Change, Prepared, Request, check_bool
 from streamflow.flow import per_row, velocity_from
+from streamflow.guidance import Mode
 from streamflow.ring import Loop, Ring, Rows
 from streamflow.schedule import check_indices
 from streamflow.wrap import check_sampling
@@ -232,7 +233,7 @@ class StreamDiffusionAttributes:
         if not isinstance(value, Tensor) or value.ndim != 3 or len(value) not in (1, count, rows + count):
             raise ValueError(
                 f"prompt_embeds is a tensor [{rows + count}, tokens, width] or [1, tokens, width], not "
-                f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+                f"{_shape_or_type(value)}"
             )
         twins = max(0, len(value) - count)
         cond, uncond = (self._one_row(part, own) if len(part) else None for part in (value[twins:], value[:twins]))
@@ -279,8 +280,7 @@ class StreamDiffusionAttributes:
         if not isinstance(value, Tensor) or tuple(value.shape[1:]) != tuple(self._shape) or not len(value):
             raise ValueError(
                 f"init_noise is a tensor [rows, {', '.join(map(str, self._shape))}], not "
-                f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; update(seed=...) draws "
-                f"another one"
+                f"{_shape_or_type(value)}; update(seed=...) draws another one"
             )
         self._amend(lambda asked: replace(asked, noise=asked.noise.with_fixed(value[:1])))
 
@@ -301,10 +301,7 @@ class StreamDiffusionAttributes:
     def stock_noise(self, value: Tensor) -> None:
         now = self.stock_noise
         if not isinstance(value, Tensor) or value.shape != now.shape:
-            raise ValueError(
-                f"stock_noise is a tensor {list(now.shape)}, not "
-                f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-            )
+            raise ValueError(f"stock_noise is a tensor {list(now.shape)}, not {_shape_or_type(value)}")
         if torch.equal(value.to(now), now):
             return
         with self._ticks:
@@ -335,7 +332,7 @@ class StreamDiffusionAttributes:
                 raise ValueError(
                     f"x_t_latent_buffer is "
                     f"{'None, there are no rows under way' if waiting is None else list(waiting.shape)}, not "
-                    f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; None empties the ring"
+                    f"{_shape_or_type(value)}; None empties the ring"
                 )
             if self._engine.empty:
                 raise AttributeError(
@@ -364,18 +361,20 @@ class StreamDiffusionAttributes:
 
     def _asked_rows(self) -> tuple[int, int]:
         """As `_row_counts`, of the next call."""
-        asked, frames = self._asked(), self.frame_bff_size
-        count = len(asked.stages) * frames if self._batched else frames
-        return count, asked.request.mode.extra_rows(count, frames)
+        asked = self._asked()
+        return self._counts(len(asked.stages), asked.request.mode)
 
     def _row_counts(self) -> tuple[int, int]:
         """(rows that are advanced, rows of the negative prompt) of a call."""
         if self._engine is not None:
             rows = self._engine.rows if self._batched else self._engine.stages[0]
             return rows.count, rows.extra
+        return self._counts(len(self.t_list), self._mode)
+
+    def _counts(self, stages: int, mode: Mode) -> tuple[int, int]:
         frames = self.frame_bff_size
-        count = len(self.t_list) * frames if self._batched else frames
-        return count, self._mode.extra_rows(count, frames)
+        count = stages * frames if self._batched else frames
+        return count, mode.extra_rows(count, frames)
 
     @property
     def timesteps(self) -> Tensor:
@@ -455,3 +454,8 @@ class StreamDiffusionAttributes:
         if idx is None and isinstance(engine, Ring):
             return engine.rows
         return Rows(engine.settings, idx or 0, (idx or 0) + 1)
+
+
+def _shape_or_type(value: Any) -> str:
+    """What a value is, for an error about its shape."""
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
