@@ -10,13 +10,13 @@ step's guidance (then a frame takes twice as many ticks), and whatever needs a l
 from __future__ import annotations
 
 import copy
+import sys
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from importlib.util import find_spec
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ from streamflow.schedule import Schedule, Stages
 # Arguments that every call gets, where the pipeline takes them: the size that was asked for is the size that is drawn.
 ALWAYS = {"use_resolution_binning": False, "return_dict": False}
 OWN = ("scheduler", "guider")  # components that change while they draw, so that every frame has its own
-PACKAGES = {"PRXPipeline": "ftfy"}  # what a pipeline cleans its prompts with
+PACKAGES = {"PRXPipeline": "ftfy"}  # what a pipeline's module imports, where it is installed, to clean prompts
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
@@ -144,8 +144,11 @@ class Rendezvous(FlowAdapter):
         """What the pipeline would need to encode a prompt, and does not have."""
         parts = self.pipe.components
         lacking = [name for name in ("text_encoder", "tokenizer") if parts.get(name, self) is None]
-        package = PACKAGES.get(type(self.pipe).__name__)
-        return lacking + [f"the package {package}"] * (package is not None and find_spec(package) is None)
+        for kind in type(self.pipe).__mro__:
+            package = PACKAGES.get(kind.__name__)
+            if package is not None and not hasattr(sys.modules[kind.__module__], package):
+                lacking.append(f"the package {package}")
+        return lacking
 
     def settle(self, arguments: Mapping[str, Any], prompt: Any) -> None:
         if not self._lacking:
