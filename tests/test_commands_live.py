@@ -1,6 +1,8 @@
 """The command `live` and its scenes, with the embedded model."""
 
 import json
+import re
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -9,8 +11,62 @@ from PIL import Image
 from streamflow import config, scenes
 from streamflow.commands import live
 from streamflow.config import Settings
+from streamflow.pretrained import embedded
 
 QUICK = ["--json", "--warmup", "0", "--acceleration.kind", "none", "--num-inference-steps", "2"]
+BRIEF = ["--live.target-fps", "20", "--seconds", "0.1"]
+FULL, RESTYLED, OSC = ("--cfg-type", "full"), ("--in", "{folder}"), ("--control.osc", "127.0.0.1:0")
+# Each option of `streamflow live --help`: its value, and the options that it needs. {...}: a file of the fixture `files`.
+OPTIONS = {
+    "--config": ("{settings}",),
+    "--json": (),
+    "--in": ("{folder}",),
+    "--out": ("{drawn}/",),
+    "--record": ("{record}",),
+    "--seconds": ("0.2",),
+    "--learn": ("seed", *OSC),
+    "--model": ("{model}",),
+    "--family": ("sd3",),
+    "--device": ("cpu",),
+    "--dtype": ("bfloat16",),
+    "--devices": ("[cpu, cpu]",),
+    "--mode": ("img2img", *RESTYLED),
+    "--prompt": ("[[a red apple, 0.6], [a fox, 0.4]]",),
+    "--negative-prompt": ("blurry", *FULL),
+    "--num-inference-steps": ("3",),
+    "--t-index-list": ("[0, 1]",),
+    "--strength": ("0.6", *RESTYLED),
+    "--cfg-type": ("self",),
+    "--guidance-scale": ("2.5", *FULL),
+    "--delta": ("0.5", "--cfg-type", "initialize"),
+    "--seed": ("7",),
+    "--width": ("64",),
+    "--height": ("64",),
+    "--frame-buffer-size": ("2",),
+    "--use-denoising-batch": ("false",),
+    "--do-add-noise": ("true",),
+    "--tiny-vae": ("true",),
+    "--loras": ('{{"{lora}": 0.5}}',),
+    "--acceleration.kind": ("auto",),
+    "--acceleration.options": ("{{threads: 1}}", "--acceleration.kind", "onnxruntime"),
+    "--similar-image-filter.threshold": ("0.9", *RESTYLED),
+    "--similar-image-filter.max-skip-frame": ("3", *RESTYLED),
+    "--warmup": ("1",),
+    "--live.source": ("{folder}",),
+    "--live.sinks": ('["null", "{drawn}/"]',),
+    "--live.target-fps": ("15",),
+    "--live.policy": ("every", *RESTYLED),
+    "--live.mode": ("free", *RESTYLED),
+    "--live.on-error": ("raise",),
+    "--live.crossfade": ("0.1",),
+    "--live.scenes": ('["{settings}"]',),
+    "--control.osc": ("127.0.0.1:0",),
+    "--control.midi": ("no such port",),
+    "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
+    "--control.keys": ("{{x: panic}}",),
+}
+REFUSED = {"--frame-buffer-size": "draws frame by frame", "--control.midi": "MIDI"}
+NO_SETTING = ("--config", "--json", "--in", "--out", "--record", "--seconds", "--learn")  # what these do is seen elsewhere
 
 
 def run(capsys, *argv):
@@ -83,3 +139,59 @@ def test_what_cannot_be_is_one_line_and_no_success(argv, message, capsys):
         code = error.code
     said = capsys.readouterr().err
     assert code in (1, 2) and message in said and "Traceback" not in said
+
+
+def test_every_option_that_the_help_shows_is_tried(capsys):
+    with pytest.raises(SystemExit):
+        live.main(["--help"])
+    options = capsys.readouterr().out.split("options:")[1]
+    assert set(re.findall(r"^ +(--[a-z.-]+)", options, re.MULTILINE)) == set(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths by the names that `OPTIONS` uses."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from streamflow.models.loading import load
+
+    folder = tmp_path_factory.mktemp("live")
+    (folder / "in").mkdir()
+    for k in range(3):
+        Image.new("RGB", (128, 128), (60 * k, 90, 200)).save(folder / "in" / f"{k}.png")
+    config.save(config.parse({"prompt": "a fox, 3d render", "warmup": 0}), folder / "b.yaml")
+    pipe = load("embedded")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    type(pipe).save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    names = {"folder": "in", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
+    return {"model": embedded()} | {name: str(folder / file) for name, file in names.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_the_help_is_in_force_or_refused_in_one_line(option, files, capsys, monkeypatch):
+    played, play = [], live.play
+
+    def spy(settings, *rest, **named):
+        played.append(settings)
+        return play(settings, *rest, **named)
+
+    monkeypatch.setattr(live, "play", spy)
+    given = [value.format(**files) for value in OPTIONS[option]]
+    sink = [] if option in ("--out", "--live.sinks") else ["--out", "null"]
+    code = live.main([*QUICK, *BRIEF, *sink, option, *given])
+    said = capsys.readouterr()
+    if option in REFUSED:
+        assert code in (1, 2) and REFUSED[option] in said.err and "Traceback" not in said.err
+        return
+    found = json.loads(said.out.splitlines()[-1])
+    assert code == 0 and found["shown"] >= 1 and found["errors"] == 0
+    monkeypatch.setattr(live, "play", lambda settings, *rest, **named: played.append(settings) or {})
+    live.main([*QUICK, *BRIEF, "--out", "null"])
+    with_it, without = (reduce(_field, option[2:].split("."), settings) for settings in played)
+    assert option in NO_SETTING or with_it != without
+
+
+def _field(section, name):
+    return getattr(section, name.replace("-", "_"), None)

@@ -356,6 +356,21 @@ def test_newest_gives_a_clip_at_its_own_pace(tmp_path):
     assert found[-1] - found[0] > 0.1 and reading.dropped == 0
 
 
+def test_a_pause_that_begins_while_a_picture_is_awaited_discards_nothing(tmp_path):
+    for k in range(3):
+        PIL.Image.fromarray(picture(k).pixels).save(tmp_path / f"{k}.png")
+    with Reading(open_source(str(tmp_path), rate=10), "newest") as reading:
+        while not reading.queued:
+            time.sleep(0.001)
+        time.sleep(0.03)
+        reading.pause(True)  # the second picture is read, and its time has not come
+        time.sleep(0.3)
+        assert reading.queued == 1 and reading.dropped == 0
+        reading.read()
+        reading.pause(False)
+        assert len(list(iter(reading.read, None))) == 2 and reading.dropped == 0
+
+
 def test_what_a_source_raises_reaches_the_reader_after_what_it_gave():
     source = Counting(fails=3)
     with Reading(source, "every") as reading:

@@ -114,6 +114,30 @@ def test_auto_measures_the_modes_and_takes_one(stream, caplog):
     assert said[0].startswith(f"mode {show.statistics.mode}:") and said[1].startswith("runner-up")
 
 
+@pytest.mark.parametrize("mode", ["auto", "fed", "free", "sequential"])
+def test_a_clip_of_twelve_frames_comes_out_whole(stream, mode):
+    """Measuring uses up none of them, and the last ones leave the ring when the source ends."""
+    camera, kept = Camera(most=12), Kept()
+    with stream.live(camera, kept, target_fps=30, policy="every", mode=mode) as show:
+        found = show.wait()
+    assert found.dropped_in == found.dropped_out == 0
+    assert len(distinct(kept.pictures)) == 12 or found.dropped_by_sinks
+
+
+def test_the_similarity_filter_keeps_no_frame_of_a_clip_in_the_ring(stream):
+    class Noise(Camera):
+        def read(self):
+            picture = super().read()
+            rng = np.random.default_rng(self.count)
+            return picture and Picture(rng.integers(0, 256, (64, 64, 3), np.uint8), picture.time)
+
+    camera, kept = Noise(most=5), Kept()
+    stream.enable_similar_image_filter(0.99, max_skip_frame=100)
+    with stream.live(camera, kept, target_fps=100, policy="every", mode="fed") as show:
+        show.wait()
+    assert len(distinct(kept.pictures)) == 5
+
+
 def test_text_is_drawn_as_fast_as_it_is_shown_and_no_faster(stream):
     kept = Kept()
     with stream.live(None, kept, target_fps=100) as show:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -76,3 +78,44 @@ def test_ten_thousand_frames(tmp_path, arguments):
     found = json.loads(file.read_text())
     assert found["kept"] and {part["frames"] for part in found["parts"].values()} == {10_000}
     assert file.with_suffix(".png").exists()
+
+
+PLAY = """
+import os, signal, sys, threading, time
+from streamflow.cli import main
+from streamflow import StreamFlowWrapper
+way = sys.argv[1]
+flags = ["--device", "cpu", "--warmup", "0", "--acceleration.kind", "none", "--out", "null", "--live.target-fps", "30"]
+if way == "seconds":
+    raise SystemExit(main(["live", *flags, "--seconds", "0.3"]))
+if way == "clip":
+    raise SystemExit(main(["live", *flags, "--in", sys.argv[2], "--live.policy", "every"]))
+if way == "interrupt":
+    def interrupt():
+        while "streamflow live clock" not in [one.name for one in threading.enumerate()]:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    raise SystemExit(main(["live", *flags]))
+wrapper = StreamFlowWrapper("embedded", [0, 1], device="cpu", warmup=0, acceleration="none")
+show = wrapper.stream.live(None, "null", target_fps=30)
+show.wait(0.3)
+"""
+
+
+@pytest.mark.soak
+def test_two_hundred_starts_and_stops_of_a_live_show(tmp_path):
+    """Four ways to end, in turn: after some seconds, at the source's end, by Ctrl-C, and by leaving the program while it
+    plays. None may abort: a thread that outlives the interpreter ends the process with SIGABRT."""
+    for k in range(3):
+        PIL.Image.new("RGB", (128, 128), (60 * k, 90, 200)).save(tmp_path / f"{k}.png")
+
+    def play(way):
+        command = [sys.executable, "-c", PLAY, way, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return way, done.returncode, done.stderr[-2000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(play, ["seconds", "clip", "interrupt", "leave"] * 50))
+    assert not [one for one in ended if one[1]]

@@ -27,7 +27,13 @@ WRONG = (ValueError, TypeError, ImportError, NotImplementedError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the source ended, the window was closed, or by Ctrl-C; 1 for what failed; 2 for arguments."""
-    p = options.parser("live", "Restyles a camera, a screen or a file live; without --in, draws from the prompt.", EXAMPLE)
+    p = options.parser(
+        "live",
+        "Restyles a camera, a screen or a file live; without --in, draws from the prompt.",
+        EXAMPLE,
+        "live",
+        "control",
+    )
     p.add_argument("--in", dest="source", metavar="SOURCE", help="short for --live.source")
     p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")

@@ -16,9 +16,11 @@ from streamflow import config
 from streamflow.command_line import Parser
 from streamflow.config import ConfigError, Section, Settings
 
+SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
 
-def parser(command: str, description: str, example: str) -> Parser:
-    """A parser with `--config`, `--json` and the settings' flags."""
+
+def parser(command: str, description: str, example: str, *sections: str) -> Parser:
+    """A parser with `--config`, `--json` and the settings' flags, of `SECTIONS` those that the command reads."""
     p = Parser(
         prog=f"streamflow {command}",
         description=description,
@@ -29,6 +31,8 @@ def parser(command: str, description: str, example: str) -> Parser:
     p.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     group = p.add_argument_group("settings")
     for path, field in _fields(Settings):
+        if (section := path.split(".")[0]) in SECTIONS and section not in sections:
+            continue
         group.add_argument(_flag(path), dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
     return p
 
@@ -58,7 +62,7 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
     try:
         data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
         for path, _ in _fields(Settings):
-            if (text := getattr(a, path)) is not None:
+            if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
     except (ConfigError, FileNotFoundError, IsADirectoryError, yaml.YAMLError) as error:

@@ -91,7 +91,7 @@ class Reading(_Threaded):
         self._thread.start()
 
     def pause(self, paused: bool) -> None:
-        """While paused, "newest" discards nothing: the source waits, and its time stands still."""
+        """While paused, "newest" takes nothing more from the source, so nothing is discarded, and its time stands still."""
         with self._changed:
             if paused and self._paused_at is None:
                 self._paused_at = time.monotonic()
@@ -132,10 +132,7 @@ class Reading(_Threaded):
             if self.policy == "every":
                 self._changed.wait_for(lambda: self._stop or len(self._queue) < self.depth)
             else:
-                self._changed.wait_for(lambda: self._stop or self._paused_at is None or len(self._queue) < self.depth)
-                if picture.pts is not None:
-                    due = started + self._paused_for + picture.pts
-                    self._changed.wait_for(lambda: self._stop, max(0.0, due - time.monotonic()))
+                self._wait_until_due(picture, started)
             if self._stop:
                 return
             while len(self._queue) >= self.depth:
@@ -144,6 +141,15 @@ class Reading(_Threaded):
             self._queue.append(picture)
             self.count += 1
             self._changed.notify_all()
+
+    def _wait_until_due(self, picture: Picture, started: float) -> None:
+        """Until its time has come and the source is not paused, which a pause that begins meanwhile puts off."""
+        while not self._stop:
+            due = started + self._paused_for + (picture.pts or 0.0)
+            left = None if self._paused_at is not None else due - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            self._changed.wait(left)
 
 
 class Writing(_Threaded):

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,8 @@ class Scene:
         stages = max(1, self.stream.denoising_steps_num)
 
         def modes() -> list[Mode]:
-            ring = Mode("", lambda _: self._tick(picture, True), stages).tick
-            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self._tick(picture, False))]
+            ring = Mode("", lambda _: self._drawn(picture, True), stages).tick
+            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self._drawn(picture, False))]
 
         if self._mode == "auto":
             chosen = self._chooser.choose(*self.size, stages, modes)
@@ -78,6 +79,11 @@ class Scene:
             self.stream.set_denoising_batch(batched)
             self.batched = batched
 
+    def _drawn(self, picture: Picture, batched: bool) -> Drawn:
+        """As `_tick`, of a picture that may have gone in before; the similarity filter does not skip it."""
+        self.stream.similar_filter.reset()
+        return self._tick(picture, batched)
+
     def _tick(self, picture: Picture | None, batched: bool) -> Drawn:
         self._batch(batched)
         began = time.monotonic() if picture is None else picture.time
@@ -87,6 +93,11 @@ class Scene:
             self._entered = deque([began] * (depth - 1))
         self._entered.append(began)
         return Drawn(uint8_pixels(out)[0], self._entered.popleft())
+
+    def rest(self, picture: Picture) -> Iterator[Drawn]:
+        """What entered and has not come out yet, in its order, pushed out by copies of this picture, the last one."""
+        for _ in range(len(self._entered)):
+            yield self._drawn(picture, self.batched)
 
     def fill(self, picture: Picture | None) -> None:
         """Empty the ring and fill it with this picture, so that the next tick gives one at once."""
@@ -132,6 +143,9 @@ class Drawing(threading.Thread):
         try:
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()
+            if not self._ending.is_set() and self.scene.picture and self.newest is not None:
+                for drawn in self.scene.rest(self.newest):
+                    self._put(drawn)
         except BaseException as error:  # raised by whoever waits for the end
             self.error = error
         finally:
@@ -166,6 +180,9 @@ class Drawing(threading.Thread):
             return
         drawn = scene.tick(self.newest if scene.picture else None)
         self._backoff.well()
+        self._put(drawn)
+
+    def _put(self, drawn: Drawn) -> None:
         self.drawn += 1
         self.last = Drawn(self._faded(drawn.pixels), drawn.entered)
         self.outbox.put(self.last)
