@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Self
 
+from streamflow._threads import Thread
 from streamflow.io.picture import Picture, Sink, Source
 
 POLICIES = ("newest", "every")
@@ -26,7 +27,7 @@ class _Threaded:
         self._changed = threading.Condition()
         self._stop = self._done = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = Thread(self._run, name)
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from streamflow._threads import Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture
 from streamflow.live.feed import Backoff, Feed
@@ -106,7 +107,7 @@ class Scene:
         self.tick(picture)
 
 
-class Drawing(threading.Thread):
+class Drawing(Thread):
     """Takes pictures from a feed (None: draws from noise) and puts what is drawn into an outbox, until it is stopped, the
     source ends, or an error is not to be held.
 
@@ -114,7 +115,7 @@ class Drawing(threading.Thread):
     """
 
     def __init__(self, scene: Scene, feed: Feed | None, outbox: Outbox[Drawn], hold: bool, controls: Any = None) -> None:
-        super().__init__(name="streamflow live drawing", daemon=True)
+        super().__init__(self._draw_all, "streamflow live drawing")
         self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
         self.drawn = self.errors = 0
         self.error: BaseException | None = None
@@ -139,7 +140,7 @@ class Drawing(threading.Thread):
         self._next = scene, crossfade, taken
         return taken
 
-    def run(self) -> None:
+    def _draw_all(self) -> None:
         try:
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import PIL.Image
 
+from streamflow._threads import Thread
 from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
 from streamflow.live.feed import Feed
@@ -169,7 +170,7 @@ class Live:
         self._stopped = threading.Event()
         self._shown: Drawn | None = None
         self._error: BaseException | None = None
-        self._clock_thread = threading.Thread(target=self._pace, name="streamflow live clock", daemon=True)
+        self._clock_thread = Thread(self._pace, "streamflow live clock")
         self._drawing.start()
         self._clock_thread.start()
         atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process

@@ -4,12 +4,13 @@ which they draw, read and write is always the same. Nothing here knows what is a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+
+from streamflow._threads import Thread
 
 STOP_SECONDS = 60.0  # how long a strand may take to end once it is stopped
 
@@ -36,7 +37,7 @@ class Strand:
         self._said: SimpleQueue = SimpleQueue()
         self._heard: SimpleQueue = SimpleQueue()
         arguments = (function, torch.is_inference_mode_enabled())
-        self._thread = threading.Thread(target=self._run, args=arguments, name="streamflow frame", daemon=True)
+        self._thread = Thread(self._run, "streamflow frame", arguments)
         self._thread.start()
 
     def answer(self, answer: Any = None) -> None:

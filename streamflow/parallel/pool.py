@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from streamflow._threads import Thread
 from streamflow.parallel.lanes import Events, Lane, caller_events, received
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ class Pool:
         self._state = _State(devices, depth)
         names = [f"streamflow-{worker.lane.device}-{worker.index}" for worker in self._state.workers]
         self._threads = [
-            threading.Thread(target=_serve, args=(self._state, worker), name=name, daemon=True)
-            for worker, name in zip(self._state.workers, names, strict=True)
+            Thread(_serve, name, (self._state, worker)) for worker, name in zip(self._state.workers, names, strict=True)
         ]
         for thread in self._threads:
             thread.start()

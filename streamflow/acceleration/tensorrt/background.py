@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamflow._threads import Thread
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt.build import Target
 from streamflow.acceleration.tensorrt.errors import BuildError
@@ -46,7 +46,7 @@ class Build:
         self._error: Exception | None = None
         self._began = time.perf_counter()
         check_room(part, options, target)
-        self._thread = threading.Thread(target=self._run, name=f"tensorrt-{part.name}", daemon=True)
+        self._thread = Thread(self._run, f"tensorrt-{part.name}")
         self._thread.start()
 
     @property

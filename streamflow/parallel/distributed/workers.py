@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from streamflow._threads import Thread
 from streamflow.acceleration.watch import version_of
 from streamflow.parallel.distributed.wire import Argument, Link, Message, Op, RankLost, Unsendable
 
@@ -99,7 +99,7 @@ class Peer:
         self._sent: dict[tuple[int, str], State] = {}
         self._stopped = self._broken = False
         self._stream = torch.cuda.Stream(link.device) if link.device.type == "cuda" else None
-        self._thread = threading.Thread(target=self._run, name=f"streamflow rank {rank}", daemon=True)
+        self._thread = Thread(self._run, f"streamflow rank {rank}")
         self._thread.start()
 
     def start(self, call: Call) -> Future[Tensor]:

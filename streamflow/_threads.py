@@ -1,0 +1,35 @@
+"""A thread that can be waited for under Ctrl-C."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Thread(threading.Thread):
+    """A daemon thread whose `join` and `is_alive` stay right when `join` is interrupted.
+
+    Before Python 3.13, a KeyboardInterrupt in `threading.Thread.join` marks the thread as ended while it runs (CPython,
+    Lib/threading.py, `_wait_for_tstate_lock`). Whoever joins it again returns at once, and a thread that still computes
+    when the interpreter ends aborts the process. Here an event says when the target has returned.
+    """
+
+    def __init__(self, target: Callable[..., Any], name: str, args: Sequence[Any] = ()) -> None:
+        super().__init__(target=self._until_over, name=name, args=(target, *args), daemon=True)
+        self._over = threading.Event()
+
+    def _until_over(self, target: Callable[..., Any], *args: Any) -> None:
+        try:
+            target(*args)
+        finally:
+            self._over.set()
+
+    def is_alive(self) -> bool:
+        """Whether it has been started and its target has not returned."""
+        return self.ident is not None and not self._over.is_set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until its target has returned, at most `timeout` seconds. RuntimeError: not started, or the own thread."""
+        if self.ident is None or self is threading.current_thread() or self._over.wait(timeout):
+            super().join(timeout)
