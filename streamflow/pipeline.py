@@ -640,7 +640,12 @@ class StreamFlow(
         self.similar_filter.forget(stages * self.frame_bff_size)
 
     def _shown_now(self, images: Tensor) -> Tensor:
-        """Keep a copy of these images for calls that skip, or the last one where these are not finite; and return them."""
+        """Return these images; where the filter is on, keep a copy for calls that skip, or the last one where these are not
+        finite."""
+        if not self.similar_image_filter:
+            self.prev_image_result = images
+            self.similar_filter.forget()  # that image is not the one that it has seen last
+            return images
         last, finite = self.prev_image_result, torch.isfinite(images).all()
         if last is None or last.shape != images.shape:
             last = torch.zeros_like(images)

@@ -96,7 +96,7 @@ def test_one_frame_that_is_not_finite_spoils_no_later_one(pipes, picture, bad, b
     good = stream(picture(0))
     bias = pipe.transformer.proj_out.bias
     kept = bias.detach().clone()
-    stream.disable_similar_image_filter()
+    stream.enable_similar_image_filter(1.0)  # images are kept for calls that skip, and none does
     with torch.no_grad():
         bias.fill_(bad)
         assert not torch.isfinite([stream(picture(k)) for k in range(2)][-1]).all()
@@ -154,6 +154,14 @@ def test_a_returned_image_is_the_callers_to_change(stream_of, picture):
     kept = shown.clone()
     shown.zero_()
     assert torch.equal(stream.prev_image_result, kept)
+
+
+def test_the_filter_turned_on_again_shows_no_image_of_a_frame_it_has_not_seen(stream_of, picture):
+    stream, twin = (stream_of("sd3", [2], cfg_type="none") for _ in range(2))
+    for enabled, k in ((True, 0), (False, 1), (True, 0)):
+        stream.similar_image_filter = enabled
+        stream.similar_filter.set_threshold(0.5)
+        assert torch.equal(stream(picture(k)), twin(picture(k)))
 
 
 def test_a_buffer_that_the_next_image_is_written_into_may_wait_for_its_group(stream_of, picture):
