@@ -13,7 +13,11 @@ class Thread(threading.Thread):
     Before Python 3.13, a KeyboardInterrupt in `threading.Thread.join` marks the thread as ended while it runs (CPython,
     Lib/threading.py, `_wait_for_tstate_lock`). Whoever joins it again returns at once, and a thread that still computes
     when the interpreter ends aborts the process. Here an event says when the target has returned.
+
+    acts_for: the thread that waits while this one runs on its behalf, holding locks for it; None where it acts by itself.
     """
+
+    acts_for: int | None = None
 
     def __init__(self, target: Callable[..., Any], name: str, args: Sequence[Any] = ()) -> None:
         super().__init__(target=self._until_over, name=name, args=(target, *args), daemon=True)
@@ -33,3 +37,8 @@ class Thread(threading.Thread):
         """Wait until its target has returned, at most `timeout` seconds. RuntimeError: not started, or the own thread."""
         if self.ident is None or self is threading.current_thread() or self._over.wait(timeout):
             super().join(timeout)
+
+
+def acting_thread() -> int:
+    """The identifier of this thread, or of the one for which it acts."""
+    return getattr(threading.current_thread(), "acts_for", None) or threading.get_ident()

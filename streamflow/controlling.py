@@ -128,7 +128,7 @@ class Controlling:
         before = self.adapter.controls, self._scales
         with self._ticks:
             if self._engine is not None:
-                self._left(*self._engine.flush(self.velocity))
+                self._run_out()
             self._put_back()
             try:
                 self._set_controls(controls, scales)

@@ -27,7 +27,7 @@ class Entering:
 
     def _fed_back(self, x0: Tensor) -> Tensor:
         """Clean latents with those of the last frame that has left mixed in, where these are finite."""
-        feedback, last = self._state.request.feedback, self._last_x0
+        feedback, last = self._prepared().request.feedback, self._last_x0
         if not feedback or last is None:
             return x0
         return torch.where(torch.isfinite(last).all(), torch.lerp(x0, last.expand_as(x0), feedback), x0)
@@ -57,7 +57,7 @@ class Entering:
         return self.codec.encode(self._upload(pictures)).to(self.dtype)
 
     def _image_group(self, pictures: Tensor, ids: tuple[int, ...], regions: Regions | None = None) -> Group:
-        state = self._state
+        state = self._prepared()
         if state.stages.sigmas[0] >= 1.0 and not any(regions or ()):
             self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
         x0, fixed = self._clean_latents(pictures), state.request.noise == "fixed"
@@ -67,13 +67,13 @@ class Entering:
             noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
         start = self._fed_back(x0)
         anchor = start.float() if self._mode.carries_anchor else None
-        x = self.adapter.path(start, noise, self._engine.first_sigma)
+        x = self.adapter.path(start, noise, self._running().first_sigma)
         draws = self._draws(ids, fixed)
         group = Group(x, (state.prompt,) * len(ids), ids, noise, anchor, draws=draws)
         return self._knowing(group, regions, x0, pictures)
 
     def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None, regions: Regions | None = None) -> Group:
-        state = self._state
+        state = self._prepared()
         if self._mode.name == "self" and latents is None:
             self._say_once("self", "text frames have no anchor: under cfg_type='self' they are drawn without guidance")
         if latents is None:
@@ -84,9 +84,9 @@ class Entering:
 
     def _draws(self, ids: tuple[int, ...], fixed: bool = False) -> Tensor | None:
         """Noise for every step of these frames, `[S, F, ...]`, where the rule needs it fresh; `fixed`: the same for all."""
-        if self._engine.settings.rule.noise != "fresh":
+        if self._running().settings.rule.noise != "fresh":
             return None
-        source, steps = self._state.noise, len(self._state.stages)
+        source, steps = self._prepared().noise, len(self._prepared().stages)
         if fixed:
             draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._shape)
         else:

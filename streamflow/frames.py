@@ -69,24 +69,30 @@ class Order:
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
-        self._decoding: deque[tuple[tuple[int, ...], Any]] = deque()
+        self._decoding: deque[tuple[Any, Any]] = deque()
         self._pictures: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
         """An input came in; its picture will be that of frame `source`, which is itself unless it was skipped."""
         self._inputs.append(_Input(frame_id, source, time.perf_counter()))
 
-    def decoding(self, ids: tuple[int, ...], decoding: Any) -> None:
-        """Pictures of these frames are under way: `decoding.done()` says when, `decoding.result()` waits and gives them,
-        `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
-        self._decoding.append((ids, decoding))
+    @property
+    def undecoded(self) -> list[Any]:
+        """The groups whose pictures have not arrived, oldest first."""
+        return [group for group, _ in self._decoding]
+
+    def decoding(self, group: Any, decoding: Any) -> None:
+        """Pictures of a group, of which `ids` are the frames, are under way: `decoding.done()` says when,
+        `decoding.result()` waits and gives them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
+        self._decoding.append((group, decoding))
 
     def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:
         """The frames whose turn it is, waiting only for those beyond `most` that are still under way. A picture is let go
         when no later input can refer to it. `copies`: later inputs may, so that each frame gets a picture of its own."""
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
-            ids, decoding = self._decoding.popleft()
-            self._arrive(ids, decoding.result())
+            group, decoding = self._decoding[0]
+            self._arrive(group.ids, decoding.result())
+            self._decoding.popleft()  # not before: where the decoding fails, the group stays undecoded
         while self._inputs and self._inputs[0].source in self._pictures:
             waiting = self._inputs.popleft()
             for old in [i for i in self._pictures if i < waiting.source]:

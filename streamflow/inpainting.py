@@ -100,7 +100,7 @@ class Inpainting:
             return group
         own = None if own is None else self._upload(own)
         known = known_rows(regions, x0, group.noise)
-        x = known.put(group.x, self._engine.first_sigma, self.adapter.path)
+        x = known.put(group.x, self._running().first_sigma, self.adapter.path)
         return replace(group, x=x, known=known, paste=paste_of(regions, own))
 
     def _decode(self, done: Done) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from streamflow.changes import check_number
-from streamflow.ring import Done
 
 # The first of the two matrices of each layer, in the spellings that diffusers gives a LoRA that it has read.
 DOWN = re.compile(r"(lora_A|lora_linear_layer\.down|lora\.down|lokr_w1|lokr_w1_a)(\.weight)?$")
@@ -148,15 +147,6 @@ class Adapting:
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
-    def _by_tick(self, ticks: Iterator[Done]) -> Iterator[Done]:
-        """What these ticks let out; between two of them LoRAs may change."""
-        while True:
-            with self._ticks:
-                done = next(ticks, None)
-            if done is None:
-                return
-            yield done
-
     def _lora_loader(self) -> Any:
         """The pipe, if diffusers can load LoRAs into it."""
         if not hasattr(self.pipe, "load_lora_weights"):
@@ -197,6 +187,7 @@ class Adapting:
     def _adapting(self, values: bool = False) -> Iterator[None]:
         """Inside no tick runs and no prompt is encoded. An error puts everything back, with `values` also adapters that
         change in place; else prompts follow the text encoders."""
+        self._check_step("a call that changes LoRAs")
         with self._ticks:
             self._redraw()
             with self._callers, _undone_on_error(list(_parts(self.pipe).values()), values):

@@ -123,7 +123,8 @@ class Observing:
             is right. But the host runs far ahead of a graph, which is what graphs are for, and an fn that waits ends that;
             so where graphs are in force, or are asked for later, fn is refused unless this is said of it.
 
-        An error in fn ends the call in which it came; the frame that was to leave in that step is lost.
+        An error in fn ends the call in which it came. That step has been taken, and the frame that left in it waits for the
+        next call. Inside fn, `update` and `decode_image` may be called; calls that advance or empty the ring are refused.
 
         Raises:
             TypeError: fn is no function. RuntimeError: graphs are in force. From the call that draws, TypeError or

@@ -72,7 +72,8 @@ class Performing:
         """
         if not isinstance(batched, bool):
             raise TypeError(f"batched must be True or False, not {batched!r}")
-        with self._callers:
+        self._check_step("set_denoising_batch()")
+        with self._ticks, self._callers:
             self._running()
             if self._in_flight():
                 raise RuntimeError(f"{self._in_flight()} frames are in flight: flush() or reset() first")

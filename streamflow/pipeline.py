@@ -42,7 +42,7 @@ from streamflow.planner import DEFAULT_SEED, Planner
 from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
-from streamflow.streaming import Streaming
+from streamflow.streaming import Pass, Streaming
 from streamflow.wrap import PipeParts, base_view, check_dtype
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ class StreamFlow(
                 acceleration raises; then the stream is prepared, without acceleration.
         """
         self._check_open()
+        self._check_step("prepare()")
         pipeline_arguments = self._asking(pipeline_arguments)
         self.adapter.check_arguments(pipeline_arguments)
         request = Request(
@@ -228,17 +229,17 @@ class StreamFlow(
         if not self._shape:  # of a pipeline without text encoders, whose own call tells it
             self._shape = self.adapter.latent_shape(self.height, self.width)
             self._planner = replace(self._planner, shape=self._shape)
-        with self._callers:
+        with self._ticks, self._callers:
             with self._following_pipe():
                 state = self._planner.plan(request, generator, seed)
             if generator is not None and seed is not None:
                 generator.manual_seed(seed)
             seed = state.noise.seed
             self.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
-            self.reset()
+            self._empty("prepare()")
             with self._slot:
                 self._state, self._change = state, None
-        self._install(state.stages)
+            self._install(state.stages)
         if self._accelerated is None:
             self._build()
 
@@ -286,18 +287,25 @@ class StreamFlow(
     @computing
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
-        that dropped is logged; a pending update is kept."""
+        that dropped is logged; a pending update is kept. A loop over `frames` that is under way ends with a RuntimeError."""
+        self._empty("reset()")
+
+    def _empty(self, call: str) -> None:
+        """As `reset`, for this call."""
         self._check_open()
-        if self._engine is not None:
-            if lost := self._in_flight():
-                logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
-            self._engine.reset()
-        self._finished.clear()
-        self._ranges.clear()
-        self._next_id = 0
-        self._traces = ()
-        self.similar_filter.reset()
-        self.prev_image_result = self._last_x0 = None
+        self._check_step(call)
+        with self._ticks:
+            self._end_pass(call)
+            if self._engine is not None:
+                if lost := self._in_flight():
+                    logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
+                self._engine.reset()
+            self._finished.clear()
+            self._ranges.clear()
+            self._next_id = 0
+            self._traces = ()
+            self.similar_filter.reset()
+            self.prev_image_result = self._last_x0 = None
 
     def update_prompt(
         self, prompt: Texts, negative_prompt: Texts | None = None, *, scope: str = "now", **pipeline_arguments: Any
@@ -410,7 +418,7 @@ class StreamFlow(
 
     def _run_out(self) -> None:
         """Let what is in flight run to its end, and queue it."""
-        with self._ticks:
+        with self._step():
             for done in self._running().drain(self.velocity):
                 self._left(done)
 
@@ -424,15 +432,18 @@ class StreamFlow(
         S return the first picture and call k > S that of call k - S + 1; `frames` and `flush` tell copies apart.
         `mask`: draw the picture where it is white and keep it elsewhere, in this call only (`inpaint` says what masks are).
         `control`: for each control net its picture, or F of them (`add_control`).
+        Where the decoder raises, the finished frames stay, and the next call begins with decoding them.
         Raises:
-            RuntimeError: before `prepare` or after `close`. TypeError, ValueError: for a bad picture, or not F of them.
+            RuntimeError: before `prepare`, after `close`, or while a loop over `frames` is under way. TypeError, ValueError:
+                for a bad picture, or not F of them.
         """
         if x is None:
             self._text_regions(mask)
             return self.txt2img(control=control)
         self._running()
+        self._check_no_pass("stream(image)")
         self._ranges.raise_failed()
-        with self._timer:
+        with self._timer, self._seen_only_if_drawn():
             pictures = self._read_images(x)
             if len(pictures) != self.frame_bff_size:
                 raise ValueError(f"{len(pictures)} pictures for a frame buffer of {self.frame_bff_size}")
@@ -443,10 +454,40 @@ class StreamFlow(
             if self.similar_image_filter and self.similar_filter(seen) is None and self.prev_image_result is not None:
                 return self.prev_image_result.clone()
             group = self._steered(self._image_group(pictures, self._next_ids(len(pictures)), regions), shown)
-            self._push(group)
-            while not self._finished:
+            return self._shown_now(self._entered(group))
+
+    def _entered(self, group: Group) -> Tensor:
+        """The images of the oldest group once this one has entered, copies of which fill an empty ring. A group that is
+        finished already is decoded first: where that fails, nothing enters."""
+        done = self._oldest()
+        images = None if done is None else self._decode(done)
+        self._push(group)
+        while done is None:
+            if (done := self._oldest()) is None:
                 self._push(replace(group, copy=True))
-            return self._shown_now(self._decode(self._finished.popleft()))
+            else:
+                images = self._decode(done)
+        self._hand_out(1)
+        return images
+
+    def _oldest(self) -> Done | None:
+        with self._ticks:
+            return self._finished[0] if self._finished else None
+
+    def _hand_out(self, count: int) -> None:
+        """So many finished groups are the caller's now, and leave the queue."""
+        with self._ticks:
+            for _ in range(min(count, len(self._finished))):
+                self._finished.popleft()
+
+    @contextmanager
+    def _seen_only_if_drawn(self) -> Iterator[None]:
+        """After an error the similarity filter skips no frame for looking like one that was not drawn."""
+        try:
+            yield
+        except BaseException:
+            self.similar_filter.forget()
+            raise
 
     @computing
     def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None, control: Any = None) -> Tensor:
@@ -457,23 +498,23 @@ class StreamFlow(
         control: for each control net a picture, or one for each of `batch_size`; further frames have the last one's.
         """
         self._running()
+        self._check_no_pass("txt2img()")
         self._ranges.raise_failed()
         groups, regions = self._group_count(batch_size, latents), self._text_regions()
         shown = self._shown(control, groups * self.frame_bff_size)
         self.similar_filter.forget()
         with self._timer:
             self._take_change()
-            done: list[Done] = []
+            pictures = [self._decode(done) for done in list(self._finished)[:groups]]  # where that fails, nothing enters
             pushed = 0
-            while len(done) < groups:
+            while pushed < groups or len(self._finished) < groups:
                 mine = latents is not None and pushed < groups
                 given = latents.split(self.frame_bff_size)[pushed] if mine else None
                 group = self._text_group(self._next_ids(self.frame_bff_size), given, regions)
                 self._push(self._steered(group, shown, pushed * self.frame_bff_size))
                 pushed += 1
-                if self._finished:
-                    done.append(self._finished.popleft())
-            pictures = [self._decode(group) for group in done]
+            pictures += [self._decode(done) for done in list(self._finished)[len(pictures) : groups]]
+            self._hand_out(groups)
             return self._shown_now(torch.cat(pictures) if len(pictures) > 1 else pictures[0])
 
     def txt2img_sd_turbo(self, batch_size: int | None = None) -> Tensor:
@@ -494,6 +535,7 @@ class StreamFlow(
             ValueError: another number of rows or another shape.
         """
         self._running()
+        self._check_no_pass("predict_x0_batch()")
         self._check_rows(x_t_latent, self.frame_bff_size)
         regions = self._text_regions()
         self._shown(None, len(x_t_latent))
@@ -504,12 +546,16 @@ class StreamFlow(
 
     @computing
     def flush(self) -> list[Tensor]:
-        """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out."""
+        """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out. A loop over
+        `frames` that is under way ends with a RuntimeError."""
         self._running()
+        self._check_step("flush()")
         self._ranges.raise_failed()
-        self._run_out()
-        left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
-        self._finished.clear()
+        with self._ticks:
+            self._end_pass("flush()")
+            self._run_out()
+            left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
+            self._finished.clear()
         return left
 
     # -- the steps by themselves ----------------------------------------------------------------------------------------
@@ -576,11 +622,12 @@ class StreamFlow(
 
     def close(self) -> None:
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
-        if not self._closed:
-            self.reset()
-            self._put_back()
-        self._engine = self._state = self._change = self._regions = self._on_step = None
-        self._closed = True
+        with self._ticks:
+            if not self._closed:
+                self._empty("close()")
+                self._put_back()
+            self._engine = self._state = self._change = self._regions = self._on_step = None
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -652,18 +699,23 @@ class StreamFlow(
         self.prev_image_result = torch.where(finite, images, last.to(images))
         return images
 
-    def _push(self, group: Group) -> None:
-        with self._ticks:
+    def _push(self, group: Group, now: Pass | None = None) -> None:
+        """One tick, in which this group enters; `now`: the pass of `frames` that it belongs to."""
+        with self._step():
+            if now is not None:
+                now.check()
+            engine = self._running()
             self._take_control_levels()
             try:
-                done = self._engine.push(group, self.velocity)
+                done = engine.push(group, self.velocity)
             except BaseException:
-                if self._engine.holds(group):
+                if engine.holds(group):  # the step was taken, and what on_step's function raised came after it
                     self._number(group)
+                    self._left(*engine.leaving)
                 raise
-        self._number(group)
-        if done is not None:
-            self._left(done)
+            self._number(group)
+            if done is not None:
+                self._left(done)
 
     def _left(self, *done: Done) -> None:
         """Queue groups that have left the ring."""

@@ -72,7 +72,7 @@ class Resuming:
         engine = {name: unpacker.unpack(value) for name, value in state["engine"].items()}
         similar_filter = attributes(stream.pop("similar_filter"))
         with self._ticks, self._callers:
-            self.reset()
+            self._empty("load_state_dict()")
             with self._slot:
                 vars(self).update(stream)
             vars(self.similar_filter).update(similar_filter)

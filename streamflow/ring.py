@@ -247,10 +247,15 @@ class Ring:
         self._advanced = x
         if self.observer is not None:
             self._advanced = self.observer(self.rows, self._groups, self.x, v, x)
+        return next(iter(self.leaving), None)
+
+    @property
+    def leaving(self) -> tuple[Done, ...]:
+        """The group that the last push has let out, if it did."""
         oldest = self._groups[-1]
         if oldest is None:
-            return None
-        return Done(self._advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.paste)
+            return ()
+        return (Done(self._advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.paste),)
 
     def flush(self, network: Velocity) -> list[Done]:
         """Run what is in flight to its end with the settings it has; oldest first, copies left out. Empties the ring."""
@@ -261,13 +266,18 @@ class Ring:
         while not self.empty:
             newest = next(group for group in self._groups if group)
             padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
+            failed = None
             try:
                 left = self.push(padding, network)
-            finally:  # an observer that raises comes after the step
-                if self._groups[0] is padding:
-                    self._groups[0] = None
+            except BaseException as error:
+                if self._groups[0] is not padding:
+                    raise
+                failed, left = error, next(iter(self.leaving), None)  # an observer's, which comes after the step
+            self._groups[0] = None
             if left is not None and not left.copy:
                 yield left
+            if failed is not None:
+                raise failed
         self.reset()
 
     def _draws(self) -> Tensor:

@@ -195,14 +195,18 @@ class Model:
         """One tick; without the batch, all of the group's steps."""
         if self.broken:
             raise Refused(RuntimeError)
-        if self.batched:
-            self._number(group)
-        for _ in range(1 if self.batched else len(self._levels(self.look))):
-            self.ring.appendleft(group)
-            self._seen()
+        if not self.batched:
+            for _ in self._levels(self.look):
+                self.ring.appendleft(group)
+                self._seen()
         self._number(group)
-        if self.ring[-1] is not None:
-            self.queue.append(self.ring[-1])
+        try:
+            if self.batched:
+                self.ring.appendleft(group)
+                self._seen()
+        finally:  # the step was taken, whatever a look at it raises
+            if self.ring[-1] is not None:
+                self.queue.append(self.ring[-1])
 
     def _number(self, group: Group) -> None:
         """The frames of this group are under way, so that later ones have later numbers."""
@@ -222,15 +226,19 @@ class Model:
     def drain(self) -> Iterator[Group]:
         """Run what is in flight to its end."""
         while self.batched and self.waiting:
-            before, padding = len(self.queue), Group((), copy=True)
+            before, padding, failed = len(self.queue), Group((), copy=True), None
             try:
                 self.push(padding)
-            finally:
-                if self.ring[0] is padding:
-                    self.ring[0] = None
+            except Refused as refused:
+                if self.ring[0] is not padding:
+                    raise
+                failed = refused
+            self.ring[0] = None
             left = self.queue.pop() if len(self.queue) > before else None
             if left is not None and not left.copy:
                 yield left
+            if failed is not None:
+                raise failed
         if self.batched:
             self._install()
 
@@ -258,17 +266,14 @@ class Model:
         self._text_region()
         self.filter.forget()
         self.take()
-        done: list[Group] = []
         pushed = 0
-        while len(done) < groups:
+        while pushed < groups or len(self.queue) < groups:
             mine = latents is not None and pushed < groups
             keys = latents[pushed * self.F : (pushed + 1) * self.F] if mine else ()
             origins = [("latents", key) for key in keys] or [("text",)] * self.F
             self.push(self.enter(origins, self.region))
             pushed += 1
-            if self.queue:
-                done.append(self.queue.popleft())
-        self.shown = done
+        self.shown = done = [self.queue.popleft() for _ in range(groups)]
         return done
 
     def tick(self, keys: tuple) -> Group | None:

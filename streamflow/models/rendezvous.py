@@ -364,6 +364,8 @@ class Frames:
         """Whether none is in flight."""
         return not self._groups
 
+    leaving: tuple[Done, ...] = ()  # after an error, what is done stays and leaves at the next push
+
     def holds(self, group: Group) -> bool:
         """Whether this very group is under way."""
         return any(one is group for one, _ in self._groups)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from streamflow._threads import Thread
+from streamflow._threads import Thread, acting_thread
 
 STOP_SECONDS = 60.0  # how long a strand may take to end once it is stopped
 
@@ -44,6 +44,7 @@ class Strand:
         """Answer its question, and wait until it asks the next one or is over."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self.question = None
+        self._thread.acts_for = acting_thread()
         self._heard.put((answer, stream))
         self.over, self.question = self._said.get()
         if self.over:
