@@ -229,3 +229,36 @@ class RangeChecks:
     def clear(self) -> None:
         """Forget all checks under way."""
         self._pending.clear()
+
+
+class FiniteCheck:
+    """Counts images that hold NaN or infinite values, without a wait: on a GPU they are counted on the device, and the
+    number is read when it has arrived."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def add(self, images: Tensor) -> Tensor:
+        """Count those of `images` `[n, ...]` that are not finite. Whether all are, a scalar on their device."""
+        bad = (~torch.isfinite(images.as_subclass(Tensor))).flatten(1).any(1).sum()
+        self._total = bad if self._total is None else self._total.to(bad.device) + bad
+        self._count = self.count
+        if self._arriving is None:
+            self._send()
+        return bad == 0
+
+    def _send(self) -> None:
+        if self._total.device.type != "cuda":
+            self._count = int(self._total)
+            return
+        host = torch.empty((), dtype=self._total.dtype, pin_memory=True).copy_(self._total, non_blocking=True)
+        self._arriving = host, torch.cuda.current_stream(self._total.device).record_event()
+
+    @property
+    def count(self) -> int:
+        """How many there were, up to the images whose number has arrived."""
+        if self._arriving is not None and self._arriving[1].query():
+            self._count, self._arriving = int(self._arriving[0]), None
+        return self._count

@@ -158,6 +158,23 @@ class Observing:
         return trace
 
     @property
+    def not_finite(self) -> int:
+        """How many of the images that this stream has drawn held NaN or infinite values. Counted without a wait: on a GPU
+        an image counts a call or two later."""
+        return self._finite.count
+
+    def _count_finite(self, images: Tensor) -> Tensor:
+        """Count images `[n, 3, H, W]`; whether all are finite, a scalar on their device. The first that is not is said."""
+        finite = self._finite.add(images)
+        if self._finite.count:
+            self._say_once(
+                "finite",
+                "images with NaN or infinite values are drawn; not_finite counts them. Look at the weights and the dtype: "
+                "float16 overflows in some VAEs and text encoders, where bfloat16 and float32 do not",
+            )
+        return finite
+
+    @property
     def _observer(self) -> Callable[..., Tensor] | None:
         return self._see if self._on_step is not None or self._traces else None
 

@@ -29,7 +29,7 @@ from streamflow.frames import CallTimer
 from streamflow.grad_mode import computing
 from streamflow.guidance import Anchors
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_range import Normalized, RangeChecks, check_values, marking
+from streamflow.image_range import FiniteCheck, Normalized, RangeChecks, check_values, marking
 from streamflow.image_utils import as_rgb_where_pil, check_range, normalize_image
 from streamflow.inpainting import Inpainting
 from streamflow.loras import Adapting
@@ -151,7 +151,7 @@ class StreamFlow(
         self.image_processor = marking(pipe.image_processor, as_rgb_where_pil)
         self.similar_filter = SimilarImageFilter()
         self._input_range, self._noise_policy, self._resize, self._check = input_range, noise, resize, check_inputs
-        self._ranges = RangeChecks()
+        self._ranges, self._finite = RangeChecks(), FiniteCheck()
         self._ticks, self._callers, self._slot = threading.RLock(), threading.Lock(), threading.Lock()  # taken in this order
         self._change: Change | None = None
         self._updates = 0
@@ -689,11 +689,12 @@ class StreamFlow(
     def _shown_now(self, images: Tensor) -> Tensor:
         """Return these images; where the filter is on, keep a copy for calls that skip, or the last one where these are not
         finite."""
+        finite = self._count_finite(images)
         if not self.similar_image_filter:
             self.prev_image_result = images
             self.similar_filter.forget()  # that image is not the one that it has seen last
             return images
-        last, finite = self.prev_image_result, torch.isfinite(images).all()
+        last = self.prev_image_result
         if last is None or last.shape != images.shape:
             last = torch.zeros_like(images)
         self.prev_image_result = torch.where(finite, images, last.to(images))

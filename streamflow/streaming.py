@@ -202,6 +202,8 @@ class Streaming:
             pass
         for frame in order.ready(0 if last else self.codec.lanes, copies=self.similar_image_filter):
             now.answered += 1
+            if not frame.skipped:
+                self._count_finite(frame.image[None])
             yield frame
 
     def _decoding_next(self, order: Order, now: Pass) -> bool:

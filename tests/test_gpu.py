@@ -66,6 +66,21 @@ def test_the_hot_path_never_waits(cuda_stream, cfg_type, picture):
         stream(pictures[:1])
 
 
+def test_images_that_are_not_finite_are_counted_without_a_wait(cuda_stream):
+    stream = cuda_stream(cfg_type="none")
+    with torch.no_grad():
+        stream.pipe.transformer.proj_out.bias.fill_(float("nan"))
+    stream.txt2img()
+    with never_waiting():
+        for _ in range(4):
+            stream.txt2img()
+    torch.cuda.synchronize()
+    assert stream.not_finite >= 1
+    stream.txt2img()
+    torch.cuda.synchronize()
+    assert stream.not_finite >= 5, "the number that arrives later holds all that came before"
+
+
 def test_two_thousand_ticks_leave_memory_where_it_was_after_twenty(cuda_stream):
     stream = cuda_stream("instaflow", cfg_type="self")
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""No frame is lost without an error: calls that empty the ring under `frames`, errors of the decoder, calls inside a step."""
+"""No frame is lost silently: calls that empty the ring under `frames`, errors of the decoder, calls inside a step."""
 
 from __future__ import annotations
 
@@ -263,3 +263,27 @@ def test_update_and_decode_image_may_be_called_inside_a_step(stream_of):
     stream.on_step(fn)
     stream.txt2img()
     assert len(seen) == 3 and seen[0].shape == (1, 3, 64, 64)
+
+
+# -- images that are not finite --------------------------------------------------------------------------------------------
+
+
+def test_images_that_are_not_finite_are_said_once_and_counted(made, picture, caplog):
+    stream = made()
+    stream(picture(0))
+    assert stream.not_finite == 0 and not caplog.records
+    bias = stream.pipe.transformer.proj_out.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.fill_(float("nan"))
+    drawn = [stream(picture(k)) for k in range(4)]
+    bad = sum(not torch.isfinite(one).all() for one in drawn)
+    assert bad == stream.not_finite >= 2
+    stream.flush()
+    bad += len(list(stream.frames([picture(0)] * 2)))
+    assert stream.not_finite == bad
+    assert [r.getMessage() for r in caplog.records if "NaN" in r.getMessage()][1:] == []
+    with torch.no_grad():
+        bias.copy_(kept)
+    stream.reset()
+    assert torch.isfinite(stream.txt2img()).all() and stream.not_finite == bad

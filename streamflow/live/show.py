@@ -34,8 +34,9 @@ class Statistics:
     """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
     there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
     dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
-    sink took them. losses: of the source; errors: of the stream. latency: seconds from capture to showing, median and 95th
-    percentile, None before there are any."""
+    sink took them. losses: of the source; errors: of the stream; not_finite: images with NaN or infinite values, of the
+    stream that draws now. latency: seconds from capture to showing, median and 95th percentile, None before there are any.
+    """
 
     seconds: float
     mode: str
@@ -49,6 +50,7 @@ class Statistics:
     dropped_by_sinks: int
     losses: int
     errors: int
+    not_finite: int
     latency_p50: float | None
     latency_p95: float | None
 
@@ -204,7 +206,7 @@ class Live:
             d.mode_name,
             *(p.shown, p.repeated, p.late, p.skipped, d.drawn),
             *(feed.dropped if feed else 0, self._outbox.dropped, self._sinks.dropped),
-            *(feed.losses if feed else 0, d.errors, d.latency(0.5), d.latency(0.95)),
+            *(feed.losses if feed else 0, d.errors, self.stream.not_finite, d.latency(0.5), d.latency(0.95)),
         )
 
     def warm(self, stream: Any) -> Scene:
