@@ -43,6 +43,7 @@ from streamflow.resuming import Resuming
 from streamflow.ring import Done, Group, Loop, Ring, Settings
 from streamflow.schedule import Stages, check_indices
 from streamflow.streaming import Pass, Streaming
+from streamflow.updates import Updates
 from streamflow.wrap import PipeParts, base_view, check_dtype
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class StreamFlow(
         self._ranges, self._finite = RangeChecks(), FiniteCheck()
         self._ticks, self._callers, self._slot = threading.RLock(), threading.Lock(), threading.Lock()  # taken in this order
         self._change: Change | None = None
-        self._updates = 0
+        self._updates, self._asked_for = 0, Updates()
         self._finished: deque[Done] = deque()
         self._next_id = 0
         self._said: set[str] = set()
@@ -331,7 +332,9 @@ class StreamFlow(
                 (of frames that enter from then on), cfg_type, do_add_noise (frames under way finish first), and the
                 pipeline's own arguments by name.
 
-        Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field.
+        Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
+        one is encoded, others wait; of those that set the same fields, only the last is encoded, and its number returned.
+        While another thread draws, updates take at most 15 % of the time, and wait up to a second for that.
 
         Raises:
             RuntimeError: before prepare. TypeError, ValueError: as `prepare`; then nothing has changed.
@@ -346,6 +349,12 @@ class StreamFlow(
         if own.get("t_index_list") is not None:
             own["t_index_list"] = check_indices(own["t_index_list"])
             own.setdefault("strength", None)
+        names = {*own, *changes} | (set() if seed is None else {"seed"})
+        return self._asked_for.apply(names, scope, partial(self._change_to, scope, seed, own, changes))
+
+    @computing
+    def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], changes: dict[str, Any]) -> int:
+        """Make the pending change of these fields; the update's number."""
         with self._callers:
             with self._slot:
                 pending, state = self._change, self._prepared()

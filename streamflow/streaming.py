@@ -19,6 +19,7 @@ from streamflow.frames import Frame, Input, Order, Waiting
 from streamflow.grad_mode import computing
 from streamflow.image_range import Normalized
 from streamflow.ring import Done
+from streamflow.updates import Updates
 
 
 class PassEnded(RuntimeError):
@@ -50,6 +51,7 @@ class Streaming:
     _stepping: int | None = None  # the thread that is in a step
     _ticks: threading.RLock
     _finished: deque[Done]
+    _asked_for: Updates
 
     @contextmanager
     def _step(self) -> Iterator[None]:
@@ -57,6 +59,7 @@ class Streaming:
         with self._ticks:
             self._check_step("a call that draws")
             self._stepping = acting_thread()
+            self._asked_for.drawn()
             try:
                 yield
             finally:

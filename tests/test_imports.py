@@ -41,7 +41,7 @@ ROWS = (
     ),
     ("schedule", "guidance", "rules"),
     (
-        *("noise", "conditioning", "blending", "ring", "frames", "changes", "planner", "inpaint"),
+        *("noise", "conditioning", "blending", "ring", "frames", "changes", "updates", "planner", "inpaint"),
         *("models", "models.codec", "models.probe", "models.rows", "models.base", "models.control"),
         *("models.tiny_vae", "models.classification"),
     ),

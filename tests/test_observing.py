@@ -326,7 +326,7 @@ NOT_OF_A_STATE = {
     "parts of the pipeline": "_plain_codec _vae codec _accelerated _acceleration _blank",
     "held by itself, or follows from what is": "_engine _held_noise _levels_of",
     "of this process": "_constructed _ranges _seen _callers _slot _ticks _timer _said _traces _on_step _graph_safe _closed "
-    "_pass _stepping _finite",
+    "_pass _stepping _finite _asked_for",
 }
 
 

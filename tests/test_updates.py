@@ -1,0 +1,174 @@
+"""Updates from many threads: only the last of those that wait is encoded, none is lost, and ticks go on meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from conftest import PROMPT
+
+from streamflow.updates import SHARE, Updates
+
+WAIT = 20  # seconds after which a thread that should have gone on has not
+
+
+class Held:
+    """Holds a module's calls, once asked to, until they are let go, and counts them."""
+
+    def __init__(self, module):
+        self.calls, self.inside, self.release = 0, threading.Event(), threading.Event()
+        self.holding = False
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.holding:
+            self.inside.set()
+            assert self.release.wait(WAIT)
+
+
+def until(condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def in_thread(function, into):
+    def run():
+        try:
+            into.append(function())
+        except Exception as error:
+            into.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def stream(stream_of):
+    return stream_of("sd3", [1, 2, 3], cfg_type="none")
+
+
+@pytest.fixture
+def held(stream):
+    """The encoder, held by an update to "first" that is under way in a thread of its own."""
+    held = Held(stream.pipe.text_encoder)
+    held.holding = True
+    thread = in_thread(lambda: stream.update(prompt="first"), [])
+    assert held.inside.wait(WAIT)
+    yield held
+    held.release.set()
+    thread.join()
+
+
+def waiting(stream):
+    return len(stream._asked_for._waiting)
+
+
+def test_of_the_updates_that_wait_only_the_last_is_encoded(stream, held):
+    numbers, threads = [], []
+    for k in range(8):
+        threads.append(in_thread(lambda k=k: stream.update(prompt=f"number {k}"), numbers))
+        until(lambda k=k: waiting(stream) == k + 1)
+    held.release.set()
+    for thread in threads:
+        thread.join()
+    stream.txt2img()
+    assert held.calls == 2 and numbers == [2] * 8
+    assert stream._state.request.prompt == "number 7"
+
+
+def test_fields_that_no_later_update_sets_are_kept(stream, held):
+    asked = [{"prompt": "second", "seed": 5}, {"prompt": "third"}, {"delta": 0.5}]
+    threads = []
+    for k, fields in enumerate(asked):
+        threads.append(in_thread(lambda fields=fields: stream.update(**fields), []))
+        until(lambda k=k: waiting(stream) == k + 1)
+    held.release.set()
+    for thread in threads:
+        thread.join()
+    stream.txt2img()
+    assert (stream.seed, stream._state.request.prompt, stream.delta) == (5, "third", 0.5)
+
+
+def test_an_update_is_made_after_all_where_the_one_that_took_its_place_fails(stream, held):
+    good, bad = [], []
+    one = in_thread(lambda: stream.update(prompt="good"), good)
+    until(lambda: waiting(stream) == 1)
+    two = in_thread(lambda: stream.update(prompt="bad", num_inference_steps=-1), bad)
+    until(lambda: waiting(stream) == 2)
+    held.release.set()
+    one.join()
+    two.join()
+    stream.txt2img()
+    assert isinstance(bad[0], ValueError) and good == [2] and stream._state.request.prompt == "good"
+
+
+def test_ticks_go_on_while_a_prompt_is_encoded(stream, held):
+    for _ in range(5):
+        stream.txt2img()
+    assert stream._state.request.prompt == PROMPT
+    held.release.set()
+    until(lambda: stream._change is not None)
+    stream.txt2img()
+    assert stream._state.request.prompt == "first"
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
+    clock = Clock()
+    updates = Updates(clock)
+
+    def takes(seconds):
+        clock.now += seconds
+        return 1
+
+    def left():
+        from streamflow.updates import _Ticket
+
+        ticket = _Ticket(frozenset(), None)
+        updates._waiting.append(ticket)
+        try:
+            return updates._left(ticket)
+        finally:
+            updates._waiting.remove(ticket)
+
+    updates.apply({"prompt"}, None, lambda: takes(0.03))
+    assert left() == 0, "nobody draws"
+    updates.drawn()
+    assert left() == 0, "this thread draws, and would wait for itself"
+    threading.Thread(target=updates.drawn).start()
+    until(lambda: updates._drawn_by != threading.get_ident())
+    pause = 0.03 * (1 / SHARE - 1)
+    assert left() == pytest.approx(pause)
+    clock.now += pause
+    updates.apply({"prompt"}, None, lambda: takes(60.0))
+    threading.Thread(target=updates.drawn).start()
+    until(lambda: updates._drawn_at == clock.now)
+    assert left() == 1.0, "a second at most"
+    clock.now += 5
+    assert left() == 0, "nobody draws any more"
+
+
+def test_many_threads_lose_no_field_and_end(stream):
+    names, ended = ("seed", "delta", "guidance_scale"), []
+
+    def many(k):
+        for n in range(20):
+            stream.update(**{names[k % 3]: n + k})
+
+    threads = [in_thread(lambda k=k: many(k), ended) for k in range(6)]
+    while any(thread.is_alive() for thread in threads):
+        stream.txt2img()
+    stream.txt2img()
+    assert ended == [None] * 6 and stream.seed in (19, 22) and stream.delta in (20, 23)
