@@ -6,9 +6,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-SHARE = 0.15  # of the time that updates by other threads may take while frames are drawn
+from streamflow._threads import acting_thread
+
+SHARE = 0.1  # of the time that updates by other threads may take while frames are drawn
 LONGEST = 1.0  # seconds that one waits for that at most
 DRAWING = 1.0  # seconds since the last tick within which frames count as being drawn
 
@@ -22,6 +24,8 @@ class _Ticket:
     replaced_by: _Ticket | None = None
     over: bool = False
     number: int | None = None
+    thread: int = field(default_factory=acting_thread)
+    wake: threading.Event = field(default_factory=threading.Event)
 
 
 class Updates:
@@ -33,7 +37,7 @@ class Updates:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._changed = threading.Condition()
+        self._guard = threading.Lock()
         self._waiting: list[_Ticket] = []
         self._busy = False
         self._free_at = self._drawn_at = float("-inf")
@@ -41,58 +45,79 @@ class Updates:
 
     def drawn(self) -> None:
         """This thread draws. To be called at every tick; takes no lock."""
-        self._drawn_by, self._drawn_at = threading.get_ident(), self._clock()
+        self._drawn_by, self._drawn_at = acting_thread(), self._clock()
 
     def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int]) -> int:
         """Call `make`, which sets these fields and gives the update's number; give that number, or the one of the later
         update that took its place. What `make` raises is raised, and an update whose place it took is made after all."""
         mine = _Ticket(frozenset(names), scope)
-        if (taken_by := self._turn(mine)) is not None:
-            return taken_by
-        began = self._clock()
         try:
-            mine.number = make()
-            return mine.number
-        finally:
-            with self._changed:
+            if not self._turn(mine):
+                return mine.replaced_by.number
+            began = self._clock()
+            try:
+                mine.number = make()
+                return mine.number
+            finally:
                 now = self._clock()
-                mine.over, self._busy = True, False
                 self._free_at = now + min(LONGEST, (now - began) * (1 / SHARE - 1))
-                self._changed.notify_all()
+                self._busy = False
+        finally:
+            self._end(mine)
 
-    def _turn(self, mine: _Ticket) -> int | None:
-        """Wait until it is this one's turn: None; or the number of the update that took its place."""
-        with self._changed:
+    def _turn(self, mine: _Ticket) -> bool:
+        """Wait until it is this one's turn; False where a later update took its place."""
+        with self._guard:
             for one in self._waiting:
                 if one.scope == mine.scope and one.names <= mine.names:
                     one.replaced_by = mine
             self._waiting.append(mine)
-            self._changed.notify_all()
-            try:
-                while (left := self._left(mine)) != 0:
-                    if mine.replaced_by is None or not mine.replaced_by.over:
-                        self._changed.wait(left)
-                    elif mine.replaced_by.number is not None:
-                        return mine.replaced_by.number
-                    else:
-                        mine.replaced_by = None  # that one failed
-                self._busy = True
-            except BaseException:  # an interrupt: whoever waits for this one goes on
-                mine.over = True
-                raise
-            finally:
-                self._waiting.remove(mine)
-                self._changed.notify_all()
-        return None
+            self._wake_next()
+        while True:
+            with self._guard:
+                if mine.replaced_by is not None and mine.replaced_by.over:
+                    if mine.replaced_by.number is not None:
+                        return False
+                    mine.replaced_by = None  # that one failed
+                left = self._left(mine)
+                if left == 0:
+                    self._busy = True
+                    self._waiting.remove(mine)
+                    return True
+                mine.wake.clear()
+            mine.wake.wait(left)
 
     def _left(self, mine: _Ticket) -> float | None:
-        """Seconds until it is this one's turn; None while that is not known."""
+        """Seconds until it is this one's turn; None where it is to be woken."""
         if mine.replaced_by is not None or self._busy:
             return None
-        if self._drawn_by == threading.get_ident():  # what it waits for would wait for it
+        if mine.thread == self._drawn_by:  # what it waits for would wait for it
             return 0
-        if mine is not next(one for one in self._waiting if one.replaced_by is None):
+        if mine is not self._first():
             return None
         now = self._clock()
         drawing = now - self._drawn_at < DRAWING
         return max(0.0, self._free_at - now) if drawing else 0
+
+    def _first(self) -> _Ticket | None:
+        return next((one for one in self._waiting if one.replaced_by is None), None)
+
+    def _wake_next(self) -> None:
+        """Wake those whose turn may have come."""
+        first = self._first()
+        for one in self._waiting:
+            if one is first or one.thread == self._drawn_by:
+                one.wake.set()
+
+    def _end(self, mine: _Ticket) -> None:
+        """This one is made, or left out, or has failed: whoever waits for that goes on."""
+        with self._guard:
+            mine.over = True
+            if mine.replaced_by is not None:
+                mine.number = mine.replaced_by.number
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+            for one in self._waiting:
+                if one.replaced_by is mine:
+                    one.wake.set()
+            self._wake_next()

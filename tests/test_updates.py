@@ -160,6 +160,25 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
     assert left() == 0, "nobody draws any more"
 
 
+def test_the_thread_that_draws_waits_for_the_update_under_way_and_for_no_pause():
+    """Its update goes before those that wait for a pause, which is far longer than this test."""
+    updates, release, order = Updates(), threading.Event(), []
+    updates.drawn()
+    one = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), order)
+    until(lambda: updates._busy)
+    two = in_thread(lambda: updates.apply({"b"}, None, lambda: 2), order)
+    until(lambda: len(updates._waiting) == 1)
+    updates.drawn()
+    time.sleep(0.2)
+    threading.Timer(0.05, release.set).start()
+    order.append(updates.apply({"c"}, None, lambda: 3))
+    assert order == [1, 3] or order == [3, 1]
+    updates._drawn_at = float("-inf")
+    one.join()
+    two.join()
+    assert order[2:] == [2]
+
+
 def test_many_threads_lose_no_field_and_end(stream):
     names, ended = ("seed", "delta", "guidance_scale"), []
 
