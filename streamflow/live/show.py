@@ -35,8 +35,8 @@ class Statistics:
     """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
     there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
     dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
-    sink took them, or while a sink had failed. losses: of the source; errors: of the stream. latency: seconds from capture to
-    showing, median and 95th percentile, None before there are any."""
+    sink took them, or while a sink had failed. losses: of the source; errors: of the stream. latency: seconds from capture
+    to showing, median and 95th percentile, None before there are any."""
 
     seconds: float
     mode: str
