@@ -88,7 +88,7 @@ class MjpegSink(Sink):
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
+    daemon_threads, block_on_close, request_queue_size = True, False, HALF_OPEN
 
     def __init__(self, address: tuple[str, int], viewers: int, allows: Any) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
