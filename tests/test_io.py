@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -231,6 +232,19 @@ def test_a_cut_video_ends_where_it_is_cut(tmp_path, suffix, share, caplog):
     times = [looped.read().pts for _ in range(40)]
     assert times == sorted(times)
     looped.close()
+
+
+def test_a_recording_cut_anywhere_plays_up_to_there(tmp_path):
+    """Also within the head of a fragment, where FFmpeg refuses to read the index."""
+    pytest.importorskip("av", reason="pip install av")
+    data = record(tmp_path / "a.mp4", 40).read_bytes()
+    heads = [found.start() for found in re.finditer(b"moof", data)]
+    assert len(heads) > 3
+    found = []
+    for at in (place + offset for place in heads[1:] for offset in (8, 30, 38, 60, 94)):
+        (tmp_path / "left.mp4").write_bytes(data[:at])
+        found.append(len(all_of(open_source(f"file:{tmp_path / 'left.mp4'}"))))
+    assert found == sorted(found) and found[0] > 0 and found[-1] >= 30
 
 
 def test_a_video_with_damage_goes_on_after_it(tmp_path, caplog):

@@ -46,15 +46,16 @@ class FileSource(Source):
         self._offset = self._end = 0.0
         try:
             with losing(str(self.path)):
-                self._container = av.open(str(self.path))
+                self._container = _container(av, self.path)
         except SourceLost as error:
-            if isinstance(error.__cause__, EOFError) and self.path.stat().st_size:  # a recording without its first image
+            cause = error.__cause__
+            if isinstance(cause, EOFError) and self.path.stat().st_size:  # a recording that was cut before its first image
                 self.rate, self.count, self.audio, self._frames = Fraction(30), 0, None, iter(())
-                self._say_damaged(error.__cause__)
+                self._say_damaged(cause)
                 return
-            if isinstance(error.__cause__, OSError):
+            if isinstance(cause, OSError) or not isinstance(cause, av.error.FFmpegError):
                 raise
-            raise InvalidSource(f"{self.path} cannot be read as a video: {error.__cause__}") from error
+            raise InvalidSource(f"{self.path} cannot be read as a video: {cause}") from error
         if not self._container.streams.video:
             self.close()
             raise InvalidSource(f"{self.path} has no video in it")
@@ -118,6 +119,14 @@ class FileSource(Source):
         pts = self._offset + max(seconds - self._first, 0.0)
         self._end = pts + period
         return Picture(upright(frame), time.monotonic(), pts)
+
+
+def _container(av: Any, path: Path) -> Any:
+    """The opened file. A recording that was cut within the head of a fragment can be opened only without its index."""
+    try:
+        return av.open(str(path))
+    except (av.error.InvalidDataError, av.error.EOFError):
+        return av.open(str(path), options={"fflags": "+ignidx"})
 
 
 def upright(frame: Any) -> np.ndarray:

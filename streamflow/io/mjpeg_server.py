@@ -126,8 +126,13 @@ class _Server(ThreadingHTTPServer):
             _end(oldest)
         super().process_request(request, client_address)
 
+    def shutdown_request(self, request: socket.socket) -> None:
+        """End the connection."""
+        self.complete(request)
+        super().shutdown_request(request)
+
     def complete(self, request: socket.socket) -> None:
-        """The request has been read, or its connection has ended."""
+        """The request has been read, or its connection ends."""
         with self._changed:
             self._half_open.pop(request, None)
 
@@ -148,10 +153,6 @@ class _Viewer(BaseHTTPRequestHandler):
         super().setup()
         reader = DeadlineReader(self.connection, self.rfile.detach(), HEAD_SECONDS, HEAD_SIZE)
         self.rfile = io.BufferedReader(reader)
-
-    def finish(self) -> None:
-        self.server.complete(self.connection)
-        super().finish()
 
     def do_GET(self) -> None:
         self.server.complete(self.connection)

@@ -98,11 +98,12 @@ class Output:
         self._silent = self._writing.waiting > SILENCE
 
     def lose(self) -> None:
-        """Let go of the thread that an error has ended, and wait longer before each attempt."""
+        """Let go of the thread that an error has ended, and wait longer before each attempt. `failures` counts those between
+        which no picture was taken."""
         writing, self._writing = self._writing, None
         writing.close()
         self._dropped += self._given - writing.count + 1
-        self.failures += 1
+        self.failures = 1 if writing.count else self.failures + 1
         self._backoff.failed()
 
     def close(self) -> None:
