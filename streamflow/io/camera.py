@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Source, SourceLost, losing, need
+from streamflow.io.picture import Picture, Source, SourceLost, as_source_lost, need
 
 
 class CameraSource(Source):
@@ -27,7 +27,7 @@ class CameraSource(Source):
     def open(self) -> None:
         cv2 = need("cv2", "opencv-python-headless")
         self.close()
-        with losing(f"camera {self.device!r}"):
+        with as_source_lost(f"camera {self.device!r}"):
             self._capture = self._opened(cv2)
 
     def _opened(self, cv2: Any) -> Any:
@@ -49,7 +49,7 @@ class CameraSource(Source):
     def read(self) -> Picture:
         if self._capture is None:
             raise RuntimeError(f"camera {self.device!r} is not open: call open() first")
-        with losing(f"camera {self.device!r}"):
+        with as_source_lost(f"camera {self.device!r}"):
             found, pixels = self._capture.read()
         if not found:
             raise SourceLost(f"camera {self.device!r} gives no more pictures: was it unplugged?")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import InvalidSource, Picture, Source, SourceLost, losing, need
+from streamflow.io.picture import InvalidSource, Picture, Source, SourceLost, as_source_lost, need
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class FileSource(Source):
         self._damaged = False
         self._offset = self._end = 0.0
         try:
-            with losing(str(self.path)):
+            with as_source_lost(str(self.path)):
                 self._container = _container(av, self.path)
         except SourceLost as error:
             cause = error.__cause__
@@ -68,7 +68,7 @@ class FileSource(Source):
     def read(self) -> Picture | None:
         if self._frames is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
-        with losing(f"{self.path} was lost"):
+        with as_source_lost(f"{self.path} was lost"):
             frame = next(self._frames, None)
             if frame is None and self.loop and self._end > self._offset:
                 self._offset = self._end

@@ -13,7 +13,7 @@ import numpy as np
 
 from streamflow.image_utils import as_rgb, open_image
 from streamflow.io.deadline import DeadlineReader
-from streamflow.io.picture import Picture, Source, SourceLost, losing
+from streamflow.io.picture import Picture, Source, SourceLost, as_source_lost
 
 LARGEST = 16 * 2**20  # bytes of one JPEG
 HEAD = 2**17  # bytes of what comes before it
@@ -38,7 +38,7 @@ class MjpegSource(Source):
 
     def open(self) -> None:
         self.close()
-        with losing(f"{self.url} does not answer"):
+        with as_source_lost(f"{self.url} does not answer"):
             self._answer = _opener().open(self.url, timeout=self.timeout)
         kind, coding = self._answer.headers.get_content_type(), self._answer.headers.get("Content-Encoding", "identity")
         if not kind.startswith("multipart/") or coding.lower() != "identity":
@@ -48,7 +48,7 @@ class MjpegSource(Source):
     def read(self) -> Picture:
         if self._answer is None:
             raise RuntimeError(f"{self.url} is not open: call open() first")
-        with losing(f"{self.url} was lost"):
+        with as_source_lost(f"{self.url} was lost"):
             self._answer.reader.restart(self.timeout, LARGEST + HEAD)
             image = open_image(self._part(), formats=("JPEG",), max_pixels=MOST_PIXELS)
             return Picture(np.array(as_rgb(image)), time.monotonic())

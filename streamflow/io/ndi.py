@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate, losing, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, check_rate, need, rgba
 
 
 class NdiSource(Source):
@@ -28,7 +28,7 @@ class NdiSource(Source):
         settings, video = need("cyndilib.wrapper.ndi_recv", "cyndilib"), need("cyndilib.video_frame", "cyndilib")
         self.close()
         try:
-            with losing(f"NDI {self.name!r}"):
+            with as_source_lost(f"NDI {self.name!r}"):
                 self._finder = finder_module.Finder()
                 self._finder.open()
                 found = self._find()
@@ -50,7 +50,7 @@ class NdiSource(Source):
             raise RuntimeError("the NDI source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            with losing(f"NDI {self.name!r}"):
+            with as_source_lost(f"NDI {self.name!r}"):
                 if self._receiver.receive(self._kind.recv_video, 100) & self._kind.recv_video:
                     return self._picture()
         raise SourceLost(f"NDI {self.name!r} has sent nothing for {self.timeout:g} s")

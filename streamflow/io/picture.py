@@ -84,7 +84,7 @@ class Sink(Protocol):
 
 
 @contextmanager
-def losing(what: str) -> Iterator[None]:
+def as_source_lost(what: str) -> Iterator[None]:
     """Raise SourceLost for every error that a library raises in the block. FileNotFoundError, ImportError and InvalidSource
     stay what they are. what: the source, for the message."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import InvalidSource, Picture, Source, check_rate, losing, need
+from streamflow.io.picture import InvalidSource, Picture, Source, as_source_lost, check_rate, need
 
 
 class ScreenSource(Source):
@@ -25,7 +25,7 @@ class ScreenSource(Source):
     def open(self) -> None:
         mss = need("mss", "mss")
         self.close()
-        with losing("no screen can be read"):
+        with as_source_lost("no screen can be read"):
             self._screen = mss.MSS()
             monitors = self._screen.monitors
         if not 0 <= self.monitor < len(monitors):
@@ -43,7 +43,7 @@ class ScreenSource(Source):
         time.sleep(max(0.0, self._due - time.monotonic()))
         now = time.monotonic()
         self._due = max(self._due + 1 / self.rate, now)
-        with losing(f"screen {self.monitor}"):
+        with as_source_lost(f"screen {self.monitor}"):
             shot = self._screen.grab(self._area)
             pixels = np.frombuffer(shot.raw, dtype=np.uint8).reshape(shot.height, shot.width, 4)
         return Picture(np.ascontiguousarray(pixels[..., 2::-1]), now)

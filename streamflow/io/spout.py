@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, losing, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
 
 GL_RGBA = 0x1908
 
@@ -46,7 +46,7 @@ class SpoutSource(Source):
             raise RuntimeError("the Spout source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            with losing(f"Spout {self.name!r}"):
+            with as_source_lost(f"Spout {self.name!r}"):
                 received = self._receiver.receiveImage(self._pixels, GL_RGBA, False, 0)
                 if self._receiver.isUpdated():
                     size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()

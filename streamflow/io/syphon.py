@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, losing, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
 
 PACKAGE = "syphon-python"
 BGRA8 = 80  # MTLPixelFormatBGRA8Unorm
@@ -35,7 +35,7 @@ class SyphonSource(Source):
         library = _library()
         self.close()
         end = time.monotonic() + self.timeout
-        with losing(f"Syphon {self.name!r}"):
+        with as_source_lost(f"Syphon {self.name!r}"):
             directory = library.SyphonServerDirectory()
             while time.monotonic() < end:
                 found = [server for server in directory.servers if not self.name or server.name == self.name]
@@ -50,7 +50,7 @@ class SyphonSource(Source):
             raise RuntimeError("the Syphon source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            with losing(f"Syphon {self.name!r}"):
+            with as_source_lost(f"Syphon {self.name!r}"):
                 if not self._client.is_valid:
                     break
                 if self._client.has_new_frame:

@@ -77,10 +77,10 @@ class Feed:
             return None
         self.ended = picture is None
         if picture is not None:
-            self._well()
+            self._notice_return()
         return picture
 
-    def _well(self) -> None:
+    def _notice_return(self) -> None:
         self._silent = False
         if self._lost_at is not None:
             logger.info("the source is back after %.1f s", time.monotonic() - self._lost_at)

@@ -75,7 +75,7 @@ class Output:
         return self._dropped + (self._writing.dropped if self._writing else 0)
 
     @property
-    def well(self) -> bool:
+    def works(self) -> bool:
         """Whether it has taken a picture since it failed, or has not failed."""
         return not self.failures or (self._writing is not None and self._writing.count > 0)
 
@@ -88,7 +88,7 @@ class Output:
             self._writing, self._given = Writing(self.sink), 0
         self._writing.write(picture)
         self._given += 1
-        if self.failures and self.well:
+        if self.failures and self.works:
             logger.info("%s is back", type(self.sink).__name__)
             self.failures = 0
             self._backoff.well()
@@ -190,7 +190,7 @@ class Sinks:
         """Write what is queued and close all; the first error is raised, after the others are closed."""
         found = self._left_out
         for one in list(self._outputs):
-            held = self._hold and not one.well
+            held = self._hold and not one.works
             try:
                 one.close()
             except SinkLost as error:
