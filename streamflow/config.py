@@ -5,8 +5,6 @@ key's path. Knows names, types and ranges; whether a model can draw a size, it s
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from streamflow._files import read_text, read_yaml, replacing
 from streamflow.control.settings import Control
 from streamflow.live.settings import LiveSettings
 from streamflow.section import Section
@@ -125,26 +124,22 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
 
 
 def load(path: str | Path) -> Settings:
-    """Settings of a YAML file. FileNotFoundError; ConfigError names the file and every mistake in it."""
+    """Settings of a YAML file. FileNotFoundError; ConfigError names the file and every mistake in it. Aliases, keys that are
+    given twice and files of more than 1 MiB are mistakes too."""
     try:
-        return parse(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        data = read_yaml(read_text(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    try:
+        return parse(data)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{textwrap.indent(str(error), '  ')}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: no UTF-8, 2001-99-99, an endless number
-        raise ConfigError(f"{path} is no YAML: {error}") from None
 
 
 def save(settings: Settings, path: str | Path) -> None:
     """Write a commented YAML file, whole or not at all."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(commented(settings))
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(Path(path)) as file:
+        file.write(commented(settings).encode())
 
 
 def commented(section: Section, indent: str = "") -> str:

@@ -44,8 +44,10 @@ class Performing:
         mode: "fed" (the ring, one tick an input), "free" (the ring, always ticking on the newest input), "sequential" (one
             input to its end); "auto" measures all three on the first picture, for 2 s, and takes the one of the lowest
             latency among those that hold the rate. Measured again when size or number of stages change.
-        on_error: "hold" keeps the last good picture when the source is lost or the stream raises, says so once, and goes on
-            after pauses of 0.25 s that double up to 5 s; "raise" ends, and `wait()` raises.
+        on_error: "hold" keeps the last good picture when the source, a sink or the stream raises, says so once, and goes on
+            after pauses of 0.25 s that double up to 5 s, in which source or sink are opened again; a recording goes on in a
+            new file. What that cannot mend ends it: a missing file or package, no sink left that works. "raise" ends at any
+            error. `wait()` and `stop()` raise what ended it, and what raised while it was closed.
         controls: what `streamflow.control.open_control` gives: OSC, MIDI, keys.
 
         Raises:

@@ -4,17 +4,15 @@ The project's own files are `streamflow.config`'s; this one reads what people al
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from streamflow._files import read_json, read_text, read_yaml
 from streamflow.wrapper import DTYPES, NOT_HERE, StreamFlowWrapper
 
-READERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_json}
 _FIRST = "self", "model_id_or_path"
 ARGUMENTS = {
     name
@@ -38,8 +36,8 @@ def load_config(config_path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path.name} is of no kind that is read: choose one of {', '.join(READERS)}")
     try:
-        config = READERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        config = READERS[path.suffix.lower()](read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
     check_config(config)
     return config

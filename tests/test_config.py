@@ -1,11 +1,18 @@
 """Settings: frozen, typed, and told what is wrong all at once; what is written is read again as it was."""
 
+import re
+import time
+from itertools import pairwise
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from streamflow import config
+from streamflow._files import replacing
+from streamflow.commands import options
 from streamflow.config import Acceleration, ConfigError, Settings, SimilarImages
+from streamflow.wrapper_config import load_config
 
 SETTINGS = [
     Settings(),
@@ -100,3 +107,85 @@ def test_what_is_no_yaml_is_named(tmp_path):
 def test_settings_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         Settings().seed = 3
+
+
+LAUGHS = "a: &a [ha, ha]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnop"))
+REFUSED = {
+    "billion laughs": (LAUGHS, "an alias"),
+    "one alias": ("prompt: &x a fox\nnegative_prompt: *x\n", "an alias"),
+    "an alias of itself": ("acceleration: &x {options: *x}\n", "an alias"),
+    "a merge": ("live: {<<: {target_fps: 3}}\n", "merge key"),
+    "a key twice": ("seed: 1\nprompt: a\nseed: 2\n", "the key 'seed' is given more than once"),
+    "a key twice below": ("live: {mode: fed, mode: free}\n", "the key 'mode' is given more than once"),
+    "a number twice": ("loras: {1: 0.5, '1': 0.6}\n", "the key '1' is given more than once"),
+    "33 lists": ("prompt: " + "[" * 32 + "]" * 32, "more than 32 levels"),
+    "lists without end": ("prompt: " + "[" * 100_000, "more than 32 levels"),
+    "mappings without end": ("".join(" " * k + "a:\n" for k in range(500)), "more than 32 levels"),
+    "a huge integer": ("seed: " + "9" * 100_000, "more than 64 characters"),
+    "a huge integer in base 16": ("seed: 0x" + "f" * 100_000, "more than 64 characters"),
+    "a huge integer in base 60": ("seed: 1" + ":1" * 100_000, "more than 64 characters"),
+    "a huge float": ("delta: " + "9" * 100_000 + ".5", "more than 64 characters"),
+    "a huge file": ("prompt: " + "a" * 2**20, "more than 1,048,576 bytes"),
+    "an object of Python": ("prompt: !!python/object/apply:os.getcwd []", "python/object"),
+    "a mapping as a key": ("? {a: 1}\n: 2\n", "unhashable"),
+    "no UTF-8": (b"prompt: \xff", "utf-8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_would_grow_or_loses_something_is_refused(name, tmp_path):
+    text, says = REFUSED[name]
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=f"a.yaml is no YAML: (.|\n)*{re.escape(says)}"):
+        config.load(path)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        load_config(path)
+    assert time.process_time() - began < 20
+
+
+def test_what_is_within_the_limits_is_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "\ufeffcontrol: {keys: {1: pause, =: freeze}}\nacceleration: {options: " + "{a: " * 20 + "1" + "}" * 20 + "}"
+    )
+    read = config.load(path)
+    assert read.control.keys == {"1": "pause", "=": "freeze"} and "a" in read.acceleration.options
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"model_id": "a", "seed": 1, "seed": 2}', "the key 'seed' is given more than once"),
+        ('{"model_id": "a", "seed": ' + "9" * 5000 + "}", "digits"),
+        ('{"model_id": ', "Expecting value"),
+        (" " * 2**20 + "{}", "more than 1,048,576 bytes"),
+    ],
+)
+def test_json_has_the_same_limits(text, says, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json cannot be read: .*{says}"):
+        load_config(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("value", ["[" * 10_000, "&x [*x]", "1" + ":1" * 10_000, "2001-99-99"])
+def test_a_flag_has_the_same_limits(value, capsys):
+    parser = options.parser("image", "", "")
+    with pytest.raises(SystemExit) as caught:
+        options.settings(parser, parser.parse_args(["--t-index-list", value]))
+    assert caught.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(KeyError), replacing(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "before" and [one.name for one in tmp_path.iterdir()] == ["a"]
+    with replacing(path) as file:
+        file.write(b"whole")
+        assert path.read_text() == "before"
+    assert path.read_text() == "whole" and [one.name for one in tmp_path.iterdir()] == ["a"]

@@ -191,6 +191,16 @@ def test_the_next_address_that_moves_is_learned():
     assert Learner("prompt").hear("osc:/said", "a fox") == Mapping(address="osc:/said", field="prompt")
 
 
+def test_learning_keeps_a_thousand_addresses_and_hears_what_comes_after_them():
+    learner = Learner("delta")
+    for k in range(5000):
+        assert learner.hear(f"osc:/{k}", 0) is None
+    assert len(learner._heard) == 1000
+    assert learner.hear("osc:/" + "a" * 300, 0) is learner.hear("osc:/" + "a" * 300, 1) is None
+    assert learner.hear("osc:/0", 1) is None  # forgotten
+    assert learner.hear("osc:/4999", 1).address == "osc:/4999"
+
+
 def test_learning_ends_where_nothing_moves():
     learner = Learner("delta")
     with pytest.raises(TimeoutError, match="delta within 0.01 s"):

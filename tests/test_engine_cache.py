@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import clear_engines, engines, fingerprint, list_engines
 from streamflow.acceleration.tensorrt.build import Target
-from streamflow.acceleration.tensorrt.cache import DamagedEngine, entry_for, get_or_build
+from streamflow.acceleration.tensorrt.cache import DamagedEngine, entry_for, get_or_build, own_folder
 from streamflow.acceleration.tensorrt.options import Options
 from streamflow.acceleration.tensorrt.profile import profile_of
 
@@ -213,6 +214,82 @@ def test_of_two_processes_that_want_one_engine_one_builds(entry, tmp_path):
         pids.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
     assert log.read_text() == "built\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_nothing_is_written_through_a_link(entry, tmp_path):
+    """Neither under temporary names that could be guessed, nor under the engine's own."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    entry.directory.mkdir(mode=0o700)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/kept").touch()
+    entry.scratch.symlink_to(tmp_path / "folder")
+
+    def build(scratch):
+        (scratch / "model.onnx").write_bytes(b"x")
+        for kind in (".engine", ".json"):
+            for name in (f".{entry.stem}.{os.getpid()}{kind}.tmp", f".{entry.stem}{kind}.tmp", f"{entry.stem}{kind}"):
+                (entry.directory / name).symlink_to(victim)
+        return ENGINE
+
+    assert get_or_build(entry, FACTS, build) == ENGINE == entry.read()
+    assert victim.read_text() == "precious" and not entry.engine.is_symlink() and not entry.record.is_symlink()
+    assert [one.name for one in (tmp_path / "folder").iterdir()] == ["kept"]
+    assert leftovers(entry.directory) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+class TestFolders:
+    def test_a_new_one_is_the_user_s_alone_whatever_the_umask(self, entry):
+        before = os.umask(0o002)
+        try:
+            get_or_build(entry, FACTS, Counting())
+        finally:
+            os.umask(before)
+        assert entry.directory.stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, 0o1777])
+    def test_one_that_others_can_write_to_is_refused_and_not_read(self, entry, mode):
+        get_or_build(entry, FACTS, Counting())
+        entry.directory.chmod(mode)
+        with pytest.raises(PermissionError, match=rf"other users can write .*mode {mode:o}.*chmod go-w"):
+            get_or_build(entry, FACTS, Counting())
+        entry.directory.chmod(0o755)
+        assert get_or_build(entry, FACTS, Counting()) == ENGINE
+
+    def test_one_behind_a_link_is_judged_itself(self, entry, tmp_path):
+        open_to_all = tmp_path / "open"
+        open_to_all.mkdir()
+        open_to_all.chmod(0o777)
+        entry.directory.symlink_to(open_to_all)
+        with pytest.raises(PermissionError, match="chmod go-w"):
+            get_or_build(entry, FACTS, Counting())
+
+    @pytest.mark.parametrize(
+        ("owner", "user", "allowed"), [(0, 1000, True), (1000, 1000, True), (1001, 1000, False), (5, 0, False)]
+    )
+    def test_one_of_another_user_is_refused_unless_that_is_root(self, entry, owner, user, allowed, monkeypatch):
+        real = Path.stat
+        entry.directory.mkdir(mode=0o700)
+
+        def stat(self, **options):
+            found = list(real(self, **options))
+            found[4] = owner
+            return os.stat_result(found)
+
+        monkeypatch.setattr(Path, "stat", stat)
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        with nullcontext() if allowed else pytest.raises(PermissionError, match=f"belongs to user {owner}.*chown {user}"):
+            own_folder(entry.directory)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" + '"a":' * 3, "[]", "1", '{"format": 1}', '{"format": 1, "key": []}'])
+def test_a_record_that_is_none_is_a_damaged_engine(entry, text):
+    get_or_build(entry, FACTS, Counting())
+    entry.record.write_text(text)
+    with pytest.raises(DamagedEngine):
+        entry.read()
 
 
 # -- list and clear -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ ROOT = Path(streamflow.__file__).parent
 ROWS = (
     (
         "_version",
+        "_files",
         "_threads",
         "requirements_check",
         "command_line",

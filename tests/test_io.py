@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext, suppress
+from itertools import chain
 
 import numpy as np
 import PIL.Image
@@ -196,6 +202,103 @@ def test_a_recording_killed_under_way_plays(tmp_path, suffix):
     assert 30 <= len(all_of(open_source(path))) <= 40
 
 
+def cut(path, share):
+    """The file's first part."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def ordinary(path, count=30):
+    """A video whose index stands at its beginning, as on the web."""
+    av = pytest.importorskip("av", reason="pip install av")
+    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as output:
+        video = output.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for k in range(count):
+            noise = np.random.default_rng(k).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            output.mux(video.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        output.mux(video.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("share", [0.3, 0.62, 0.9])
+def test_a_cut_video_ends_where_it_is_cut(tmp_path, suffix, share, caplog):
+    path = cut(ordinary(tmp_path / f"a.{suffix}"), share)
+    assert 30 * share - 4 <= len(all_of(open_source(str(path)))) < 30
+    assert sum("damaged or cut" in one.getMessage() for one in caplog.records) <= 1
+    looped = open_source(str(path), loop=True)
+    looped.open()
+    times = [looped.read().pts for _ in range(40)]
+    assert times == sorted(times)
+    looped.close()
+
+
+def test_a_recording_cut_anywhere_plays_up_to_there(tmp_path):
+    """Also within the head of a fragment, where FFmpeg refuses to read the index."""
+    pytest.importorskip("av", reason="pip install av")
+    data = record(tmp_path / "a.mp4", 40).read_bytes()
+    heads = [found.start() for found in re.finditer(b"moof", data)]
+    assert len(heads) > 3
+    found = []
+    for at in (place + offset for place in heads[1:] for offset in (8, 30, 38, 60, 94)):
+        (tmp_path / "left.mp4").write_bytes(data[:at])
+        found.append(len(all_of(open_source(f"file:{tmp_path / 'left.mp4'}"))))
+    assert found == sorted(found) and found[0] > 0 and found[-1] >= 30
+
+
+def test_a_video_with_damage_goes_on_after_it(tmp_path, caplog):
+    path = ordinary(tmp_path / "a.mp4")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(i * 7 % 256 for i in range(3000))
+    path.write_bytes(data)
+    assert 20 < len(all_of(open_source(str(path)))) < 30
+    assert sum("damaged or cut" in one.getMessage() for one in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("suffix", "lacking"), [("mp4", 6), ("mkv", 1)])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_a_recording_lacks_only_its_last_pictures_while_it_is_written(tmp_path, suffix, lacking, count):
+    """What is on the disk then is what a killed process leaves: of an .mkv all but one picture, of an .mp4 half a second."""
+    pytest.importorskip("av", reason="pip install av")
+    sink = open_sink(f"file:{tmp_path / f'a.{suffix}'}", rate=10)
+    sink.open()
+    for k in range(count):
+        sink.write(picture(k))
+    left = tmp_path / f"left.{suffix}"
+    left.write_bytes((tmp_path / f"a.{suffix}").read_bytes())
+    sink.close()
+    assert count - lacking <= len(all_of(open_source(str(left)))) < count
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is of POSIX")
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_recorder_on_a_full_disk_raises_and_goes_on_in_a_new_file(tmp_path, suffix):
+    pytest.importorskip("av", reason="pip install av")
+    import resource
+
+    rng, files = np.random.default_rng(0), []
+    pictures = [Picture(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8), k / 10) for k in range(30)]
+    sink = open_sink(f"file:{tmp_path / f'a.{suffix}'}", rate=10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (20_000, 10_000, None):
+        try:
+            if most is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            sink.open()
+            with nullcontext() if most is None else pytest.raises(OSError, match="too large"):
+                for one in pictures:
+                    sink.write(one)
+            with suppress(OSError):
+                sink.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        files.append(sink.path)
+    assert [path.name for path in files] == [f"a.{suffix}", f"a.2.{suffix}", f"a.3.{suffix}"]
+    counts = [len(all_of(open_source(str(path)))) for path in files]
+    assert counts[0] > counts[1] > 0 and counts[2] == 30
+
+
 # -- folders --------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +325,80 @@ def test_pictures_are_sorted_by_number_and_turned_by_exif(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no picture"):
         open_source(f"folder:{tmp_path / 'empty'}").open()
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40), "cut", "folder", "gone"], ids=str)
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_file_that_cannot_be_read_is_left_out_and_named_once(tmp_path, broken, loop, caplog):
+    for k in range(3):
+        PIL.Image.fromarray(picture(k).pixels).save(tmp_path / f"{k}.png")
+    bad = tmp_path / "1.png"
+    source = open_source(f"folder:{tmp_path}", rate=10, loop=loop)
+    if broken == "cut":
+        cut(bad, 0.5)
+    elif broken == "folder":
+        bad.unlink()
+        bad.mkdir()
+    elif isinstance(broken, bytes):
+        bad.write_bytes(broken)
+    source.open()
+    if broken == "gone":
+        bad.unlink()
+    found = [source.read() for _ in range(5 if loop else 2)]
+    assert [one.pixels[-1, -1, 0] for one in found] == [0, 40, 0, 40, 0][: len(found)]
+    assert [one.pts for one in found] == [k / 10 for k in range(len(found))]
+    assert loop or source.read() is None
+    assert [str(bad) in one.getMessage() for one in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("address", ["folder:{}", "picture:{}/0.png", "{}/0.png"])
+def test_a_folder_without_an_image_that_can_be_read_is_lost(tmp_path, address):
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_bytes(b"no image")
+    source = open_source(address.format(tmp_path), loop=True)
+    source.open()
+    with pytest.raises(SourceLost, match="none of the"):
+        source.read()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_an_image_has_its_name_only_once_it_is_complete(tmp_path, suffix, monkeypatch):
+    sink = open_sink(f"folder:{tmp_path}", suffix=suffix)
+    sink.open()
+    seen, save = [], PIL.Image.Image.save
+
+    def saving(self, *arguments, **options):
+        save(self, *arguments, **options)
+        seen.append([one.name for one in tmp_path.iterdir() if one.suffix == suffix])
+
+    monkeypatch.setattr(PIL.Image.Image, "save", saving)
+    sink.write(picture(1))
+    sink.write(picture(2))
+    assert seen == [[], [f"frame_000000{suffix}"]]
+    assert sorted(one.name for one in tmp_path.iterdir()) == [f"frame_000000{suffix}", f"frame_000001{suffix}"]
+    if os.name == "posix":
+        assert (tmp_path / f"frame_000000{suffix}").stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o666
+
+    def fails(self, *arguments, **options):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(PIL.Image.Image, "save", fails)
+    with pytest.raises(OSError, match="full"):
+        sink.write(picture(3))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_vanishes_raises_and_is_made_again(tmp_path):
+    sink = open_sink(f"folder:{tmp_path / 'a'}")
+    sink.open()
+    sink.write(picture())
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        sink.write(picture())
+    sink.close()
+    sink.open()
+    sink.write(picture())
+    assert (tmp_path / "a/frame_000000.png").is_file()
 
 
 # -- MJPEG ----------------------------------------------------------------------------------------------------------------
@@ -284,6 +461,207 @@ def test_mjpeg_stays_on_this_machine():
     assert open_sink("mjpeg:0.0.0.0:8080", allow_remote=True).host == "0.0.0.0"
     with pytest.raises(ValueError, match="http://"):
         open_source("mjpeg:file:///etc/passwd")
+
+
+def jpeg():
+    data = io.BytesIO()
+    PIL.Image.fromarray(picture(1).pixels).save(data, "JPEG")
+    return data.getvalue()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace; boundary=f\r\n\r\n"
+CHUNKED = HEAD.replace(b"Content-Type", b"Transfer-Encoding: chunked\r\nContent-Type")
+
+
+def part(length, data=b""):
+    return b"--f\r\nContent-Type: image/jpeg\r\nContent-Length: " + str(length).encode() + b"\r\n\r\n" + data
+
+
+def dripping(data):
+    return ((one, 0.05) for one in (bytes([byte]) for byte in data * 1000))
+
+
+def again(data):
+    return ((data * 1000, 0) for _ in range(10**6))
+
+
+def bomb():
+    data = io.BytesIO()
+    PIL.Image.new("L", (9000, 9000)).save(data, "JPEG")
+    return data.getvalue()
+
+
+BAD_SERVERS = {
+    "no HTTP": [b"HELLO\r\n\r\n"],
+    "status without end": again(b"x"),
+    "101 headers": [b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 101 + b"\r\n"],
+    "headers without end": chain([(b"HTTP/1.1 200 OK\r\n", 0)], again(b"a: b\r\n")),
+    "continue without end": again(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a redirect without end": chain([(b"HTTP/1.1 302 F\r\nLocation: /x\r\n\r\n", 0)], again(b"x")),
+    "a redirect to a file": [b"HTTP/1.1 302 F\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"],
+    "a head byte by byte": dripping(HEAD),
+    "gzip": [HEAD.replace(b"Content-Type", b"Content-Encoding: gzip\r\nContent-Type") + part(len(jpeg()), jpeg())],
+    "no Content-Length": [HEAD + b"--f\r\nContent-Type: image/jpeg\r\n\r\n" + jpeg()],
+    "a negative length": [HEAD + part(-5, jpeg())],
+    "a length of 0": [HEAD + part(0, jpeg())],
+    "a huge length": [HEAD + part(10**900, jpeg())],
+    "a length that is none": [HEAD + part("many", jpeg())],
+    "a boundary that never comes": chain([(HEAD, 0)], again(b"x")),
+    "blank lines": chain([(HEAD, 0)], again(b"\r\n")),
+    "heads of parts without end": chain([(HEAD + b"Content-Length: 50\r\n", 0)], again(b"a: b\r\n")),
+    "a part byte by byte": chain([(HEAD + part(len(jpeg())), 0)], dripping(jpeg())),
+    "a bomb": [HEAD + part(len(bomb()), bomb())],
+    "no JPEG": [HEAD + part(1000, b"x" * 1000)],
+    "a part that is cut": [HEAD + part(len(jpeg()), jpeg()[:50])],
+    "a chunk's size byte by byte": chain([(CHUNKED, 0)], dripping(b"0")),
+    "no chunk": [CHUNKED + b"zz\r\n"],
+    "trailers without end": chain([(CHUNKED + b"0\r\n", 0)], again(b"a: b\r\n")),
+    "nothing": [(b"", 30)],
+}
+
+
+@pytest.fixture
+def answering():
+    """`answering(what)`: the address of a server that answers one request with these bytes, each a pair with a pause."""
+    over, threads, servers = threading.Event(), [], []
+
+    def start(what):
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def answer():
+            try:
+                connection = server.accept()[0]
+                with connection:
+                    connection.recv(4096)
+                    for one in what:
+                        data, pause = one if isinstance(one, tuple) else (one, 0)
+                        connection.sendall(data)
+                        if over.wait(pause):
+                            return
+            except OSError:
+                pass
+
+        threads.append(threading.Thread(target=answer))
+        threads[-1].start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+    yield start
+    over.set()
+    for one in servers:
+        one.close()
+    for one in threads:
+        one.join()
+
+
+@pytest.mark.parametrize("name", BAD_SERVERS)
+def test_whatever_a_server_sends_the_source_is_lost_within_its_deadline(name, answering):
+    source, began = open_source(answering(BAD_SERVERS[name]), timeout=0.5), time.monotonic()
+    with pytest.raises(SourceLost):
+        source.open()
+        for _ in range(2):
+            source.read()
+    assert time.monotonic() - began < 20
+    source.close()
+
+
+@pytest.mark.parametrize("head", [HEAD, CHUNKED], ids=["plain", "chunked"])
+def test_the_deadline_is_of_each_part_and_not_of_the_stream(head, answering):
+    data = part(len(jpeg()), jpeg()) + b"\r\n"
+    data = data if head is HEAD else f"{len(data):x}\r\n".encode() + data + b"\r\n"
+    source = open_source(answering(chain([(head, 0)], ((data, 0.2) for _ in range(8)))), timeout=1)
+    source.open()
+    assert all(source.read().pixels.shape == (HEIGHT, WIDTH, 3) for _ in range(8))
+    source.close()
+
+
+@pytest.mark.parametrize("url", ["http://", "http://:80/", "http://host:0/", "http://host:99999/", "ftp://host/", "host"])
+def test_an_address_that_is_none_is_refused(url):
+    from streamflow.io.mjpeg import MjpegSource
+
+    with pytest.raises(ValueError, match=r"begins with|[Pp]ort"):
+        MjpegSource(url)
+
+
+def asked(port, *lines):
+    """The status and the head of what the server answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall("\r\n".join(("GET / HTTP/1.1", *lines, "", "")).encode())
+        with connection.makefile("rb") as answer:
+            status = int(answer.readline().split()[1])
+            return status, b"".join(iter(answer.readline, b"\r\n")).decode().lower()
+
+
+OTHERS = (
+    ("Host: evil.example",),
+    ("Host: localhost.evil.example:{port}",),
+    ("Host: 127.0.0.1.evil.example",),
+    ("Host: evil.example@127.0.0.1",),
+    ("Host: 127.0.0.1#evil.example",),
+    ("Host: 192.168.1.5:{port}",),
+    ("Host: [::1",),
+    ("Host:",),
+    (),
+    ("Host: localhost", "Host: evil.example"),
+    ("Host: localhost:{port}", "Origin: https://evil.example"),
+    ("Host: localhost:{port}", "Origin: null"),
+    ("Host: localhost:{port}", "Origin: http://localhost:1"),
+    ("Host: localhost:{port}", "Sec-Fetch-Site: cross-site"),
+    ("Host: localhost:{port}", "Sec-Fetch-Site: same-site"),
+)
+OWN = (
+    ("Host: 127.0.0.1:{port}",),
+    ("Host: LOCALHOST",),
+    ("Host: [::1]:{port}",),
+    ("Host: 127.0.0.1:{port}", "User-Agent: VLC/3.0.20 LibVLC/3.0.20", "Range: bytes=0-"),
+    ("Host: localhost:{port}", "Origin: http://localhost:{port}", "Sec-Fetch-Site: same-origin"),
+    ("Host: localhost:{port}", "Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate"),
+)
+
+
+@pytest.mark.parametrize("headers", OTHERS + OWN, ids=" ".join)
+def test_the_page_is_for_this_machine_and_its_own_pages(headers, served):
+    status, head = asked(served.port, *(one.format(port=served.port) for one in headers))
+    assert status == (200 if headers in OWN else 403)
+    assert "cross-origin-resource-policy: same-origin" in head
+    assert ("multipart" in head) == (headers in OWN)
+
+
+def test_a_sink_for_other_machines_allows_addresses_and_the_names_it_is_given():
+    sink = open_sink("mjpeg:0.0.0.0:0", allow_remote=True, names=("Studio.local",))
+    hosts = ("10.0.0.7:8080", "[fe80::1]", "localhost", "studio.local:80", "0.0.0.0", "evil.example", "studio.local.evil")
+    assert [sink.allows(host) for host in hosts] == [True, True, True, True, True, False, False]
+
+
+def test_requests_that_are_not_complete_are_limited_in_number(served):
+    """Many of them hold up neither a viewer nor the end, and the oldest of them are given up."""
+    before = threading.active_count()
+    waiting = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(100)]
+    for one in waiting:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: lo")
+    assert asked(served.port, "Host: localhost")[0] == 200
+    assert waiting[0].recv(1) == b"" and waiting[60].recv(1) == b""
+    end = time.monotonic() + 10
+    while threading.active_count() > before + 33 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert threading.active_count() <= before + 33
+    served.stop()
+    assert waiting[-1].recv(1) == b""
+    for one in waiting:
+        one.close()
+
+
+def test_a_request_that_drips_in_has_a_deadline(served, monkeypatch):
+    from streamflow.io import mjpeg_server
+
+    monkeypatch.setattr(mjpeg_server, "HEAD_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        began = time.monotonic()
+        with suppress(OSError):  # it was closed
+            while time.monotonic() < began + 8:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+        assert time.monotonic() < began + 6
 
 
 @pytest.fixture

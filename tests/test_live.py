@@ -7,7 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from streamflow.io import Picture, SinkLost, SourceLost
+from streamflow.io import InvalidSource, Picture, SinkLost, SourceLost
+from streamflow.live import feed as feeds
+from streamflow.live.feed import Feed
+from streamflow.live.show import Sinks
 
 WAIT = 20  # seconds, after which a thread that should have gone on has not
 
@@ -187,10 +190,206 @@ def test_a_sink_that_ends_leaves_the_others_and_the_last_one_ends_all(stream):
     with stream.live(Camera(), [first, second], target_fps=100, mode="fed") as show:
         found = show.wait()
     assert len(first.pictures) == 2 and len(second.pictures) == 6 and found.shown >= 6
+
+
+def failing(error, *calls):
+    """A method that raises in the calls of these numbers, in all where there are none; `calls`: how many there were."""
+
+    def method(*arguments):
+        method.calls += 1
+        if not calls or method.calls in calls:
+            raise error
+
+    method.calls = 0
+    return method
+
+
+def errors_of_libraries():
+    """Errors of every kind that sources and sinks raise, and that are no OSError for the most part."""
+    import http.client
+
+    import PIL
+
+    found = [RuntimeError("r"), ValueError("v"), KeyError("k"), MemoryError("m"), TimeoutError("t"), OSError(28, "full")]
+    found += [PIL.UnidentifiedImageError("p"), http.client.BadStatusLine("b"), FileNotFoundError("f"), StopIteration()]
+    try:
+        import av
+
+        return [*found, av.error.InvalidDataError(1, "a")]
+    except ImportError:
+        return found
+
+
+@pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+def test_whatever_a_source_raises_is_a_loss_from_which_it_comes_back(error, caplog):
+    camera = Camera(lost=[2, 3], error=lambda _: error)
+    feed = Feed(camera, "every", hold=True)
+    pictures = []
+    until(lambda: pictures.append(feed.next(0.05)) or camera.count > 5)
+    feed.close()
+    assert not feed.ended and feed.losses == 2 and camera.opened == camera.closed == 3
+    said = [one.getMessage() for one in caplog.records if "the source is lost" in one.getMessage()]
+    assert len(said) == 2 and all(type(error).__name__ in one for one in said)
+
+
+@pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+def test_what_open_raises_is_retried_but_for_a_file_that_never_was_there(error):
+    camera = Camera()
+    camera.open = failing(error, 1, 2)
+    feed = Feed(camera, "every", hold=True)
+    if isinstance(error, FileNotFoundError):
+        with pytest.raises(FileNotFoundError):
+            until(lambda: feed.next(0.05))
+        feed.close()
+    else:
+        until(lambda: feed.next(0.05))
+        feed.close()
+        assert feed.losses == 1 and camera.open.calls == 3
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidSource("no such monitor"), ImportError("no av"), KeyboardInterrupt(), SystemExit(3)]
+)
+def test_what_a_retry_cannot_mend_is_raised_though_it_is_held(error, stream):
+    camera, kept = Camera(), Kept()
+    camera.open = failing(error)
+    with pytest.raises(type(error)), stream.live(camera, kept, mode="fed") as show:
+        until(lambda: not show.running)
+    assert camera.closed == kept.closed == 1
+
+
+@pytest.mark.parametrize("hold", ["hold", "raise"])
+def test_an_error_of_a_source_s_close_is_raised_after_all_pictures_are_shown(hold, stream):
+    camera, kept = Camera(most=4), Kept()
+    camera.close = failing(ValueError("not closed"))
+    with (
+        pytest.raises(ValueError, match="not closed"),
+        stream.live(camera, kept, target_fps=50, policy="every", mode="fed", on_error=hold) as show,
+    ):
+        until(lambda: not show.running)
+        assert len(distinct(kept.pictures)) == 4
+    assert camera.opened == 1 and kept.closed == 1
+
+
+def test_a_source_that_is_lost_when_the_end_comes_is_no_error_of_stop(stream):
+    camera, kept = Camera(), Kept()
+    camera.read = failing(ValueError("always"))
+    with stream.live(camera, kept, mode="fed") as show:
+        until(lambda: camera.opened > 2)
+        show.stop()
+    assert show.statistics.losses == 1 and camera.opened == camera.closed
+    feed = Feed(camera, "every", hold=False)
+    until(lambda: feed._reading.done)
+    with pytest.raises(ValueError, match="always"):
+        feed.close()
+
+
+def test_a_source_that_does_not_answer_is_logged_and_stop_says_so(stream, caplog, monkeypatch):
+    monkeypatch.setattr(feeds, "SILENCE", 0.2)
+    camera, kept, answer = Camera(), Kept(), threading.Event()
+    camera.read = answer.wait
+    show = stream.live(camera, kept, mode="fed")
+    until(lambda: any("does not answer" in one.getMessage() for one in caplog.records))
+    real = show._feed._reading.close
+    monkeypatch.setattr(show._feed._reading, "close", lambda: real(0.1))
+    with pytest.raises(TimeoutError, match="does not answer"):
+        show.stop()
+    assert kept.closed == 1
+    answer.set()
+    until(lambda: camera.closed)
+    until(lambda: show._feed._reading.done)
+
+
+def test_an_error_of_the_stream_that_looks_like_one_of_the_source_is_held_too(stream, monkeypatch):
+    camera, kept, real, fails = Camera(), Kept(), stream.velocity, iter([False, True, True])
+
+    def velocity(*args, **kwargs):
+        if next(fails, False):
+            raise ConnectionResetError("a worker is gone")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stream, "velocity", velocity)
+    with stream.live(camera, kept, target_fps=50, mode="fed") as show:
+        until(lambda: show.statistics.errors == 2 and show.statistics.drawn > 3)
+        show.stop()
+    assert show.statistics.losses == 0
+
+
+def shown_to(*sinks, hold=True):
+    """Sinks that are shown a picture every few milliseconds until the condition holds."""
+    outputs = Sinks(sinks, hold)
+
+    def show_until(condition):
+        pixels = np.zeros((4, 4, 3), np.uint8)
+        until(lambda: outputs.ended or outputs.show(pixels) or condition())
+
+    return outputs, show_until
+
+
+@pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("method", ["open", "write"])
+def test_a_sink_that_raises_is_opened_again_while_the_others_go_on(method, error, caplog):
+    class Once(Kept):
+        def fail(self):
+            if not self.closed:
+                raise error
+
+        def open(self):
+            if method == "open":
+                self.fail()
+
+        def write(self, picture):
+            if method == "write" and len(self.pictures) == 2:
+                self.fail()
+            super().write(picture)
+
+    caplog.set_level(logging.INFO, "streamflow.live.show")
+    once, kept = Once(), Kept()
+    outputs, show_until = shown_to(once, kept)
+    show_until(lambda: "Once is back" in caplog.text)
+    assert not outputs.ended and len(kept.pictures) > len(once.pictures) > 0 and once.closed == 1
+    assert outputs.dropped >= len(kept.pictures) - len(once.pictures) - 1
+    outputs.close()
+    assert once.closed == 2 and kept.closed == 1
+    assert [one.levelname for one in caplog.records if "Once failed" in one.getMessage()] == ["ERROR"]
+
+
+def test_what_ends_a_sink_for_good_and_what_ends_all(monkeypatch):
+    monkeypatch.setattr(feeds, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(feeds, "FIRST_PAUSE", 0.01)
+    closed, missing, kept = Kept(fails=1), Kept(fails=0, error=ImportError), Kept()
+    outputs, show_until = shown_to(closed, missing, kept)
+    show_until(lambda: len(outputs._outputs) == 1)
+    with pytest.raises(ImportError, match="gone"):
+        outputs.close()
+    assert closed.closed == missing.closed == kept.closed == 1
     broken = Kept(fails=1, error=OSError)
-    stream.reset()
+    outputs, show_until = shown_to(broken)
+    show_until(lambda: False)
+    assert isinstance(outputs.error, OSError) and broken.closed == 6
+    outputs.close()
+    outputs, show_until = shown_to(Kept(fails=1, error=KeyError), hold=False)
+    show_until(lambda: False)
+    assert isinstance(outputs.error, KeyError)
+
+
+@pytest.mark.parametrize("error", [ValueError("not finished"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_error_of_a_sink_s_close_is_raised_by_stop_after_all_are_closed(error, stream):
+    first, second = Kept(), Kept()
+    first.close = failing(error)
+    with pytest.raises(type(error)), stream.live(Camera(), [first, second], mode="fed") as show:
+        until(lambda: first.pictures and second.pictures)
+        show.stop()
+    assert first.close.calls == second.closed == 1 and not show.running
+
+
+@pytest.mark.slow
+@pytest.mark.attack
+def test_a_show_ends_with_the_error_of_its_only_sink_once_that_has_failed_for_seconds(stream):
+    broken = Kept(fails=1, error=OSError)
     with pytest.raises(OSError, match="gone"), stream.live(Camera(), broken, target_fps=100, mode="fed") as show:
         show.wait()
+    assert broken.closed > 3
 
 
 def test_a_scene_is_warmed_while_the_other_plays_and_shown_at_the_next_tick(stream, stream_of):

@@ -21,8 +21,8 @@ from conftest import PROMPT, noises, relative_error, streamed
 from torch import Tensor, nn
 
 from streamflow.models.codec import Codec
-from streamflow.parallel.distributed import RankLost, served
-from streamflow.parallel.distributed.wire import DTYPES, Argument, Message, Op, header, read_header
+from streamflow.parallel.distributed import RankLost, served, wire
+from streamflow.parallel.distributed.wire import DTYPES, RECORD, Argument, Message, Op, Unsendable, header, read_header
 from streamflow.parallel.plan import shares
 
 ROOT = Path(__file__).parents[1]
@@ -331,6 +331,55 @@ def test_what_a_header_cannot_say_is_refused():
     with pytest.raises(ValueError, match="complex64"):
         header(Message(Op.CALL, 0, (Argument(torch.ones(1, dtype=torch.complex64)),)))
     assert Message.failed("zu groß").text == "zu groß"
+
+
+SHAPE, FIRST = 6, slice(3, 3 + RECORD)  # where a header's first shape begins, and its first record lies
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({0: 99}, "not a valid Op"),
+        ({1: -1}, "the number of a module is -1"),
+        ({2: 2**40}, "the number of tensors is 1099511627776: it is from 0 to 16"),
+        ({2: 17}, "the number of tensors is 17"),
+        ({2: -1}, "the number of tensors is -1"),
+        ({3: 2}, "a mark of a kept tensor is 2"),
+        ({4: len(DTYPES)}, "a dtype is 10"),
+        ({4: -1}, "a dtype is -1"),
+        ({5: 9}, "the number of dimensions is 9: it is from 0 to 8"),
+        ({5: -1}, "the number of dimensions is -1"),
+        ({SHAPE: 2**62}, "a size is 4611686018427387904"),
+        ({SHAPE: -1}, "a size is -1"),
+        ({SHAPE: 2**32, SHAPE + 1: 2**32}, "bytes of tensors"),
+        ({SHAPE: 2**32, SHAPE + 1: 2**32, SHAPE + 2: 0}, "bytes of tensors"),
+        ({SHAPE: 2**15, SHAPE + 1: 2**15}, "announces 17,179,869,184 bytes of tensors, and 4,294,967,296"),
+        ({SHAPE + 8: -1}, "utf-8"),
+    ],
+    ids=str,
+)
+def test_a_header_that_cannot_be_is_refused_before_anything_is_allocated(changes, says, monkeypatch):
+    numbers = header(Message(Op.CALL, 0, (Argument(torch.ones(2, 2, 2, dtype=torch.float64)),)))
+    assert read_header(numbers, CPU).arguments[0].tensor.shape == (2, 2, 2)
+    for at, number in changes.items():
+        numbers[at] = number
+    monkeypatch.setattr(wire.torch, "empty", None)
+    with pytest.raises(ValueError, match=says):
+        read_header(numbers, CPU)
+
+
+def test_all_tensors_of_a_header_count_together():
+    numbers = header(Message(Op.CALL, 0, (Argument(torch.ones(1, dtype=torch.uint8)),)))
+    numbers[SHAPE], numbers[2] = 2**29, 16
+    for k in range(1, 16):
+        numbers[3 + k * RECORD : 3 + (k + 1) * RECORD] = numbers[FIRST]
+    with pytest.raises(ValueError, match="announces 8,589,934,592 bytes"):
+        read_header(numbers, CPU)
+    with pytest.raises(ValueError, match=r"a header is int64 \[\d+\], not torch.int64 \[3\]"):
+        read_header(numbers[:3], CPU)
+    large = torch.empty(2**32 + 1, dtype=torch.uint8, device="meta")
+    with pytest.raises(Unsendable, match="4,294,967,296 bytes of tensors at most"):
+        header(Message(Op.CALL, 0, (Argument(large),)))
 
 
 @pytest.mark.parametrize(

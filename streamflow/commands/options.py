@@ -10,11 +10,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-import yaml
-
 from streamflow import config
+from streamflow._files import read_yaml
 from streamflow.command_line import Parser
-from streamflow.config import ConfigError, Section, Settings
+from streamflow.config import Section, Settings
 
 SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
 
@@ -65,7 +64,7 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
             if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
-    except (ConfigError, FileNotFoundError, IsADirectoryError, yaml.YAMLError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -74,7 +73,7 @@ def _value(path: str, text: str) -> Any:
     """A text stays one where the field takes texts, unless it opens a list; all else is YAML."""
     if path in _TEXTS and not text.lstrip().startswith("["):
         return text
-    return yaml.safe_load(text)
+    return read_yaml(text)
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any) -> None:

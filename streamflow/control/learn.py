@@ -8,6 +8,8 @@ from typing import Any
 from streamflow.control.knobs import fits
 from streamflow.control.settings import Mapping, is_address
 
+MOST_ADDRESSES = 1000  # that are kept; beyond, the one that was heard first is forgotten
+
 
 class Learner:
     """Listens for the next address that moves, which is: that sends a second value, unlike its first (some programs send
@@ -30,6 +32,8 @@ class Learner:
         with self._lock:
             if self._ended.is_set():
                 return None
+            if address not in self._heard and len(self._heard) >= MOST_ADDRESSES:
+                del self._heard[next(iter(self._heard))]
             first = self._heard.setdefault(address, values[0])
             if first == values[0] and self._model.kind != "text":
                 return None

@@ -34,7 +34,7 @@ FIELDS = {
 }
 WEIGHT = re.compile(r"prompt_weights\.(0|[1-9]\d?)")  # by the number of the text
 NUMBER = r"(0|[1-9]\d?|1[01]\d|12[0-7])"
-ADDRESS = re.compile(rf"osc:/[!-~]*|midi:(cc|note):([1-9]|1[0-6]):{NUMBER}")
+ADDRESS = re.compile(rf"osc:/[!-~]{{0,254}}|midi:(cc|note):([1-9]|1[0-6]):{NUMBER}")
 RESERVED = re.compile(r"[#*,?\[\]{}]")  # the pattern characters of OSC
 SOCKET = re.compile(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]*):)?(?P<port>\d{1,5})")
 

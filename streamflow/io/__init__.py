@@ -5,12 +5,13 @@ One file a kind; what a kind needs is imported when it is opened. Knows no strea
 """
 
 from streamflow.io.addresses import SINKS, SOURCES, open_sink, open_source
-from streamflow.io.picture import Picture, Sink, SinkLost, Source, SourceLost
+from streamflow.io.picture import InvalidSource, Picture, Sink, SinkLost, Source, SourceLost
 from streamflow.io.threads import Reading, Writing
 
 __all__ = [
     "SINKS",
     "SOURCES",
+    "InvalidSource",
     "Picture",
     "Reading",
     "Sink",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Source, SourceLost, need
+from streamflow.io.picture import Picture, Source, SourceLost, as_source_lost, need
 
 
 class CameraSource(Source):
@@ -27,6 +27,10 @@ class CameraSource(Source):
     def open(self) -> None:
         cv2 = need("cv2", "opencv-python-headless")
         self.close()
+        with as_source_lost(f"camera {self.device!r}"):
+            self._capture = self._opened(cv2)
+
+    def _opened(self, cv2: Any) -> Any:
         capture = cv2.VideoCapture(self.device)
         if not capture.isOpened():
             capture.release()
@@ -40,12 +44,13 @@ class CameraSource(Source):
         for name, value in wanted:
             if value is not None:
                 capture.set(name, value)
-        self._capture = capture
+        return capture
 
     def read(self) -> Picture:
         if self._capture is None:
             raise RuntimeError(f"camera {self.device!r} is not open: call open() first")
-        found, pixels = self._capture.read()
+        with as_source_lost(f"camera {self.device!r}"):
+            found, pixels = self._capture.read()
         if not found:
             raise SourceLost(f"camera {self.device!r} gives no more pictures: was it unplugged?")
         return Picture(np.ascontiguousarray(pixels[..., ::-1]), time.monotonic())

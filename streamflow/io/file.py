@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Source, need
+from streamflow.io.picture import InvalidSource, Picture, Source, SourceLost, as_source_lost, need
+
+logger = logging.getLogger(__name__)
 
 
 class FileSource(Source):
@@ -18,9 +21,11 @@ class FileSource(Source):
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
     and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound; `count`, the frames
-    that the file says it has, None where it does not.
+    that the file says it has, None where it does not. A file that was cut ends where it is cut; images that cannot be
+    decoded are left out, and the log says so once.
 
-    Raises, from open: FileNotFoundError, and ValueError where PyAV cannot read it or it has no video.
+    Raises, from open: FileNotFoundError, and InvalidSource where PyAV cannot read it or it has no video; SourceLost where
+    its disk or network fails.
     """
 
     def __init__(self, path: str | Path, loop: bool = False) -> None:
@@ -29,7 +34,7 @@ class FileSource(Source):
         self.audio: Path | None = None
         self.count: int | None = None
         self._container: Any = None
-        self._frames: Iterator[Any] = iter(())
+        self._frames: Iterator[Any] | None = None
         self._offset = self._end = 0.0
 
     def open(self) -> None:
@@ -37,39 +42,75 @@ class FileSource(Source):
         self.close()
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
+        self._damaged = False
+        self._offset = self._end = 0.0
         try:
-            self._container = av.open(str(self.path))
-        except av.error.FFmpegError as error:
-            raise ValueError(f"{self.path} cannot be read as a video: {error}") from error
+            with as_source_lost(str(self.path)):
+                self._container = _container(av, self.path)
+        except SourceLost as error:
+            cause = error.__cause__
+            if isinstance(cause, EOFError) and self.path.stat().st_size:  # a recording that was cut before its first image
+                self.rate, self.count, self.audio, self._frames = Fraction(30), 0, None, iter(())
+                self._say_damaged(cause)
+                return
+            if isinstance(cause, OSError) or not isinstance(cause, av.error.FFmpegError):
+                raise
+            raise InvalidSource(f"{self.path} cannot be read as a video: {cause}") from error
         if not self._container.streams.video:
             self.close()
-            raise ValueError(f"{self.path} has no video in it")
+            raise InvalidSource(f"{self.path} has no video in it")
         video = self._container.streams.video[0]
         self.rate = video.average_rate or video.guessed_rate or Fraction(30)
         self.count = video.frames or None
         self.audio = self.path if self._container.streams.audio else None
-        self._offset = self._end = 0.0
         self._start()
 
     def read(self) -> Picture | None:
-        if self._container is None:
+        if self._frames is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
-        frame = next(self._frames, None)
-        if frame is None and self.loop and self._end > self._offset:
-            self._offset = self._end
-            self._container.seek(0)
-            self._start()
+        with as_source_lost(f"{self.path} was lost"):
             frame = next(self._frames, None)
-        return None if frame is None else self._picture(frame)
+            if frame is None and self.loop and self._end > self._offset:
+                self._offset = self._end
+                self._container.seek(0)
+                self._start()
+                frame = next(self._frames, None)
+            return None if frame is None else self._picture(frame)
 
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container, self._frames = None, iter(())
+        self._container, self._frames = None, None
 
     def _start(self) -> None:
         self._first: float | None = None
-        self._frames = self._container.decode(self._container.streams.video[0])
+        self._frames = self._decoded()
+
+    def _decoded(self) -> Iterator[Any]:
+        """All frames that can be decoded, as far as the file can be read."""
+        broken = need("av", "av").error.FFmpegError
+        packets = self._container.demux(self._container.streams.video[0])
+        while True:
+            try:
+                packet = next(packets, None)
+            except broken as error:
+                if isinstance(error, OSError):
+                    raise
+                packet = None
+                self._say_damaged(error)
+            if packet is None:
+                return
+            try:
+                frames = packet.decode()
+            except broken as error:
+                frames = []
+                self._say_damaged(error)
+            yield from frames
+
+    def _say_damaged(self, error: Exception) -> None:
+        if not self._damaged:
+            self._damaged = True
+            logger.warning("%s is damaged or cut, and images that cannot be decoded are left out: %s", self.path, error)
 
     def _picture(self, frame: Any) -> Picture:
         period = float(1 / self.rate)
@@ -78,6 +119,14 @@ class FileSource(Source):
         pts = self._offset + max(seconds - self._first, 0.0)
         self._end = pts + period
         return Picture(upright(frame), time.monotonic(), pts)
+
+
+def _container(av: Any, path: Path) -> Any:
+    """The opened file. A recording that was cut within the head of a fragment can be opened only without its index."""
+    try:
+        return av.open(str(path))
+    except (av.error.InvalidDataError, av.error.EOFError):
+        return av.open(str(path), options={"fflags": "+ignidx"})
 
 
 def upright(frame: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from pathlib import Path
@@ -9,25 +10,30 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from streamflow._files import replacing
 from streamflow.image_utils import as_rgb, open_image
-from streamflow.io.picture import Picture, Sink, Source, check_rate
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate
 
+logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class FolderSource(Source):
     """The pictures of a folder in the order of their names (2 before 10), or one picture.
 
-    path: the folder or file. rate: frames a second, from which `pts` follows. loop: begin again at the end.
+    path: the folder or file. rate: frames a second, from which `pts` follows. loop: begin again at the end. A file that
+    cannot be read is left out, and named in the log once.
 
-    Raises, from open: FileNotFoundError where there is no such path or no picture in it.
+    Raises, from open: FileNotFoundError where there is no such path or no picture in it; from read: SourceLost where none
+    of its files can be read.
     """
 
     def __init__(self, path: str | Path, rate: float = 30, loop: bool = False) -> None:
         check_rate(rate)
         self.path, self.rate, self.loop = Path(path), rate, loop
         self._paths: list[Path] | None = None
-        self._count = 0
+        self._next = self._count = self._in_a_row = 0
+        self._broken: set[Path] = set()
 
     def open(self) -> None:
         if not self.path.exists():
@@ -36,24 +42,40 @@ class FolderSource(Source):
         paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not paths:
             raise FileNotFoundError(f"no picture in {self.path}: known are {', '.join(SUFFIXES)}")
-        self._paths, self._count = paths, 0
+        self._paths, self._next, self._count, self._in_a_row = paths, 0, 0, 0
+        self._broken.clear()
 
     def read(self) -> Picture | None:
         if self._paths is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
-        if self._count >= len(self._paths) and not self.loop:
-            return None
-        pixels = read_picture(self._paths[self._count % len(self._paths)])
-        picture = Picture(pixels, time.monotonic(), self._count / self.rate)
-        self._count += 1
-        return picture
+        while self.loop or self._next < len(self._paths):
+            path = self._paths[self._next % len(self._paths)]
+            self._next += 1
+            try:
+                pixels = read_picture(path)
+            except (OSError, ValueError) as error:
+                self._leave_out(path, error)
+                continue
+            picture = Picture(pixels, time.monotonic(), self._count / self.rate)
+            self._count, self._in_a_row = self._count + 1, 0
+            return picture
+        return None
+
+    def _leave_out(self, path: Path, error: Exception) -> None:
+        if path not in self._broken:
+            self._broken.add(path)
+            logger.warning("%s is left out: %s", path, error)
+        self._in_a_row += 1
+        if self._in_a_row == len(self._paths):
+            raise SourceLost(f"none of the {len(self._paths)} images in {self.path} can be read: {error}") from error
 
     def close(self) -> None:
         self._paths = None
 
 
 class FolderSink(Sink):
-    """Writes frame_000000.png and on, after what is there already. suffix: the format, one that PIL writes."""
+    """Writes frame_000000.png and on, after what is there already. suffix: the format, one that PIL writes. A file has its
+    name only once it is complete."""
 
     def __init__(self, path: str | Path, suffix: str = ".png") -> None:
         if suffix not in SUFFIXES:
@@ -66,7 +88,9 @@ class FolderSink(Sink):
         self._next = 1 + max((int(match[1]) for match in taken if match), default=-1)
 
     def write(self, picture: Picture) -> None:
-        PIL.Image.fromarray(picture.pixels).save(self.path / f"frame_{self._next:06d}{self.suffix}")
+        readers = self.path.stat().st_mode & 0o666  # whoever can read the folder can read its files
+        with replacing(self.path / f"frame_{self._next:06d}{self.suffix}", readers, durable=False) as file:
+            PIL.Image.fromarray(picture.pixels).save(file, PIL.Image.registered_extensions()[self.suffix])
         self._next += 1
 
     def close(self) -> None:
@@ -80,4 +104,4 @@ def read_picture(path: Path) -> np.ndarray:
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", path.name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import io
+import ipaddress
+import re
+import socket
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import PIL.Image
 
+from streamflow.io.deadline import DeadlineReader
 from streamflow.io.picture import Picture, Sink
 
 HERE = ("127.0.0.1", "localhost", "::1")
 BOUNDARY = "frame"
+HEAD_SECONDS, HEAD_SIZE = 5.0, 2**16  # in which a request must be complete; its bytes
+HALF_OPEN = 32  # connections whose request is not complete yet
+HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@?#\[\]]+)(:\d{1,5})?")
 
 
 class MjpegSink(Sink):
     """Serves the newest picture to up to `viewers` at http://host:port/; no viewer makes another wait.
 
     host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the pictures, unencrypted.
-    port: 0 takes a free one, which `port` says after `open`. quality: JPEG's, 1 to 95.
+    port: 0 takes a free one, which `port` says after `open`. quality: JPEG's, 1 to 95. names: further names of this machine
+    that viewers may write in the address. localhost, IP addresses and `host` are allowed as they are; other names are
+    refused, since a foreign page could make its own name lead here (DNS rebinding). Pages of other origins are refused too.
 
     Raises ValueError for a host that others reach without `allow_remote`; OSError from open where the port is taken.
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 8080, quality: int = 85, viewers: int = 8, allow_remote: bool = False
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        quality: int = 85,
+        viewers: int = 8,
+        allow_remote: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         if host not in HERE and not allow_remote:
             raise ValueError(f"{host!r} is reachable by others: use 127.0.0.1, or say allow_remote=True")
         if not 1 <= quality <= 95 or viewers < 1:
             raise ValueError(f"quality {quality} (1 to 95) and viewers {viewers} (at least 1)")
         self.host, self.port, self.quality, self.viewers = host, port, quality, viewers
+        self.names = ("localhost", host.lower(), *(name.lower() for name in names))
         self._server: _Server | None = None
 
     def open(self) -> None:
         self.close()
-        self._server = _Server((self.host, self.port), self.viewers)
+        self._server = _Server((self.host, self.port), self.viewers, self.allows)
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="mjpeg", daemon=True)
         self._thread.start()
@@ -56,14 +74,28 @@ class MjpegSink(Sink):
             self._thread.join()
             server.server_close()
 
+    def allows(self, host: str) -> bool:
+        """Whether a request for this Host, a name or address with or without a port, is for this server."""
+        found = HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = found[1].strip("[]").rstrip(".").lower()
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.names
+        return address.is_loopback or self.host not in HERE
+
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
+    daemon_threads, block_on_close, request_queue_size = True, False, HALF_OPEN
 
-    def __init__(self, address: tuple[str, int], viewers: int) -> None:
-        super().__init__(address, _Viewer)
-        self.places = threading.BoundedSemaphore(viewers)
+    def __init__(self, address: tuple[str, int], viewers: int, allows: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.places, self.allows = threading.BoundedSemaphore(viewers), allows
         self._changed, self._data, self._number, self._over = threading.Condition(), b"", 0, False
+        self._half_open: dict[socket.socket, None] = {}  # oldest first
+        super().__init__(address, _Viewer)
 
     def show(self, data: bytes) -> None:
         with self._changed:
@@ -74,6 +106,9 @@ class _Server(ThreadingHTTPServer):
         with self._changed:
             self._over = True
             self._changed.notify_all()
+            half_open = list(self._half_open)
+        for connection in half_open:
+            _end(connection)
 
     def after(self, number: int) -> tuple[bytes, int] | None:
         """The newest picture once there is one after `number`; None when the serving ends."""
@@ -81,14 +116,50 @@ class _Server(ThreadingHTTPServer):
             self._changed.wait_for(lambda: self._over or self._number > number)
             return None if self._over else (self._data, self._number)
 
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """Answer in a thread. Where too many requests are incomplete, the oldest of them is given up."""
+        with self._changed:
+            oldest = next(iter(self._half_open)) if len(self._half_open) >= HALF_OPEN else None
+            self._half_open.pop(oldest, None)
+            self._half_open[request] = None
+        if oldest is not None:
+            _end(oldest)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """End the connection."""
+        self.complete(request)
+        super().shutdown_request(request)
+
+    def complete(self, request: socket.socket) -> None:
+        """The request has been read, or its connection ends."""
+        with self._changed:
+            self._half_open.pop(request, None)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A viewer that goes away is no error of ours."""
+
+
+def _end(connection: socket.socket) -> None:
+    """Make whoever reads from it in another thread go on."""
+    with suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Viewer(BaseHTTPRequestHandler):
     timeout = 10  # seconds; a viewer that takes nothing gives its place back
 
+    def setup(self) -> None:
+        super().setup()
+        reader = DeadlineReader(self.connection, self.rfile.detach(), HEAD_SECONDS, HEAD_SIZE)
+        self.rfile = io.BufferedReader(reader)
+
     def do_GET(self) -> None:
+        self.server.complete(self.connection)
+        self.connection.settimeout(self.timeout)
+        if not self._allowed():
+            self.send_error(403, "this Host, or a page of another origin, is not allowed: see names of MjpegSink")
+            return
         if not self.server.places.acquire(blocking=False):
             self.send_error(503, "all places are taken")
             return
@@ -96,6 +167,18 @@ class _Viewer(BaseHTTPRequestHandler):
             self._send()
         finally:
             self.server.places.release()
+
+    def end_headers(self) -> None:
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        super().end_headers()
+
+    def _allowed(self) -> bool:
+        """Whether it is for this server, and no page of another origin asks. Programs other than browsers send no Origin."""
+        hosts, origins = (self.headers.get_all(name, []) for name in ("Host", "Origin"))
+        if len(hosts) != 1 or not self.server.allows(hosts[0].strip()):
+            return False
+        own = all(origin.lower() == f"http://{hosts[0].strip().lower()}" for origin in origins)
+        return own and self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
 
     def _send(self) -> None:
         self.send_response(200)

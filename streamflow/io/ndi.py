@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, check_rate, need, rgba
 
 
 class NdiSource(Source):
@@ -27,30 +27,32 @@ class NdiSource(Source):
         finder_module, receiver_module = need("cyndilib.finder", "cyndilib"), need("cyndilib.receiver", "cyndilib")
         settings, video = need("cyndilib.wrapper.ndi_recv", "cyndilib"), need("cyndilib.video_frame", "cyndilib")
         self.close()
-        self._finder = finder_module.Finder()
-        self._finder.open()
         try:
-            found = self._find()
+            with as_source_lost(f"NDI {self.name!r}"):
+                self._finder = finder_module.Finder()
+                self._finder.open()
+                found = self._find()
+                self._kind = receiver_module.ReceiveFrameType
+                self._frame = video.VideoRecvFrame()
+                self._receiver = receiver_module.Receiver(
+                    color_format=settings.RecvColorFormat.RGBX_RGBA,
+                    bandwidth=settings.RecvBandwidth.highest,
+                    allow_video_fields=False,
+                )
+                self._receiver.set_video_frame(self._frame)
+                self._receiver.set_source(found)
         except SourceLost:
             self.close()
             raise
-        self._kind = receiver_module.ReceiveFrameType
-        self._frame = video.VideoRecvFrame()
-        self._receiver = receiver_module.Receiver(
-            color_format=settings.RecvColorFormat.RGBX_RGBA,
-            bandwidth=settings.RecvBandwidth.highest,
-            allow_video_fields=False,
-        )
-        self._receiver.set_video_frame(self._frame)
-        self._receiver.set_source(found)
 
     def read(self) -> Picture:
         if self._receiver is None:
             raise RuntimeError("the NDI source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            if self._receiver.receive(self._kind.recv_video, 100) & self._kind.recv_video:
-                return self._picture()
+            with as_source_lost(f"NDI {self.name!r}"):
+                if self._receiver.receive(self._kind.recv_video, 100) & self._kind.recv_video:
+                    return self._picture()
         raise SourceLost(f"NDI {self.name!r} has sent nothing for {self.timeout:g} s")
 
     def close(self) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, runtime_checkable
@@ -20,8 +22,12 @@ class SourceLost(OSError):
     """A device or connection that is not there, or not there any more. `close()` and `open()` again resumes."""
 
 
+class InvalidSource(ValueError):
+    """What a source was asked for can never be read, such as a monitor that does not exist: trying again does not help."""
+
+
 class SinkLost(OSError):
-    """A sink that ended by itself, such as a window that was closed."""
+    """The user ended the sink, such as by closing its window: it is not opened again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,10 @@ class Source(Protocol):
     """Gives pictures. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
-        """Get hold of the device or file; SourceLost or FileNotFoundError where there is none."""
+        """Get hold of the device or file.
+
+        SourceLost: it is not there now. FileNotFoundError, InvalidSource: what was asked for does not exist.
+        """
 
     def read(self) -> Picture | None:
         """Wait for the next picture; None when there will be none; SourceLost when the device went away."""
@@ -68,10 +77,22 @@ class Sink(Protocol):
         """Get hold of the device or file; what needs a picture's size waits for the first `write`."""
 
     def write(self, picture: Picture) -> None:
-        """Take one picture; SinkLost when there is nobody left to show it to."""
+        """Take one picture; SinkLost when the user has ended the sink."""
 
     def close(self) -> None:
         """Finish and let go of it."""
+
+
+@contextmanager
+def as_source_lost(what: str) -> Iterator[None]:
+    """Raise SourceLost for every error that a library raises in the block. FileNotFoundError, ImportError and InvalidSource
+    stay what they are. what: the source, for the message."""
+    try:
+        yield
+    except (SourceLost, FileNotFoundError, ImportError, InvalidSource):
+        raise
+    except Exception as error:  # which errors a driver or a decoder raises is not documented
+        raise SourceLost(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def need(module: str, package: str) -> ModuleType:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ TICKS = 90_000  # a second, in which times are written
 # How each kind of file is cut into pieces that stand by themselves, so that what is on the disk can always be played.
 CONTAINERS = {
     ".mp4": {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "500000", "flush_packets": "1"},
-    ".mkv": {"cluster_time_limit": "500", "flush_packets": "1"},
+    ".mkv": {"cluster_time_limit": "0", "flush_packets": "1"},
 }
 
 
@@ -26,7 +28,8 @@ class Recorder(Sink):
     path: the file, replaced where it exists. rate: frames a second. clock: time each picture by its own `time`, as fits a
     live stream; else picture k is at k / rate. audio: a file whose sound is copied along, as far as the pictures go.
     quality: libx264's constant rate factor, 0 (lossless) to 51. An odd width or height gets one more column or row, the
-    last one repeated, since H.264's common format has none.
+    last one repeated, since H.264's common format has none. Opened again after an error, it goes on in a new file beside the
+    first, out.2.mp4, and `path` says which: what has been recorded is kept.
 
     Raises:
         ValueError: an unknown suffix, a rate or quality out of range; from write: a picture of another size than the
@@ -43,6 +46,9 @@ class Recorder(Sink):
         if not 0 <= quality <= 51:
             raise ValueError(f"quality is {quality!r}: 0 (lossless) to 51")
         self.rate, self.clock, self.audio, self.quality = Fraction(rate).limit_denominator(1001), clock, audio, quality
+        self._name = self.path
+        self._failed = False
+        self._count, self._last = 0, -1
         self._output: Any = None
         self._video: Any = None
         self._sound: _Sound | None = None
@@ -50,6 +56,10 @@ class Recorder(Sink):
     def open(self) -> None:
         av = need("av", "av")
         self.close()
+        if self._failed and self._count:
+            numbered = (self._name.with_stem(f"{self._name.stem}.{k}") for k in count(2))
+            self.path = next(path for path in numbered if not path.exists())
+        self._failed = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._output = av.open(str(self.path), "w", options=CONTAINERS[self.path.suffix.lower()])
         self._video = self._sound = None
@@ -58,6 +68,10 @@ class Recorder(Sink):
     def write(self, picture: Picture) -> None:
         if self._output is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
+        with self._noting_errors():
+            self._write(picture)
+
+    def _write(self, picture: Picture) -> None:
         if self._video is None:
             self._begin(picture)
         if picture.pixels.shape != self._shape:
@@ -74,15 +88,23 @@ class Recorder(Sink):
         output, self._output = self._output, None
         if output is None:
             return
-        try:
+        with ExitStack() as closing:
+            closing.enter_context(self._noting_errors())
+            if self._sound is not None:
+                closing.callback(self._sound.close)
+            closing.callback(output.close)
             if self._video is not None:
                 output.mux(self._video.encode(None))
             if self._sound is not None:
                 self._sound.copy(output, (self._last + TICKS / self.rate) / TICKS)
-        finally:
-            output.close()
-            if self._sound is not None:
-                self._sound.close()
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _begin(self, picture: Picture) -> None:
         self._shape, self._first = picture.pixels.shape, picture.time

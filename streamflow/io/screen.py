@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Source, SourceLost, check_rate, need
+from streamflow.io.picture import InvalidSource, Picture, Source, as_source_lost, check_rate, need
 
 
 class ScreenSource(Source):
     """A monitor, 1 being the first and 0 all of them together, `rate` times a second. region: (left, top, width, height)
     in pixels of that monitor, the whole by default.
 
-    Raises, from open: SourceLost where there is no screen, ValueError where there is no such monitor.
+    Raises SourceLost where no screen can be read; InvalidSource, from open, where there is no such monitor.
     """
 
     def __init__(self, monitor: int | str = 1, rate: float = 30, region: tuple[int, int, int, int] | None = None) -> None:
@@ -25,14 +25,12 @@ class ScreenSource(Source):
     def open(self) -> None:
         mss = need("mss", "mss")
         self.close()
-        try:
+        with as_source_lost("no screen can be read"):
             self._screen = mss.MSS()
             monitors = self._screen.monitors
-        except mss.ScreenShotError as error:
-            raise SourceLost(f"no screen can be read: {error}") from error
         if not 0 <= self.monitor < len(monitors):
             self.close()
-            raise ValueError(f"no monitor {self.monitor}: there are 0 (all) to {len(monitors) - 1}")
+            raise InvalidSource(f"no monitor {self.monitor}: there are 0 (all) to {len(monitors) - 1}")
         area = monitors[self.monitor]
         if self.region is not None:
             left, top, width, height = self.region
@@ -45,8 +43,9 @@ class ScreenSource(Source):
         time.sleep(max(0.0, self._due - time.monotonic()))
         now = time.monotonic()
         self._due = max(self._due + 1 / self.rate, now)
-        shot = self._screen.grab(self._area)
-        pixels = np.frombuffer(shot.raw, dtype=np.uint8).reshape(shot.height, shot.width, 4)
+        with as_source_lost(f"screen {self.monitor}"):
+            shot = self._screen.grab(self._area)
+            pixels = np.frombuffer(shot.raw, dtype=np.uint8).reshape(shot.height, shot.width, 4)
         return Picture(np.ascontiguousarray(pixels[..., 2::-1]), now)
 
     def close(self) -> None:

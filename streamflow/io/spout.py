@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, SinkLost, Source, SourceLost, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
 
 GL_RGBA = 0x1908
 
@@ -46,12 +46,13 @@ class SpoutSource(Source):
             raise RuntimeError("the Spout source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            received = self._receiver.receiveImage(self._pixels, GL_RGBA, False, 0)
-            if self._receiver.isUpdated():
-                size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()
-                self._pixels = np.zeros((*size, 4), dtype=np.uint8)
-            elif received and self._pixels is not None and self._receiver.isFrameNew():
-                return Picture(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
+            with as_source_lost(f"Spout {self.name!r}"):
+                received = self._receiver.receiveImage(self._pixels, GL_RGBA, False, 0)
+                if self._receiver.isUpdated():
+                    size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()
+                    self._pixels = np.zeros((*size, 4), dtype=np.uint8)
+                elif received and self._pixels is not None and self._receiver.isFrameNew():
+                    return Picture(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
             time.sleep(0.002)
         raise SourceLost(f"Spout {self.name!r} has sent nothing for {self.timeout:g} s")
 
@@ -65,7 +66,7 @@ class SpoutSource(Source):
 class SpoutSink(Sink):
     """Sends under that name.
 
-    Raises SinkLost, from open where there is no OpenGL, from write where the picture was not taken.
+    Raises OSError, from open where there is no OpenGL, from write where the image was not taken.
     """
 
     def __init__(self, name: str = "StreamFlow") -> None:
@@ -78,7 +79,7 @@ class SpoutSink(Sink):
         self._sender = library.SpoutSender()
         if not self._sender.createOpenGL():
             self.close()
-            raise SinkLost("Spout has got no OpenGL context")
+            raise OSError("Spout has got no OpenGL context")
         self._sender.setSenderName(self.name)
 
     def write(self, picture: Picture) -> None:
@@ -86,7 +87,7 @@ class SpoutSink(Sink):
             raise RuntimeError("the Spout sink is not open: call open() first")
         height, width = picture.pixels.shape[:2]
         if not self._sender.sendImage(rgba(picture.pixels), width, height, GL_RGBA, False, 0):
-            raise SinkLost(f"Spout did not take a picture of {width}x{height}")
+            raise OSError(f"Spout did not take an image of {width}x{height}")
 
     def close(self) -> None:
         if self._sender is not None:

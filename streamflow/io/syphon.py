@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, need, rgba
+from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
 
 PACKAGE = "syphon-python"
 BGRA8 = 80  # MTLPixelFormatBGRA8Unorm
@@ -34,14 +34,15 @@ class SyphonSource(Source):
     def open(self) -> None:
         library = _library()
         self.close()
-        directory = library.SyphonServerDirectory()
         end = time.monotonic() + self.timeout
-        while time.monotonic() < end:
-            found = [server for server in directory.servers if not self.name or server.name == self.name]
-            if found:
-                self._client = library.SyphonMetalClient(found[0])
-                return
-            time.sleep(0.1)
+        with as_source_lost(f"Syphon {self.name!r}"):
+            directory = library.SyphonServerDirectory()
+            while time.monotonic() < end:
+                found = [server for server in directory.servers if not self.name or server.name == self.name]
+                if found:
+                    self._client = library.SyphonMetalClient(found[0])
+                    return
+                time.sleep(0.1)
         raise SourceLost(f"no Syphon server {self.name!r} within {self.timeout:g} s")
 
     def read(self) -> Picture:
@@ -49,10 +50,11 @@ class SyphonSource(Source):
             raise RuntimeError("the Syphon source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            if not self._client.is_valid:
-                break
-            if self._client.has_new_frame:
-                return self._picture(self._client.new_frame_image)
+            with as_source_lost(f"Syphon {self.name!r}"):
+                if not self._client.is_valid:
+                    break
+                if self._client.has_new_frame:
+                    return self._picture(self._client.new_frame_image)
             time.sleep(0.002)
         raise SourceLost(f"Syphon {self.name!r} has ended, or sent nothing for {self.timeout:g} s")
 

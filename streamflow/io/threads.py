@@ -8,25 +8,32 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import Self
+from collections.abc import Callable
+from functools import partial
+from typing import Self, TypeVar
 
 from streamflow._threads import Thread
 from streamflow.io.picture import Picture, Sink, Source
 
 POLICIES = ("newest", "every")
 
+T = TypeVar("T")
+
 
 class _Threaded:
-    """A queue of at most `depth` pictures, a thread, and the exception that ended it."""
+    """A queue of at most `depth` pictures, a thread that works on a device, and the exception that ended it."""
 
-    def __init__(self, depth: int, name: str) -> None:
+    def __init__(self, device: Source | Sink, depth: int, name: str) -> None:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth is {depth!r}: a queue holds at least 1 picture")
         self.depth, self.dropped, self.count = depth, 0, 0
+        self.error: BaseException | None = None
+        self.opened = self.lost = False
+        self._device = device
         self._queue: deque[Picture] = deque()
         self._changed = threading.Condition()
-        self._stop = self._done = False
-        self._error: BaseException | None = None
+        self._stop = self._done = self._raised = False
+        self._since: float | None = None
         self._thread = Thread(self._run, name)
 
     def __enter__(self) -> Self:
@@ -45,23 +52,49 @@ class _Threaded:
         """Whether the thread has ended: at the source's end, by an error or by `close`."""
         return self._done
 
+    @property
+    def waiting(self) -> float:
+        """Seconds since when the device does not return from a call; 0 outside of calls."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _run(self) -> None:
+        self._keep_error(self._open_and_work)
+        self.lost = self.error is not None
+        self._keep_error(partial(self._call, self._device.close))
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()
+
+    def _open_and_work(self) -> None:
+        self._call(self._device.open)
+        self.opened = True
+        self._work()
+
+    def _keep_error(self, step: Callable[[], None]) -> None:
+        """Keep the first error for the caller, who raises it; a later one becomes a note of it."""
         try:
-            self._work()
-        except BaseException as error:  # handed to the caller, who raises it
-            self._error = error
+            step()
+        except BaseException as error:
+            if self.error is None:
+                self.error = error
+            else:
+                self.error.add_note(f"Then close() raised {type(error).__name__}: {error}")
+
+    def _call(self, method: Callable[..., T], *arguments: object) -> T:
+        self._since = time.monotonic()
+        try:
+            return method(*arguments)
         finally:
-            with self._changed:
-                self._done = True
-                self._changed.notify_all()
+            self._since = None
 
     def _work(self) -> None:
         raise NotImplementedError
 
     def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self.error is not None and not self._raised:
+            self._raised = True
+            raise self.error
 
     def _end(self, timeout: float) -> None:
         with self._changed:
@@ -79,14 +112,16 @@ class Reading(_Threaded):
     `pts` is held back until its time has come, as a camera would. "every" keeps all: the source waits for the reader.
     depth: what the queue holds, 1 by default for "newest" and 4 for "every".
 
-    The source is opened, read and closed in the thread; what it raises is raised by `read`.
+    The source is opened, read and closed in the thread. What `open` and `read` of it raise is raised by `read`; by `close`
+    where nobody read so far, and so is what `close` of it raises. `error` is the exception; `lost` says that it is not of
+    `close`. `opened`: whether the source was opened; `ended`: whether it has come to its end.
     """
 
     def __init__(self, source: Source, policy: str = "newest", depth: int | None = None) -> None:
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
-        super().__init__({"newest": 1, "every": 4}[policy] if depth is None else depth, "reading")
-        self.source, self.policy = source, policy
+        super().__init__(source, {"newest": 1, "every": 4}[policy] if depth is None else depth, "reading")
+        self.source, self.policy, self.ended = source, policy, False
         self._paused_at: float | None = None
         self._paused_for = 0.0
         self._thread.start()
@@ -111,22 +146,25 @@ class Reading(_Threaded):
                 picture = self._queue.popleft()
                 self._changed.notify_all()
                 return picture
-        self._raise()
+        if not self.ended:
+            self._raise()
         return None
 
     def close(self, timeout: float = 5) -> None:
-        """End the thread and the source; TimeoutError where its `read` does not return."""
+        """End the thread and the source. Raises what the source raised, unless `read` has; TimeoutError where a call of the
+        source does not return."""
         self._end(timeout)
         self._queue.clear()
+        self._raise()
 
     def _work(self) -> None:
-        try:
-            self.source.open()
-            started = time.monotonic()
-            while not self._stop and (picture := self.source.read()) is not None:
-                self._put(picture, started)
-        finally:
-            self.source.close()
+        started = time.monotonic()
+        while not self._stop:
+            picture = self._call(self.source.read)
+            if picture is None:
+                self.ended = True
+                return
+            self._put(picture, started)
 
     def _put(self, picture: Picture, started: float) -> None:
         with self._changed:
@@ -158,11 +196,12 @@ class Writing(_Threaded):
 
     block: whether `write` waits while the queue is full; else the oldest picture goes and is counted in `dropped`.
 
-    The sink is opened, written and closed in the thread; what it raises is raised by the next `write` or by `close`.
+    The sink is opened, written and closed in the thread; what it raises is raised by the next `write` or by `close`, and is
+    kept as `error`.
     """
 
     def __init__(self, sink: Sink, depth: int = 4, block: bool = False) -> None:
-        super().__init__(depth, "writing")
+        super().__init__(sink, depth, "writing")
         self.sink, self.block = sink, block
         self._thread.start()
 
@@ -188,13 +227,9 @@ class Writing(_Threaded):
         self._raise()
 
     def _work(self) -> None:
-        try:
-            self.sink.open()
-            while (picture := self._get()) is not None:
-                self.sink.write(picture)
-                self.count += 1
-        finally:
-            self.sink.close()
+        while (picture := self._get()) is not None:
+            self._call(self.sink.write, picture)
+            self.count += 1
 
     def _get(self) -> Picture | None:
         with self._changed:

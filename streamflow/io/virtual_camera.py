@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamflow.io.picture import Picture, Sink, SinkLost, check_rate, need
+from streamflow.io.picture import Picture, Sink, check_rate, need
 
 
 class VirtualCameraSink(Sink):
     """device: its name, the first that is free by default. The first picture's size is the camera's.
 
-    Raises, from write: SinkLost where no virtual camera is installed; ValueError for a picture of another size.
+    Raises, from write: OSError where no virtual camera is installed; ValueError for a picture of another size.
     """
 
     def __init__(self, device: str | None = None, rate: float = 30) -> None:
@@ -29,7 +29,7 @@ class VirtualCameraSink(Sink):
             try:
                 self._camera = pyvirtualcam.Camera(width=width, height=height, fps=self.rate, device=self.device)
             except RuntimeError as error:
-                raise SinkLost(f"no virtual camera: {error}. Install OBS, or on Linux load v4l2loopback") from error
+                raise OSError(f"no virtual camera: {error}. Install OBS, or on Linux load v4l2loopback") from error
         if (width, height) != (self._camera.width, self._camera.height):
             found = f"{width}x{height} for a virtual camera of {self._camera.width}x{self._camera.height}"
             raise ValueError(f"a picture of {found}: close and open it to change its size")

@@ -12,7 +12,7 @@ class WindowSink(Sink):
     """Shows pictures, fitted into the window, black around them. on_key is called with the name of each key pressed
     ("p", "space", "f1"), in the thread that writes. On macOS that must be the main thread.
 
-    Raises, from open: SinkLost where there is no display; from write: SinkLost when the window was closed.
+    Raises, from open: OSError where there is no display; from write: SinkLost when the window was closed.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class WindowSink(Sink):
         try:
             pygame.display.init()
         except pygame.error as error:
-            raise SinkLost(f"no window can be opened: {error}") from error
+            raise OSError(f"no window can be opened: {error}") from error
         self._pygame = pygame
 
     def write(self, picture: Picture) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from streamflow._threads import Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture
-from streamflow.live.feed import Backoff, Feed
+from streamflow.live.feed import Backoff, Feed, described
 from streamflow.modes import Mode, ModeChooser, fed, free, percentile, sequential
 from streamflow.pacing import Outbox
 
@@ -112,6 +112,7 @@ class Drawing(Thread):
     source ends, or an error is not to be held.
 
     hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last picture stays.
+    `error` is what ended it otherwise.
     """
 
     def __init__(self, scene: Scene, feed: Feed | None, outbox: Outbox[Drawn], hold: bool, controls: Any = None) -> None:
@@ -123,6 +124,7 @@ class Drawing(Thread):
         self.newest: Picture | None = None
         self.mode_name = ""
         self.last: Drawn | None = None
+        self._feed_error: Exception | None = None
         self._next: tuple[Scene, float, threading.Event] | None = None
         self._fade: tuple[np.ndarray, float, float] | None = None
         self._ending = threading.Event()
@@ -154,24 +156,33 @@ class Drawing(Thread):
 
     def _turn(self) -> None:
         self._take_scene()
-        if self.controls is not None:
-            self.controls.tick(time.monotonic())
-            if self.controls.keys.paused:
-                self._ending.wait(PATIENCE)
-                return
         if self._backoff.left:
             self._ending.wait(min(self._backoff.left, PATIENCE))
             return
         try:
-            self._draw()
+            if not self._paused():
+                self._draw()
         except Exception as error:
-            if not self.hold or self._of_feed(error):
+            if not self.hold or error is self._feed_error:
                 raise
             self._held(error)
 
-    def _of_feed(self, error: Exception) -> bool:
-        """Whether it came from the source, which has its own way to hold."""
-        return isinstance(error, (OSError, ImportError))
+    def _paused(self) -> bool:
+        """Whether the keys pause it, after the knobs have been looked at."""
+        if self.controls is None:
+            return False
+        self.controls.tick(time.monotonic())
+        if self.controls.keys.paused:
+            self._ending.wait(PATIENCE)
+        return self.controls.keys.paused
+
+    def _next_picture(self, timeout: float) -> Picture | None:
+        """As `Feed.next`; what that raises, the feed itself does not hold, so it ends the drawing."""
+        try:
+            return self.feed.next(timeout)
+        except Exception as error:
+            self._feed_error = error
+            raise
 
     def _draw(self) -> None:
         scene = self.scene
@@ -191,7 +202,7 @@ class Drawing(Thread):
     def _input(self, scene: Scene) -> bool:
         """Whether there is a picture to draw now: a new one, or under "free" the newest again."""
         if self.newest is None:
-            self.newest = self.feed.next(PATIENCE)
+            self.newest = self._next_picture(PATIENCE)
             if self.newest is None:
                 return False
             self.feed.pause(True)  # while modes are measured
@@ -202,16 +213,16 @@ class Drawing(Thread):
             return True
         mode = scene.mode(self.newest)
         self.mode_name = mode.name
-        new = self.feed.next(PATIENCE if mode.waits else 0)
+        new = self._next_picture(PATIENCE if mode.waits else 0)
         self.newest = new or self.newest
         return new is not None or not (mode.waits or self.feed.ended)
 
     def _held(self, error: Exception) -> None:
         self.errors += 1
-        message = f"{type(error).__name__}: {error}"
+        message = described(error)
         if message not in self._said:
             self._said.add(message)
-            logger.warning("drawing failed, the last picture stays, and it goes on: %s", message)
+            logger.warning("drawing failed, the last image stays, and it goes on: %s", message)
         self._backoff.failed()
 
     def _take_scene(self) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import time
 
-from streamflow.io import Picture, Reading, Source
+from streamflow.io import InvalidSource, Picture, Reading, Source
 
 logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds between attempts
+SILENCE = 10.0  # seconds after which a call of a source or sink that does not return is logged
+
+
+def described(error: BaseException) -> str:
+    """An error with its class, since a message alone may say nothing, as that of a KeyError."""
+    return f"{type(error).__name__}: {error}"
 
 
 class Backoff:
@@ -35,14 +41,16 @@ class Backoff:
 class Feed:
     """Pictures of a source, read in a thread.
 
-    hold: where the source is lost (OSError), say so once, and open it again after a pause until it is back; else the error
-    is raised. A file that is not there is raised in any case, and so is everything that is no OSError.
+    hold: where the source raises, whatever it is, say so once and open it again after a pause, until it is back; else the
+    error is raised. What opening it again cannot mend is raised in any case: ImportError, InvalidSource, an exception that
+    is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
     """
 
     def __init__(self, source: Source, policy: str, hold: bool) -> None:
         self._source, self._policy, self._hold = source, policy, hold
         self._reading: Reading | None = Reading(source, policy)
         self._backoff, self._lost_at = Backoff(), None
+        self._opened = self._silent = False
         self._dropped, self.losses, self.ended = 0, 0, False
 
     @property
@@ -61,30 +69,44 @@ class Feed:
             return None
         try:
             picture = self._reading.read(timeout)
-        except TimeoutError:
-            return None
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            self._lose(error)
+        except Exception as error:
+            if error is self._reading.error:
+                self._lose(error)
+            else:  # TimeoutError of read()
+                self._notice_silence()
             return None
         self.ended = picture is None
-        if picture is not None and self._lost_at is not None:
+        if picture is not None:
+            self._notice_return()
+        return picture
+
+    def _notice_return(self) -> None:
+        self._silent = False
+        if self._lost_at is not None:
             logger.info("the source is back after %.1f s", time.monotonic() - self._lost_at)
             self._lost_at = None
             self._backoff.well()
-        return picture
 
-    def _lose(self, error: OSError) -> None:
-        if not self._hold:
+    def _notice_silence(self) -> None:
+        if self._reading.waiting > SILENCE and not self._silent:
+            self._silent = True
+            logger.warning("the source does not answer: a call of it has not returned for %.0f s", self._reading.waiting)
+
+    def _lose(self, error: Exception) -> None:
+        self._opened = self._opened or self._reading.opened
+        never_there = isinstance(error, FileNotFoundError) and not self._opened
+        if not self._hold or never_there or isinstance(error, (ImportError, InvalidSource)):
             raise error
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-            self.losses += 1
-            logger.warning("the source is lost, the last picture stays, and it is tried again: %s", error)
+        self._say_lost(error)
         self._dropped, reading, self._reading = self.dropped, self._reading, None
         reading.close()
         self._backoff.failed()
+
+    def _say_lost(self, error: Exception) -> None:
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+            self.losses += 1
+            logger.warning("the source is lost, the last image stays, and it is opened again: %s", described(error))
 
     def _again(self, timeout: float) -> bool:
         left = self._backoff.left
@@ -94,6 +116,13 @@ class Feed:
         return left <= timeout
 
     def close(self) -> None:
-        """Let go of the source; its thread has ended then."""
-        if self._reading is not None:
+        """Let go of the source; its thread has ended then. Raises what its `close` raised, and what nobody has read of its
+        other errors unless they are held; TimeoutError where a call of it does not return."""
+        if self._reading is None:
+            return
+        try:
             self._reading.close()
+        except Exception as error:
+            if not (self._hold and self._reading.lost and error is self._reading.error):
+                raise
+            self._say_lost(error)

@@ -20,13 +20,14 @@ import PIL.Image
 from streamflow._threads import Thread
 from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
-from streamflow.live.feed import Feed
+from streamflow.live.feed import SILENCE, Backoff, Feed, described
 from streamflow.modes import Clock, ModeChooser, RealClock
 from streamflow.pacing import POLICIES, Outbox, Pacer
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("hold", "raise")
 ENDING = 30.0  # seconds for a thread to end
+ATTEMPTS = 6  # failures in a row of all sinks, which take about 8 s, after which a live performance ends
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Statistics:
     """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
     there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
     dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
-    sink took them. losses: of the source; errors: of the stream; not_finite: images with NaN or infinite values, of the
-    stream that draws now. latency: seconds from capture to showing, median and 95th percentile, None before there are any.
-    """
+    sink took them, or while a sink had failed. losses: of the source; errors: of the stream; not_finite: images with NaN
+    or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and 95th percentile,
+    None before there are any."""
 
     seconds: float
     mode: str
@@ -60,30 +61,89 @@ class Statistics:
         return self.drawn / self.seconds if self.seconds else 0.0
 
 
+class Output:
+    """One sink, written in a thread of its own. After `lose` it is opened again, once a pause has passed."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.failures = sink, 0
+        self._writing: Writing | None = Writing(sink)
+        self._backoff = Backoff()
+        self._given = self._dropped = 0
+        self._silent = False
+
+    @property
+    def dropped(self) -> int:
+        """Pictures that the sink did not get."""
+        return self._dropped + (self._writing.dropped if self._writing else 0)
+
+    @property
+    def works(self) -> bool:
+        """Whether it has taken a picture since it failed, or has not failed."""
+        return not self.failures or (self._writing is not None and self._writing.count > 0)
+
+    def write(self, picture: Picture) -> None:
+        """Queue a picture; before it is opened again, drop it. Raises what the sink raised."""
+        if self._writing is None:
+            if self._backoff.left:
+                self._dropped += 1
+                return
+            self._writing, self._given = Writing(self.sink), 0
+        self._writing.write(picture)
+        self._given += 1
+        if self.failures and self.works:
+            logger.info("%s is back", type(self.sink).__name__)
+            self.failures = 0
+            self._backoff.well()
+        if self._writing.waiting > SILENCE and not self._silent:
+            name = type(self.sink).__name__
+            logger.warning("%s does not answer: a call of it has not returned for %.0f s", name, self._writing.waiting)
+        self._silent = self._writing.waiting > SILENCE
+
+    def lose(self) -> None:
+        """Let go of the thread that an error has ended, and wait longer before each attempt. `failures` counts those between
+        which no picture was taken."""
+        writing, self._writing = self._writing, None
+        writing.close()
+        self._dropped += self._given - writing.count + 1
+        self.failures = 1 if writing.count else self.failures + 1
+        self._backoff.failed()
+
+    def close(self) -> None:
+        """Write what is queued and close the sink. Raises what it raised."""
+        if self._writing is not None:
+            self._writing.close()
+
+
 class Sinks:
-    """Where pictures go: each sink in its own thread. A sink that fails is left out and said; with `hold` the others go on.
-    All pictures have the first one's size, which recordings and cameras need."""
+    """Where pictures go: each sink in its own thread. All pictures have the first one's size, which recordings and cameras
+    need.
+
+    hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
+    `ATTEMPTS` times in a row does the error end all. Without, any error does. In both cases, a sink that raises SinkLost,
+    which the user has closed, is left out. So is one that raises ImportError, which `close` raises then.
+    """
 
     def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Any = None) -> None:
         self._hold, self._keys = hold, keys
-        self._writing = [Writing(sink) for sink in sinks]
+        self._outputs = [Output(sink) for sink in sinks]
         self._dropped, self._size, self._frozen = 0, None, None
-        self.error: Exception | None = None
+        self._left_out: list[BaseException] = []
+        self.error: BaseException | None = None
 
     @property
     def ended(self) -> bool:
         """Whether no sink is left, or one failed that was not to be held."""
-        return not self._writing or self.error is not None
+        return not self._outputs or self.error is not None
 
     @property
     def dropped(self) -> int:
-        """Pictures that were replaced before a sink took them."""
-        return self._dropped + sum(one.dropped for one in self._writing)
+        """Pictures that a sink did not get: they were replaced by newer ones, or it had failed."""
+        return self._dropped + sum(one.dropped for one in self._outputs)
 
     def show(self, pixels: np.ndarray) -> None:
         """Give every sink this picture, or what the keys say."""
         picture = Picture(self._fitted(self._keyed(pixels)), time.monotonic())
-        for one in list(self._writing):
+        for one in list(self._outputs):
             try:
                 one.write(picture)
             except Exception as error:  # a sink's own, whatever it is
@@ -104,31 +164,49 @@ class Sinks:
             return pixels
         return np.asarray(PIL.Image.fromarray(pixels).resize(self._size, PIL.Image.Resampling.BICUBIC))
 
-    def _lose(self, writing: Writing, error: Exception) -> None:
-        self._writing.remove(writing)
-        self._dropped += writing.dropped
-        name = type(writing.sink).__name__
+    def _lose(self, output: Output, error: Exception) -> None:
+        name = type(output.sink).__name__
         if isinstance(error, SinkLost):
             logger.info("%s ended: %s", name, error)
+            self._leave_out(output)
+        elif not self._hold:
+            logger.error("%s failed: %s", name, described(error))
+            self._leave_out(output)
+            self.error = error
+        elif isinstance(error, ImportError):
+            logger.error("%s is left out: %s", name, error)
+            self._leave_out(output)
+            self._left_out.append(error)
         else:
-            logger.error("%s failed and is left out: %s", name, error)
-            if not self._hold or not self._writing:
+            if not output.failures:
+                logger.error("%s failed, and is opened again after a pause: %s", name, described(error))
+            output.lose()
+            if all(one.failures >= ATTEMPTS for one in self._outputs):
                 self.error = error
+
+    def _leave_out(self, output: Output) -> None:
+        self._outputs.remove(output)
+        self._dropped += output.dropped
 
     def close(self) -> None:
         """Write what is queued and close all; the first error is raised, after the others are closed."""
-        found = None
-        for one in self._writing:
-            self._dropped += one.dropped
+        found = self._left_out
+        for one in list(self._outputs):
+            held = self._hold and not one.works
             try:
                 one.close()
             except SinkLost as error:
                 logger.info("%s ended: %s", type(one.sink).__name__, error)
             except Exception as error:
-                found = found or error
-        self._writing = []
-        if found is not None:
-            raise found
+                if held:
+                    logger.error("%s was not opened again: %s", type(one.sink).__name__, described(error))
+                else:
+                    found.append(error)
+            except BaseException as error:  # what a sink may raise too: the others are to be closed
+                found.append(error)
+            self._leave_out(one)
+        if found:
+            raise found[0]
 
 
 class Live:
@@ -297,7 +375,7 @@ class Live:
             try:
                 if part is not None:
                     part.close()
-            except Exception as error:
+            except BaseException as error:  # of a source or sink, whatever it is
                 found.append(error)
         atexit.unregister(self._at_exit)
         self._ended_at = time.monotonic()

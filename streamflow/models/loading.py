@@ -3,13 +3,13 @@ Knows diffusers' loaders and the family table; no stream."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from streamflow import models, pretrained
+from streamflow._files import read_json, read_text
 
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
@@ -65,7 +65,7 @@ def _left_out(folder: Path) -> dict[str, None]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json: pass a folder that save_pretrained has written")
-    parts = json.loads(index.read_text(encoding="utf-8"))
+    parts = read_json(read_text(index))
     return {name: None for name, part in parts.items() if part == [None, None]}
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from streamflow._threads import Thread
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt.build import Target
+from streamflow.acceleration.tensorrt.cache import own_folder
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import size_of
 from streamflow.acceleration.tensorrt.options import Options
@@ -126,8 +127,7 @@ def check_room(part: Part, options: Options, target: Target) -> None:
 
 
 def _folder(options: Options) -> Path:
-    options.engine_dir.mkdir(parents=True, exist_ok=True)
-    return options.engine_dir
+    return own_folder(options.engine_dir)
 
 
 def write_job(path: Path, job: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from streamflow._files import replacing
 from streamflow.acceleration.tensorrt.fingerprint import DIGEST, digest, key
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _LOCKS = ".locks"
 _STEM = re.compile(rf"[a-z]+-[0-9a-f]{{{2 * DIGEST}}}")
 
@@ -54,7 +57,7 @@ class Entry:
         """The record. DamagedEngine where it is missing, unreadable or of another format."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DamagedEngine(f"{self.record.name}: {error}") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise DamagedEngine(f"{self.record.name} is not a record of format {FORMAT}")
@@ -80,8 +83,9 @@ class Entry:
             **{"built": datetime.now(UTC).isoformat(timespec="seconds"), "facts": facts},
         }
         self.record.unlink(missing_ok=True)
-        _replace(self.engine, data)
-        _replace(self.record, json.dumps(record, indent=1, sort_keys=True).encode())
+        for path, content in ((self.engine, data), (self.record, json.dumps(record, indent=1, sort_keys=True).encode())):
+            with replacing(path) as file:
+                file.write(content)
 
     def remove(self) -> int:
         """Delete all of it; how many bytes that freed. The lock must be held."""
@@ -93,6 +97,8 @@ class Entry:
 
     def sweep(self) -> None:
         """Delete what a build that was killed has left. The lock must be held."""
+        if self.scratch.is_symlink():
+            self.scratch.unlink()
         shutil.rmtree(self.scratch, ignore_errors=True)
         for left in self.directory.glob(f".{self.stem}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -119,13 +125,25 @@ class Entry:
             lock.release()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def own_folder(directory: Path) -> Path:
+    """The folder, made for this user alone where it is missing.
+
+    PermissionError, on POSIX: others can write to it, and could put an engine there, whose code would run on the GPU.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name == "posix":
+        status, user = directory.stat(), os.geteuid()
+        if status.st_uid not in (0, user):
+            raise PermissionError(
+                f"the engine cache {directory} belongs to user {status.st_uid}, and this process runs as user {user}: "
+                f"`chown {user} {directory}`, or give another engine_dir"
+            )
+        if status.st_mode & OTHERS_WRITE:
+            raise PermissionError(
+                f"other users can write to the engine cache {directory} (mode {stat.S_IMODE(status.st_mode):o}): "
+                f"`chmod go-w {directory}`, or give another engine_dir"
+            )
+    return directory
 
 
 def entry_for(directory: Path, name: str, facts: Mapping[str, Any]) -> Entry:
@@ -135,8 +153,8 @@ def entry_for(directory: Path, name: str, facts: Mapping[str, Any]) -> Entry:
 
 def get_or_build(entry: Entry, facts: Mapping[str, Any], build: Callable[[Path], bytes], rebuild: bool = False) -> bytes:
     """The engine with these facts, out of the cache, or by `build(scratch folder)`, then kept. Of several processes that
-    want the same one, one builds. A damaged one is told of in the log and built anew."""
-    entry.directory.mkdir(parents=True, exist_ok=True)
+    want the same one, one builds. A damaged one is told of in the log and built anew. PermissionError: as `own_folder`."""
+    own_folder(entry.directory)
     with entry.locked():
         if not rebuild and (data := _kept(entry)) is not None:
             return data

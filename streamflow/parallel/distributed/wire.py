@@ -8,6 +8,7 @@ NCCL operation cannot be given up once it waits on the GPU, so both sides first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +24,7 @@ DTYPES = (
 TENSORS, DIMENSIONS, NAME = 16, 8, 48  # the most tensors a message, dimensions a tensor, bytes a name
 RECORD = 3 + DIMENSIONS + NAME // 8
 HEADER = 3 + TENSORS * RECORD
+LARGEST = 2**32  # bytes of all tensors of a message
 
 
 class Op(IntEnum):
@@ -76,10 +78,12 @@ def header(message: Message) -> Tensor:
     """The message but for its tensors' values, int64 `[HEADER]`.
 
     Raises:
-        Unsendable: more or larger than a header can say.
+        Unsendable: more or larger than a header can say, or more than `LARGEST` bytes of tensors.
     """
     if len(message.arguments) > TENSORS:
         raise Unsendable(f"a message carries {TENSORS} tensors at most, not {len(message.arguments)}")
+    if (size := sum(a.tensor.nbytes for a in message.arguments if not a.kept)) > LARGEST:
+        raise Unsendable(f"a message carries {LARGEST:,} bytes of tensors at most, not {size:,}")
     records = [number for argument in message.arguments for number in _record(argument)]
     numbers = [message.op, message.part, len(message.arguments), *records]
     return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
@@ -101,18 +105,53 @@ def _record(argument: Argument) -> list[int]:
 
 
 def read_header(numbers: Tensor, device: torch.device) -> Message:
-    """The message of a header, its tensors allocated on the device and not filled yet."""
+    """The message of a header, its tensors allocated on the device and not filled yet.
+
+    ValueError: a number that `header` does not write; nothing has been allocated then.
+    """
+    if numbers.shape != (HEADER,) or numbers.dtype != torch.int64:
+        raise ValueError(f"a header is int64 [{HEADER}], not {numbers.dtype} {list(numbers.shape)}")
     op, part, count, *rest = numbers.tolist()
-    records = [rest[i * RECORD : (i + 1) * RECORD] for i in range(count)]
-    return Message(Op(op), part, tuple(_argument(record, device) for record in records))
+    _check("the number of tensors", count, TENSORS)
+    _check("the number of a module", part, 2**31)
+    plans = [_Plan.read(rest[i * RECORD : (i + 1) * RECORD]) for i in range(count)]
+    if (size := sum(plan.bytes for plan in plans)) > LARGEST:
+        raise ValueError(f"a header announces {size:,} bytes of tensors, and {LARGEST:,} are the most")
+    return Message(Op(op), part, tuple(plan.argument(device) for plan in plans))
 
 
-def _argument(record: Sequence[int], device: torch.device) -> Argument:
-    kept, dtype, dimensions, *rest = record
-    name = b"".join(word.to_bytes(8, "little", signed=True) for word in rest[DIMENSIONS:]).rstrip(b"\0").decode()
-    if kept:
-        return Argument(None, name, kept=True)
-    return Argument(torch.empty(rest[:dimensions], dtype=DTYPES[dtype], device=device), name)
+def _check(what: str, number: int, most: int) -> None:
+    if not 0 <= number <= most:
+        raise ValueError(f"a header says that {what} is {number}: it is from 0 to {most}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An argument as its record describes it, checked, before its tensor is allocated."""
+
+    name: str
+    kept: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def read(cls, record: Sequence[int]) -> _Plan:
+        kept, dtype, dimensions, *rest = record
+        _check("a mark of a kept tensor", kept, 1)
+        _check("a dtype", dtype, len(DTYPES) - 1)
+        _check("the number of dimensions", dimensions, DIMENSIONS)
+        for size in rest[:dimensions]:
+            _check("a size", size, LARGEST)
+        name = b"".join(word.to_bytes(8, "little", signed=True) for word in rest[DIMENSIONS:]).rstrip(b"\0").decode()
+        return cls(name, bool(kept), DTYPES[dtype], tuple(rest[:dimensions]))
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.kept else math.prod(max(size, 1) for size in self.shape) * self.dtype.itemsize
+
+    def argument(self, device: torch.device) -> Argument:
+        tensor = None if self.kept else torch.empty(self.shape, dtype=self.dtype, device=device)
+        return Argument(tensor, self.name, self.kept)
 
 
 class Link:
