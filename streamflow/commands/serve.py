@@ -90,13 +90,12 @@ def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
     connections = Connections(server, service.refusals)
     with Listener(server.host, server.port, connections) as listener:
         stop.server = uvicorn.Server(uvicorn_config(app, server, connections))
+        stop.server.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
         if stop.received:
             return 0
         url = f"http{'s' if server.tls_certificate else ''}://{server.host}:{listener.getsockname()[1]}"
         print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
-        stop.server.run(sockets=[listener])  # raises the signal again when it has ended
-    service.worker.stop()  # uvicorn leaves out the shutdown of the application after a second SIGINT
-    service.pools.shutdown()
+        stop.server.run(sockets=[listener])
     code = int(service.worker.failed is not None)
     if not service.ended(END_WITHIN):
         sys.stdout.flush()
