@@ -5,6 +5,8 @@ import asyncio
 import io
 import json
 import logging
+import random
+import re
 import signal
 import socket
 import struct
@@ -21,11 +23,13 @@ pytest.importorskip("httpx", reason="needs httpx")
 pytest.importorskip("uvicorn", reason="the page needs the extra web")
 pytest.importorskip("websockets", reason="the page needs the extra web")
 
+import httpx  # noqa: E402
 import PIL.Image  # noqa: E402
 import PIL.ImageFile  # noqa: E402
 import PIL.ImageOps  # noqa: E402
 from test_server import OTHER, SECRET, Clock, Running, drawn, encoded, gone, heard, parsed, put  # noqa: E402
-from websockets.exceptions import ConnectionClosed  # noqa: E402
+from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
+from websockets.sync.client import connect  # noqa: E402
 
 from streamflow.image_utils import as_rgb, open_image  # noqa: E402
 from streamflow.server import connections, pictures, safety, tokens, wishes  # noqa: E402
@@ -84,8 +88,9 @@ def refused(server, kind):
 
 def raw_viewer(server):
     """A socket after the WebSocket's handshake, for frames that no client library would send."""
-    ticket = server.call("POST", "/session").json()["ticket"]
-    connection = opened(server)
+    answer = server.call("POST", "/session")
+    assert answer.status_code == 200, answer.text
+    ticket, connection = answer.json()["ticket"], opened(server)
     head = f"GET /stream HTTP/1.1\r\nHost: {server.host}\r\n{KEY}Sec-WebSocket-Protocol: streamflow, {ticket}\r\n\r\n"
     connection.sendall(head.encode())
     assert b" 101 " in connection.recv(4096)
@@ -193,24 +198,24 @@ def test_behind_a_proxy_its_connections_are_not_one_visitors():
             one.close()
 
 
-@pytest.mark.parametrize(
-    "flood",
-    [
-        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"a: b\r\n" * 40_000 + b"\r\n",
-        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
-        b"POST /session HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 60_000,
-        b"POST /session HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 20_000,
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 5000,
-        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"GET http://[::: HTTP/1.1\r\nHost: [:::\r\n\r\n",
-    ],
-    ids=["headers", "line", "chunks", "bad chunk", "pipelined", "binary", "two hosts", "no host", "no address"],
-)
+CHUNKED = b"POST /session HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+REQUESTS = {
+    "headers": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"a: b\r\n" * 40_000 + b"\r\n",
+    "line": b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    "chunks": CHUNKED + b"1\r\nx\r\n" * 60_000,
+    "bad chunk": CHUNKED + b"zz\r\n",
+    "pipelined": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 20_000,
+    "binary": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 5000,
+    "two hosts": b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    "no host": b"GET / HTTP/1.1\r\n\r\n",
+    "no address": b"GET http://[::: HTTP/1.1\r\nHost: [:::\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("flood", REQUESTS)
 def test_large_and_malformed_requests_are_closed(serves, flood, caplog):
     with opened(serves) as connection:
-        send_all(connection, flood)
+        send_all(connection, REQUESTS[flood])
         ended(connection)
     assert "Traceback" not in caplog.text and "Exception" not in caplog.text
 
@@ -820,3 +825,97 @@ def test_what_viewers_write_is_never_logged(serves, monkeypatch, caplog):
     assert "a draw failed: RuntimeError" in caplog.text and "test_server_attacks.py" in caplog.text
     ours = [one for one in caplog.records if not one.name.startswith(("httpx", "httpcore", "websockets"))]
     assert not [one for one in ours if "a-secret-prompt" in one.getMessage() + str(one.exc_info)]
+
+
+# -- all of it, for a while -------------------------------------------------------------------------------------------
+
+SOAK_SECONDS = 600.0
+
+
+WATCHED = """
+import asyncio, sys
+class Watched(asyncio.SelectorEventLoop):
+    def set_debug(self, enabled):
+        super().set_debug(True)
+asyncio.SelectorEventLoop = Watched
+from streamflow.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Serving(Running):
+    """A server process whose event loop logs every callback that takes more than a tenth of a second."""
+
+    def __init__(self, log, **server):
+        flags = [word for name, value in server.items() for word in (f"--server.{name.replace('_', '-')}", str(value))]
+        arguments = ["serve", "--port", "0", "--json", "--device", "cpu", "--num-inference-steps", "1", *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WATCHED, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        self.host = json.loads(self.process.stdout.readline())["url"].removeprefix("http://")
+        while self.call("GET", "/health").status_code != 200:
+            time.sleep(0.1)
+
+    def viewer(self):
+        answer = self.call("POST", "/session")
+        assert answer.status_code == 200, answer.text
+        protocols = ["streamflow", answer.json()["ticket"]]
+        return connect(f"ws://{self.host}/stream", subprotocols=protocols, max_size=None, close_timeout=0.5)
+
+    def close(self):
+        self.process.terminate()
+        return self.process.wait(20)
+
+
+def attack(server, dice, images):
+    """One attack of many."""
+    kind = dice.randrange(4)
+    if kind == 0:
+        with opened(server) as connection:
+            send_all(connection, dice.choice([*HALVES.values(), *REQUESTS.values()]))
+            time.sleep(dice.random())
+    elif kind == 1:
+        with raw_viewer(server) as connection:
+            send_all(connection, dice.choice(list(FRAMES.values())))
+    elif kind == 2:
+        with server.viewer() as ws:
+            for _ in range(dice.randrange(400)):
+                ws.send(dice.choice([*HOSTILE.values(), '{"type": "gif"}', '{"type": "ack", "x": "%s"}' % ("[]," * 5000)]))
+    else:
+        with server.viewer() as ws:
+            put(ws, mode="picture")
+            for _ in range(dice.randrange(200)):
+                ws.send(struct.pack(">d", 1.0) + dice.choice(images))
+
+
+@pytest.mark.soak
+def test_no_visitor_holds_the_event_loop(tmp_path):
+    until, log = time.monotonic() + SOAK_SECONDS, tmp_path / "log"
+    server = Serving(log.open("w"), max_viewers=3, request_seconds=2)
+
+    def play(seed):
+        dice = random.Random(seed)
+        while time.monotonic() < until:
+            try:
+                attack(server, dice, images)
+                made.append(1)
+            except (ConnectionClosed, InvalidStatus, ConnectionError, TimeoutError, AssertionError, httpx.HTTPError):
+                refusals.append(1)
+
+    made, refusals = [], []
+    images = [encoded((512, 512)), encoded((4000, 4000)), encoded((512, 512), "WEBP"), b"x" * 3_900_000]
+
+    threads = [threading.Thread(target=play, args=(seed,)) for seed in range(3)]
+    [one.start() for one in threads]
+    slowest = 0.0
+    while time.monotonic() < until:
+        began = time.monotonic()
+        assert server.call("GET", "/health/live").status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.05)
+    [one.join(60) for one in threads]
+    assert len(made) > SOAK_SECONDS / 10
+    code, said = server.close(), log.read_text()
+    print(f"{len(made)} attacks, {len(refusals)} refused; the slowest request took {1000 * slowest:.0f} ms")
+    assert code == 0 and "Traceback" not in said and "a viewer is let go" not in said
+    assert re.findall(r"^Executing (.{150}).* (took [0-9.]+ seconds)$", said, re.MULTILINE) == []

@@ -23,6 +23,13 @@ class Refusal(Exception):
     retry_after: int = COME_BACK
 
 
+@dataclass(frozen=True)
+class Unused(Refusal):
+    """The holder has tickets that it has not used yet; a page that has just been opened uses its own within milliseconds."""
+
+    retry_after: int = 1
+
+
 class Admission:
     """Places, of all and of each holder; `streams` is the quota of a holder without one of its own, None for no quota. Used
     in the event loop only."""
@@ -39,7 +46,7 @@ class Admission:
         return self._inside.total()
 
     def ticket(self, holder: Holder) -> str:
-        """A ticket, good once and for `KEPT` seconds. Raises Refusal."""
+        """A ticket, good once and for `KEPT` seconds. Raises Refusal, and Unused for a third unused one."""
         self._tickets = {name: kept for name, kept in self._tickets.items() if kept[1] > self._clock()}
         waiting = Counter(kept[0].name for kept in self._tickets.values())
         quota = self._streams if holder.streams is None else holder.streams
@@ -48,7 +55,7 @@ class Admission:
         if waiting.total() + self.inside >= self._places:
             raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
         if waiting[holder.name] >= UNUSED:
-            raise Refusal(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
+            raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)
         self._tickets[ticket] = holder, self._clock() + KEPT
         return ticket

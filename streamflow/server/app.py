@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from streamflow.config import Settings
-from streamflow.server.admission import Admission, Refusal
+from streamflow.server.admission import Admission, Refusal, Unused
 from streamflow.server.metrics import Metrics
 from streamflow.server.place import first_wish, open_places
 from streamflow.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
@@ -24,8 +24,10 @@ from streamflow.server.tokens import Holder, Tokens
 from streamflow.server.worker import Worker
 
 FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js", "source.js", "link.js")}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 TRIES = 2.0  # wrong tokens a second, of one visitor
 PROTOCOL = "streamflow"
+TICKET_TRIES = 10  # a tenth of a second apart, for a holder with unused tickets
 STOP_WITHIN = 2.0  # seconds for the turn under way when the server ends
 UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
@@ -122,31 +124,34 @@ def create_app(service: Service) -> Guard:
     return Guard(app, service.server, service.refusals)
 
 
+# No endpoint is a plain function: FastAPI would run it in a thread, and the event loop waits while a thread starts.
 def _pages(app: FastAPI) -> None:
+    contents = {name: path.read_bytes() for name, path in FILES.items()}
+
     @app.get("/")
-    def page() -> Response:
-        return FileResponse(FILES["page.html"])
+    async def page() -> Response:
+        return await file("page.html")
 
     @app.get("/{name}")
-    def file(name: str) -> Response:
-        if name not in FILES:
+    async def file(name: str) -> Response:
+        if name not in contents:
             raise HTTPException(404)
-        return FileResponse(FILES[name])
+        return Response(contents[name], media_type=KINDS[Path(name).suffix])
 
 
 def _health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live")
-    def live() -> Response:
+    async def live() -> Response:
         alive = service.worker.is_alive() or service.worker.restarts == 0
         return JSONResponse({"state": "live" if alive else service.state}, 200 if alive else 503)
 
     @app.get("/health")
     @app.get("/health/ready")
-    def ready() -> Response:
+    async def ready() -> Response:
         return JSONResponse({"state": service.state}, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics")
-    def metrics(request: Request) -> Response:
+    async def metrics(request: Request) -> Response:
         service.holder(request)
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -158,10 +163,20 @@ def _tickets(app: FastAPI, service: Service) -> None:
         if service.state != "ready":
             return JSONResponse({"message": service.state}, 503, {"retry-after": "1"})
         try:
-            return JSONResponse({"ticket": service.admission.ticket(holder)})
+            return JSONResponse({"ticket": await _ticket(service.admission, holder)})
         except Refusal as refusal:
             service.refusals("full")
             return JSONResponse({"message": refusal.message}, 429, {"retry-after": str(refusal.retry_after)})
+
+
+async def _ticket(admission: Admission, holder: Holder) -> str:
+    """A ticket, once the holder has used its others: several tabs may be opened at the same time. Raises Refusal."""
+    for _ in range(TICKET_TRIES):
+        try:
+            return admission.ticket(holder)
+        except Unused:
+            await asyncio.sleep(0.1)
+    return admission.ticket(holder)
 
 
 def _sockets(app: FastAPI, service: Service) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,14 +36,22 @@ class Pools:
     """Threads for images, apart by purpose, so that one does not wait for another."""
 
     def __init__(self) -> None:
-        self.decode = ThreadPoolExecutor(2, "server decode")
-        self.encode = ThreadPoolExecutor(2, "server encode")
-        self.gif = ThreadPoolExecutor(1, "server gif")
+        self.decode = _started(2, "server decode")
+        self.encode = _started(2, "server encode")
+        self.gif = _started(1, "server gif")
 
     def shutdown(self) -> None:
         """Drop what waits; what is under way goes on."""
         for pool in (self.decode, self.encode, self.gif):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _started(count: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads run already: the event loop would wait while one starts."""
+    pool, all_run = ThreadPoolExecutor(count, name), threading.Barrier(count)
+    for _ in range(count):
+        pool.submit(all_run.wait)
+    return pool
 
 
 class Viewer:
