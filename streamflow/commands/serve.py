@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import signal
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from streamflow.commands import options
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
-DRAIN = 5  # seconds for open requests when it is asked to end; the model's thread has four more
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
+
+
+class Stop:
+    """What SIGTERM and SIGINT do from the start of the command: they are remembered, and end uvicorn's server."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.server: Any = None
+
+    def __call__(self, *_: Any) -> None:
+        self.received = True
+        if self.server is not None:
+            self.server.should_exit = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Inside, signals set `Stop.received`. Once one has come, the process is about to end, and further ones are ignored."""
+    stop = Stop()
+    before = {one: signal.signal(one, stop) for one in SIGNALS}
+    try:
+        yield stop
+    finally:
+        if stop.received:
+            for one in SIGNALS:  # while the interpreter finalizes, which takes Python's handlers away
+                atexit.register(signal.signal, one, signal.SIG_IGN)
+        else:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,68 +53,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--host", help="short for --server.host")
     p.add_argument("--port", help="short for --server.port")
     p.add_argument("--behind-proxy", action="store_true", help="a proxy in front ends TLS")
-    a = p.parse_args(argv)
-    given = {"server.host": a.host, "server.port": a.port, "server.behind_proxy": "true" if a.behind_proxy else None}
-    for path, value in given.items():
-        if value is not None:
-            setattr(a, path, value)
-    settings = options.settings(p, a, cfg_type="full", warmup=0)
-    try:
-        return serve(settings, a.json)
-    except ValueError as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{p.prog}: {settings.server.host}:{settings.server.port}: {error}", file=sys.stderr)
-        return 1
+    with stop_signals() as stop:
+        a = p.parse_args(argv)
+        given = {"server.host": a.host, "server.port": a.port, "server.behind_proxy": "true" if a.behind_proxy else None}
+        for path, value in given.items():
+            if value is not None:
+                setattr(a, path, value)
+        settings = options.settings(p, a, cfg_type="full", warmup=0)
+        try:
+            return serve(settings, stop, a.json)
+        except ValueError as error:
+            print(f"{p.prog}: error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"{p.prog}: {settings.server.host}:{settings.server.port}: {error}", file=sys.stderr)
+            return 1
 
 
-def serve(settings: Any, as_json: bool = False) -> int:
-    """Until SIGTERM or SIGINT. ValueError: it would not be safe. OSError: the port is taken, a file is not there."""
+def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
+    """Until SIGTERM or SIGINT. ValueError: it would not be safe. OSError: the port is taken, a file is not there.
+
+    Where the model's thread still loads or draws after the server has waited for it, the process ends here with `os._exit`:
+    a thread that computes in torch while the interpreter finalizes would abort it.
+    """
     try:
         import uvicorn
 
         from streamflow.server.app import Service, create_app
+        from streamflow.server.connections import Connections, Listener, uvicorn_config
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'streamflow-rf[web]'") from error
     from streamflow.server import tokens
 
     server = settings.server
     app = create_app(service := Service(settings, tokens.load(server.token_file)))
-    bound = _bind(server.host, server.port)
-    config = uvicorn.Config(
-        app,
-        ws="websockets-sansio",
-        ws_max_size=server.max_message_bytes,
-        ws_per_message_deflate=False,  # pictures are compressed, and a small message could grow
-        ssl_certfile=server.tls_certificate,
-        ssl_keyfile=server.tls_key,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        log_level="warning",
-        limit_concurrency=64 + 4 * server.max_viewers,
-        timeout_graceful_shutdown=DRAIN,
-    )
-    url = f"http{'s' if server.tls_certificate else ''}://{server.host}:{bound.getsockname()[1]}"
-    print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
-    handlers = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        uvicorn.Server(config).run(sockets=[bound])  # raises the signal again when it has ended
-    finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
-    return int(service.worker.failed is not None)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen()  # whoever reads the address may come at once, and waits
-    except OSError:
-        bound.close()
-        raise
-    return bound
+    connections = Connections(server, service.refusals)
+    with Listener(server.host, server.port, connections) as listener:
+        stop.server = uvicorn.Server(uvicorn_config(app, server, connections))
+        stop.server.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
+        if stop.received:
+            return 0
+        url = f"http{'s' if server.tls_certificate else ''}://{server.host}:{listener.getsockname()[1]}"
+        print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
+        stop.server.run(sockets=[listener])
+    code = int(service.worker.failed is not None)
+    if not service.ended(END_WITHIN):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamflow.server.safety import Bucket
+from streamflow.server.safety import COME_BACK, Bucket
 from streamflow.server.tokens import Holder
 
 KEPT = 10.0  # seconds for which a ticket keeps a place
-COME_BACK = 5  # seconds, where it is full
+UNUSED = 2  # tickets that one holder has and has not used
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,19 @@ class Refusal(Exception):
     retry_after: int = COME_BACK
 
 
-class Admission:
-    """Places, of all and of each holder. Used in the event loop only."""
+@dataclass(frozen=True)
+class Unused(Refusal):
+    """The holder has tickets that it has not used yet; a page that has just been opened uses its own within milliseconds."""
 
-    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic):
-        self._places, self._clock = places, clock
+    retry_after: int = 1
+
+
+class Admission:
+    """Places, of all and of each holder; `streams` is the quota of a holder without one of its own, None for no quota. Used
+    in the event loop only."""
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
+        self._places, self._clock, self._streams = places, clock, streams
         self._tickets: dict[str, tuple[Holder, float]] = {}
         self._inside: Counter[str] = Counter()
         self._paces: dict[str, Bucket] = {}
@@ -38,13 +46,16 @@ class Admission:
         return self._inside.total()
 
     def ticket(self, holder: Holder) -> str:
-        """A ticket, good once and for `KEPT` seconds. Raises Refusal."""
+        """A ticket, good once and for `KEPT` seconds. Raises Refusal, and Unused for a third unused one."""
         self._tickets = {name: kept for name, kept in self._tickets.items() if kept[1] > self._clock()}
         waiting = Counter(kept[0].name for kept in self._tickets.values())
-        if holder.streams is not None and waiting[holder.name] + self._inside[holder.name] >= holder.streams:
-            raise Refusal(f"your quota is {holder.streams} streams at once, and they are in use: close one")
+        quota = self._streams if holder.streams is None else holder.streams
+        if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
+            raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
         if waiting.total() + self.inside >= self._places:
             raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
+        if waiting[holder.name] >= UNUSED:
+            raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)
         self._tickets[ticket] = holder, self._clock() + KEPT
         return ticket

@@ -24,7 +24,7 @@ def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.I
         image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
         return PIL.ImageOps.fit(as_rgb(image), (width, height))
     except ValueError as error:
-        raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP") from None
+        raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP of at most {max_pixels} pixels") from None
 
 
 def split(message: bytes) -> tuple[float, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -173,6 +174,8 @@ def open_places(settings: Settings) -> dict[str, list[Place]]:
         places[name] = [Place(pipe, settings, extras) for _ in range(server.max_viewers)]
         for place in places[name]:
             warm(place, first_wish(settings, name))
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # their warnings quote prompts that are too long
     return places
 
 

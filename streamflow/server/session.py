@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -26,7 +27,31 @@ WINDOW = 2  # pictures on their way that a viewer has not acknowledged
 GIF_FRAMES = 48
 MAX_MISTAKES = 30  # messages that cannot be followed, until the connection ends
 TOO_MUCH, TOO_WRONG, FAILED = 4429, 4400, 4500
+TOO_LARGE = 1009  # WebSocket's own code
 GIF_EVERY = 2.0  # seconds
+OVERSIZE = 16  # times the model's pixels, that an image may have
+
+
+class Pools:
+    """Threads for images, apart by purpose, so that one does not wait for another."""
+
+    def __init__(self) -> None:
+        self.decode = _started(2, "server decode")
+        self.encode = _started(2, "server encode")
+        self.gif = _started(1, "server gif")
+
+    def shutdown(self) -> None:
+        """Drop what waits; what is under way goes on."""
+        for pool in (self.decode, self.encode, self.gif):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _started(count: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads run already: the event loop would wait while one starts."""
+    pool, all_run = ThreadPoolExecutor(count, name), threading.Barrier(count)
+    for _ in range(count):
+        pool.submit(all_run.wait)
+    return pool
 
 
 class Viewer:
@@ -134,9 +159,18 @@ class Viewer:
 class Session:
     """A viewer's socket, from `welcome` to its end."""
 
-    def __init__(self, socket: WebSocket, viewer: Viewer, worker: Worker, server: Server, pool: Executor, metrics: Metrics):
+    def __init__(
+        self,
+        socket: WebSocket,
+        viewer: Viewer,
+        worker: Worker,
+        server: Server,
+        pools: Pools,
+        metrics: Metrics,
+        refused: Callable[[str], None],
+    ):
         self._socket, self._viewer, self._worker, self._server = socket, viewer, worker, server
-        self._pool, self._metrics = pool, metrics
+        self._pools, self._metrics, self._refused = pools, metrics, refused
         self._rate = Bucket(server.max_messages_per_second, 2 * server.max_messages_per_second)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
         self._mistakes = 0
@@ -163,16 +197,20 @@ class Session:
             if message["type"] == "websocket.disconnect":
                 return
             if not self._rate.take():
-                self._metrics.count("refused", "flood")
+                self._refused("flood")
                 return await self._socket.close(TOO_MUCH, "too many messages a second")
             try:
                 if message.get("bytes") is not None:
                     self._viewer.offer(message["bytes"])
+                elif wishes.longer(message["text"], self._server.max_text_bytes):
+                    self._refused("large text")
+                    return await self._socket.close(TOO_LARGE, f"a text is at most {self._server.max_text_bytes} bytes")
                 else:
                     await self._follow(wishes.read(message["text"]))
             except BadMessage as error:
                 if await self._mistake(error):
                     return
+            await asyncio.sleep(0)  # messages that wait are no reason to keep the event loop
 
     async def _mistake(self, error: BadMessage) -> bool:
         """Say what was wrong; whether it was once too often."""
@@ -191,8 +229,11 @@ class Session:
 
     async def _set(self, message: dict[str, Any]) -> None:
         new = wishes.changed(self._viewer.wish, message.get("settings"), self._worker.models, self._server.max_steps)
+        number = message.get("number")
+        if number is not None and not (isinstance(number, int) and abs(number) <= wishes.MAX_NUMBER):
+            raise BadMessage(f"number: an integer of at most {wishes.MAX_NUMBER}")
         self._viewer.change(new)
-        self._viewer.say(type="settings", settings=new.model_dump(), number=message.get("number"))
+        self._viewer.say(type="settings", settings=new.model_dump(), number=number)
 
     async def _acknowledge(self, message: dict[str, Any]) -> None:
         self._viewer.acknowledge()
@@ -203,11 +244,12 @@ class Session:
         if not self._gifs.take():
             raise BadMessage(f"one GIF every {GIF_EVERY:g} seconds")
         span = (self._shown[-1] - self._shown[0]) / max(1, len(self._shown) - 1)
-        data = await self._in_pool(pictures.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
+        data = await self._in_pool(self._pools.gif, pictures.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
         await self._socket.send_bytes(packed({"type": "gif"}, data))
 
     async def _decode(self) -> None:
         viewer, (width, height) = self._viewer, self._worker.size
+        most = min(self._server.max_picture_pixels, OVERSIZE * width * height)
         while True:
             await viewer.came.wait()
             viewer.came.clear()
@@ -215,7 +257,7 @@ class Session:
                 continue
             (data, entered, stamp), viewer.raw = viewer.raw, None
             try:
-                image = await self._in_pool(pictures.decode, data, self._server.max_picture_pixels, width, height)
+                image = await self._in_pool(self._pools.decode, pictures.decode, data, most, width, height)
                 viewer.decoded(image, entered, stamp)
             except BadMessage as error:
                 if await self._mistake(error):
@@ -235,7 +277,7 @@ class Session:
                 await self._picture(drawn)
 
     async def _picture(self, drawn: Drawn) -> None:
-        data = await self._in_pool(pictures.jpeg, drawn.pixels)
+        data = await self._in_pool(self._pools.encode, pictures.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
         age = time.monotonic() - drawn.entered
@@ -244,8 +286,8 @@ class Session:
         self._metrics.count("frames")
         self._metrics.observe("end_to_end_seconds", age)
 
-    async def _in_pool(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+    async def _in_pool(self, pool: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
 FOLLOW = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif}

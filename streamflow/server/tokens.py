@@ -34,8 +34,8 @@ class Tokens:
     def __init__(self, holders: tuple[Holder, ...] = ()):
         self._holders = holders
 
-    def __bool__(self) -> bool:
-        return bool(self._holders)
+    def __len__(self) -> int:
+        return len(self._holders)
 
     def holder(self, token: str) -> Holder | None:
         """Whose token this is, None if nobody's; every holder's is compared, in constant time."""

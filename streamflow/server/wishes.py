@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -11,6 +12,7 @@ from streamflow.section import Section
 
 MAX_TEXT = 500
 MAX_SEED = 2**32 - 1
+MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript below is exact to
 
 
 class Wish(Section):
@@ -42,10 +44,15 @@ class BadMessage(ValueError):
     """A message that cannot be followed; says why."""
 
 
+def longer(text: str, most: int) -> bool:
+    """Whether a text has more than `most` bytes in UTF-8."""
+    return len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most
+
+
 def read(text: str) -> dict[str, Any]:
-    """A message: a JSON object with a "type". BadMessage for anything else, NaN and endless nesting included."""
+    """A message: a JSON object with a "type". BadMessage for anything else, NaN, 1e999 and endless nesting included."""
     try:
-        message = json.loads(text, parse_constant=_refuse)
+        message = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         raise BadMessage("a message is one JSON object") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
@@ -55,6 +62,11 @@ def read(text: str) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
 
 
 def changed(wish: Wish, fields: Any, models: tuple[str, ...], max_steps: int) -> Wish:

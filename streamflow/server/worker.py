@@ -6,15 +6,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from streamflow._threads import Thread
 from streamflow.server.metrics import Metrics
 from streamflow.server.place import Place
 
 logger = logging.getLogger(__name__)
 NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
 MAX_ERRORS = 5  # in a row, until a viewer is let go
+MAX_RESTARTS = 1
 
 
 class Client(Protocol):
@@ -38,11 +42,26 @@ class Client(Protocol):
         """What went wrong; fatal ends its connection."""
 
 
-class Worker(threading.Thread):
-    """`open_places` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not."""
+@dataclass(frozen=True)
+class Turn:
+    """What a viewer wanted when it was chosen; later changes are for its next turn."""
+
+    client: Client
+    wish: Any
+    image: Any
+    entered: float | None
+    stamp: float | None
+
+
+class Worker(Thread):
+    """`open_places` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
+
+    Should the thread's work end with an error, the models are opened again and the viewers stay, once (`restarts`). The
+    second time the thread ends, and its viewers are told.
+    """
 
     def __init__(self, open_places: Callable[[], dict[str, list[Place]]], metrics: Metrics):
-        super().__init__(name="model", daemon=True)
+        super().__init__(self._work, "model")
         self._open, self._metrics = open_places, metrics
         self._wake = threading.Condition()
         self._clients: list[Client] = []
@@ -50,6 +69,7 @@ class Worker(threading.Thread):
         self._stopping = False
         self.ready = threading.Event()
         self.failed: BaseException | None = None
+        self.restarts = 0
         self.places: dict[str, list[Place]] = {}
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
@@ -83,36 +103,79 @@ class Worker(threading.Thread):
             self._stopping = True
             self._wake.notify_all()
 
-    def run(self) -> None:
+    def _work(self) -> None:
+        while self._open_all() and not self._give_turns() and self.restarts < MAX_RESTARTS:
+            self.restarts += 1
+        with self._wake:
+            for client in () if self._stopping else self._clients:
+                self._call(client, client.tell, "the model's thread has ended", True)
+            self._clients.clear()
+            self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
+
+    def _open_all(self) -> bool:
         try:
             self.places = self._open()
         except Exception as error:  # whatever it is, the server goes on to say so
             logger.exception("the model cannot be opened")
             self.failed = error
-            return
+            return False
         self.models = tuple(self.places)
         self.size = self.places[self.models[0]][0].size
         self.ready.set()
-        while (client := self._next()) is not None:
-            self._turn(client)
-        self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
-        self._clients.clear()
+        return True
 
-    def _next(self) -> Client | None:
-        """The due viewer with the least used time; None when it is over."""
+    def _give_turns(self) -> bool:
+        """Whether it was asked to stop; False after an error, with every viewer's place given up."""
+        try:
+            while (turn := self._next()) is not None:
+                self._turn(turn)
+            return True
+        except BaseException as error:  # SystemExit of a library too: the other viewers need this thread
+            log_failure("the model's thread has ended", error)
+        with self._wake:
+            self.ready.clear()
+            self.places = {}
+            for client in self._clients:
+                client.place = None
+        return False
+
+    def _next(self) -> Turn | None:
+        """The turn of the due viewer with the least used time; None when it is over."""
         with self._wake:
             while not self._stopping:
                 self._let_go()
-                now = time.monotonic()
-                due = [one for one in self._clients if one.due(now)]
-                if due:
-                    chosen = min(due, key=lambda one: one.used)
-                    for other in self._clients:  # who waited for itself has no claim to that time later
-                        if other not in due:
-                            other.used = max(other.used, chosen.used)
-                    return chosen
+                if (turn := self._choose(time.monotonic())) is not None:
+                    return turn
                 self._wake.wait(NAP)
         return None
+
+    def _choose(self, now: float) -> Turn | None:
+        """Choose a viewer, take what it wants and give it a place: one step under the lock, so nothing changes between."""
+        due = [one for one in self._clients if self._call(one, one.due, now)]
+        if not due:
+            return None
+        chosen = min(due, key=lambda one: one.used)
+        for other in self._clients:  # who waited for itself has no claim to that time later
+            if other not in due:
+                other.used = max(other.used, chosen.used)
+        return self._call(chosen, self._take, chosen)
+
+    def _take(self, client: Client) -> Turn:
+        turn = Turn(client, *client.take())
+        if client.place is None or client.model != turn.wish.model:
+            self._free(client)
+            client.place = self.places[turn.wish.model].pop()
+            client.model = turn.wish.model
+        return turn
+
+    def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What the method returns. None where it fails, and the viewer is let go: its state must not end the thread."""
+        try:
+            return method(*arguments)
+        except Exception as error:
+            log_failure("a viewer is let go", error)
+            client.gone = True
+            return None
 
     def _let_go(self) -> None:
         for client in [one for one in self._clients if one.gone]:
@@ -121,26 +184,21 @@ class Worker(threading.Thread):
             self._free(client)
 
     def _free(self, client: Client) -> None:
-        if client.place is not None:
-            client.place.reset()
-            self.places[client.model].append(client.place)
-            client.place = None
+        place, client.place = client.place, None
+        if place is not None:
+            place.reset()
+            self.places[client.model].append(place)
 
-    def _turn(self, client: Client) -> None:
-        began = time.monotonic()
-        with self._wake:
-            wish, image, entered, stamp = client.take()
-            if client.place is None or client.model != wish.model:
-                self._free(client)
-                client.model, client.place = wish.model, self.places[wish.model].pop()
+    def _turn(self, turn: Turn) -> None:
+        client, began = turn.client, time.monotonic()
         drawn = None
         try:
             try:
-                client.place.follow(wish)
+                client.place.follow(turn.wish)
             except (ValueError, TypeError) as error:
-                client.tell(str(error))
+                self._call(client, client.tell, str(error))
             if client.place.prepared:
-                drawn = client.place.draw(image, entered, stamp)
+                drawn = client.place.draw(turn.image, turn.entered, turn.stamp)
             self._errors.pop(id(client), None)
         except Exception as error:  # of one viewer's draw; the others go on
             self._failed(client, error)
@@ -149,11 +207,18 @@ class Worker(threading.Thread):
         with self._wake:
             client.used += seconds
             if drawn is not None:
-                client.put(drawn)
+                self._call(client, client.put, drawn)
 
     def _failed(self, client: Client, error: Exception) -> None:
-        logger.exception("a draw failed")
+        log_failure("a draw failed", error)
         self._metrics.count("errors")
         errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1
         client.place.reset()
-        client.tell(f"drawing failed ({type(error).__name__}); trying again", fatal=errors >= MAX_ERRORS)
+        message = f"drawing failed ({type(error).__name__}); trying again"
+        self._call(client, client.tell, message, errors >= MAX_ERRORS)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log where an error came from and of which type. Its message may quote a viewer's prompt and is left out."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s: %s, its message is not logged since it may quote a viewer\n%s", what, type(error).__name__, frames)
