@@ -635,21 +635,20 @@ TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
 
 
 @pytest.mark.attack
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "after", "numbers"),
     [
         ("begin", 0.0, [TERM]),
         ("begin", 0.3, [INT]),
-        ("begin", 1.0, [TERM, INT, TERM]),
+        pytest.param("begin", 1.0, [TERM, INT, TERM], marks=pytest.mark.slow),
         ("url", 0.0, [TERM]),
         ("url", 0.3, [INT]),
-        ("url", 0.6, [INT, INT, INT, TERM]),
+        pytest.param("url", 0.6, [INT, INT, INT, TERM], marks=pytest.mark.slow),
         ("url", 1.2, [TERM]),
         ("url", 2.0, [INT]),
         ("ready", 0.0, [TERM]),
         ("ready", 0.2, [INT, INT, INT]),
-        ("ready", 0.2, [TERM] * 40),
+        pytest.param("ready", 0.2, [TERM] * 40, marks=pytest.mark.slow),
     ],
 )
 def test_signals_end_it_with_exit_code_0_at_any_moment(when, after, numbers):
