@@ -326,6 +326,7 @@ class StreamDiffusionAttributes:
     def x_t_latent_buffer(self, value: Tensor | None) -> None:
         if value is None:
             return self.reset()
+        self._check_step("x_t_latent_buffer = ...")
         with self._ticks:
             waiting = self._running().waiting
             if waiting is None or not isinstance(value, Tensor) or value.shape != waiting.shape:

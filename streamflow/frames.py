@@ -70,6 +70,7 @@ class Order:
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
         self._decoding: deque[tuple[Any, Any]] = deque()
+        self._arrived: deque[Any] = deque()  # decoded, and none of their frames given
         self._pictures: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
@@ -81,6 +82,11 @@ class Order:
         """The groups whose pictures have not arrived, oldest first."""
         return [group for group, _ in self._decoding]
 
+    @property
+    def undelivered(self) -> list[Any]:
+        """The groups of which no frame has been given, oldest first."""
+        return [*self._arrived, *self.undecoded]
+
     def decoding(self, group: Any, decoding: Any) -> None:
         """Pictures of a group, of which `ids` are the frames, are under way: `decoding.done()` says when,
         `decoding.result()` waits and gives them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
@@ -89,12 +95,19 @@ class Order:
     def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:
         """The frames whose turn it is, waiting only for those beyond `most` that are still under way. A picture is let go
         when no later input can refer to it. `copies`: later inputs may, so that each frame gets a picture of its own."""
+        failed = None
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
             group, decoding = self._decoding[0]
-            self._arrive(group.ids, decoding.result())
-            self._decoding.popleft()  # not before: where the decoding fails, the group stays undecoded
+            try:
+                self._arrive(group.ids, decoding.result())
+            except BaseException as error:  # after the frames that came before; the group stays undecoded
+                failed = error
+                break
+            self._arrived.append(self._decoding.popleft()[0])
         while self._inputs and self._inputs[0].source in self._pictures:
             waiting = self._inputs.popleft()
+            while self._arrived and self._arrived[0].ids[0] <= waiting.id:
+                self._arrived.popleft()
             for old in [i for i in self._pictures if i < waiting.source]:
                 del self._pictures[old]
             picture, event = self._pictures[waiting.source]
@@ -103,6 +116,8 @@ class Order:
                 event = _event(picture)
             latency = time.perf_counter() - waiting.since
             yield Frame(waiting.id, picture, latency, waiting.id != waiting.source, event)
+        if failed is not None:
+            raise failed
 
     def _arrive(self, ids: tuple[int, ...], pictures: Tensor) -> None:
         event = _event(pictures)

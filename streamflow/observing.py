@@ -124,7 +124,8 @@ class Observing:
             so where graphs are in force, or are asked for later, fn is refused unless this is said of it.
 
         An error in fn ends the call in which it came. That step has been taken, and the frame that left in it waits for the
-        next call. Inside fn, `update` and `decode_image` may be called; calls that advance or empty the ring are refused.
+        next call; without a batch the frame under way is dropped. Inside fn, `update` and `decode_image` may be called;
+        calls that advance or empty the ring are refused.
 
         Raises:
             TypeError: fn is no function. RuntimeError: graphs are in force. From the call that draws, TypeError or
@@ -165,8 +166,9 @@ class Observing:
 
     def _count_finite(self, images: Tensor) -> Tensor:
         """Count images `[n, 3, H, W]`; whether all are finite, a scalar on their device. The first that is not is said."""
-        finite = self._finite.add(images)
-        if self._finite.count:
+        before, finite = self._finite.count, self._finite.add(images)
+        if self._finite.count > before:
+            self.similar_filter.forget()  # no call may skip for looking like the frame of such an image
             self._say_once(
                 "finite",
                 "images with NaN or infinite values are drawn; not_finite counts them. Look at the weights and the dtype: "

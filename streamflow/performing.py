@@ -57,6 +57,7 @@ class Performing:
         from streamflow.live.show import Live
 
         self._running()
+        self._check_no_pass("live()")
         return Live(
             *(self, source, sinks),
             target_fps=target_fps,

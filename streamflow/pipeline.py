@@ -64,7 +64,8 @@ class StreamFlow(
     StreamDiffusionAttributes,
     StreamDiffusion,
 ):
-    """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged.
+    """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged. One thread
+    draws; `update` may be called from any, and `prepare`, `reset`, `flush` and `close` wait for the tick under way.
 
     Args:
         pipe: a diffusers pipeline of a known family (`streamflow.models.PIPELINES`), on its device, in its dtype.
@@ -324,7 +325,8 @@ class StreamFlow(
         Args:
             scope: "now" for rows under way too, "frame" for frames that enter from then on. None: now, but for noise
                 levels. New noise levels under "frame" or None let what is in flight run to its end with the old ones
-                first, and calls deliver that before anything newer; "now" needs as many stages as before. The guidance
+                first, and calls deliver that before anything newer, so that they stay so many frames behind until `flush`
+                or `reset`; "now" needs as many stages as before. The guidance
                 weight and delta act on all rows at the next call, whatever the scope.
             seed: of the frames that enter from then on.
             changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
@@ -334,7 +336,7 @@ class StreamFlow(
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
         one is encoded, others wait; of those that set the same fields, only the last is encoded, and its number returned.
-        While another thread draws, updates take at most 15 % of the time, and wait up to a second for that.
+        While another thread draws, a pause of nine times its own length follows each, a second at most.
 
         Raises:
             RuntimeError: before prepare. TypeError, ValueError: as `prepare`; then nothing has changed.
@@ -350,7 +352,8 @@ class StreamFlow(
             own["t_index_list"] = check_indices(own["t_index_list"])
             own.setdefault("strength", None)
         names = {*own, *changes} | (set() if seed is None else {"seed"})
-        return self._asked_for.apply(names, scope, partial(self._change_to, scope, seed, own, changes))
+        parts = {part for name in names for part in _PARTS.get(name, ("texts", "levels"))}
+        return self._asked_for.apply(names, scope, partial(self._change_to, scope, seed, own, changes), parts)
 
     @computing
     def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], changes: dict[str, Any]) -> int:
@@ -398,19 +401,22 @@ class StreamFlow(
 
     def _take_change(self) -> None:
         """Let a pending update act. Only the ticking thread comes here, at the start of a call."""
-        change, before = self._change, self._state
+        while not self._take(self._change):
+            pass
+
+    def _take(self, change: Change | None) -> bool:
+        """Let this pending update act; False where another has been merged with it meanwhile."""
+        before = self._state
         if change is None:
-            return
+            return True
         new_levels = change.target.stages is not before.stages
         installs = not self._fits(change.target.request) or (new_levels and not change.levels_now)
         if installs:
             self._run_out()  # where that fails, the update waits for the next call
         with self._slot:
-            merged = self._change is not change
-            if not merged:
-                self._change, self._state = None, change.target
-        if merged:
-            return self._take_change()
+            if self._change is not change:
+                return False
+            self._change, self._state = None, change.target
         if installs:
             self._install(change.target.stages)
         elif new_levels:
@@ -419,6 +425,7 @@ class StreamFlow(
         if change.entries:
             self._engine.set_prompt(change.target.prompt, change.entries)
         self._engine.weight = change.target.weight
+        return True
 
     def _fits(self, request: Request) -> bool:
         """Whether the engine guides and steps as this asks for."""
@@ -476,17 +483,17 @@ class StreamFlow(
                 self._push(replace(group, copy=True))
             else:
                 images = self._decode(done)
-        self._hand_out(1)
+        self._hand_out([done])
         return images
 
     def _oldest(self) -> Done | None:
         with self._ticks:
             return self._finished[0] if self._finished else None
 
-    def _hand_out(self, count: int) -> None:
-        """So many finished groups are the caller's now, and leave the queue."""
+    def _hand_out(self, given: Sequence[Done]) -> None:
+        """These finished groups, the oldest, are the caller's now, and leave the queue."""
         with self._ticks:
-            for _ in range(min(count, len(self._finished))):
+            while self._finished and any(one is self._finished[0] for one in given):
                 self._finished.popleft()
 
     @contextmanager
@@ -514,7 +521,8 @@ class StreamFlow(
         self.similar_filter.forget()
         with self._timer:
             self._take_change()
-            pictures = [self._decode(done) for done in list(self._finished)[:groups]]  # where that fails, nothing enters
+            done = list(self._finished)[:groups]
+            pictures = [self._decode(one) for one in done]  # where that fails, nothing enters
             pushed = 0
             while pushed < groups or len(self._finished) < groups:
                 mine = latents is not None and pushed < groups
@@ -522,8 +530,9 @@ class StreamFlow(
                 group = self._text_group(self._next_ids(self.frame_bff_size), given, regions)
                 self._push(self._steered(group, shown, pushed * self.frame_bff_size))
                 pushed += 1
-            pictures += [self._decode(done) for done in list(self._finished)[len(pictures) : groups]]
-            self._hand_out(groups)
+            done += list(self._finished)[len(done) : groups]
+            pictures += [self._decode(one) for one in done[len(pictures) :]]
+            self._hand_out(done)
             return self._shown_now(torch.cat(pictures) if len(pictures) > 1 else pictures[0])
 
     def txt2img_sd_turbo(self, batch_size: int | None = None) -> Tensor:
@@ -561,10 +570,14 @@ class StreamFlow(
         self._check_step("flush()")
         self._ranges.raise_failed()
         with self._ticks:
-            self._end_pass("flush()")
+            of_loop = self._end_pass("flush()")
+            if of_loop is not None:
+                self._finished.extendleft(reversed(of_loop.order.undecoded))
             self._run_out()
             left = [done.x0[: len(done.ids)] for done in self._finished if not done.copy]
             self._finished.clear()
+            if of_loop is not None:
+                of_loop.returned = sum(map(len, left))
         return left
 
     # -- the steps by themselves ----------------------------------------------------------------------------------------
@@ -631,6 +644,7 @@ class StreamFlow(
 
     def close(self) -> None:
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
+        self._check_step("close()")
         with self._ticks:
             if not self._closed:
                 self._empty("close()")
@@ -666,6 +680,12 @@ class StreamFlow(
     def _running(self) -> Ring | Loop:
         self._prepared()
         return self._engine
+
+    @property
+    def calls_behind(self) -> int:
+        """How many calls of the stream return earlier frames before the one whose input was given last returns: S - 1 in a
+        ring of S stages that is full, more after new noise levels or an error of the decoder, 0 without a batch."""
+        return self._running().groups_in_flight + len(self._finished)
 
     def _in_flight(self) -> int:
         """How many frames are under way or wait to be handed out, copies not counted."""
@@ -715,7 +735,6 @@ class StreamFlow(
             if now is not None:
                 now.check()
             engine = self._running()
-            self._take_control_levels()
             try:
                 done = engine.push(group, self.velocity)
             except BaseException:
@@ -752,3 +771,9 @@ _TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize", "
 _VIDEO = {"noise", "noise_period", "feedback"}
 _SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
 _UPDATABLE = _TEXTS | _VIDEO | _SAMPLING
+# Which fields an update is read together with; the pipeline's own arguments with all.
+_PARTS = {
+    **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise")},
+    **dict.fromkeys(_TEXTS, ("texts",)),
+    **dict.fromkeys(("num_inference_steps", "t_index_list", "strength"), ("levels",)),
+}

@@ -168,6 +168,11 @@ class Ring:
         return sum(len(g.ids) for g in self._waiting if g and not g.copy)
 
     @property
+    def groups_in_flight(self) -> int:
+        """How many groups are under way, copies too."""
+        return sum(group is not None for group in self._waiting)
+
+    @property
     def empty(self) -> bool:
         """Whether no frame is in flight."""
         return not any(self._waiting)
@@ -328,7 +333,7 @@ class Loop:
     """The same step in a loop: each push runs its group through all stages. Nothing stays in flight."""
 
     observer: Observer | None = None
-    in_flight = 0
+    in_flight = groups_in_flight = 0
     empty = True
     waiting = None
     known_anchors = None

@@ -29,18 +29,22 @@ class PassEnded(RuntimeError):
 @dataclass(eq=False)
 class Pass:
     """One pass of `frames` over its inputs, of which `taken` came in and `answered` have their frame. `ended_by`: the call
-    that has emptied the ring meanwhile."""
+    that has emptied the ring meanwhile, and `returned` how many of the frames that call gave to its caller."""
 
+    order: Order
     taken: int = 0
     answered: int = 0
+    returned: int = 0
     ended_by: str | None = None
 
     def check(self) -> None:
         """PassEnded where a call has ended this pass and inputs are not answered."""
         if self.ended_by is not None and self.taken > self.answered:
+            returned = f" {self.returned} of its frames were returned there, and" if self.returned else ""
             raise PassEnded(
-                f"frames() was ended by {self.ended_by}, and {self.taken - self.answered} of its frames were dropped: let "
-                f"the loop end before, or close() its iterator. update() changes what is drawn and drops nothing"
+                f"frames() was ended by {self.ended_by}, and{returned} {self.taken - self.answered - self.returned} of its "
+                f"frames were dropped: let the loop end before, or close() its iterator. update() changes what is drawn and "
+                f"drops nothing"
             )
 
 
@@ -61,6 +65,7 @@ class Streaming:
             self._stepping = acting_thread()
             self._asked_for.drawn()
             try:
+                self._take_control_levels()
                 yield
             finally:
                 self._stepping = None
@@ -82,10 +87,12 @@ class Streaming:
                 f"close() its iterator, or call reset()"
             )
 
-    def _end_pass(self, call: str) -> None:
-        """This call empties the ring: a pass that is under way ends with an error."""
-        if self._pass is not None:
-            self._pass.ended_by, self._pass = call, None
+    def _end_pass(self, call: str) -> Pass | None:
+        """This call empties the ring: a pass that is under way, which is returned, ends with an error."""
+        now, self._pass = self._pass, None
+        if now is not None:
+            now.ended_by = call
+        return now
 
     def frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is a picture, None for a frame
@@ -93,8 +100,8 @@ class Streaming:
         other calls.
 
         Until the loop ends, `stream(...)`, `txt2img`, `predict_x0_batch` and another `frames` are refused; `prepare`,
-        `reset`, `flush`, `load_state_dict` and `close` end it. Where an error ends it, frames that have entered stay under
-        way, and `flush` gives their latents.
+        `reset`, `flush`, `load_state_dict` and `close` end it. Where an error ends it, or it is left, frames that have
+        entered stay under way, and `flush` gives their latents; only those of a group that was delivered in part do not.
 
         Raises:
             RuntimeError: frames are in flight: `flush()` them, or `prepare` anew. Another loop is under way. From the
@@ -114,7 +121,9 @@ class Streaming:
 
     @computing
     def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
-        order, now = Order(), Pass()
+        order = Order()
+        now, left = Pass(order), False
+        self._check_step("frames()")
         with self._ticks:
             self._check_free()
             self._pass = now
@@ -122,15 +131,23 @@ class Streaming:
             yield from self._answers(iterable, order, now)
         except PassEnded:
             raise
+        except GeneratorExit:
+            left = True
+            raise
         except Exception:
             now.check()  # what came of it is no news
             self.similar_filter.forget()  # an input that it has seen may not have entered
             raise
         finally:
-            with self._ticks:
+            # A loop that is left may be collected in any thread, also in one for which the owner of the lock waits.
+            held = self._ticks.acquire(blocking=not left)
+            try:
                 if self._pass is now:
                     self._pass = None
-                    self._finished.extendleft(reversed(order.undecoded))
+                    self._finished.extendleft(reversed(order.undelivered))
+            finally:
+                if held:
+                    self._ticks.release()
 
     def _answers(self, iterable: Iterable[Any], order: Order, now: Pass) -> Iterator[Frame]:
         buffer: list[Waiting] = []
@@ -141,10 +158,12 @@ class Streaming:
             now.taken += 1
             now.check()
             self._ranges.raise_failed()
-            change = self._change
-            if buffer and change is not None and not change.spares_waiting(self._prepared()):
-                self._push_buffer(buffer, now)  # they came in before it
-            self._take_change()
+            while True:
+                change = self._change
+                if buffer and change is not None and not change.spares_waiting(self._prepared()):
+                    self._push_buffer(buffer, now)  # they came in before it
+                if self._take(change):
+                    break
             given = item if isinstance(item, Input) else Input(item)
             shown = self._shown(given.control, 1)
             if given.image is None:
@@ -153,8 +172,10 @@ class Streaming:
                 picture = self._one_picture(given.image)
                 regions, seen = self._masked(picture, given.mask)
                 seen = self._seen_with(seen, shown)
-            (frame_id,) = self._next_ids(1)
-            self._next_id += 1
+            with self._ticks:
+                now.check()
+                (frame_id,) = self._next_ids(1)
+                self._next_id += 1
             skip = picture is not None and self.similar_image_filter and self.similar_filter(seen) is None
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)

@@ -17,9 +17,11 @@ DRAWING = 1.0  # seconds since the last tick within which frames count as being 
 
 @dataclass(eq=False)
 class _Ticket:
-    """An update that waits. `replaced_by`: a later one that sets all that this one sets."""
+    """An update that waits. `replaced_by`: a later one that sets all that this one sets. `parts`: what its fields are read
+    together with, so that an update between the two which has a part in common keeps them apart."""
 
     names: frozenset[str]
+    parts: frozenset[str]
     scope: str | None
     replaced_by: _Ticket | None = None
     over: bool = False
@@ -32,7 +34,8 @@ class Updates:
     """Lets updates through one at a time, in the order in which they came.
 
     An update that waits is left out where a later one sets the same fields. While another thread draws, a pause follows
-    each update, so that all together take no more than `SHARE` of the time.
+    each update, so that all together take no more than `SHARE` of the time, and at most `LONGEST`. The thread that draws
+    waits for the update under way alone.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,10 +50,10 @@ class Updates:
         """This thread draws. To be called at every tick; takes no lock."""
         self._drawn_by, self._drawn_at = acting_thread(), self._clock()
 
-    def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int]) -> int:
+    def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int], parts: Collection[str] = ()) -> int:
         """Call `make`, which sets these fields and gives the update's number; give that number, or the one of the later
         update that took its place. What `make` raises is raised, and an update whose place it took is made after all."""
-        mine = _Ticket(frozenset(names), scope)
+        mine = _Ticket(frozenset(names), frozenset(parts), scope)
         try:
             if not self._turn(mine):
                 return mine.replaced_by.number
@@ -68,9 +71,7 @@ class Updates:
     def _turn(self, mine: _Ticket) -> bool:
         """Wait until it is this one's turn; False where a later update took its place."""
         with self._guard:
-            for one in self._waiting:
-                if one.scope == mine.scope and one.names <= mine.names:
-                    one.replaced_by = mine
+            self._replace(mine)
             self._waiting.append(mine)
             self._wake_next()
         while True:
@@ -87,13 +88,24 @@ class Updates:
                 mine.wake.clear()
             mine.wake.wait(left)
 
+    def _replace(self, mine: _Ticket) -> None:
+        """Let this one take the place of those before it. What waits for an update under way goes on waiting for that."""
+        between: set[str] = set()
+        for one in reversed(self._waiting):
+            free = one.replaced_by is None or one.replaced_by in self._waiting
+            same = one.scope == mine.scope and one.names <= mine.names and one.thread != self._drawn_by
+            if free and same and not one.parts & between:
+                one.replaced_by = mine
+            else:
+                between |= one.parts
+
     def _left(self, mine: _Ticket) -> float | None:
         """Seconds until it is this one's turn; None where it is to be woken."""
         if mine.replaced_by is not None or self._busy:
             return None
         if mine.thread == self._drawn_by:  # what it waits for would wait for it
             return 0
-        if mine is not self._first():
+        if mine is not self._first() or any(one.thread == self._drawn_by for one in self._waiting):
             return None
         now = self._clock()
         drawing = now - self._drawn_at < DRAWING

@@ -127,6 +127,35 @@ def test_a_clip_of_twelve_frames_comes_out_whole(stream, mode):
     assert len(distinct(kept.pictures)) == 12 or found.dropped_by_sinks
 
 
+@pytest.mark.parametrize("change", ["an error of the decoder", "one at the end", "fewer stages"])
+def test_a_clip_comes_out_whole_whatever_happens_on_the_way(change, stream):
+    camera, kept, calls = Camera(most=8), Kept(), []
+
+    def decoding(*_):
+        calls.append(1)
+        if change == "an error of the decoder" and len(calls) == 4 or change == "one at the end" and camera.count == 8:
+            if "failed" not in calls:
+                calls.append("failed")
+                raise RuntimeError("no memory for the decoder")
+        if change == "fewer stages" and len(calls) == 4:
+            stream.update(t_index_list=[2])
+
+    hook = stream.pipe.vae.decoder.register_forward_pre_hook(decoding)
+    with stream.live(camera, kept, target_fps=30, policy="every", mode="fed") as show:
+        found = show.wait()
+    hook.remove()
+    assert len(distinct(kept.pictures)) == 8 or found.dropped_by_sinks
+
+
+def test_live_is_refused_while_a_loop_over_frames_is_under_way(stream, picture):
+    loop = stream.frames([picture(0)] * 3)
+    next(loop)
+    with pytest.raises(RuntimeError, match=r"live\(\) was called while a loop over frames"):
+        stream.live(Camera(), Kept())
+    loop.close()
+    stream.reset()
+
+
 def test_the_similarity_filter_keeps_no_frame_of_a_clip_in_the_ring(stream):
     class Noise(Camera):
         def read(self):

@@ -136,7 +136,7 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
     def left():
         from streamflow.updates import _Ticket
 
-        ticket = _Ticket(frozenset(), None)
+        ticket = _Ticket(frozenset(), frozenset(), None)
         updates._waiting.append(ticket)
         try:
             return updates._left(ticket)
@@ -158,6 +158,65 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
     assert left() == 1.0, "a second at most"
     clock.now += 5
     assert left() == 0, "nobody draws any more"
+
+
+def test_who_waits_for_an_update_under_way_goes_on_with_it_however_many_come():
+    """A stream of updates would otherwise hold the first callers for as long as it lasts."""
+    updates, release, ended = Updates(), threading.Event(), []
+    held = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), ended)
+    until(lambda: updates._busy)
+    again = threading.Event()
+    one = in_thread(lambda: ended.append("one") or updates.apply({"a"}, None, lambda: 2), [])
+    until(lambda: len(updates._waiting) == 1)
+    two = in_thread(lambda: updates.apply({"a"}, None, lambda: again.wait(WAIT) and 3), ended)
+    until(lambda: len(updates._waiting) == 2)
+    release.set()
+    until(lambda: updates._busy and len(updates._waiting) == 1)  # the second is made, and the first waits for it
+    three = in_thread(lambda: updates.apply({"a"}, None, lambda: 4), ended)
+    until(lambda: len(updates._waiting) == 2)
+    assert [ticket.replaced_by is not None for ticket in updates._waiting] == [True, False]
+    assert updates._waiting[0].replaced_by not in updates._waiting
+    again.set()
+    for thread in (held, one, two, three):
+        thread.join()
+
+
+def test_the_thread_that_draws_is_never_left_out_for_a_later_update():
+    updates, release, ended = Updates(), threading.Event(), []
+    updates.drawn()
+    drawer = threading.get_ident()
+    held = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), ended)
+    until(lambda: updates._busy)
+    later = threading.Timer(0.1, lambda: updates.apply({"a"}, None, lambda: 9))
+    later.start()
+    threading.Timer(0.3, release.set).start()
+    assert updates._drawn_by == drawer and updates.apply({"a"}, None, lambda: 2) == 2
+    updates._drawn_at = float("-inf")
+    held.join()
+    later.join()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [
+            {"prompt": [("a cat", 0.5), ("a dog", 0.5)]},
+            {"prompt_weights": [0.9, 0.1]},
+            {"prompt": [("a fox", 0.5), ("a cow", 0.5)]},
+        ],
+        [{"t_index_list": [0, 1]}, {"num_inference_steps": 2}, {"t_index_list": [0, 1]}],
+    ],
+    ids=["texts and weights", "levels"],
+)
+def test_updates_that_build_on_each_other_are_made_in_their_order(asked, stream, held):
+    numbers, threads = [], []
+    for k, fields in enumerate(asked):
+        threads.append(in_thread(lambda fields=fields: stream.update(**fields), numbers))
+        until(lambda k=k: waiting(stream) == k + 1)
+    held.release.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == [2, 3, 4]
 
 
 def test_the_thread_that_draws_waits_for_the_update_under_way_and_for_no_pause():

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from streamflow.pacing import Outbox
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")
 PATIENCE = 0.05  # seconds after which a thread that waits for input looks around
+ATTEMPTS = 3  # failures in a row, after the source's end, after which what is left is given up
 LATENCIES = 1000  # pictures whose latency is kept
 
 
@@ -89,16 +89,14 @@ class Scene:
         self._batch(batched)
         began = time.monotonic() if picture is None else picture.time
         out = self.stream.txt2img() if picture is None else self.stream(cropped(picture.pixels, *self.size))
-        depth = max(1, self.stream.denoising_steps_num) if batched else 1
-        if len(self._entered) != depth - 1:  # an empty ring, or one of another length
-            self._entered = deque([began] * (depth - 1))
+        if len(self._entered) != (behind := self.stream.calls_behind):  # an empty ring, or one of another length
+            self._entered = deque([began] * behind)
         self._entered.append(began)
         return Drawn(uint8_pixels(out)[0], self._entered.popleft())
 
-    def rest(self, picture: Picture) -> Iterator[Drawn]:
-        """What entered and has not come out yet, in its order, pushed out by copies of this picture, the last one."""
-        for _ in range(len(self._entered)):
-            yield self._drawn(picture, self.batched)
+    def push_out(self, picture: Picture) -> Drawn:
+        """The next of what entered and has not come out yet, pushed out by a copy of this picture, the last one."""
+        return self._drawn(picture, self.batched)
 
     def fill(self, picture: Picture | None) -> None:
         """Empty the ring and fill it with this picture, so that the next tick gives one at once."""
@@ -146,13 +144,28 @@ class Drawing(Thread):
         try:
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()
-            if not self._ending.is_set() and self.scene.picture and self.newest is not None:
-                for drawn in self.scene.rest(self.newest):
-                    self._put(drawn)
+            if self.scene.picture and self.newest is not None:
+                self._push_out()
         except BaseException as error:  # raised by whoever waits for the end
             self.error = error
         finally:
             self.outbox.close()
+
+    def _push_out(self) -> None:
+        """What entered before the source ended comes out. An error is held, but not for ever."""
+        left, failures = self.scene.stream.calls_behind, 0
+        while left > 0 and not self._ending.is_set():
+            try:
+                self._put(self.scene.push_out(self.newest))
+            except Exception as error:
+                failures += 1
+                if not self.hold or failures == ATTEMPTS:
+                    raise
+                self._held(error)
+                self._ending.wait(self._backoff.left)
+                continue
+            left, failures = left - 1, 0
+            self._backoff.well()
 
     def _turn(self) -> None:
         self._take_scene()

@@ -360,6 +360,11 @@ class Frames:
         return sum(len(group.ids) for group, _ in self._groups)
 
     @property
+    def groups_in_flight(self) -> int:
+        """How many groups are under way."""
+        return len(self._groups)
+
+    @property
     def empty(self) -> bool:
         """Whether none is in flight."""
         return not self._groups
