@@ -306,7 +306,14 @@ class Model:
         """`frames` of inputs (update or None, origin, mask): (id, the frame whose picture it gets), in order."""
         if self.queue or self.waiting:
             raise Refused(RuntimeError)
-        return self._frames(inputs)
+        return self._all_frames(inputs)
+
+    def _all_frames(self, inputs: Iterable[tuple]) -> Iterator[tuple[int, Frame]]:
+        self.arrived: deque[Group] = deque()  # none of their frames is given
+        try:
+            yield from self._frames(inputs)
+        finally:
+            self.queue.extendleft(reversed(self.arrived))
 
     def _frames(self, inputs: Iterable[tuple]) -> Iterator[tuple[int, Frame]]:
         order: deque[tuple[int, int]] = deque()
@@ -355,7 +362,10 @@ class Model:
 
     def _deliver(self, order: deque, there: dict[int, Frame]) -> Iterator[tuple[int, Frame]]:
         while self.queue:
-            there.update({frame.id: frame for frame in self.queue.popleft().frames})
+            self.arrived.append(self.queue.popleft())
+            there.update({frame.id: frame for frame in self.arrived[-1].frames})
         while order and order[0][1] in there:
             number, source = order.popleft()
+            while self.arrived and self.arrived[0].frames[0].id <= number:
+                self.arrived.popleft()
             yield number, there[source]
