@@ -64,7 +64,7 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
             if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+    except (ValueError, OSError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
