@@ -53,8 +53,8 @@ def read_text(path: Path) -> str:
 def read_yaml(text: str) -> Any:
     """A YAML document as lists, mappings, texts, numbers and dates.
 
-    ValueError: it is no YAML, has aliases, tags such as !!int, a key twice, a number of more than `LONGEST` characters or more than `DEEPEST`
-    levels.
+    ValueError: it is no YAML, has aliases, tags such as !!int, a key twice, a number of more than `LONGEST` characters or
+    more than `DEEPEST` levels.
     """
     try:
         return yaml.load(text, _Loader)

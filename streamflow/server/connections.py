@@ -209,7 +209,8 @@ class HttpProtocol(H11Protocol):
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's protocol with limits on the time of a handshake and of a close, on the frames a second, empty ones and
-    pings included, and on the frames of one message. Whatever ends a connection is counted, and logged by `Refusals` only."""
+    pings included, and on the frames of one message. Connections that are ended for what they sent are counted, and logged
+    by `Refusals` only."""
 
     def __init__(self, connections: Connections, messages_per_second: float, **given: Any):
         super().__init__(**given)
