@@ -58,8 +58,11 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from error
+    except yaml.YAMLError as error:  # of characters that YAML does not allow
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def read_json(text: str) -> Any:

@@ -60,7 +60,13 @@ TAGGED = [
 
 @pytest.mark.parametrize("text", [one for tag in TAGGED for one in (tag, f"a: {tag}", f"[1, {tag}]", f"{{{tag} : 1}}")])
 def test_tags_are_refused(text):
-    with pytest.raises(ValueError, match=r"a tag \(!name\) is not allowed: leave it out"):
+    with pytest.raises(ValueError, match=r"^line 1, column \d+: a tag \(!name\) is not allowed: leave it out$"):
+        read_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "%", "a\0", "- a\nb", "'", "\ud800", "{a: 1, a: 2}", "@"])
+def test_what_is_no_yaml_is_one_line(text):
+    with pytest.raises(ValueError, match=r"^[^\n]+\Z"):
         read_yaml(text)
 
 
@@ -89,6 +95,14 @@ def test_a_seed_is_what_torch_takes(seed):
     torch.Generator().manual_seed(config.parse({"seed": seed}).seed)
     with pytest.raises(ConfigError, match="seed: Input should be less than or equal to 18446744073709551615"):
         config.parse({"seed": seed + 2**64})
+
+
+@pytest.mark.parametrize("flag", ["--server.host", "--negative-prompt", "--model", "--family"])
+def test_a_bracket_opens_a_list_only_where_a_field_takes_one(flag):
+    p = options.parser("x", "", "", "server")
+    settings = options.settings(p, p.parse_args([flag, "[::2] a", "--prompt", "[[a cat, 0.6]]", "--cfg-type", "full"]))
+    assert settings.prompt == (("a cat", 0.6),)
+    assert "[::2] a" in (settings.server.host, settings.negative_prompt, settings.model, settings.family)
 
 
 def test_saving_keeps_links_and_permissions(tmp_path):
@@ -204,7 +218,7 @@ REFUSED = {
     "a huge integer in base 60": ("seed: 1" + ":1" * 100_000, "more than 64 characters"),
     "a huge float": ("delta: " + "9" * 100_000 + ".5", "more than 64 characters"),
     "a huge file": ("prompt: " + "a" * 2**20, "more than 1,048,576 bytes"),
-    "an object of Python": ("prompt: !!python/object/apply:os.getcwd []", "python/object"),
+    "an object of Python": ("prompt: !!python/object/apply:os.getcwd []", "a tag"),
     "a mapping as a key": ("? {a: 1}\n: 2\n", "unhashable"),
     "no UTF-8": (b"prompt: \xff", "utf-8"),
 }

@@ -473,6 +473,8 @@ def test_the_url_that_is_printed_can_be_opened(host, capsys, monkeypatch):
         run(self, sockets)
 
     monkeypatch.setattr(uvicorn.Server, "run", run_briefly)
+    # threads of other servers in this process go on, and would make the command end the process
+    monkeypatch.setattr(Service, "ended", lambda self, timeout: self.worker.join(60) or not self.worker.is_alive())
     flags = ["--host", host, "--port", "0", "--json", "--device", "cpu", "--num-inference-steps", "1"]
     with warnings.catch_warnings():
         assert serve.main(flags) == 0
