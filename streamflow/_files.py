@@ -53,13 +53,16 @@ def read_text(path: Path) -> str:
 def read_yaml(text: str) -> Any:
     """A YAML document as lists, mappings, texts, numbers and dates.
 
-    ValueError: it is no YAML, has aliases, a key twice, a number of more than `LONGEST` characters or more than `DEEPEST`
-    levels.
+    ValueError: it is no YAML, has aliases, tags such as !!int, a key twice, a number of more than `LONGEST` characters or
+    more than `DEEPEST` levels.
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from error
+    except yaml.YAMLError as error:  # of characters that YAML does not allow
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def read_json(text: str) -> Any:
@@ -89,6 +92,8 @@ class _Loader(yaml.SafeLoader):
         mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "an alias (*name) is not allowed: write the value itself", mark)
+        if self.peek_event().tag is not None:
+            raise yaml.composer.ComposerError(None, None, "a tag (!name) is not allowed: leave it out", mark)
         if self._depth == DEEPEST:
             raise yaml.composer.ComposerError(None, None, f"there are more than {DEEPEST} levels", mark)
         self._depth += 1

@@ -5,13 +5,15 @@ key's path. Knows names, types and ranges; whether a model can draw a size, it s
 from __future__ import annotations
 
 import json
+import os
+import stat
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from streamflow._files import read_text, read_yaml, replacing
 from streamflow.control.settings import Control
@@ -33,6 +35,12 @@ class Acceleration(Section):
         "auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
     )
     options: dict[str, Any] = Field({}, description="of that kind, such as quantize: fp8")
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(options, default=str, allow_nan=False)  # ValueError: NaN or infinity
+        return options
 
 
 class SimilarImages(Section):
@@ -67,7 +75,7 @@ class Settings(Section):
     cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
     guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
     delta: float = Field(1.0, description="moderates the weight of self and initialize")
-    seed: int = Field(2, ge=0, description="of all noise")
+    seed: int = Field(2, ge=0, le=2**64 - 1, description="of all noise")
     width: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
     height: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
     frame_buffer_size: int = Field(1, ge=1, description="frames that enter and leave together")
@@ -137,8 +145,13 @@ def load(path: str | Path) -> Settings:
 
 
 def save(settings: Settings, path: str | Path) -> None:
-    """Write a commented YAML file, whole or not at all."""
-    with replacing(Path(path)) as file:
+    """Write a commented YAML file, whole or not at all. An existing file keeps its permissions; of a link, the file that it
+    leads to is written. FileExistsError: the path is no regular file, such as a device or a folder."""
+    target = Path(os.path.realpath(path))
+    if (os.path.exists(path) or os.path.lexists(target)) and not target.is_file():
+        raise FileExistsError(f"{path} is there already and is no regular file: choose another path")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600
+    with replacing(target, mode) as file:
         file.write(commented(settings).encode())
 
 

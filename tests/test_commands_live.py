@@ -129,6 +129,10 @@ def test_a_scene_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeyp
         (["--mode", "img2img"], "mode is img2img, and there is no source"),
         (["--live.scenes", "[nowhere.yaml]"], "nowhere.yaml"),
         (["--seconds", "0"], "not a number above 0"),
+        (["--in", "camera:0", "--t-index-list", "!!int ''"], "a tag (!name) is not allowed"),
+        (["--in", "camera:0", "--t-index-list", "[]", "--acceleration.kind", "none"], "t_index_list"),
+        (["--config", "/dev/null/a.yaml"], "Not a directory"),
+        (["--config", "/proc/self/mem"], "Input/output error"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -139,6 +143,15 @@ def test_what_cannot_be_is_one_line_and_no_success(argv, message, capsys):
         code = error.code
     said = capsys.readouterr().err
     assert code in (1, 2) and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("argv", [["--record", "{file}/out.mp4"], ["--out", "folder:{file}"], ["--out", "{file}/"]], ids=str)
+def test_a_sink_that_never_worked_is_exit_code_1(argv, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    given = [one.format(file=tmp_path / "file") for one in argv]
+    assert live.main([*QUICK, *BRIEF, "--out", "null", *given]) == 1
+    said = capsys.readouterr()
+    assert "streamflow live: error: " in said.err and "file" in said.err and not said.out
 
 
 def test_every_option_that_the_help_shows_is_tried(capsys):

@@ -217,6 +217,13 @@ def test_of_two_processes_that_want_one_engine_one_builds(entry, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_a_file_in_the_way_of_the_scratch_folder_is_removed(entry):
+    entry.directory.mkdir(mode=0o700)
+    entry.scratch.write_bytes(b"x")
+    assert get_or_build(entry, FACTS, Counting()) == ENGINE
+    assert not entry.scratch.exists()
+
+
 def test_nothing_is_written_through_a_link(entry, tmp_path):
     """Neither under temporary names that could be guessed, nor under the engine's own."""
     victim = tmp_path / "victim"

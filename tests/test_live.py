@@ -383,6 +383,24 @@ def test_a_sink_that_raises_is_opened_again_while_the_others_go_on(method, error
     assert [one.levelname for one in caplog.records if "Once failed" in one.getMessage()] == ["ERROR"]
 
 
+@pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("shown", [0, 3])
+def test_a_sink_that_has_failed_when_all_is_closed_is_an_error(shown, error):
+    class Broken(Kept):
+        def write(self, picture):
+            if len(self.pictures) == shown:
+                raise error
+            super().write(picture)
+
+    broken, kept = Broken(), Kept()
+    outputs, show_until = shown_to(broken, kept)
+    show_until(lambda: broken.closed and len(kept.pictures) > 5)
+    assert not outputs.ended
+    with pytest.raises(type(error)) as raised:
+        outputs.close()
+    assert raised.value is error and kept.closed == 1 and len(broken.pictures) == shown
+
+
 def test_what_ends_a_sink_for_good_and_what_ends_all(monkeypatch):
     monkeypatch.setattr(feeds, "LONGEST_PAUSE", 0.02)
     monkeypatch.setattr(feeds, "FIRST_PAUSE", 0.01)
@@ -396,7 +414,8 @@ def test_what_ends_a_sink_for_good_and_what_ends_all(monkeypatch):
     outputs, show_until = shown_to(broken)
     show_until(lambda: False)
     assert isinstance(outputs.error, OSError) and broken.closed == 6
-    outputs.close()
+    with pytest.raises(OSError, match="gone"):
+        outputs.close()
     outputs, show_until = shown_to(Kept(fails=1, error=KeyError), hold=False)
     show_until(lambda: False)
     assert isinstance(outputs.error, KeyError)

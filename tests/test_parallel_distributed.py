@@ -351,8 +351,8 @@ SHAPE, FIRST = 6, slice(3, 3 + RECORD)  # where a header's first shape begins, a
         ({5: -1}, "the number of dimensions is -1"),
         ({SHAPE: 2**62}, "a size is 4611686018427387904"),
         ({SHAPE: -1}, "a size is -1"),
-        ({SHAPE: 2**32, SHAPE + 1: 2**32}, "bytes of tensors"),
-        ({SHAPE: 2**32, SHAPE + 1: 2**32, SHAPE + 2: 0}, "bytes of tensors"),
+        ({SHAPE: 2**32, SHAPE + 1: 2**32}, "the product of a tensor's sizes is 36893488147419103232"),
+        ({SHAPE: 2**32, SHAPE + 1: 2**32, SHAPE + 2: 0}, "the product of a tensor's sizes is 18446744073709551616"),
         ({SHAPE: 2**15, SHAPE + 1: 2**15}, "announces 17,179,869,184 bytes of tensors, and 4,294,967,296"),
         ({SHAPE + 8: -1}, "utf-8"),
     ],
@@ -366,6 +366,25 @@ def test_a_header_that_cannot_be_is_refused_before_anything_is_allocated(changes
     monkeypatch.setattr(wire.torch, "empty", None)
     with pytest.raises(ValueError, match=says):
         read_header(numbers, CPU)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2**40, 0), (3, 0, 2**32), (0, 2**48)], ids=str)
+def test_both_sides_count_an_empty_tensor_as_0_bytes(shape):
+    large = Argument(torch.empty(2**32, dtype=torch.uint8, device="meta"))  # all the bytes that a message may have
+    numbers = header(Message(Op.CALL, 0, (large, Argument(torch.empty(shape, dtype=torch.float64)))))
+    read = read_header(numbers, torch.device("meta"))
+    assert [one.tensor.shape for one in read.arguments] == [(2**32,), shape]
+
+
+@pytest.mark.parametrize("shape", [(0, 2**48 + 1), (2**31, 0, 2**31)], ids=str)
+def test_an_empty_tensor_whose_header_would_be_refused_is_not_sent(shape):
+    with pytest.raises(Unsendable, match="an empty tensor of shape"):
+        header(Message(Op.CALL, 0, (Argument(torch.empty(shape)),)))
+
+
+@pytest.mark.parametrize("text", ["", "été", "no file 'a\udc80b'", "\ud800"])
+def test_every_error_message_can_be_sent(text):
+    assert Message.failed(text).text == text.encode(errors="backslashreplace").decode()
 
 
 def test_all_tensors_of_a_header_count_together():

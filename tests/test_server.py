@@ -1,17 +1,21 @@
 """The page's server: who gets in, what it takes from the network, and that every viewer gets its share."""
 
+import asyncio
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from contextlib import suppress
 
 import pytest
 
@@ -22,10 +26,11 @@ connect = pytest.importorskip("websockets.sync.client", reason="the page needs t
 
 import httpx  # noqa: E402
 import uvicorn  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
 from streamflow import config  # noqa: E402
+from streamflow.commands import serve  # noqa: E402
 from streamflow.config import ConfigError, Settings  # noqa: E402
 from streamflow.server import pictures, tokens, wishes  # noqa: E402
 from streamflow.server.admission import KEPT, Admission, Refusal  # noqa: E402
@@ -446,6 +451,70 @@ def test_viewers_share_the_model_fairly_and_the_newest_picture_wins():
         assert said['streamflow_drops_total{kind="in"}'] > counts[0]
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "LocalHost"])
+def test_the_url_that_is_printed_can_be_opened(host, capsys, monkeypatch):
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    answers, run = [], uvicorn.Server.run
+
+    def run_briefly(self, sockets):
+        def ask():
+            url = json.loads(capsys.readouterr().out)["url"]
+            while not self.started:
+                time.sleep(0.01)
+            while httpx.get(f"{url}/health").status_code != 200:
+                time.sleep(0.05)
+            answers.append(httpx.get(f"{url}/"))
+            self.should_exit = True
+
+        threading.Thread(target=ask).start()
+        run(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run_briefly)
+    # threads of other servers in this process go on, and would make the command end the process
+    monkeypatch.setattr(Service, "ended", lambda self, timeout: self.worker.join(60) or not self.worker.is_alive())
+    flags = ["--host", host, "--port", "0", "--json", "--device", "cpu", "--num-inference-steps", "1"]
+    with warnings.catch_warnings():
+        assert serve.main(flags) == 0
+        with warnings.catch_warnings(record=True) as told:
+            read_corrupt_exif()
+    assert [one.status_code for one in answers] == [200] and not told
+
+
+def read_corrupt_exif():
+    """Read an image of which Pillow warns."""
+    data = b"II*\0\x08\0\0\0\x05\0" + b"\x0f\x01\x02\0\xff\0\0\0\xff\0\0\0"
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=b"Exif\0\0" + data)
+    ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+
+
+def test_pillow_warns_of_corrupt_exif():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read_corrupt_exif()
+    assert any("Corrupt EXIF" in str(one.message) for one in told)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.4])
+def test_a_tls_handshake_that_never_ends_is_closed(seconds):
+    async def connect_in_silence():
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            server = await asyncio.get_running_loop().create_server(asyncio.Protocol, sock=listening, ssl=context)
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            began = time.monotonic()
+            with suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+            server.close()
+            return time.monotonic() - began
+
+    config = uvicorn_config(None, Server(request_seconds=seconds), None)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        assert seconds * 0.9 <= runner.run(connect_in_silence()) < 30
 
 
 @pytest.mark.slow

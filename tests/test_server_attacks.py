@@ -28,6 +28,7 @@ import PIL.Image  # noqa: E402
 import PIL.ImageFile  # noqa: E402
 import PIL.ImageOps  # noqa: E402
 from test_server import OTHER, SECRET, Clock, Running, drawn, encoded, gone, heard, parsed, put  # noqa: E402
+from uvicorn.server import ServerState  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
@@ -353,10 +354,72 @@ def test_hostile_json_is_an_error_for_its_viewer_only(serves, message):
         assert put(ws, prompt="a fox")["prompt"] == "a fox"
 
 
-def test_invalid_utf8_ends_the_connection(serves):
+MALFORMED = {
+    "text that is not UTF-8": (frame(1, b"\xff\xfe"), 1007, "invalid UTF-8"),
+    "fragments that are not UTF-8": (frame(1, b"\xe2", fin=False) + frame(0, b"\x28"), 1007, "invalid UTF-8"),
+    "a reason that is not UTF-8": (frame(8, b"\x03\xe8\xff"), 1007, "invalid UTF-8"),
+    "a message that is too large": (b"\x82\xff" + struct.pack(">Q", 2**40) + bytes(4), 1009, "large message"),
+    "a frame without a mask": (b"\x81\x01a", 1002, "malformed frame"),
+    "an opcode that is not defined": (frame(3, b"a"), 1002, "malformed frame"),
+    "a ping in fragments": (frame(9, b"a", fin=False), 1002, "malformed frame"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_messages_end_the_connection_and_are_counted_without_a_traceback(serves, kind, caplog):
+    data, code, reason = MALFORMED[kind]
+    before = refused(serves, reason)
     with raw_viewer(serves) as connection:
-        connection.sendall(frame(1, b"\xff\xfe"))
-        assert struct.pack(">H", 1007) in ended(connection)
+        connection.sendall(data + data)
+        assert struct.pack(">H", code) in ended(connection)
+    assert refused(serves, reason) == before + 1
+    assert {one.name for one in caplog.records} <= {"streamflow.server.safety"}
+
+
+HANDSHAKES = {
+    "no key": UPGRADE.replace(b"Sec-WebSocket-Key", b"a") + b"\r\n",
+    "an old version": UPGRADE.replace(b"Version: 13", b"Version: 12") + b"\r\n",
+    "a POST": UPGRADE.replace(b"GET", b"POST") + b"\r\n",
+    "too many headers": HALVES["too many headers"],
+}
+
+
+@pytest.mark.parametrize("kind", HANDSHAKES)
+def test_malformed_handshakes_end_the_connection_at_once_and_are_counted(serves, kind, caplog):
+    before = [refused(serves, one) for one in ("malformed handshake", "slow request")]
+    with opened(serves) as connection:
+        connection.sendall(HANDSHAKES[kind])
+        assert b" 101 " not in ended(connection)
+    assert [refused(serves, one) for one in ("malformed handshake", "slow request")] == [before[0] + 1, before[1]]
+    assert {one.name for one in caplog.records} <= {"streamflow.server.safety"}
+
+
+def test_frames_that_are_malformed_before_the_handshake_is_complete_end_the_connection():
+    class Transport(asyncio.Transport):
+        aborted = False
+
+        def abort(self):
+            self.aborted = True
+
+        def is_closing(self):
+            return self.aborted
+
+    async def attack():
+        server, reasons = Server(), []
+        config = connections.uvicorn_config(never, server, connections.Connections(server, reasons.append))
+        config.load()
+        protocol, transport = config.ws_protocol_class(config=config, server_state=ServerState(), app_state={}), Transport()
+        protocol.connection_made(transport)
+        protocol.data_received(UPGRADE + b"\r\n")
+        protocol.data_received(b"\x81\x01a")
+        assert transport.aborted and reasons == ["malformed frame"]
+        for task in protocol.tasks:
+            task.cancel()
+
+    async def never(scope, receive, send):
+        await asyncio.Event().wait()
+
+    asyncio.run(attack())
 
 
 def leave_after(*frames):
@@ -705,6 +768,7 @@ def test_empty_hosts_and_null_origins_are_refused_everywhere(host, behind_proxy)
     for one in (None, "", " ", ":80", "a b", "u@127.0.0.1", "127.0.0.1/", "[::::]:x"):
         assert not gate.host_allowed(one)
     assert gate.host_allowed("127.0.0.1:7860") and gate.host_allowed("[::1]:7860") and gate.host_allowed("localhost")
+    assert gate.host_allowed("LocalHost:7860") and gate.origin_allowed("http://LOCALHOST:7860", "localhost:7860")
     assert gate.host_allowed("my.example") == (host == "0.0.0.0" or behind_proxy)
     assert gate.origin_allowed("https://my.example", "my.example") and gate.origin_allowed("http://a:443", "a:443")
     for origin in ("null", "", "file://", "my.example", "https://other.example", "https://my.example:444"):
@@ -727,6 +791,11 @@ def test_a_visitor_is_an_address_or_the_last_hop_that_the_proxy_adds():
         return {"client": ("10.0.0.9", 1), "headers": [(b"x-forwarded-for", one) for one in hops]}
 
     assert visitor_of(scope(b"1.1.1.1, 2.2.2.2"), True) == visitor_of(scope(b"1.1.1.1", b"2.2.2.2"), True) == "2.2.2.2"
+    for hop in (b"2.2.2.2:80", b"[::ffff:2.2.2.2]", b"[::ffff:2.2.2.2]:65535", b"1.1.1.1, 2.2.2.2:1"):
+        assert visitor_of(scope(hop), True) == "2.2.2.2"
+    assert visitor_of(scope(b"[2001:db8::1]:80"), True) == visitor_of(scope(b"2001:db8::2"), True) == visitor("2001:db8::")
+    for hop in (b"2.2.2.2:a", b"[2.2.2.2", b"[]:1", b":1", b"2.2.2:1"):
+        assert visitor_of(scope(hop), True) == "10.0.0.9"
     assert (
         visitor_of(scope(b"1.1.1.1"), False)
         == visitor_of(scope(b"no address"), True)

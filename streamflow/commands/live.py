@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, value in {"live.source": a.source, "live.sinks": json.dumps(outs) if outs else None}.items():
         if value is not None:
             setattr(a, path, value)
-    settings = _with_start(options.settings(p, a))
+    settings = options.settings(p, a)
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            said = play(settings, a.seconds, a.learn, quiet=a.json)
+            said = play(_with_start(settings), a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, WRONG) else 1
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _with_start(settings: Settings) -> Settings:
     """A source's images start half way where nothing else was said."""
-    if settings.mode != "img2img" or settings.t_index_list or settings.strength is not None:
+    if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
         return settings
     return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
 

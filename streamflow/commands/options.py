@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from streamflow import config
 from streamflow._files import read_yaml
@@ -64,14 +64,14 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
             if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+    except (ValueError, OSError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _value(path: str, text: str) -> Any:
-    """A text stays one where the field takes texts, unless it opens a list; all else is YAML."""
-    if path in _TEXTS and not text.lstrip().startswith("["):
+    """A text stays one where the field takes texts, unless it opens a list and the field takes lists; all else is YAML."""
+    if path in _TEXTS and not (path in _LISTS and text.lstrip().startswith("[")):
         return text
     return read_yaml(text)
 
@@ -83,3 +83,4 @@ def _put(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))
+_LISTS = frozenset(path for path, field in _fields(Settings) if tuple in map(get_origin, _kinds(field)))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,7 @@ def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
     from streamflow.server import tokens
 
     server = settings.server
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of visitors' images, such as corrupt EXIF
     app = create_app(service := Service(settings, tokens.load(server.token_file)))
     connections = Connections(server, service.refusals)
     with Listener(server.host, server.port, connections) as listener:
@@ -93,7 +95,8 @@ def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
         stop.server.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
         if stop.received:
             return 0
-        url = f"http{'s' if server.tls_certificate else ''}://{server.host}:{listener.getsockname()[1]}"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        url = f"http{'s' if server.tls_certificate else ''}://{host}:{listener.getsockname()[1]}"
         print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
         stop.server.run(sockets=[listener])
     code = int(service.worker.failed is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from streamflow.section import Section
 
@@ -55,11 +55,11 @@ class Mapping(Section):
 
     address: str = Field(description="osc:/some/name; midi:cc:1:74 (channel 1, controller 74); midi:note:1:60 (velocity)")
     field: str = Field(description="what it turns, such as guidance_scale, seed or prompt_weights.0")
-    range: tuple[FiniteFloat, FiniteFloat] = Field((0.0, 1.0), description="the field's values at the knob's ends")
-    source: tuple[FiniteFloat, FiniteFloat] | None = Field(
+    range: tuple[float, float] = Field((0.0, 1.0), description="the field's values at the knob's ends")
+    source: tuple[float, float] | None = Field(
         None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
     )
-    smoothing: FiniteFloat = Field(0.0, ge=0, description="seconds in which it comes 63 % nearer; 0: at once")
+    smoothing: float = Field(0.0, ge=0, description="seconds in which it comes 63 % nearer; 0: at once")
 
     @field_validator("address")
     @classmethod

@@ -66,6 +66,7 @@ class Output:
 
     def __init__(self, sink: Sink) -> None:
         self.sink, self.failures = sink, 0
+        self.error: Exception | None = None  # the last one
         self._writing: Writing | None = Writing(sink)
         self._backoff = Backoff()
         self._given = self._dropped = 0
@@ -99,9 +100,10 @@ class Output:
             logger.warning("%s does not answer: a call of it has not returned for %.0f s", name, self._writing.waiting)
         self._silent = self._writing.waiting > SILENCE
 
-    def lose(self) -> None:
-        """Let go of the thread that an error has ended, and wait longer before each attempt. `failures` counts those between
-        which no picture was taken."""
+    def lose(self, error: Exception) -> None:
+        """Let go of the thread that this error has ended, and wait longer before each attempt. `failures` counts those
+        between which no picture was taken."""
+        self.error = error
         writing, self._writing = self._writing, None
         writing.close()
         self._dropped += self._given - writing.count + 1
@@ -120,7 +122,8 @@ class Sinks:
 
     hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
     `ATTEMPTS` times in a row does the error end all. Without, any error does. In both cases, a sink that raises SinkLost,
-    which the user has closed, is left out. So is one that raises ImportError, which `close` raises then.
+    which the user has closed, is left out. So is one that raises ImportError, which `close` raises then. `close` raises the
+    last error of a sink that has failed and has not taken an image since, too.
     """
 
     def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Any = None) -> None:
@@ -180,7 +183,7 @@ class Sinks:
         else:
             if not output.failures:
                 logger.error("%s failed, and is opened again after a pause: %s", name, described(error))
-            output.lose()
+            output.lose(error)
             if all(one.failures >= ATTEMPTS for one in self._outputs):
                 self.error = error
 
@@ -192,17 +195,13 @@ class Sinks:
         """Write what is queued and close all; the first error is raised, after the others are closed."""
         found = self._left_out
         for one in list(self._outputs):
-            held = self._hold and not one.works
             try:
                 one.close()
+                if not one.works:
+                    found.append(one.error)
             except SinkLost as error:
                 logger.info("%s ended: %s", type(one.sink).__name__, error)
-            except Exception as error:
-                if held:
-                    logger.error("%s was not opened again: %s", type(one.sink).__name__, described(error))
-                else:
-                    found.append(error)
-            except BaseException as error:  # what a sink may raise too: the others are to be closed
+            except BaseException as error:  # of a sink, whatever it is: the others are to be closed
                 found.append(error)
             self._leave_out(one)
         if found:

@@ -14,7 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame
+from websockets.frames import CloseCode, Frame
 
 from streamflow.server.safety import Bucket, visitor
 from streamflow.server.session import TOO_MUCH
@@ -28,6 +28,7 @@ PING_SECONDS = 10.0  # between two pings, and for the answer to one
 CLOSE_SECONDS = 5.0  # for a connection to close once the server has ended it
 BACKLOG = 64  # connections that the event loop accepts at once
 DRAIN_SECONDS = 1  # for open requests when the server is asked to end
+MALFORMED = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
 
 
 class Connections:
@@ -125,6 +126,19 @@ class Listener(socket.socket):
         return connection, peer
 
 
+class EventLoop(asyncio.SelectorEventLoop):
+    """The event loop that calls the listener's accept. A TLS handshake has `handshake_seconds`, not asyncio's 60."""
+
+    def __init__(self, handshake_seconds: float):
+        super().__init__()
+        self._handshake_seconds = handshake_seconds
+
+    async def create_server(self, *given: Any, ssl: Any = None, **named: Any) -> Any:
+        """As asyncio's, with the time for a TLS handshake."""
+        seconds = self._handshake_seconds if ssl else None
+        return await super().create_server(*given, ssl=ssl, ssl_handshake_timeout=seconds, **named)
+
+
 class HttpProtocol(H11Protocol):
     """uvicorn's protocol with limits. One request has `Connections.seconds` to arrive, the same to be answered, and
     `REQUEST_BYTES` in all; whatever takes longer or sends more is closed, however it drips."""
@@ -195,7 +209,8 @@ class HttpProtocol(H11Protocol):
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's protocol with limits on the time of a handshake and of a close, on the frames a second, empty ones and
-    pings included, and on the frames of one message."""
+    pings included, and on the frames of one message. Connections that are ended for what they sent are counted, and logged
+    by `Refusals` only."""
 
     def __init__(self, connections: Connections, messages_per_second: float, **given: Any):
         super().__init__(**given)
@@ -218,6 +233,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             if self.transport.is_closing():
                 return
             super().data_received(data[start : start + SLICE])
+            if self.conn.handshake_exc is not None:
+                self._limits.refused("malformed handshake")
+                self.transport.write(b"".join(self.conn.data_to_send()))
+                return self.transport.close()
 
     def handle_events(self) -> None:
         """Handle what was parsed, within the limits."""
@@ -229,9 +248,30 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._fail("frames of one message")
 
     def _fail(self, what: str) -> None:
-        self._limits.refused(what)
         self.conn.fail(TOO_MUCH, f"too many {what}")
-        self.handle_parser_exception()
+        self._end(what)
+
+    def _end(self, reason: str) -> None:
+        self._limits.refused(reason)
+        if self.conn.close_sent is None:  # before the handshake is complete, when no close frame can be sent
+            return self.transport.abort()
+        super().handle_parser_exception()
+
+    def send_receive_event_to_app(self) -> None:
+        """Give a message to the application. Text that is not UTF-8 ends the connection; uvicorn would log a traceback."""
+        try:
+            if self.curr_msg_data_type == "text" and not self.close_sent:
+                b"".join(self.frames).decode()
+        except UnicodeDecodeError:
+            self.frames = []
+            self.conn.fail(CloseCode.INVALID_DATA, "a text message is UTF-8")
+            return self.handle_parser_exception()
+        super().send_receive_event_to_app()
+
+    def handle_parser_exception(self) -> None:
+        """End a connection whose frames cannot be parsed."""
+        sent = self.conn.close_sent
+        self._end(MALFORMED.get(sent.code, "malformed frame") if sent else "malformed frame")
 
     def keepalive_timeout(self) -> None:
         """End a connection that answers no ping."""
@@ -248,7 +288,7 @@ def uvicorn_config(app: Callable[..., Any], server: Server, connections: Connect
     """What uvicorn is run with, for a `Listener` of the same connections."""
     return uvicorn.Config(
         app,
-        loop="asyncio:SelectorEventLoop",  # the one that calls the listener's accept
+        loop=partial(EventLoop, server.request_seconds),  # type: ignore[arg-type]  # a factory, which uvicorn calls
         http=partial(HttpProtocol, connections),
         ws=partial(WebSocketProtocol, connections, server.max_messages_per_second),
         backlog=BACKLOG,

@@ -53,7 +53,7 @@ def check_binding(server: Server, tokens: Tokens) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches this address."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -95,12 +95,17 @@ def visitor(address: str) -> str:
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
+_HOP = re.compile(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")  # [IPv6], [IPv6]:port or IPv4:port
+
+
 def visitor_of(scope: dict[str, Any], behind_proxy: bool) -> str:
     """The visitor of an ASGI scope: the peer's, or behind a proxy that of the last hop in X-Forwarded-For, which the proxy
-    adds; what stands before it was sent by the visitor and is not read."""
+    adds, with or without a port; what stands before it was sent by the visitor and is not read."""
     peer = scope["client"][0] if scope.get("client") else "127.0.0.1"
     hops = [value for name, value in scope["headers"] if name == b"x-forwarded-for"] if behind_proxy else []
     last = hops[-1].decode("latin-1").rpartition(",")[2].strip() if hops else peer
+    if with_port := _HOP.fullmatch(last):
+        last = with_port[1] or with_port[2]
     try:
         return visitor(last)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from streamflow.section import Section
 
@@ -44,6 +44,11 @@ class Server(Section):
     loras: dict[str, str] = Field(
         {}, description="LoRAs that viewers may choose: name and hub id or file; each takes a copy of the model"
     )
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -22,11 +22,11 @@ class Wish(Section):
     model: str = Field("", max_length=100)
     prompt: str = Field("", max_length=MAX_TEXT)
     other: str = Field("", max_length=MAX_TEXT)
-    blend: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    blend: float = Field(0.0, ge=0, le=1)
     seed: int = Field(2, ge=0, le=MAX_SEED)
     steps: int = Field(4, ge=1, le=100)
-    guidance: float = Field(2.0, ge=0, le=30, allow_inf_nan=False)
-    strength: float = Field(0.6, ge=0, le=1, allow_inf_nan=False)
+    guidance: float = Field(2.0, ge=0, le=30)
+    strength: float = Field(0.6, ge=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
 

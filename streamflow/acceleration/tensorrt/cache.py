@@ -97,7 +97,7 @@ class Entry:
 
     def sweep(self) -> None:
         """Delete what a build that was killed has left. The lock must be held."""
-        if self.scratch.is_symlink():
+        if self.scratch.is_symlink() or self.scratch.is_file():
             self.scratch.unlink()
         shutil.rmtree(self.scratch, ignore_errors=True)
         for left in self.directory.glob(f".{self.stem}.*.tmp"):

@@ -25,6 +25,7 @@ TENSORS, DIMENSIONS, NAME = 16, 8, 48  # the most tensors a message, dimensions 
 RECORD = 3 + DIMENSIONS + NAME // 8
 HEADER = 3 + TENSORS * RECORD
 LARGEST = 2**32  # bytes of all tensors of a message
+SPAN = 2**48  # product of a tensor's sizes, each 0 counted as 1: strides of an empty tensor stay far from overflow
 
 
 class Op(IntEnum):
@@ -65,8 +66,9 @@ class Message:
 
     @classmethod
     def failed(cls, text: str) -> Message:
-        """The answer to a call that raised."""
-        return cls(Op.FAILED, arguments=(Argument(torch.tensor(list(text.encode()), dtype=torch.uint8)),))
+        """The answer to a call that raised. What UTF-8 cannot say, a lone surrogate, is sent as `\\udc80`."""
+        data = text.encode(errors="backslashreplace")
+        return cls(Op.FAILED, arguments=(Argument(torch.tensor(list(data), dtype=torch.uint8)),))
 
     @property
     def text(self) -> str:
@@ -89,6 +91,10 @@ def header(message: Message) -> Tensor:
     return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
 
 
+def _span(shape: Sequence[int]) -> int:
+    return math.prod(max(size, 1) for size in shape)
+
+
 def _record(argument: Argument) -> list[int]:
     name = argument.name.encode()
     if len(name) > NAME:
@@ -100,6 +106,8 @@ def _record(argument: Argument) -> list[int]:
     tensor = argument.tensor
     if tensor.dtype not in DTYPES or tensor.dim() > DIMENSIONS:
         raise Unsendable(f"a {tensor.dtype} tensor of shape {list(tensor.shape)} does not travel between ranks")
+    if _span(tensor.shape) > SPAN:
+        raise Unsendable(f"an empty tensor of shape {list(tensor.shape)} is too large to travel between ranks")
     shape = [*tensor.shape, *[0] * (DIMENSIONS - tensor.dim())]
     return [0, DTYPES.index(tensor.dtype), tensor.dim(), *shape, *words]
 
@@ -141,13 +149,14 @@ class _Plan:
         _check("a dtype", dtype, len(DTYPES) - 1)
         _check("the number of dimensions", dimensions, DIMENSIONS)
         for size in rest[:dimensions]:
-            _check("a size", size, LARGEST)
+            _check("a size", size, SPAN)
+        _check("the product of a tensor's sizes", _span(rest[:dimensions]), SPAN)
         name = b"".join(word.to_bytes(8, "little", signed=True) for word in rest[DIMENSIONS:]).rstrip(b"\0").decode()
         return cls(name, bool(kept), DTYPES[dtype], tuple(rest[:dimensions]))
 
     @property
     def bytes(self) -> int:
-        return 0 if self.kept else math.prod(max(size, 1) for size in self.shape) * self.dtype.itemsize
+        return 0 if self.kept else math.prod(self.shape) * self.dtype.itemsize
 
     def argument(self, device: torch.device) -> Argument:
         tensor = None if self.kept else torch.empty(self.shape, dtype=self.dtype, device=device)
