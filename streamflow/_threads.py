@@ -1,9 +1,10 @@
-"""A thread that can be waited for under Ctrl-C."""
+"""Threads that can be waited for under Ctrl-C, act for others, or leave nothing behind."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
@@ -42,3 +43,14 @@ class Thread(threading.Thread):
 def acting_thread() -> int:
     """The identifier of this thread, or of the one for which it acts."""
     return getattr(threading.current_thread(), "acts_for", None) or threading.get_ident()
+
+
+def aside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a thread of its own that ends with it, and give what it gives.
+
+    On a CPU, OpenMP keeps a team of workers for every thread that ever computed, and lets none of them spin between two
+    operations once there are more workers than processors. What only prepares a stream must not leave a team behind: the
+    drawing thread then ticks 1.3 to 1.9 times as fast (measured on two cores, embedded model).
+    """
+    with ThreadPoolExecutor(1, "streamflow aside") as one:
+        return one.submit(function, *arguments).result()

@@ -20,6 +20,7 @@ from streamdiffusion import StreamDiffusion
 from torch import Tensor
 
 from streamflow import guidance
+from streamflow._threads import aside
 from streamflow.accelerating import Accelerating
 from streamflow.attributes import StreamDiffusionAttributes
 from streamflow.changes import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback, owned
@@ -336,7 +337,7 @@ class StreamFlow(
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
         one is encoded, others wait; of those that set the same fields, only the last is encoded, and its number returned.
-        While another thread draws, a pause of nine times its own length follows each, a second at most.
+        While another thread draws, a pause of 19 times its own length follows each, a second at most.
 
         Raises:
             RuntimeError: before prepare. TypeError, ValueError: as `prepare`; then nothing has changed.
@@ -353,7 +354,10 @@ class StreamFlow(
             own.setdefault("strength", None)
         names = {*own, *changes} | (set() if seed is None else {"seed"})
         parts = {part for name in names for part in _PARTS.get(name, ("texts", "levels"))}
-        return self._asked_for.apply(names, scope, partial(self._change_to, scope, seed, own, changes), parts)
+        change = partial(self._change_to, scope, seed, own, changes)
+        if self.device.type == "cpu" and self._asked_for.drawing_elsewhere:
+            change = partial(aside, change)
+        return self._asked_for.apply(names, scope, change, parts)
 
     @computing
     def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], changes: dict[str, Any]) -> int:

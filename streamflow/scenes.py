@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
+from streamflow._threads import aside
 from streamflow.config import Settings
 from streamflow.live.draw import Scene
 from streamflow.live.show import Live
@@ -29,17 +29,6 @@ def open_scene(settings: Settings) -> StreamFlowWrapper:
         return aside(StreamFlowWrapper.from_settings, settings)
     except torch.OutOfMemoryError as error:
         raise MemoryError(_no_room(settings, device, free, "it took them all")) from error
-
-
-def aside(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a thread of its own that ends with it, and give what it gives.
-
-    On a CPU, OpenMP keeps a team of workers for every thread that ever computed, and lets none of them spin between two
-    operations once there are more workers than processors. What only prepares a stream must not leave a team behind: the
-    drawing thread then ticks 1.3 to 1.9 times as fast (measured on two cores, embedded model).
-    """
-    with ThreadPoolExecutor(1, "streamflow aside") as one:
-        return one.submit(function, *arguments).result()
 
 
 def weights_on_disk(model: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from streamflow._threads import acting_thread
 
-SHARE = 0.1  # of the time that updates by other threads may take while frames are drawn
+SHARE = 0.05  # of the time that updates by other threads may take while frames are drawn
 LONGEST = 1.0  # seconds that one waits for that at most
 DRAWING = 1.0  # seconds since the last tick within which frames count as being drawn
 
@@ -49,6 +49,11 @@ class Updates:
     def drawn(self) -> None:
         """This thread draws. To be called at every tick; takes no lock."""
         self._drawn_by, self._drawn_at = acting_thread(), self._clock()
+
+    @property
+    def drawing_elsewhere(self) -> bool:
+        """Whether another thread draws."""
+        return self._drawn_by != acting_thread() and self._clock() - self._drawn_at < DRAWING
 
     def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int], parts: Collection[str] = ()) -> int:
         """Call `make`, which sets these fields and gives the update's number; give that number, or the one of the later
