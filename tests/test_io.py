@@ -189,6 +189,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is of POSIX")
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.slow
 def test_a_recording_killed_under_way_plays(tmp_path, suffix):
     pytest.importorskip("av", reason="pip install av")
     import streamflow
@@ -234,6 +235,7 @@ def test_a_cut_video_ends_where_it_is_cut(tmp_path, suffix, share, caplog):
     looped.close()
 
 
+@pytest.mark.slow
 def test_a_recording_cut_anywhere_plays_up_to_there(tmp_path):
     """Also within the head of a fragment, where FFmpeg refuses to read the index."""
     pytest.importorskip("av", reason="pip install av")
@@ -555,6 +557,7 @@ def answering():
 
 
 @pytest.mark.parametrize("name", BAD_SERVERS)
+@pytest.mark.slow
 def test_whatever_a_server_sends_the_source_is_lost_within_its_deadline(name, answering):
     source, began = open_source(answering(BAD_SERVERS[name]), timeout=0.5), time.monotonic()
     with pytest.raises(SourceLost):
@@ -566,6 +569,7 @@ def test_whatever_a_server_sends_the_source_is_lost_within_its_deadline(name, an
 
 
 @pytest.mark.parametrize("head", [HEAD, CHUNKED], ids=["plain", "chunked"])
+@pytest.mark.slow
 def test_the_deadline_is_of_each_part_and_not_of_the_stream(head, answering):
     data = part(len(jpeg()), jpeg()) + b"\r\n"
     data = data if head is HEAD else f"{len(data):x}\r\n".encode() + data + b"\r\n"

@@ -250,6 +250,7 @@ def errors_of_libraries():
 
 
 @pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+@pytest.mark.slow
 def test_whatever_a_source_raises_is_a_loss_from_which_it_comes_back(error, caplog):
     camera = Camera(lost=[2, 3], error=lambda _: error)
     feed = Feed(camera, "every", hold=True)
@@ -262,6 +263,7 @@ def test_whatever_a_source_raises_is_a_loss_from_which_it_comes_back(error, capl
 
 
 @pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
+@pytest.mark.slow
 def test_what_open_raises_is_retried_but_for_a_file_that_never_was_there(error):
     camera = Camera()
     camera.open = failing(error, 1, 2)
@@ -357,6 +359,7 @@ def shown_to(*sinks, hold=True):
 
 @pytest.mark.parametrize("error", errors_of_libraries(), ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("method", ["open", "write"])
+@pytest.mark.slow
 def test_a_sink_that_raises_is_opened_again_while_the_others_go_on(method, error, caplog):
     class Once(Kept):
         def fail(self):

@@ -219,6 +219,7 @@ def test_frames_keeps_what_could_not_be_decoded_for_flush(made, picture):
 
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("bad", [3, 4, 6])
+@pytest.mark.slow
 def test_with_several_decoders_what_was_decoded_before_still_comes(devices, bad, made, picture):
     pictures = [picture(k) for k in range(8)]
     wanted = [frame.image.clone() for frame in made().frames(pictures)]

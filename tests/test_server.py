@@ -454,6 +454,7 @@ def test_viewers_share_the_model_fairly_and_the_newest_picture_wins():
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "LocalHost"])
+@pytest.mark.slow
 def test_the_url_that_is_printed_can_be_opened(host, capsys, monkeypatch):
     if ":" in host and not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 
@@ -148,7 +149,10 @@ class OwnWrapper:
         return images if self.frame_buffer_size > 1 else images[0]
 
 
-WRAPPERS = {"their own wrapper": OwnWrapper, "StreamFlowWrapper": StreamFlowWrapper}
+WRAPPERS = [
+    pytest.param(OwnWrapper, id="their own wrapper", marks=pytest.mark.slow),
+    pytest.param(StreamFlowWrapper, id="StreamFlowWrapper"),
+]
 
 
 def wrapped(kind: type, t_index_list: list[int], **options):

@@ -16,7 +16,10 @@ from streamflow import StreamFlow, StreamFlowWrapper
 from streamflow.image_utils import postprocess_image
 from streamflow.pretrained import embedded
 
-KINDS = pytest.mark.parametrize("kind", WRAPPERS.values(), ids=WRAPPERS)
+pytestmark = pytest.mark.slow
+
+
+KINDS = pytest.mark.parametrize("kind", WRAPPERS)
 
 
 class Node:

@@ -17,7 +17,7 @@ from streamflow.image_utils import pil2tensor, postprocess_image
 
 @pytest.fixture(params=WRAPPERS)
 def kind(request):
-    return WRAPPERS[request.param]
+    return request.param
 
 
 @pytest.mark.parametrize("batch", [False, True])

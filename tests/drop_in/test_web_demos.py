@@ -11,7 +11,10 @@ from drop_in_helpers import FOX, HERE, ROCKET, SIZE, WRAPPERS, assert_another, a
 from streamflow import StreamFlowWrapper, create_wrapper_from_config, load_config
 from streamflow.pretrained import embedded, embedded_tiny_vae
 
-KINDS = pytest.mark.parametrize("kind", WRAPPERS.values(), ids=WRAPPERS)
+pytestmark = pytest.mark.slow
+
+
+KINDS = pytest.mark.parametrize("kind", WRAPPERS)
 LISTS = [(FOX, 0.7), (ROCKET, 0.3)]
 
 
