@@ -60,8 +60,8 @@ class Scene:
         stages = max(1, self.stream.denoising_steps_num)
 
         def modes() -> list[Mode]:
-            ring = Mode("", lambda _: self._drawn(picture, True), stages).tick
-            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self._drawn(picture, False))]
+            ring = Mode("", lambda _: self.tick_unfiltered(picture, True), stages).tick
+            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self.tick_unfiltered(picture, False))]
 
         if self._mode == "auto":
             chosen = self._chooser.choose(*self.size, stages, modes)
@@ -80,8 +80,8 @@ class Scene:
             self.stream.set_denoising_batch(batched)
             self.batched = batched
 
-    def _drawn(self, picture: Picture, batched: bool) -> Drawn:
-        """As `_tick`, of a picture that may have gone in before; the similarity filter does not skip it."""
+    def tick_unfiltered(self, picture: Picture, batched: bool) -> Drawn:
+        """One tick of a picture that may have gone in before; the similarity filter does not skip it."""
         self.stream.similar_filter.reset()
         return self._tick(picture, batched)
 
@@ -93,10 +93,6 @@ class Scene:
             self._entered = deque([began] * behind)
         self._entered.append(began)
         return Drawn(uint8_pixels(out)[0], self._entered.popleft())
-
-    def push_out(self, picture: Picture) -> Drawn:
-        """The next of what entered and has not come out yet, pushed out by a copy of this picture, the last one."""
-        return self._drawn(picture, self.batched)
 
     def fill(self, picture: Picture | None) -> None:
         """Empty the ring and fill it with this picture, so that the next tick gives one at once."""
@@ -156,7 +152,7 @@ class Drawing(Thread):
         left, failures = self.scene.stream.calls_behind, 0
         while left > 0 and not self._ending.is_set():
             try:
-                self._put(self.scene.push_out(self.newest))
+                self._put(self.scene.tick_unfiltered(self.newest, self.scene.batched))
             except Exception as error:
                 failures += 1
                 if not self.hold or failures == ATTEMPTS:
