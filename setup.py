@@ -88,10 +88,12 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["streamflow", "streamflow.*"]),
-    package_data={"streamflow": ["py.typed", "pretrained/emoji/**", "server/*.html", "server/*.css", "server/*.js"]},
+    package_data={
+        "streamflow": ["py.typed", "pretrained/emoji/**", *(f"app/server/*.{kind}" for kind in ("html", "css", "js"))]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["streamflow = streamflow.cli:main"]},
+    entry_points={"console_scripts": ["streamflow = streamflow.app.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

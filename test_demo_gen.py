@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from streamflow import StreamFlow, acceleration, models, pretrained  # noqa: E402
-from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow._command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -27,7 +27,7 @@ def main() -> int:
     package = types.ModuleType("streamflow")
     package.__path__ = [str(ROOT / "streamflow")]
     sys.modules["streamflow"] = package
-    from streamflow import doctor
+    from streamflow.app import doctor
 
     return doctor.main()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import diffusers
 
 from streamflow import StreamFlowWrapper
-from streamflow.frames import Input
 from streamflow.image_utils import as_rgb, open_image, postprocess_image
+from streamflow.stream.frames import Input
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from streamflow import StreamFlowWrapper, models
-from streamflow.models.base import FlowAdapter
+from streamflow.models.adapter import FlowAdapter
 
 
 class MyVelocity(nn.Module):

@@ -25,7 +25,7 @@ import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow._command_line import Parser, at_least  # noqa: E402
 from streamflow.pretrained import EXAMPLE_PROMPTS, embedded  # noqa: E402
 
 KINDS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -34,7 +34,7 @@ from ray import serve  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.responses import Response  # noqa: E402
 
-from streamflow.command_line import Parser, at_least  # noqa: E402
+from streamflow._command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import image_grid, postprocess_image  # noqa: E402
 from streamflow.pretrained import EXAMPLE_PROMPTS, embedded  # noqa: E402
 

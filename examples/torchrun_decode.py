@@ -26,7 +26,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from streamflow import StreamFlow
-from streamflow.command_line import Parser, at_least
+from streamflow._command_line import Parser, at_least
 from streamflow.image_utils import image_grid, postprocess_image
 from streamflow.parallel.distributed import Remote, local_device, served
 from streamflow.parallel.plan import shares

@@ -13,39 +13,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from streamdiffusion import StreamDiffusion
 from torch import Tensor
 
-from streamflow import guidance
 from streamflow._threads import aside
-from streamflow.accelerating import Accelerating
-from streamflow.attributes import StreamDiffusionAttributes
-from streamflow.changes import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback, owned
-from streamflow.controlling import Controlling
-from streamflow.entering import Entering
-from streamflow.frames import CallTimer
-from streamflow.grad_mode import computing
-from streamflow.guidance import Anchors
+from streamflow.acceleration.accelerator import Accelerating
+from streamflow.flow import guidance
+from streamflow.flow.guidance import Anchors
+from streamflow.flow.noise import check_policy
+from streamflow.flow.schedule import Stages, check_indices
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.image_range import FiniteCheck, Normalized, RangeChecks, check_values, marking
 from streamflow.image_utils import as_rgb_where_pil, check_range, normalize_image
-from streamflow.inpainting import Inpainting
-from streamflow.loras import Adapting
 from streamflow.models import adapter_for
-from streamflow.models.base import ASKS_FOR_NOTHING, RESERVED
-from streamflow.noise import check_policy
-from streamflow.observing import Observing
-from streamflow.performing import Performing
-from streamflow.planner import DEFAULT_SEED, Planner
-from streamflow.resuming import Resuming
-from streamflow.ring import Done, Group, Loop, Ring, Settings
-from streamflow.schedule import Stages, check_indices
-from streamflow.streaming import Pass, Streaming
-from streamflow.updates import Updates
-from streamflow.wrap import PipeParts, base_view, check_dtype
+from streamflow.models.adapter import ASKS_FOR_NOTHING, RESERVED
+from streamflow.models.pipe_parts import PipeParts, base_view, check_dtype
+from streamflow.stream.attributes import StreamDiffusionAttributes
+from streamflow.stream.controlnets import Controlling
+from streamflow.stream.engine import make_engine
+from streamflow.stream.frame_loop import Pass, Streaming
+from streamflow.stream.frames import CallTimer
+from streamflow.stream.grad_mode import computing
+from streamflow.stream.hooks import Observing
+from streamflow.stream.inpainting import Inpainting
+from streamflow.stream.inputs import Entering
+from streamflow.stream.loras import Adapting
+from streamflow.stream.planner import DEFAULT_SEED, Planner
+from streamflow.stream.request import SCOPES, Change, NotPreparedError, Prepared, Request, check_feedback, owned
+from streamflow.stream.ring import Done, Group, Loop, Ring, Settings
+from streamflow.stream.updates import Updates
+
+if TYPE_CHECKING:
+    from streamflow.acceleration import Accelerated, Parts
+    from streamflow.io import Sink, Source
+    from streamflow.live.show import Live
 
 logger = logging.getLogger(__name__)
 Texts = str | Sequence[tuple[str, float]]
@@ -59,8 +63,6 @@ class StreamFlow(
     Entering,
     Inpainting,
     Observing,
-    Performing,
-    Resuming,
     Streaming,
     StreamDiffusionAttributes,
     StreamDiffusion,
@@ -78,7 +80,7 @@ class StreamFlow(
         do_add_noise: False is Euler. True predicts x0 at every stage and re-noises it with the frame's own noise.
         use_denoising_batch: False runs every frame to its end by itself: the sequential reference.
         frame_buffer_size: F, how many frames enter and leave together.
-        cfg_type: "none", "full" (the pipeline's own guidance), "self" or "initialize" (see `streamflow.guidance`).
+        cfg_type: "none", "full" (the pipeline's own guidance), "self" or "initialize" (see `streamflow.flow.guidance`).
         family: overrides the family found by the pipeline's class.
         input_range: what float pictures are in, (0, 1) or (-1, 1). PIL and uint8 are 0..255.
         noise: of frames: "fixed", one noise for all image frames of a stream; "frame", a fresh one for each; "interpolated",
@@ -197,7 +199,7 @@ class StreamFlow(
                 StreamDiffusion.
             seed: noise is a function of the seed and the frame's number. Default 2; -1 stands for a random one,
                 which is logged. Or seeds with weights.
-            blend: "linear" or "slerp", along the sphere (`streamflow.blending.METHODS`).
+            blend: "linear" or "slerp", along the sphere (`streamflow.conditioning.blending.METHODS`).
             normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
             strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
             pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
@@ -662,6 +664,80 @@ class StreamFlow(
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def live(
+        self,
+        source: str | Source | None,
+        sinks: str | Sink | Sequence[str | Sink],
+        *,
+        target_fps: float = 30.0,
+        policy: str = "newest",
+        mode: str = "auto",
+        on_error: str = "hold",
+        controls: Any = None,
+    ) -> Live:
+        """Restyle a source live; draw from noise without one. Begins at once, in threads of its own, and returns.
+
+            with stream.live("camera:0", ["window", "record:out.mp4"], target_fps=30) as show:
+                stream.update_prompt("a fox, 3d render")
+                print(show.wait())  # its Statistics, when the window was closed
+
+        On a CPU it draws faster where the stream was prepared in a thread that has ended (`streamflow.app.scenes.aside`).
+
+        source: an address (`streamflow.io`), an object with `open`, `read` and `close`, or None. Its pictures are cropped to
+            the stream's proportions.
+        sinks: one or several addresses or objects with `open`, `write` and `close`.
+        target_fps: pictures a second that are shown, at even intervals: where nothing new is there, the last one again.
+        policy: "newest" draws the newest picture of the source and shows the newest that is drawn; "every" leaves none out,
+            and the source waits.
+        mode: "fed" (the ring, one tick an input), "free" (the ring, always ticking on the newest input), "sequential" (one
+            input to its end); "auto" measures all three on the first picture, for 2 s, and takes the one of the lowest
+            latency among those that hold the rate. Measured again when size or number of stages change.
+        on_error: "hold" keeps the last good picture when the source, a sink or the stream raises, says so once, and goes on
+            after pauses of 0.25 s that double up to 5 s, in which source or sink are opened again; a recording goes on in a
+            new file. What that cannot mend ends it: a missing file or package, no sink left that works. "raise" ends at any
+            error. `wait()` and `stop()` raise what ended it, and what raised while it was closed.
+        controls: what `streamflow.live.remote.open_control` gives: OSC, MIDI, keys.
+
+        Raises:
+            RuntimeError: before `prepare` or after `close`. ValueError: an unknown address, policy, mode or on_error, a rate
+                that is none, more than one frame a group.
+        """
+        from streamflow.live.show import Live
+
+        self._running()
+        self._check_no_pass("live()")
+        return Live(
+            *(self, source, sinks),
+            target_fps=target_fps,
+            policy=policy,
+            mode=mode,
+            on_error=on_error,
+            controls=controls,
+        )
+
+    def set_denoising_batch(self, batched: bool) -> None:
+        """Draw by the ring (True), or every frame to its end by itself (False), as `use_denoising_batch` of the class.
+
+        Raises:
+            TypeError: no bool. RuntimeError: before `prepare`, or frames are in flight.
+        """
+        if not isinstance(batched, bool):
+            raise TypeError(f"batched must be True or False, not {batched!r}")
+        self._check_step("set_denoising_batch()")
+        with self._ticks, self._callers:
+            self._running()
+            if self._in_flight():
+                raise RuntimeError(f"{self._in_flight()} frames are in flight: flush() or reset() first")
+            self._batched = batched
+            self._install(self._state.stages)
+
+    @staticmethod
+    def _accelerate_parts(kind: str, parts: Parts, options: Any) -> Accelerated:
+        """Accelerate parts that may be on several devices."""
+        from streamflow.parallel.accelerated import accelerate
+
+        return accelerate(kind, parts, options)
+
     # -- inside ---------------------------------------------------------------------------------------------------------
 
     _closed = False
@@ -707,7 +783,7 @@ class StreamFlow(
             self.device,
             self.adapter.path,
         )
-        self._engine = self.adapter.engine(settings, self._state.weight, self._batched)
+        self._engine = make_engine(self.adapter, settings, self._state.weight, self._batched)
         self._engine.observer = self._observer
 
     def _number(self, group: Group) -> None:

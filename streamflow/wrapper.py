@@ -10,23 +10,24 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import PIL.Image
 import torch
 from torch import Tensor
 
 from streamflow import models, pretrained
-from streamflow.blending import METHODS, parts
-from streamflow.config import Settings
+from streamflow.conditioning.blending import METHODS, parts
 from streamflow.image_utils import as_rgb, open_image, postprocess_image
 from streamflow.pipeline import StreamFlow
-from streamflow.planner import Planner
+from streamflow.stream.planner import Planner
+
+if TYPE_CHECKING:
+    from streamflow.app.config import Settings
 
 logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "np", "pt", "latent")
 MODES = ("img2img", "txt2img")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # What livepeer's fork has and StreamFlow does not, by the names of its arguments and methods.
 _CONTROL = (
@@ -218,42 +219,9 @@ class StreamFlowWrapper:
 
     @classmethod
     def from_settings(cls, settings: Settings, **changes: Any) -> Self:
-        """The wrapper of these settings, prepared and warm. `changes`: other arguments of the wrapper."""
-        s, similar = settings, settings.similar_image_filter
-        strength = {} if s.strength is None else {"strength": s.strength}
-        arguments: dict[str, Any] = {
-            "lora_dict": s.loras,
-            "mode": s.mode,
-            "vae_id": s.tiny_vae if isinstance(s.tiny_vae, str) else None,
-            "device": s.device,
-            "dtype": DTYPES[s.dtype] if s.dtype else None,
-            "frame_buffer_size": s.frame_buffer_size,
-            "width": s.width,
-            "height": s.height,
-            "warmup": s.warmup,
-            "acceleration": s.acceleration.kind,
-            "acceleration_options": s.acceleration.options,
-            "do_add_noise": s.do_add_noise,
-            "device_ids": s.devices or None,
-            "use_tiny_vae": bool(s.tiny_vae),
-            "use_denoising_batch": s.use_denoising_batch,
-            "cfg_type": s.cfg_type,
-            "seed": s.seed,
-            "family": s.family,
-            "engine_dir": None,
-            "prepare": {
-                "prompt": s.prompt if isinstance(s.prompt, str) else list(s.prompt),
-                "negative_prompt": s.negative_prompt,
-                "num_inference_steps": s.num_inference_steps,
-                "guidance_scale": s.guidance_scale,
-                "delta": s.delta,
-                **strength,
-            },
-        }
-        if similar is not None:
-            arguments["enable_similar_image_filter"] = True
-            arguments |= {f"similar_image_filter_{name}": value for name, value in similar.model_dump().items()}
-        return cls(s.model, s.t_index_list, **{**arguments, **changes})
+        """The wrapper of these settings (`streamflow.app.config.Settings`), prepared and warm. `changes`: other arguments of
+        the wrapper."""
+        return cls(**{**settings.wrapper_arguments(), **changes})
 
     # -- StreamDiffusionWrapper's attributes ------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 from family_table import Found
+from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
-from streamflow.models.random_weights import random_pipeline
 
 PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 from conftest import noises, streamed
+from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow import StreamFlow, acceleration
@@ -12,7 +13,6 @@ from streamflow.acceleration import compile, cuda_graph
 from streamflow.acceleration.compile import repeated_blocks
 from streamflow.acceleration.cuda_graph import Graphed, signature
 from streamflow.acceleration.watch import Watch
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 GRAPHLESS = {"backend": "eager"}  # dynamo's own tracing, without inductor's minutes
 

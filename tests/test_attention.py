@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.compile import Compiled, fuse_projections
-from streamflow.models.attention import backends, processor_of
+from streamflow.models.attention_backend import backends, processor_of
 
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import PROMPT, noises
 from PIL import Image
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
 from streamflow.models import register
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 NAN = float("nan")
 
@@ -71,7 +71,7 @@ def test_an_unknown_pipeline_lists_the_known(pipes):
 
 def test_a_registered_family_is_known(pipes, monkeypatch):
     from streamflow import models
-    from streamflow.models.sd3 import StableDiffusion3
+    from streamflow.models.families.sd3 import StableDiffusion3
 
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
     monkeypatch.setattr(models, "PIPELINES", dict(models.PIPELINES))

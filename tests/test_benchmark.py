@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow.benchmark import latency, main, plot, roofline, sweep, ways
+from streamflow.benchmark import true_size as sizes
 from streamflow.benchmark.command import check, sized
 from streamflow.benchmark.measure import differences, measure_all
 from streamflow.benchmark.report import factors, failures, ratios, table
@@ -19,8 +21,6 @@ from streamflow.benchmark.settings import Settings, parse
 from streamflow.benchmark.subject import COMPARED, GUIDANCE, PROMPT, Subject, load
 from streamflow.benchmark.timing import latencies, timed
 from streamflow.benchmark.ways import CHAIN, VARIANTS
-from streamflow.models import true_size as sizes
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 QUICK = Settings(width=64, height=64, rounds=1, frames=1, round_seconds=0.01, warmup=0, compile=False)
 ON_CPU = ("1", "1t", "3", "6")

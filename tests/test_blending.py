@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import never_waiting, noises, relative_error, streamed
 
-from streamflow.blending import Cache, blend, spherical
-from streamflow.conditioning import Cond
-from streamflow.noise import NoiseSource
+from streamflow.conditioning.blending import Cache, blend, spherical
+from streamflow.conditioning.prompt import Cond
+from streamflow.flow.noise import NoiseSource
 
 CAT, DOG, FOX = "a cat", "a small dog", "a fox"
 EMBEDS = {"encoder_hidden_states", "pooled_projections"}

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
-COMMAND = "import sys; from streamflow.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
 SETTINGS = ["--num-inference-steps", "1", "--cfg-type", "none", "--server.max-viewers", "2"]
 OUT = "document.getElementById('output').toDataURL()"
 

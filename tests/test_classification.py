@@ -10,7 +10,7 @@ import pytest
 
 from streamflow import StreamFlow
 from streamflow.models import FAMILIES, PIPELINES, adapter_for
-from streamflow.models.classification import CLASSES
+from streamflow.models.pipeline_kinds import CLASSES
 
 EXPORTED = {name for names in diffusers._import_structure.values() for name in names}
 PIPES = {name for name in EXPORTED if name.endswith("Pipeline")}
@@ -42,7 +42,7 @@ def _arguments(name: str) -> set[str]:
 
 
 def test_every_pipeline_class_of_diffusers_is_classified_and_no_other():
-    assert set(CLASSES) == PIPES, "decide what becomes of new classes in streamflow/models/classification.py"
+    assert set(CLASSES) == PIPES, "decide what becomes of new classes in streamflow/models/pipeline_kinds.py"
     assert {kind for kind, _ in CLASSES.values()} == set(KINDS)
     assert all(bool(reason) == (kind == "refused") for kind, reason in CLASSES.values())
 

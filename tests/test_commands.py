@@ -6,10 +6,10 @@ import os
 import pytest
 from PIL import Image
 
-from streamflow import config
-from streamflow.cli import main
-from streamflow.commands import options
-from streamflow.config import Settings
+from streamflow.app import config
+from streamflow.app.cli import main
+from streamflow.app.commands import options
+from streamflow.app.config import Settings
 
 QUICK = ["--device", "cpu", "--warmup", "0", "--num-inference-steps", "1", "--acceleration.kind", "none"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamflow import config, scenes
-from streamflow.commands import live
-from streamflow.config import Settings
+from streamflow.app import config, scenes
+from streamflow.app.commands import live
+from streamflow.app.config import Settings
 from streamflow.pretrained import embedded
 
 QUICK = ["--json", "--warmup", "0", "--acceleration.kind", "none", "--num-inference-steps", "2"]

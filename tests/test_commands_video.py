@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_io import all_of, packets, record, with_sound
 
-from streamflow.commands import morph, video
+from streamflow.app.commands import morph, video
 from streamflow.image_utils import cropped
 from streamflow.io import open_source
 

@@ -11,11 +11,11 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from streamflow import config
 from streamflow._files import read_yaml, replacing
-from streamflow.commands import options
-from streamflow.config import Acceleration, ConfigError, Settings, SimilarImages
-from streamflow.wrapper_config import load_config
+from streamflow.app import config
+from streamflow.app.commands import options
+from streamflow.app.config import Acceleration, ConfigError, Settings, SimilarImages
+from streamflow.app.wrapper_config import load_config
 
 SETTINGS = [
     Settings(),

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import PROMPT, never_waiting, relative_error
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from random_pipelines import random_tiny_vae
+from random_pipelines.control import random_control
 
 from streamflow import StreamFlow
-from streamflow.frames import Input
-from streamflow.models.random_control import random_control
-from streamflow.models.random_weights import random_tiny_vae
-from streamflow.models.true_size import SCHEDULERS
+from streamflow.benchmark.true_size import SCHEDULERS
+from streamflow.stream.frames import Input
 
 FRAMES = 4
 STEPS = 4
@@ -220,25 +220,6 @@ def test_nets_come_and_go_and_frames_under_way_finish_with_what_they_had(pipes, 
     assert stream.controls == {} and stream.velocity.__class__ is stream.adapter.Velocity
     stream.prepare(PROMPT, num_inference_steps=STEPS, **case.both)
     assert torch.equal(torch.cat([stream.txt2img() for _ in range(3)]), plain)
-
-
-def test_a_saved_stream_goes_on_with_its_pictures_and_scales(pipes, nets, picture):
-    case = CASES["sd3"]
-    stream, other = stream_of(case, pipes), stream_of(case, pipes)
-    with pytest.raises(ValueError, match=r"controls \['edges'\], here \[\]"):
-        stream.add_control("edges", nets(case))
-        other.load_state_dict(stream.state_dict())
-    stream.txt2img(control={"edges": picture(1)})
-    stream.set_control_scale("edges", 0.4)
-    other.add_control("edges", nets(case))
-    other.load_state_dict(stream.state_dict())
-    for k in range(2):
-        control = {"edges": picture(k + 2)}
-        assert torch.equal(other.txt2img(control=control), stream.txt2img(control=control))
-    for one in (stream, other):
-        one.set_control_scale("edges", 1.7)
-    assert torch.equal(other.txt2img(control=control), stream.txt2img(control=control))
-    assert all(torch.equal(a, b) for a, b in zip(other.flush(), stream.flush(), strict=True))
 
 
 def test_the_similarity_filter_sees_the_pictures_of_control_nets(pipes, nets, picture):

@@ -12,13 +12,13 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from streamflow import config
-from streamflow.config import ConfigError
-from streamflow.control import Control, Keys, Mapping, open_control
-from streamflow.control.knobs import Knobs
-from streamflow.control.learn import Learner
-from streamflow.control.midi import chosen, heard
-from streamflow.control.settings import socket_of
+from streamflow.app import config
+from streamflow.app.config import ConfigError
+from streamflow.live.remote import Control, Keys, Mapping, open_control
+from streamflow.live.remote.knobs import Knobs
+from streamflow.live.remote.learn import Learner
+from streamflow.live.remote.midi import chosen, heard
+from streamflow.live.remote.settings import socket_of
 
 LACKING = [name for name in ("pythonosc", "mido", "rtmidi") if importlib.util.find_spec(name) is None]
 
@@ -337,7 +337,7 @@ def test_neither_what_is_no_osc_nor_what_is_for_later_holds_up_the_next_message(
             open_control(Control(osc=f":{controls.osc_bound[1]}"), print)
     controls.close()
     assert taken == [{"prompt": "été"}]
-    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("streamflow.control")]
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("streamflow.live.remote")]
     assert "is no OSC" in told
     open_control(Control(osc=f":{controls.osc_bound[1]}"), print).close()  # the port is free again
 

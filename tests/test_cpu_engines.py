@@ -7,12 +7,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import noises, streamed
+from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow import StreamFlow
 from streamflow.acceleration import Part
 from streamflow.acceleration.onnxruntime import NEEDS, Options, Sessions
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 pytestmark = [
     pytest.mark.tensorrt,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from streamflow import StreamFlow, StreamFlowWrapper, models
-from streamflow.cli import COMMANDS
+from streamflow.app.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -126,6 +126,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "streamflow.StreamFlow.update",
         "streamflow.StreamFlow.live",
         "streamflow.io.open_source",
-        "streamflow.flow.euler",
+        "streamflow.flow.convention.euler",
     ):
         assert f'id="{one}"' in reference, one

@@ -187,7 +187,7 @@ def test_guidance_scale_is_the_one_in_force(stream_of):
 
 
 def test_unet_and_vae_are_assigned_as_in_streamdiffusion(stream_of, pipes):
-    from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+    from random_pipelines import random_pipeline, random_tiny_vae
 
     stream = stream_of("sd3")
     own, tiny, twin = stream.vae, random_tiny_vae(16), random_pipeline("sd3", seed=1).transformer

@@ -303,7 +303,7 @@ def test_a_record_that_is_none_is_a_damaged_engine(entry, text):
 
 
 def command(*arguments: str) -> int:
-    from streamflow.cli import main
+    from streamflow.app.cli import main
 
     return main(["engines", *arguments])
 

@@ -52,10 +52,10 @@ def test_its_head_has_its_command_and_it_is_short(name, capsys):
 def there(tmp_path_factory):
     """A folder with what the examples read: pictures, a video, a LoRA and a control net for the embedded model."""
     import torch
+    from random_pipelines.control import random_control
     from test_loras import write_lora
 
     from streamflow import models
-    from streamflow.models.random_control import random_control
 
     folder = tmp_path_factory.mktemp("examples")
     (folder / "photos").mkdir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from streamflow.flow import add_noise, euler, guide, predict_x0, renoise, velocity_from
+from streamflow.flow.convention import add_noise, euler, guide, predict_x0, renoise, velocity_from
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

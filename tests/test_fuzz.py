@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import socket
 import time
@@ -27,19 +25,19 @@ from hypothesis.stateful import (  # noqa: E402
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 
-from streamflow import StreamFlow, config  # noqa: E402
-from streamflow.config import ConfigError, Settings  # noqa: E402
-from streamflow.control.settings import Mapping  # noqa: E402
-from streamflow.frames import Input  # noqa: E402
+from streamflow import StreamFlow  # noqa: E402
+from streamflow.app import config  # noqa: E402
+from streamflow.app.config import ConfigError, Settings  # noqa: E402
+from streamflow.conditioning.inpaint import read_mask  # noqa: E402
+from streamflow.flow.schedule import Schedule  # noqa: E402
 from streamflow.image_utils import Normalized, normalize_image  # noqa: E402
-from streamflow.inpaint import read_mask  # noqa: E402
 from streamflow.io.addresses import open_sink, open_source  # noqa: E402
-from streamflow.schedule import Schedule  # noqa: E402
+from streamflow.live.remote.settings import Mapping  # noqa: E402
+from streamflow.stream.frames import Input  # noqa: E402
 
 pytestmark = pytest.mark.extras
 SIZE = 32
@@ -84,8 +82,6 @@ BAD = {
     "no frames": lambda s: s.txt2img(0),
     "other latents": lambda s: s.predict_x0_batch(torch.zeros(7, 1, 2, 2)),
     "NaN of a filter": lambda s: s.enable_similar_image_filter(math.nan),
-    "no state": lambda s: s.load_state_dict({}),
-    "half a state": lambda s: s.load_state_dict({"made_by": {}}),
     "no function": lambda s: s.on_step(3),
     "no frame to trace": lambda s: s.trace(0),
     "an unknown kind": lambda s: s.accelerate("magic"),
@@ -181,7 +177,7 @@ class Calls(RuleBasedStateMachine):
         with pytest.raises(RuntimeError, match="prepare"):
             self.stream.txt2img()
         self.model = Model(frames, batched, Look(), self.reference.sigmas, self.reference.embedded)
-        self.last, self.saved, self.trace, self.steps, self.raise_in = None, None, None, [], 0
+        self.last, self.trace, self.steps, self.raise_in = None, None, [], 0
         self.stream.prepare(Look.prompt, guidance_scale=2.0, num_inference_steps=4, seed=2)
         self.stream.on_step(self._step)
 
@@ -388,29 +384,6 @@ class Calls(RuleBasedStateMachine):
             hook.remove()
             self.model.broken = False
 
-    # -- stop and go on ---------------------------------------------------------------------------------------------------
-
-    @rule()
-    def save(self) -> None:
-        file = io.BytesIO()
-        torch.save(self.stream.state_dict(), file)
-        self.saved = file, copied(self.model)
-
-    @precondition(lambda self: self.saved)
-    @rule()
-    def load(self) -> None:
-        file, model = self.saved
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
-        if model.batched != self.model.batched:
-            with pytest.raises(ValueError, match="use_denoising_batch"):
-                self.stream.load_state_dict(state)
-            return
-        self.stream.load_state_dict(state)
-        self.model = copied(model)
-        self.model.raise_in = self.raise_in
-        self.trace, self.last = None, self.stream.prev_image_result
-
     @invariant()
     def a_trace_is_of_the_frames_that_came_next(self) -> None:
         if self.stream is not None and self.trace is not None:
@@ -427,16 +400,6 @@ class Calls(RuleBasedStateMachine):
             for call in (self.stream.flush, self.stream.txt2img, self.stream.reset, lambda: self.stream.prepare("a")):
                 with pytest.raises(RuntimeError, match="closed"):
                     call()
-
-
-def copied(model: Model) -> Model:
-    """The model as it stands; the steps that it has told are not its state."""
-    kept = copy.copy(model)
-    memo = {id(model._sigmas): model._sigmas}
-    for name in ("filter", "ring", "queue", "shown"):
-        setattr(kept, name, copy.deepcopy(getattr(model, name), memo))
-    kept.steps = []
-    return kept
 
 
 EXAMPLES = {
@@ -569,7 +532,7 @@ def test_addresses_are_opened_or_refused(kind, rest, colon):
 def test_a_mapping_of_any_data_scales_into_its_range_or_is_refused(data):
     from pydantic import ValidationError
 
-    from streamflow.control.knobs import scaled
+    from streamflow.live.remote.knobs import scaled
 
     made = documented(lambda: Mapping.model_validate({"address": "osc:/a", "field": "strength", **data}), ValidationError)
     if made is not None and made.kind != "text":
@@ -584,7 +547,7 @@ def test_osc_of_any_bytes_is_heard_or_dropped():
     pytest.importorskip("pythonosc", reason="OSC needs the extra control")
     from pythonosc.osc_message_builder import OscMessageBuilder
 
-    from streamflow.control.osc import OscInput
+    from streamflow.live.remote.osc import OscInput
 
     heard = []
     osc = OscInput("127.0.0.1", 0, lambda *message: heard.append(message))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import PROMPT, cuda_memory, never_waiting, noises, relative_error, streamed
+from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
-from streamflow.models.random_weights import random_pipeline
 
 pytestmark = [
     pytest.mark.gpu,

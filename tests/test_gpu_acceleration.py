@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import FAMILIES, cuda_memory, never_waiting, noises, streamed
+from random_pipelines import random_tiny_vae
 
 from streamflow.acceleration.cuda_graph import Graphed
-from streamflow.models.random_weights import random_tiny_vae
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import PROMPT, never_waiting, relative_error
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow.image_utils import pil2tensor
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import noises, relative_error, streamed
+from random_pipelines import random_pipeline
 from test_families import PLAIN, check
-
-from streamflow.models.random_weights import random_pipeline
 
 pytestmark = [
     pytest.mark.gpu,

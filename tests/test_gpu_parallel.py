@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from conftest import cuda_memory, never_waiting, noises, relative_error, streamed
+from random_pipelines import random_pipeline, random_tiny_vae
 
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 from streamflow.parallel import decode, decode_tiled, shard_denoiser, shard_vae
 from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_memory

@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 from conftest import FAMILIES, noises, relative_error, streamed
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
 from streamflow.acceleration.quantize import KINDS
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import noises, relative_error, streamed
 
-from streamflow.guidance import MODES
+from streamflow.flow.guidance import MODES
 
 STEPS = range(1, 5)  # image-to-image, so that an anchor means something
 GUIDED = {"num_inference_steps": 5, "negative_prompt": "blurry", "guidance_scale": 2.5}

@@ -15,9 +15,9 @@ from conftest import PROMPT, never_waiting, relative_error
 from PIL import Image
 
 from streamflow import StreamFlow
-from streamflow.frames import Input
-from streamflow.inpaint import read_mask
-from streamflow.models.flux import unpack
+from streamflow.conditioning.inpaint import read_mask
+from streamflow.models.families.flux import unpack
+from streamflow.stream.frames import Input
 
 FRAMES = 4
 SHORT = {"max_sequence_length": 40}

@@ -108,12 +108,12 @@ def test_the_ring_restyles_too_and_a_prompt_reaches_it(stream, mode):
 
 
 def test_auto_measures_the_modes_and_takes_one(stream, caplog):
-    caplog.set_level(logging.INFO, "streamflow.modes")
+    caplog.set_level(logging.INFO, "streamflow.live.latency_modes")
     kept = Kept()
     with stream.live(Camera(), kept, target_fps=10) as show:
         until(lambda: kept.pictures)
         show.stop()
-    said = [record.getMessage() for record in caplog.records if record.name == "streamflow.modes"]
+    said = [record.getMessage() for record in caplog.records if record.name == "streamflow.live.latency_modes"]
     assert said[0].startswith(f"mode {show.statistics.mode}:") and said[1].startswith("runner-up")
 
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, PROMPT
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow, models
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def table(monkeypatch):
 def test_every_entry_of_the_table_names_a_diffusers_class_and_an_adapter():
     import diffusers
 
-    from streamflow.models.base import FlowAdapter
+    from streamflow.models.adapter import FlowAdapter
 
     for family in models.FAMILIES:
         adapter = models.adapter_class(family)
@@ -57,7 +57,7 @@ def test_a_subclass_of_a_known_pipeline_is_known(pipes):
 
 
 def test_register_adds_a_family_and_family_overrides(pipes, table):
-    from streamflow.models.sd3 import StableDiffusion3
+    from streamflow.models.families.sd3 import StableDiffusion3
 
     class Mine(StableDiffusion3):
         """The opposite sign, so that it is told apart."""
@@ -128,7 +128,7 @@ def test_the_probe_sees_what_the_network_is_given(pipes):
     "model,network,vae,tiny", [("sdxl", 2567.46e6, 83.65e6, 2.445e6), ("sana", 1604.46e6, 312.25e6, 3.95e6)]
 )
 def test_the_true_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
-    from streamflow.models import true_size as sizes
+    from streamflow.benchmark import true_size as sizes
 
     def count(module):
         return sum(p.numel() for p in module.parameters())

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from streamflow.modes import (
+from streamflow.live.latency_modes import (
     TOLERANCE,
     Measured,
     ModeChooser,

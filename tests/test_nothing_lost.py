@@ -8,20 +8,19 @@ import threading
 import pytest
 import torch
 from conftest import PROMPT
+from random_pipelines import random_pipeline
+from random_pipelines.control import random_control
 
 from streamflow import StreamFlow
-from streamflow.frames import Input
-from streamflow.models.random_control import random_control
-from streamflow.models.random_weights import random_pipeline
 from streamflow.parallel import shard_vae
 from streamflow.parallel.pool import DecodeError
+from streamflow.stream.frames import Input
 
 EMPTYING = {
     "prepare": lambda stream: stream.prepare(PROMPT, num_inference_steps=4),
     "reset": lambda stream: stream.reset(),
     "flush": lambda stream: stream.flush(),
     "close": lambda stream: stream.close(),
-    "load_state_dict": lambda stream: stream.load_state_dict(stream.state_dict()),
 }
 DRAWING = {
     "stream(image)": lambda stream, image: stream(image),

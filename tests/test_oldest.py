@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_packaging import linked, setup_lists
 
-from streamflow.requirements_check import DIFFUSERS_MINIMUM
+from streamflow._environment import DIFFUSERS_MINIMUM
 
 ROOT = Path(__file__).parents[1]
 PINS = {

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from streamflow.modes import SimulatedClock
-from streamflow.pacing import Outbox, Pacer
+from streamflow.live.latency_modes import SimulatedClock
+from streamflow.live.pacing import Outbox, Pacer
 
 
 def played(arrivals, period=1.0, slots=10, takes=0.0):

@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import streamflow
-from streamflow import doctor, requirements_check
+from streamflow import _environment as requirements_check
+from streamflow.app import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -275,7 +276,7 @@ def test_check_says_where_nothing_is_installed(tmp_path):
 
 def test_the_console_script_is_there():
     (entry,) = metadata.entry_points(group="console_scripts", name="streamflow")
-    assert entry.value == "streamflow.cli:main"
+    assert entry.value == "streamflow.app.cli:main"
 
 
 # --- the wheel -------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import noises, relative_error, streamed
+from random_pipelines import random_pipeline
 from torch import nn
 
 from streamflow import StreamFlow
-from streamflow.models.random_weights import random_pipeline
 from streamflow.parallel import shard_denoiser, shard_vae
 from streamflow.parallel.rows import RESIDENT, Resident, ShardedVelocity
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from random_pipelines import random_tiny_vae
 
 from streamflow.image_utils import normalize_image
-from streamflow.models.random_weights import random_tiny_vae
 from streamflow.parallel import decode, decode_tiled, shard_vae
 from streamflow.parallel.tiles import bytes_per_latent, psnr, reach_of
 from streamflow.pretrained import embedded

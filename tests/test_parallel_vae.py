@@ -13,13 +13,13 @@ import psutil
 import pytest
 import torch
 from conftest import noises
+from random_pipelines import random_tiny_vae
 from torch import nn
 
 from streamflow import parallel
 from streamflow.acceleration import Part, Parts, check_options
 from streamflow.acceleration.compile import Compiled
 from streamflow.models.codec import Codec
-from streamflow.models.random_weights import random_tiny_vae
 from streamflow.parallel import ShardedVAE, decode, shard_vae
 from streamflow.parallel.accelerated import accelerate
 from streamflow.parallel.plan import shares

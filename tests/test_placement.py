@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PROMPT, noises, streamed
 from diffusers import StableDiffusion3Pipeline
+from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
 from streamflow.acceleration import quantize
@@ -34,8 +35,8 @@ MOVED = {
 
 
 @pytest.mark.parametrize("how", MOVED)
-def test_a_pipe_that_is_moved_about_is_refused_with_the_remedy(pipes, how):
-    pipe = copy.deepcopy(pipes("sd3"))
+def test_a_pipe_that_is_moved_about_is_refused_with_the_remedy(how):
+    pipe = random_pipeline("sd3")
     move, message = MOVED[how]
     move(pipe)
     with pytest.raises(ValueError, match=message):

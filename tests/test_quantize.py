@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noises, relative_error, streamed
+from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow import StreamFlow, models
@@ -18,7 +19,6 @@ from streamflow.acceleration import quantize as quantizing
 from streamflow.acceleration.compile import Options, fuse_projections, repeated_blocks
 from streamflow.acceleration.quantize import KINDS, quantize, require
 from streamflow.acceleration.watch import Watch
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 
 FURTHER = Path(__file__).resolve().parent.parent / "examples" / "benchmark" / "further.py"
 GRAPHLESS = {"backend": "eager"}  # dynamo's own tracing, without inductor's minutes

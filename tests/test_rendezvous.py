@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROMPT, noises, relative_error, streamed
+from random_pipelines import random_pipeline
 from torch import nn
 
 from streamflow import StreamFlow
-from streamflow.models.random_weights import random_pipeline
-from streamflow.models.rendezvous import Rendezvous, frame_generator
-from streamflow.models.strand import Strand
-from streamflow.models.together import OneByOne, Together
+from streamflow.models.fallback.adapter import Rendezvous, frame_generator
+from streamflow.models.fallback.merged_calls import OneByOne, Together
 from streamflow.parallel.rows import shard_denoiser
+from streamflow.stream.coroutine import Strand
 
 FRAMES, SIZE = 6, {"height": 64, "width": 64}
 BLURRY = {"negative_prompt": "blurry"}
@@ -202,7 +202,6 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing(pipes, picture):
             "stages": lambda: stream.unet_step(latents[:2], torch.ones(2)),
             "update now": lambda: stream.update_prompt("a turtle"),
             "images": lambda: stream(picture()),
-            "state_dict": stream.state_dict,
             "shard_denoiser": lambda: shard_denoiser(stream),
         }
         for name, refused in refusals.items():
@@ -298,7 +297,7 @@ def test_frames_keep_to_the_callers_cuda_stream(full_float32):
 
 LEFT = """
 from streamflow import StreamFlow
-from streamflow.models.random_weights import random_pipeline
+from random_pipelines import random_pipeline
 stream = StreamFlow(random_pipeline("sd3"), cfg_type="full", family="rendezvous", height=64, width=64)
 stream.prepare("a cat", num_inference_steps=3)
 stream.txt2img()
@@ -337,7 +336,7 @@ def test_a_strand_runs_only_while_it_is_waited_for_and_can_be_stopped(monkeypatc
     assert one.over and said == ["a"]
     with torch.inference_mode():
         assert begun(lambda ask: torch.ones(1)).result.is_inference()
-    monkeypatch.setattr("streamflow.models.strand.STOP_SECONDS", 0.05)
+    monkeypatch.setattr("streamflow.stream.coroutine.STOP_SECONDS", 0.05)
     gate = threading.Event()
 
     def deaf(ask):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import PROMPT, relative_error
 from diffusers import FlowMatchEulerDiscreteScheduler
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
-from streamflow.changes import is_plain, owned, same
+from streamflow.app.server.pictures import decode
+from streamflow.app.server.wishes import BadMessage
 from streamflow.image_utils import ImageFileError, as_rgb, open_image
 from streamflow.io.folder import read_picture
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
-from streamflow.server.pictures import decode
-from streamflow.server.wishes import BadMessage
+from streamflow.stream.request import is_plain, owned, same
 
 OTHER = "a boat at night"
 

@@ -3,10 +3,9 @@
 import gc
 
 import pytest
+import random_pipelines as random_weights
 import torch
 from conftest import noises, relative_error, streamed
-
-from streamflow.models import random_weights
 
 
 @pytest.mark.parametrize("frames", [1, 3])

@@ -11,7 +11,7 @@ from conftest import PROMPT, noises, relative_error, streamed
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 from streamflow import StreamFlow
-from streamflow.inpaint import Known
+from streamflow.conditioning.inpaint import Known
 
 FRAMES = 5
 SHORT = {"max_sequence_length": 24}

@@ -7,7 +7,7 @@ import torch
 from conftest import PROMPT
 
 from streamflow import StreamFlow
-from streamflow.schedule import Schedule
+from streamflow.flow.schedule import Schedule
 
 VARIANTS = {
     "static": {"shift": 3.0},

@@ -29,18 +29,18 @@ import uvicorn  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
-from streamflow import config  # noqa: E402
-from streamflow.commands import serve  # noqa: E402
-from streamflow.config import ConfigError, Settings  # noqa: E402
-from streamflow.server import pictures, tokens, wishes  # noqa: E402
-from streamflow.server.admission import KEPT, Admission, Refusal  # noqa: E402
-from streamflow.server.app import Service, create_app  # noqa: E402
-from streamflow.server.connections import Connections, Listener, uvicorn_config  # noqa: E402
-from streamflow.server.metrics import Metrics  # noqa: E402
-from streamflow.server.place import first_wish  # noqa: E402
-from streamflow.server.safety import Bucket, check_binding  # noqa: E402
-from streamflow.server.settings import Server  # noqa: E402
-from streamflow.server.wishes import BadMessage, Wish  # noqa: E402
+from streamflow.app import config  # noqa: E402
+from streamflow.app.commands import serve  # noqa: E402
+from streamflow.app.config import ConfigError, Settings  # noqa: E402
+from streamflow.app.server import pictures, tokens, wishes  # noqa: E402  # noqa: E402
+from streamflow.app.server.admission import KEPT, Admission, Refusal  # noqa: E402
+from streamflow.app.server.app import Service, create_app  # noqa: E402
+from streamflow.app.server.connections import Connections, Listener, uvicorn_config  # noqa: E402
+from streamflow.app.server.metrics import Metrics  # noqa: E402
+from streamflow.app.server.place import first_wish  # noqa: E402
+from streamflow.app.server.safety import Bucket, check_binding  # noqa: E402
+from streamflow.app.server.settings import Server  # noqa: E402
+from streamflow.app.server.wishes import BadMessage, Wish  # noqa: E402
 
 pytestmark = pytest.mark.extras
 SECRET, OTHER = "a-token-of-sixteen-or-more", "another-token-of-sixteen"
@@ -526,7 +526,7 @@ def test_sigterm_ends_it_within_five_seconds_and_tls_is_served(tmp_path):
     made += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
     subprocess.run(made, check=True, capture_output=True)
     trusted = ssl.create_default_context(cafile=certificate)
-    command = "import sys; from streamflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["serve", "--port", "0", "--json", "--num-inference-steps", "1", "--server.max-viewers", "1"]
     arguments += ["--server.tls-certificate", certificate, "--server.tls-key", key]
     with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE, text=True) as process:

@@ -32,16 +32,16 @@ from uvicorn.server import ServerState  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
+from streamflow.app.server import connections, pictures, safety, tokens, wishes
+from streamflow.app.server.admission import Admission, Refusal  # noqa: E402
+from streamflow.app.server.metrics import Metrics  # noqa: E402
+from streamflow.app.server.place import Place  # noqa: E402
+from streamflow.app.server.safety import Gate, Rates, Refusals, check_binding, visitor, visitor_of  # noqa: E402
+from streamflow.app.server.session import Viewer  # noqa: E402
+from streamflow.app.server.settings import Server, normal_origin  # noqa: E402
+from streamflow.app.server.wishes import BadMessage, Wish  # noqa: E402
+from streamflow.app.server.worker import Worker  # noqa: E402
 from streamflow.image_utils import as_rgb, open_image  # noqa: E402
-from streamflow.server import connections, pictures, safety, tokens, wishes  # noqa: E402
-from streamflow.server.admission import Admission, Refusal  # noqa: E402
-from streamflow.server.metrics import Metrics  # noqa: E402
-from streamflow.server.place import Place  # noqa: E402
-from streamflow.server.safety import Gate, Rates, Refusals, check_binding, visitor, visitor_of  # noqa: E402
-from streamflow.server.session import Viewer  # noqa: E402
-from streamflow.server.settings import Server, normal_origin  # noqa: E402
-from streamflow.server.wishes import BadMessage, Wish  # noqa: E402
-from streamflow.server.worker import Worker  # noqa: E402
 
 pytestmark = pytest.mark.extras
 KEY = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nUpgrade: websocket\r\n"
@@ -373,7 +373,7 @@ def test_malformed_messages_end_the_connection_and_are_counted_without_a_traceba
         connection.sendall(data + data)
         assert struct.pack(">H", code) in ended(connection)
     assert refused(serves, reason) == before + 1
-    assert {one.name for one in caplog.records} <= {"streamflow.server.safety"}
+    assert {one.name for one in caplog.records} <= {"streamflow.app.server.safety"}
 
 
 HANDSHAKES = {
@@ -391,7 +391,7 @@ def test_malformed_handshakes_end_the_connection_at_once_and_are_counted(serves,
         connection.sendall(HANDSHAKES[kind])
         assert b" 101 " not in ended(connection)
     assert [refused(serves, one) for one in ("malformed handshake", "slow request")] == [before[0] + 1, before[1]]
-    assert {one.name for one in caplog.records} <= {"streamflow.server.safety"}
+    assert {one.name for one in caplog.records} <= {"streamflow.app.server.safety"}
 
 
 def test_frames_that_are_malformed_before_the_handshake_is_complete_end_the_connection():
@@ -656,7 +656,7 @@ def test_the_models_thread_is_restarted_once_while_viewers_wait(monkeypatch, cap
 # when a viewer may draw.
 SIGNALED = """
 import io, json, os, signal, sys, threading, time, urllib.request
-from streamflow.commands import serve
+from streamflow.app.commands import serve
 when, after, *numbers = sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:])
 def end(url=None):
     if when == "ready":
@@ -906,7 +906,7 @@ class Watched(asyncio.SelectorEventLoop):
     def set_debug(self, enabled):
         super().set_debug(True)
 asyncio.SelectorEventLoop = Watched
-from streamflow.cli import main
+from streamflow.app.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

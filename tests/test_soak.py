@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from random_pipelines import random_pipeline
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
 pytest.importorskip("psutil", reason="the soak needs the extra web")
@@ -68,8 +69,11 @@ CUDA = pytest.param(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("arguments", [pytest.param([], id="cpu"), CUDA])
+@pytest.mark.parametrize("arguments", [pytest.param(None, id="cpu"), CUDA])
 def test_ten_thousand_frames(tmp_path, arguments):
+    if arguments is None:
+        random_pipeline("sd3").save_pretrained(tmp_path / "model")
+        arguments = ["--model", tmp_path / "model"]
     pytest.importorskip("uvicorn", reason="the server needs the extra web")
     file = tmp_path / "soak.json"
     command = [sys.executable, FOLDER / "soak.py", "--output", file, *arguments]
@@ -82,7 +86,7 @@ def test_ten_thousand_frames(tmp_path, arguments):
 
 PLAY = """
 import os, signal, sys, threading, time
-from streamflow.cli import main
+from streamflow.app.cli import main
 from streamflow import StreamFlowWrapper
 way = sys.argv[1]
 flags = ["--device", "cpu", "--warmup", "0", "--acceleration.kind", "none", "--out", "null", "--live.target-fps", "30"]

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from random_pipelines import random_tiny_vae
 from tensorrt_helpers import Onnx, needs_rtx, resized
 from torch import nn
 
@@ -22,7 +23,6 @@ from streamflow.acceleration.tensorrt.profile import profile_of
 from streamflow.acceleration.tensorrt.samples import parts_of
 from streamflow.models import load
 from streamflow.models.codec import Codec
-from streamflow.models.random_weights import random_tiny_vae
 from streamflow.pretrained import embedded, embedded_tiny_vae
 
 pytestmark = [

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import PROMPT, noises, streamed
 from diffusers import StableDiffusion3Pipeline
+from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
 from streamflow.models import adapter_class, tiny_vae
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
 from streamflow.models.tiny_vae import PUBLISHED, UPSTREAM, TinyFlux2, TinySana
 from streamflow.pretrained import embedded, embedded_tiny_vae
 

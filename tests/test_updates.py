@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import PROMPT
 
-from streamflow.updates import SHARE, Updates
+from streamflow.stream.updates import SHARE, Updates
 
 WAIT = 20  # seconds after which a thread that should have gone on has not
 
@@ -134,7 +134,7 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
         return 1
 
     def left():
-        from streamflow.updates import _Ticket
+        from streamflow.stream.updates import _Ticket
 
         ticket = _Ticket(frozenset(), frozenset(), None)
         updates._waiting.append(ticket)

@@ -10,10 +10,10 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from random_pipelines import random_pipeline, random_tiny_vae
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from streamflow import config
-from streamflow.models.random_weights import random_pipeline, random_tiny_vae
+from streamflow.app import config
 from streamflow.models.safety_checker import load as load_checker
 from streamflow.parallel.rows import ShardedVelocity
 from streamflow.parallel.vae import ShardedVAE

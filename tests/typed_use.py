@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from streamflow import StreamFlow, StreamFlowWrapper, config, models
-from streamflow.config import Settings
-from streamflow.control import open_control
-from streamflow.frames import Frame, Input
+from streamflow import StreamFlow, StreamFlowWrapper, models
+from streamflow.app import config
+from streamflow.app.config import Settings
+from streamflow.app.scenes import open_scene
 from streamflow.image_utils import postprocess_image
 from streamflow.io import Picture, Reading, Sink, Source, Writing, open_sink, open_source
+from streamflow.live.remote import open_control
 from streamflow.live.show import Live, Statistics
 from streamflow.parallel import ShardedVAE, decode, shard_denoiser, shard_vae
-from streamflow.scenes import open_scene
+from streamflow.stream.frames import Frame, Input
 
 
 def streaming(picture: Image.Image, mask: Image.Image) -> None:
@@ -39,7 +40,6 @@ def streaming(picture: Image.Image, mask: Image.Image) -> None:
         stream.set_adapters({"style": 0.7})
         stream.vae = shard_vae(stream.vae, devices=["cpu", "cpu"])
         shard_denoiser(stream, devices="all")
-        stream.load_state_dict(stream.state_dict())
         stream.reset()
 
 

@@ -56,7 +56,7 @@ def start(model: str, kind: str, device: str) -> dict[str, float]:
     """Seconds of the imports, of making the model, and from there to the first picture on the host."""
     began = time.perf_counter()
     from streamflow import StreamFlow
-    from streamflow.models.true_size import prompt_arguments, size_of, true_size
+    from streamflow.benchmark.true_size import prompt_arguments, size_of, true_size
 
     imported = time.perf_counter()
     pipe = true_size(model, device)

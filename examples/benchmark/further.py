@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow._command_line import above, at_least
 from streamflow.benchmark.machine import clocks, compile_cache, machine
 from streamflow.benchmark.measure import FAILURES, cause, clean, differences, memory, warm
 from streamflow.benchmark.report import ratio, rounded
@@ -33,7 +34,6 @@ from streamflow.benchmark.settings import Settings, chosen
 from streamflow.benchmark.subject import COMPARED, Subject, load
 from streamflow.benchmark.timing import Spread, timed, wait
 from streamflow.benchmark.ways import Way, by_hand
-from streamflow.command_line import above, at_least
 from streamflow.image_utils import denormalize
 
 logger = logging.getLogger(__name__)

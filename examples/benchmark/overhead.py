@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamflow import StreamFlow, models
-from streamflow.models.true_size import prompt_arguments, true_size
+from streamflow.benchmark.true_size import prompt_arguments, true_size
 
 
 class Nothing(nn.Module):

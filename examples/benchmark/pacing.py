@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamflow._command_line import above
+from streamflow.app.config import Settings
+from streamflow.app.scenes import aside, open_scene
 from streamflow.benchmark.machine import machine
 from streamflow.benchmark.report import rounded
-from streamflow.command_line import above
-from streamflow.config import Settings
 from streamflow.io import Picture
-from streamflow.modes import percentile
-from streamflow.scenes import aside, open_scene
+from streamflow.live.latency_modes import percentile
 from streamflow.wrapper import StreamFlowWrapper
 
 WITHIN = 0.2  # of the period

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from streamflow import StreamFlow
+from streamflow._command_line import at_least
 from streamflow.benchmark.machine import clocks, machine
 from streamflow.benchmark.measure import warm
 from streamflow.benchmark.report import ratio, rounded
@@ -31,7 +32,6 @@ from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.timing import Spread, timed
 from streamflow.benchmark.ways import Way, plain, streamed
-from streamflow.command_line import at_least
 from streamflow.image_utils import denormalize
 
 SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "embedded": 128}

@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -29,10 +28,9 @@ from typing import Any
 
 import torch
 
+from streamflow._command_line import at_least
 from streamflow.benchmark.machine import machine
 from streamflow.benchmark.report import rounded
-from streamflow.command_line import at_least
-from streamflow.models.random_weights import random_pipeline
 
 PARTS = ("wrapper", "server")
 WARM = 500  # frames after which memory is to be flat
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         default=8,
         help="wrappers and servers one after another, after the first 500 frames (default 8)",
     )
-    p.add_argument("--model", default="random", help="random, embedded, a folder or a hub id (default %(default)s)")
+    p.add_argument("--model", default="embedded", help="embedded, a folder or a hub id (default %(default)s)")
     p.add_argument("--device", default="cpu", help="default %(default)s")
     p.add_argument("--acceleration", default="none", help="default %(default)s")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
@@ -59,12 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     if a.one:
         print(json.dumps(play(a)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        if a.model == "random":
-            random_pipeline("sd3").save_pretrained(folder)
-        model = folder if a.model == "random" else a.model
-        with ThreadPoolExecutor() as pool:
-            parts = dict(zip(a.parts, pool.map(lambda part: in_new_process(a, part, model), a.parts), strict=True))
+    with ThreadPoolExecutor() as pool:
+        parts = dict(zip(a.parts, pool.map(lambda part: in_new_process(a, part), a.parts), strict=True))
     result = {
         "command": " ".join(["python examples/benchmark/soak.py", *(sys.argv[1:] if argv is None else argv)]),
         "model": a.model,
@@ -81,9 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if result["kept"] else 1
 
 
-def in_new_process(a: argparse.Namespace, part: str, model: str) -> dict[str, Any]:
+def in_new_process(a: argparse.Namespace, part: str) -> dict[str, Any]:
     """What one part found. One that broke down is told by its last words."""
-    command = [sys.executable, __file__, "--one", part, "--model", model, "--device", a.device]
+    command = [sys.executable, __file__, "--one", part, "--model", a.model, "--device", a.device]
     command += ["--frames", str(a.frames), "--sessions", str(a.sessions), "--acceleration", a.acceleration]
     environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -19,10 +19,10 @@ import uvicorn
 from soak_acts import Act, Memory, acts, check_answers
 from websockets.sync.client import ClientConnection, connect
 
-from streamflow.config import Acceleration, Settings
-from streamflow.server.app import Service, create_app
-from streamflow.server.settings import Server
-from streamflow.server.tokens import Tokens
+from streamflow.app.config import Acceleration, Settings
+from streamflow.app.server.app import Service, create_app
+from streamflow.app.server.settings import Server
+from streamflow.app.server.tokens import Tokens
 
 WITHIN = 60.0  # seconds for an answer
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from soak_acts import Act, Memory, acts, check_answers, number_of
 
-from streamflow.frames import Input
+from streamflow.stream.frames import Input
 from streamflow.wrapper import StreamFlowWrapper
 
 MOST = 16  # calls after which the last frame must have come out

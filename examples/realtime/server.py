@@ -8,7 +8,7 @@ The same as `streamflow serve`; `--help` lists the rest.
 
 import sys
 
-from streamflow.commands.serve import main
+from streamflow.app.commands.serve import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,7 +33,7 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
             switch and the name is none of torch's own. RuntimeError: the backend's library is missing.
     A backend that cannot compute these shapes or dtypes on this device raises at the first call.
     """
-    from streamflow.models.attention import backends, listens, processor_of
+    from streamflow.models.attention_backend import backends, listens, processor_of
 
     if name not in backends():
         raise ValueError(f"unknown attention {name!r}: this diffusers knows {', '.join(backends())}")
@@ -52,7 +52,7 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
 
 
 def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
-    from streamflow.models.attention import switch
+    from streamflow.models.attention_backend import switch
 
     undo = [switch(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
     return partial(run_backwards, undo)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
+from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.watch import Watch
-from streamflow.side_streams import side_stream
 
 logger = logging.getLogger(__name__)
 # Torch captures one graph at a time in a process. One thread does it for all: some of what CUDA's libraries load for a

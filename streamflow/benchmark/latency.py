@@ -1,5 +1,5 @@
 """Latency against rate: how old a picture is when it is finished, for cameras of several rates, in the ways there are to
-feed a stream (`streamflow.modes`)."""
+feed a stream (`streamflow.live.latency_modes`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from streamflow.benchmark.measure import attempt, clean
 from streamflow.benchmark.subject import Subject
 from streamflow.benchmark.timing import wait
-from streamflow.modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
+from streamflow.live.latency_modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
 from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)

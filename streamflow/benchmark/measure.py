@@ -17,7 +17,7 @@ from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.subject import COMPARED, Subject
 from streamflow.benchmark.timing import Spread, latencies, ticks_within, timed, wait
 from streamflow.benchmark.ways import VARIANTS, Way, problem
-from streamflow.modes import percentile
+from streamflow.live.latency_modes import percentile
 
 logger = logging.getLogger(__name__)
 # What models, compilers and drivers raise where they cannot: torch's errors, its compiler's and out of memory among them,

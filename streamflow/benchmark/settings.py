@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from streamflow.command_line import Parser, above, at_least
+from streamflow._command_line import Parser, above, at_least
+from streamflow.models.loading import DTYPES
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CFG_TYPES = ("none", "self", "full")
 VAES = ("own", "tiny")
 EXAMPLE = """examples:
@@ -25,7 +25,7 @@ The last line is JSON. Exit code 2 for an argument that cannot be."""
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. model: a true size (`streamflow.models.true_size.SIZES`, with `random_weights`), "embedded", a hub id or a
+    """One run. model: a true size (`streamflow.benchmark.true_size.SIZES`, with `random_weights`), "embedded", a hub id or a
     folder. width, height in pixels, None: the model's own. frames: most ticks a round. rounds: how often each figure is
     taken. round_seconds: how long a round may last, so that slow ways take fewer ticks. warmup: ticks before the first
     round. variants None: all that there are. compile None: on CUDA. sweep: by the names of `SWEEPS`, values that one

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from streamflow import models, pretrained
-from streamflow.benchmark.settings import DTYPES, Settings
+from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.timing import wait
+from streamflow.models.loading import DTYPES
 from streamflow.pipeline import StreamFlow
 
 PROMPT = "a red apple, 3d render"
@@ -117,7 +118,7 @@ def load(settings: Settings) -> Subject:
 
 
 def _true_size(s: Settings) -> Subject:
-    from streamflow.models import true_size as sizes
+    from streamflow.benchmark import true_size as sizes
 
     size = sizes.size_of(s.model)
     if s.tiny_vae:
@@ -135,7 +136,7 @@ def _true_size(s: Settings) -> Subject:
 
 
 def _pretrained(s: Settings) -> Subject:
-    from streamflow.models.true_size import SCHEDULERS, SIZES
+    from streamflow.benchmark.true_size import SCHEDULERS, SIZES
 
     if s.model in SIZES:
         raise ValueError(f"{s.model!r} names a size: add --random-weights, or pass the hub id or folder of a model")

@@ -18,8 +18,8 @@ from streamflow._threads import Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture
 from streamflow.live.feed import Backoff, Feed, described
-from streamflow.modes import Mode, ModeChooser, fed, free, percentile, sequential
-from streamflow.pacing import Outbox
+from streamflow.live.latency_modes import Mode, ModeChooser, fed, free, percentile, sequential
+from streamflow.live.pacing import Outbox
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")

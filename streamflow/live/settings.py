@@ -1,4 +1,4 @@
-"""The settings of a live performance. Holds nothing else, so that `streamflow.config` can read it."""
+"""The settings of a live performance. Holds nothing else, so that `streamflow.app.config` can read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from streamflow.section import Section
+from streamflow._validation import Section
 
 
 class LiveSettings(Section):

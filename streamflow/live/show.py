@@ -21,8 +21,8 @@ from streamflow._threads import Thread
 from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, described
-from streamflow.modes import Clock, ModeChooser, RealClock
-from streamflow.pacing import POLICIES, Outbox, Pacer
+from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
+from streamflow.live.pacing import POLICIES, Outbox, Pacer
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("hold", "raise")

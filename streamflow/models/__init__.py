@@ -1,6 +1,6 @@
 """The family table: which adapter speaks for which diffusers pipeline. Adapters are imported when they are used.
 
-A family is one file with one class, a `FlowAdapter` (models/base.py). `register` adds one from outside.
+A family is one file with one class, a `FlowAdapter` (models/adapter.py). `register` adds one from outside.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamflow.models.base import FlowAdapter
+    from streamflow.models.adapter import FlowAdapter
 
 FAMILIES: dict[str, Any] = {
-    "sd3": "streamflow.models.sd3:StableDiffusion3",
-    "flux": "streamflow.models.flux:Flux",
-    "instaflow": "streamflow.models.instaflow:InstaFlow",
-    "chroma": "streamflow.models.chroma:Chroma",
-    "flux2": "streamflow.models.flux2:Flux2",
-    "flux2-klein": "streamflow.models.flux2:Flux2Klein",
-    "sana": "streamflow.models.sana:Sana",
-    "sana-sprint": "streamflow.models.sana_sprint:SanaSprint",
-    "lumina2": "streamflow.models.lumina2:Lumina2",
-    "qwenimage": "streamflow.models.qwenimage:QwenImage",
-    "sdxl": "streamflow.models.sdxl:RectifiedSDXL",
-    "perflow": "streamflow.models.perflow:PeRFlow",
-    "perflow-sdxl": "streamflow.models.perflow:PeRFlowSDXL",
-    "zimage": "streamflow.models.zimage:ZImage",
-    "rendezvous": "streamflow.models.rendezvous:Rendezvous",
+    "sd3": "streamflow.models.families.sd3:StableDiffusion3",
+    "flux": "streamflow.models.families.flux:Flux",
+    "instaflow": "streamflow.models.families.instaflow:InstaFlow",
+    "chroma": "streamflow.models.families.chroma:Chroma",
+    "flux2": "streamflow.models.families.flux2:Flux2",
+    "flux2-klein": "streamflow.models.families.flux2:Flux2Klein",
+    "sana": "streamflow.models.families.sana:Sana",
+    "sana-sprint": "streamflow.models.families.sana_sprint:SanaSprint",
+    "lumina2": "streamflow.models.families.lumina2:Lumina2",
+    "qwenimage": "streamflow.models.families.qwenimage:QwenImage",
+    "sdxl": "streamflow.models.families.sdxl:RectifiedSDXL",
+    "perflow": "streamflow.models.families.perflow:PeRFlow",
+    "perflow-sdxl": "streamflow.models.families.perflow:PeRFlowSDXL",
+    "zimage": "streamflow.models.families.zimage:ZImage",
+    "rendezvous": "streamflow.models.fallback.adapter:Rendezvous",
 }
 
 PIPELINES = {
@@ -110,7 +110,7 @@ def _family_of(pipe: Any) -> str:
             f"{names[0]} with {type(pipe.scheduler).__name__} is a diffusion model, not a flow: StreamDiffusion streams it. "
             f"If its UNet was rectified ({models}), pass family={family!r}"
         )
-    from streamflow.models.classification import check_drawable, kind_of
+    from streamflow.models.pipeline_kinds import check_drawable, kind_of
 
     check_drawable(type(pipe))
     if kind_of(type(pipe)) == "not a flow":

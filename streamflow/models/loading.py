@@ -11,6 +11,7 @@ import torch
 from streamflow import models, pretrained
 from streamflow._files import read_json, read_text
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # by the names that settings use
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_map_only
 
-from streamflow.schedule import Schedule
-from streamflow.wrap import base_network
+from streamflow.flow.schedule import Schedule
+from streamflow.models.pipe_parts import base_network
 
 KNOWN = 64  # encoded prompts that are kept
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow.acceleration.side_streams import side_stream
 from streamflow.parallel.trees import mapped, tensors
-from streamflow.side_streams import side_stream
 
 Events = Mapping[torch.device, torch.cuda.Event]
 

@@ -14,11 +14,12 @@ import torch
 from conftest import PROMPT
 from diffusers import FlowMatchEulerDiscreteScheduler
 from drop_in_helpers import FOX, OwnWrapper, image_of, wrapped
+from random_pipelines import MAKERS, random_pipeline, random_tiny_vae
 from streamdiffusion import StreamDiffusion
 
-from streamflow import StreamFlow, StreamFlowWrapper, attributes, models, wrapper
+from streamflow import StreamFlow, StreamFlowWrapper, models, wrapper
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.models.random_weights import MAKERS, random_pipeline, random_tiny_vae
+from streamflow.stream import attributes
 
 OTHER = "a boat at night"
 
@@ -98,7 +99,7 @@ def test_before_prepare_an_attribute_is_there_or_it_is_not(pipes, name):
 
 def attribute_view(stream):
     """What StreamDiffusion's constructor looks at."""
-    from streamflow.wrap import base_view
+    from streamflow.models.pipe_parts import base_view
 
     return base_view(stream.pipe, stream.unet, 8)
 

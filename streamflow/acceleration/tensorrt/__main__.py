@@ -34,17 +34,6 @@ TIMED = 30
 PARTS = ("velocity", "decoder", "encoder")
 
 
-def random_tiny(family: str) -> Callable[[], tuple[Any, str | None]]:
-    """Makes a random-weight pipeline, and the name of the family that its class does not tell."""
-
-    def make() -> tuple[Any, str | None]:
-        from streamflow.models.random_weights import random_pipeline
-
-        return random_pipeline(family), "instaflow" if family == "instaflow" else None
-
-    return make
-
-
 def embedded() -> tuple[Any, None]:
     """The embedded model."""
     from streamflow.models import load
@@ -53,10 +42,7 @@ def embedded() -> tuple[Any, None]:
     return load(folder()), None
 
 
-MODELS: dict[str, Callable[[], tuple[Any, str | None]]] = {
-    **{family: random_tiny(family) for family in ("sd3", "flux", "instaflow")},
-    "embedded": embedded,
-}
+MODELS: dict[str, Callable[[], tuple[Any, str | None]]] = {"embedded": embedded}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from streamflow.acceleration import Parts
-from streamflow.conditioning import stack
+from streamflow.conditioning.prompt import stack
 
 PROMPT = "a red apple, 3d render"
 

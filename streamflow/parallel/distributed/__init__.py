@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from streamflow.models.rows import RowByRow
+from streamflow.models.row_by_row import RowByRow
 from streamflow.parallel.distributed.remote import Pending, Remote, SharedModule
 from streamflow.parallel.distributed.server import serve
 from streamflow.parallel.distributed.wire import Link, RankLost

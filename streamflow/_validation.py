@@ -1,0 +1,31 @@
+"""Checks of values that come from outside, and what every group of settings is."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, its types kept to, numbers finite, and no key but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless value is a finite number or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")

@@ -1,0 +1,144 @@
+"""`streamflow live`: a source restyled live, or a prompt drawn without end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from streamflow._command_line import above
+from streamflow.app import config
+from streamflow.app.commands import options
+from streamflow.app.config import Settings
+
+logger = logging.getLogger("streamflow.live")
+EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
+PERIOD = 0.2  # seconds between two looks at keys and figures
+WRONG = (ValueError, TypeError, ImportError, NotImplementedError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the source ended, the window was closed, or by Ctrl-C; 1 for what failed; 2 for arguments."""
+    p = options.parser(
+        "live",
+        "Restyles a camera, a screen or a file live; without --in, draws from the prompt.",
+        EXAMPLE,
+        "live",
+        "control",
+    )
+    p.add_argument("--in", dest="source", metavar="SOURCE", help="short for --live.source")
+    p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
+    p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")
+    p.add_argument("--seconds", type=above(0), help="end so long after the first image (default: at the source's end)")
+    p.add_argument("--learn", metavar="FIELD", help="the next knob that is moved turns this field; its mapping is printed")
+    a = p.parse_args(argv)
+    outs = [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]
+    for path, value in {"live.source": a.source, "live.sinks": json.dumps(outs) if outs else None}.items():
+        if value is not None:
+            setattr(a, path, value)
+    settings = options.settings(p, a)
+    logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            said = play(_with_start(settings), a.seconds, a.learn, quiet=a.json)
+    except (*WRONG, OSError, MemoryError, RuntimeError) as error:
+        print(f"{p.prog}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, WRONG) else 1
+    print(json.dumps(said) if a.json else "\n".join(f"{name}: {value}" for name, value in said.items()))
+    return 0
+
+
+def _with_start(settings: Settings) -> Settings:
+    """A source's images start half way where nothing else was said."""
+    if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
+        return settings
+    return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
+
+
+def play(settings: Settings, seconds: float | None = None, learn: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Until the source ends, the last sink is gone, Ctrl-C, or so many seconds; the statistics, and what was learned."""
+    from streamflow.app.scenes import Scenes, open_scene
+    from streamflow.io import open_sink, open_source
+    from streamflow.live.remote import open_control
+
+    s, shows = settings.live, []
+    if (settings.mode == "img2img") != bool(s.source):
+        raise ValueError(f"mode is {settings.mode}, and there is {'a' if s.source else 'no'} source: leave one out")
+    others = [config.load(file) for file in s.scenes]
+    source, sinks = open_source(s.source) if s.source else None, [open_sink(one) for one in s.sinks]
+
+    def update(**changes: Any) -> None:
+        (shows[-1] if shows else wrapper).stream.update(**changes)
+
+    weights = [] if isinstance(settings.prompt, str) else [weight for _, weight in settings.prompt]
+    with ExitStack() as opened:
+        controls = opened.enter_context(open_control(settings.control, update, weights))
+        if learn:
+            controls.learn(learn)
+        for sink in sinks:
+            if hasattr(sink, "on_key"):
+                sink.on_key = controls.keys.press
+        wrapper = open_scene(settings)
+        with opened.pop_all() as closing:
+            closing.callback(wrapper.close)
+            show = wrapper.stream.live(
+                *(source, sinks),
+                target_fps=s.target_fps,
+                policy=s.policy,
+                mode=s.mode,
+                on_error=s.on_error,
+                controls=controls,
+            )
+            shows.append(show)
+            scenes = closing.enter_context(Scenes(show, wrapper, (settings, *others)))
+            closing.enter_context(show)  # ends before its scenes are closed
+            _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet)
+            show.stop()
+        said = {name: _short(value) for name, value in asdict(show.statistics).items()}
+        learned = [one for one in controls.settings.mappings if one not in settings.control.mappings]
+        return {**said, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else said
+
+
+def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool) -> None:
+    """Report, prepare scenes and change them, until it ends."""
+    end = float("inf")
+    try:
+        with tqdm(unit="picture", disable=quiet) as bar:
+            _scene(scenes.prepare)
+            while show.running and (left := end - time.monotonic()) > 0:
+                show.wait(min(PERIOD, left))
+                if seconds and end == float("inf") and show.statistics.shown:
+                    end = time.monotonic() + seconds
+                for _ in range(keys.next()):
+                    _scene(scenes.next, crossfade)
+                    _scene(scenes.prepare)
+                now = show.statistics
+                bar.update(now.shown - bar.n)
+                bar.set_postfix_str(_in_short(now))
+    except KeyboardInterrupt:
+        logger.info("ending")  # sinks are closed by stop()
+
+
+def _scene(change: Any, *arguments: Any) -> None:
+    """A change of scene; what cannot be is said, and what plays goes on."""
+    try:
+        change(*arguments)
+    except (*WRONG, OSError, MemoryError) as error:
+        logger.error("the next scene cannot be shown: %s", error)
+
+
+def _in_short(now: Any) -> str:
+    latency = "" if now.latency_p50 is None else f", latency {1e3 * now.latency_p50:.0f} ms"
+    return f"{now.mode} {now.drawn_per_second:.1f} drawn/s{latency}, repeated {now.repeated}, dropped {now.dropped_in}"
+
+
+def _short(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value

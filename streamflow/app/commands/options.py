@@ -1,0 +1,86 @@
+"""Flags of the commands that draw: one for every field of `Settings`, with the field's description as its help, beside
+`--config`. What is given on the command line wins over the file, and all mistakes are told at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from streamflow._command_line import Parser
+from streamflow._files import read_yaml
+from streamflow.app import config
+from streamflow.app.config import Section, Settings
+
+SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
+
+
+def parser(command: str, description: str, example: str, *sections: str) -> Parser:
+    """A parser with `--config`, `--json` and the settings' flags, of `SECTIONS` those that the command reads."""
+    p = Parser(
+        prog=f"streamflow {command}",
+        description=description,
+        epilog=f"example:\n  {example}\n\nLists are YAML: --t-index-list '[0, 2]', --prompt '[[a cat, 0.6], [a dog, 0.4]]'.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML (`streamflow config init` writes one)")
+    p.add_argument("--json", action="store_true", help="print one line of JSON at the end")
+    group = p.add_argument_group("settings")
+    for path, field in _fields(Settings):
+        if (section := path.split(".")[0]) in SECTIONS and section not in sections:
+            continue
+        group.add_argument(_flag(path), dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+    return p
+
+
+def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, field) of every field, those of sections within included."""
+    for name, field in section.model_fields.items():
+        inner = [kind for kind in _kinds(field) if isinstance(kind, type) and issubclass(kind, Section)]
+        if inner:
+            yield from _fields(inner[0], f"{before}{name}.")
+        else:
+            yield before + name, field
+
+
+def _kinds(field: Any) -> tuple[Any, ...]:
+    """The types that a field may be of."""
+    kind = field.annotation
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+def _flag(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
+
+
+def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
+    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they cannot be."""
+    try:
+        data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
+        for path, _ in _fields(Settings):
+            if (text := getattr(a, path, None)) is not None:
+                _put(data, path.split("."), _value(path, text))
+        return config.parse(data)
+    except (ValueError, OSError) as error:
+        print(f"{p.prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _value(path: str, text: str) -> Any:
+    """A text stays one where the field takes texts, unless it opens a list and the field takes lists; all else is YAML."""
+    if path in _TEXTS and not (path in _LISTS and text.lstrip().startswith("[")):
+        return text
+    return read_yaml(text)
+
+
+def _put(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        data[name] = data = dict(data.get(name) or {})
+    data[path[-1]] = value
+
+
+_TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))
+_LISTS = frozenset(path for path, field in _fields(Settings) if tuple in map(get_origin, _kinds(field)))

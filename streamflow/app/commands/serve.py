@@ -1,0 +1,107 @@
+"""`streamflow serve`: the page, on this machine unless told otherwise."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from streamflow.app.commands import options
+
+EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
+
+
+class Stop:
+    """What SIGTERM and SIGINT do from the start of the command: they are remembered, and end uvicorn's server."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.server: Any = None
+
+    def __call__(self, *_: Any) -> None:
+        self.received = True
+        if self.server is not None:
+            self.server.should_exit = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Inside, signals set `Stop.received`. Once one has come, the process is about to end, and further ones are ignored."""
+    stop = Stop()
+    before = {one: signal.signal(one, stop) for one in SIGNALS}
+    try:
+        yield stop
+    finally:
+        if stop.received:
+            for one in SIGNALS:  # while the interpreter finalizes, which takes Python's handlers away
+                atexit.register(signal.signal, one, signal.SIG_IGN)
+        else:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when it was asked to end (SIGTERM, SIGINT); 1 where it cannot bind; 2 for settings that cannot be."""
+    p = options.parser("serve", "Serves the page: text and pictures restyled live, for several viewers.", EXAMPLE, "server")
+    p.add_argument("--host", help="short for --server.host")
+    p.add_argument("--port", help="short for --server.port")
+    p.add_argument("--behind-proxy", action="store_true", help="a proxy in front ends TLS")
+    with stop_signals() as stop:
+        a = p.parse_args(argv)
+        given = {"server.host": a.host, "server.port": a.port, "server.behind_proxy": "true" if a.behind_proxy else None}
+        for path, value in given.items():
+            if value is not None:
+                setattr(a, path, value)
+        settings = options.settings(p, a, cfg_type="full", warmup=0)
+        try:
+            return serve(settings, stop, a.json)
+        except ValueError as error:
+            print(f"{p.prog}: error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"{p.prog}: {settings.server.host}:{settings.server.port}: {error}", file=sys.stderr)
+            return 1
+
+
+def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
+    """Until SIGTERM or SIGINT. ValueError: it would not be safe. OSError: the port is taken, a file is not there.
+
+    Where the model's thread still loads or draws after the server has waited for it, the process ends here with `os._exit`:
+    a thread that computes in torch while the interpreter finalizes would abort it.
+    """
+    try:
+        import uvicorn
+
+        from streamflow.app.server.app import Service, create_app
+        from streamflow.app.server.connections import Connections, Listener, uvicorn_config
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'streamflow-rf[web]'") from error
+    from streamflow.app.server import tokens
+
+    server = settings.server
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of visitors' images, such as corrupt EXIF
+    app = create_app(service := Service(settings, tokens.load(server.token_file)))
+    connections = Connections(server, service.refusals)
+    with Listener(server.host, server.port, connections) as listener:
+        stop.server = uvicorn.Server(uvicorn_config(app, server, connections))
+        stop.server.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
+        if stop.received:
+            return 0
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        url = f"http{'s' if server.tls_certificate else ''}://{host}:{listener.getsockname()[1]}"
+        print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
+        stop.server.run(sockets=[listener])
+    code = int(service.worker.failed is not None)
+    if not service.ended(END_WITHIN):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -1,0 +1,38 @@
+"""`streamflow txt2img`: pictures from a prompt, streamed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from streamflow._command_line import at_least
+from streamflow.app.commands import options
+
+EXAMPLE = 'streamflow txt2img --prompt "a fox, 3d render" --count 8 --output outputs/fox'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for arguments that cannot be. Pictures that are there when it is interrupted are whole."""
+    p = options.parser("txt2img", "Draws pictures from a prompt, one seed after another.", EXAMPLE)
+    p.add_argument("--count", type=at_least(1), default=4, help="how many (default %(default)s)")
+    p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
+    a = p.parse_args(argv)
+    settings = options.settings(p, a, mode="txt2img")
+    from streamflow.image_utils import postprocess_image
+    from streamflow.wrapper import StreamFlowWrapper
+
+    a.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    with StreamFlowWrapper.from_settings(settings) as wrapper:
+        began = time.perf_counter()
+        for frame in tqdm(wrapper.stream.frames([None] * a.count), total=a.count, unit="picture", disable=a.json):
+            files.append(str(a.output / f"{frame.id:04d}.png"))
+            postprocess_image(frame.wait().image[None])[0].save(files[-1])
+        seconds = time.perf_counter() - began
+    said = {"files": files, "seconds": round(seconds, 3)}
+    print(json.dumps(said) if a.json else f"{a.count} pictures in {seconds:.1f} s: {files[0]} to {files[-1]}")
+    return 0

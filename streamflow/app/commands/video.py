@@ -1,0 +1,104 @@
+"""`streamflow video`: a video file restyled, every frame of it, with its times and its sound."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from streamflow.app.commands import options
+from streamflow.app.config import Settings
+from streamflow.image_utils import cropped, uint8_pixels
+from streamflow.io import Picture, Reading, Writing
+
+EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 where the video cannot be read or written; 2 for arguments that cannot be; 130 after Ctrl-C. What is
+    written by then can be played."""
+    p = options.parser(
+        "video",
+        "Restyles a video: every frame in order, at its time, with the sound. Without --width and --height it keeps the "
+        "video's proportions at as many pixels as the model's own size has; with them, it is cropped to theirs.",
+        EXAMPLE,
+    )
+    p.add_argument("--in", dest="source", type=Path, required=True, metavar="FILE", help="what PyAV can read")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4 or .mkv")
+    p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+    p.add_argument("--no-sound", dest="sound", action="store_false", help="leave the sound out")
+    a = p.parse_args(argv)
+    if a.out.exists() and not a.overwrite:
+        p.error(f"{a.out} is there already: choose another name, or say --overwrite")
+    if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
+        p.error(f"{a.out} is what is read: choose another name")
+    settings = options.settings(p, a, mode="img2img")
+    if settings.mode != "img2img":
+        p.error("a video is restyled: mode is img2img")
+    if settings.strength is None and settings.t_index_list is None:
+        settings = settings.model_copy(update={"strength": 0.5})
+    try:
+        said = restyle(settings, a.source, a.out, sound=a.sound, quiet=a.json)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"{p.prog}: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(said) if a.json else f"{said['frames']} frames in {said['seconds']:.1f} s: {a.out}")
+    return INTERRUPTED if said["interrupted"] else 0
+
+
+def restyle(settings: Settings, source: Path, out: Path, sound: bool = True, quiet: bool = False) -> dict[str, Any]:
+    """Every frame of `source`, restyled, into `out`; what was done. Reading and writing have threads of their own."""
+    from streamflow.io.file import FileSource
+    from streamflow.io.recorder import Recorder
+    from streamflow.wrapper import StreamFlowWrapper
+
+    video = FileSource(source)
+    with Reading(video, "every") as reading:
+        first = reading.read()
+        if first is None:
+            raise ValueError(f"{source} has no frame that can be read")
+        audio = video.audio if sound else None
+        height, width = first.pixels.shape[:2]
+        with StreamFlowWrapper.from_settings(settings, like=(width, height)) as wrapper:
+            stream, began = wrapper.stream, time.perf_counter()
+            with (
+                Writing(Recorder(out, video.rate, audio=audio), block=True) as writing,
+                tqdm(total=video.count, unit="frame", disable=quiet) as bar,
+            ):
+                frames, interrupted = _pass(stream, chain([first], iter(reading.read, None)), writing, bar)
+    return {
+        "file": str(out),
+        "frames": frames,
+        "size": [stream.width, stream.height],
+        "sound": audio is not None,
+        "interrupted": interrupted,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _pass(stream: Any, pictures: Iterable[Picture], writing: Writing, bar: tqdm) -> tuple[int, bool]:
+    """Every picture through the stream; how many, and whether Ctrl-C ended it."""
+    times: deque[float] = deque()
+
+    def entering() -> Iterator[Any]:
+        for picture in pictures:
+            times.append(picture.pts)
+            yield cropped(picture.pixels, stream.width, stream.height)
+
+    count = 0
+    try:
+        for frame in stream.frames(entering()):
+            writing.write(Picture(uint8_pixels(frame.wait().image[None])[0], times.popleft()))
+            bar.update()
+            count += 1
+    except KeyboardInterrupt:
+        return count, True
+    return count, False

@@ -1,0 +1,212 @@
+"""All that a run needs, in one frozen, typed object, and YAML in and out. Every mistake in a file is told at once, with the
+key's path. Knows names, types and ranges; whether a model can draw a size, it says itself when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from streamflow._files import read_text, read_yaml, replacing
+from streamflow._validation import Section
+from streamflow.app.server.settings import Server
+from streamflow.live.remote.settings import Control
+from streamflow.live.settings import LiveSettings
+
+WIDTH = 110  # of the comments in a file
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be; one line for each mistake, with the key's path."""
+
+
+class Acceleration(Section):
+    """How the network and the VAE are made faster."""
+
+    kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime"] = Field(
+        "auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
+    )
+    options: dict[str, Any] = Field({}, description="of that kind, such as quantize: fp8")
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(options, default=str, allow_nan=False)  # ValueError: NaN or infinity
+        return options
+
+
+class SimilarImages(Section):
+    """Input pictures that look like the last one are not drawn again."""
+
+    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) a picture may be skipped")
+    max_skip_frame: int = Field(10, ge=0, description="at most so many in a row")
+
+
+class Settings(Section):
+    """A model, what it draws, and how. The names are those of `StreamFlow` and `prepare` where these have them."""
+
+    model: str = Field("embedded", description="embedded, a hub id, a folder, or a .safetensors file (then with a family)")
+    family: str | None = Field(None, description="a rectified-flow family, where the pipeline's class does not tell")
+    device: str | None = Field(None, description="cuda, cuda:1, cpu, mps; empty: a GPU where there is one")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
+    )
+    devices: tuple[str, ...] = Field((), description="more devices: the VAE and the denoising rows are spread over all")
+    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="pictures from text alone, or from pictures")
+    prompt: str | tuple[tuple[str, float], ...] = Field(
+        "a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
+    )
+    negative_prompt: str = Field("", description="what not to draw; needs guidance")
+    num_inference_steps: int = Field(4, ge=1, description="the length of the schedule")
+    t_index_list: tuple[int, ...] | None = Field(
+        None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
+    )
+    strength: float | None = Field(
+        None, ge=0, le=1, description="of img2img, in place of t_index_list: 1 ignores the picture"
+    )
+    cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
+    guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
+    delta: float = Field(1.0, description="moderates the weight of self and initialize")
+    seed: int = Field(2, ge=0, le=2**64 - 1, description="of all noise")
+    width: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
+    height: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
+    frame_buffer_size: int = Field(1, ge=1, description="frames that enter and leave together")
+    use_denoising_batch: bool = Field(True, description="false draws frame by frame: lower rate, lower latency")
+    do_add_noise: bool = Field(False, description="put noise back at every step instead of stepping by Euler")
+    tiny_vae: bool | str = Field(False, description="true: the family's own tiny VAE; or a hub id or folder of one")
+    loras: dict[str, float] = Field({}, description="LoRAs, hub id or file, and how strong each is")
+    acceleration: Acceleration = Field(Acceleration(), description=Acceleration.__doc__)
+    similar_image_filter: SimilarImages | None = Field(None, description=SimilarImages.__doc__)
+    warmup: int = Field(10, ge=0, description="pictures drawn and thrown away at the start")
+    live: LiveSettings = Field(LiveSettings(), description=LiveSettings.__doc__)
+    control: Control = Field(Control(), description=Control.__doc__)
+    server: Server = Field(Server(), description=Server.__doc__)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.t_index_list is not None and self.strength is not None:
+            raise ValueError("t_index_list and strength both say where to start: leave one out")
+        if self.strength is not None and self.mode == "txt2img":
+            raise ValueError("strength is of mode img2img, and mode is txt2img")
+        if self.negative_prompt and self.cfg_type == "none":
+            raise ValueError("negative_prompt needs guidance, and cfg_type is none: choose full, self or initialize")
+        return self
+
+    def wrapper_arguments(self) -> dict[str, Any]:
+        """The arguments of `StreamFlowWrapper` that these settings stand for."""
+        arguments = self.model_dump(include=_OF_WRAPPER)
+        prepare = self.model_dump(include=_OF_PREPARE if self.strength is None else {*_OF_PREPARE, "strength"})
+        if not isinstance(self.prompt, str):
+            prepare["prompt"] = list(self.prompt)
+        if self.dtype is not None:
+            from streamflow.models.loading import DTYPES
+
+            arguments["dtype"] = DTYPES[self.dtype]
+        similar = self.similar_image_filter
+        if similar is not None:
+            arguments["enable_similar_image_filter"] = True
+            arguments |= {f"similar_image_filter_{name}": value for name, value in similar.model_dump().items()}
+        return {
+            **arguments,
+            "model_id_or_path": self.model,
+            "lora_dict": self.loras,
+            "vae_id": self.tiny_vae if isinstance(self.tiny_vae, str) else None,
+            "use_tiny_vae": bool(self.tiny_vae),
+            "acceleration": self.acceleration.kind,
+            "acceleration_options": self.acceleration.options,
+            "device_ids": self.devices or None,
+            "engine_dir": None,
+            "prepare": prepare,
+        }
+
+
+# The settings that are arguments of the wrapper, or of its `prepare`, by the same names.
+_OF_WRAPPER = set(
+    "t_index_list mode device dtype frame_buffer_size width height warmup do_add_noise use_denoising_batch cfg_type seed "
+    "family".split()
+)
+_OF_PREPARE = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta"}
+
+
+def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
+    """Settings of plain data, as YAML gives it. Without a mode, that is img2img where a strength or a live source needs
+    images. ConfigError lists every mistake."""
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"settings are keys and values, not {type(data).__name__}")
+    if "mode" not in data and _needs_images(data):
+        data = {**data, "mode": "img2img"}
+    try:
+        return kind.model_validate_json(json.dumps(data))  # as JSON, in which a list may stand for a tuple
+    except ValidationError as error:
+        raise ConfigError("\n".join(_mistakes(error))) from None
+    except (TypeError, ValueError, RecursionError) as error:  # of json: a date, a list that holds itself
+        raise ConfigError(f"a value is of a kind that settings do not have: {error}") from None
+
+
+def _needs_images(data: Mapping[Any, Any]) -> bool:
+    live = data.get("live")
+    return data.get("strength") is not None or (isinstance(live, Mapping) and bool(live.get("source")))
+
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    for one in error.errors(include_url=False):
+        path = ".".join(str(part) for part in one["loc"]) or "settings"
+        given = "" if one["type"] in ("extra_forbidden", "missing", "value_error") else f", not {one['input']!r}"
+        says = "there is no such key" if one["type"] == "extra_forbidden" else one["msg"].removeprefix("Value error, ")
+        yield f"{path}: {says}{given}"
+
+
+def load(path: str | Path) -> Settings:
+    """Settings of a YAML file. FileNotFoundError; ConfigError names the file and every mistake in it. Aliases, keys that are
+    given twice and files of more than 1 MiB are mistakes too."""
+    try:
+        data = read_yaml(read_text(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    try:
+        return parse(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{textwrap.indent(str(error), '  ')}") from None
+
+
+def save(settings: Settings, path: str | Path) -> None:
+    """Write a commented YAML file, whole or not at all. An existing file keeps its permissions; of a link, the file that it
+    leads to is written. FileExistsError: the path is no regular file, such as a device or a folder."""
+    target = Path(os.path.realpath(path))
+    if (os.path.exists(path) or os.path.lexists(target)) and not target.is_file():
+        raise FileExistsError(f"{path} is there already and is no regular file: choose another path")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600
+    with replacing(target, mode) as file:
+        file.write(commented(settings).encode())
+
+
+def commented(section: Section, indent: str = "") -> str:
+    """A section as YAML, each key under the comment that its field has."""
+    lines = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        lines += textwrap.wrap(field.description or "", WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, Section):
+            lines += [f"{indent}{name}:", commented(value, indent + "  ").rstrip("\n")]
+        else:
+            lines.append(f"{indent}{name}: {_plain(value)}".rstrip())
+        lines += [] if indent else [""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _plain(value: Any) -> str:
+    """A value in one line of YAML; nothing for None."""
+    if value is None:
+        return ""
+    data = json.loads(json.dumps(value))
+    return yaml.safe_dump(data, allow_unicode=True, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,79 @@
+"""Who gets in: a ticket is a place kept for some seconds, a viewer is a place taken. Knows counts and quotas."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamflow.app.server.safety import COME_BACK, Bucket
+from streamflow.app.server.tokens import Holder
+
+KEPT = 10.0  # seconds for which a ticket keeps a place
+UNUSED = 2  # tickets that one holder has and has not used
+
+
+@dataclass(frozen=True)
+class Refusal(Exception):
+    """No place now."""
+
+    message: str
+    retry_after: int = COME_BACK
+
+
+@dataclass(frozen=True)
+class Unused(Refusal):
+    """The holder has tickets that it has not used yet; a page that has just been opened uses its own within milliseconds."""
+
+    retry_after: int = 1
+
+
+class Admission:
+    """Places, of all and of each holder; `streams` is the quota of a holder without one of its own, None for no quota. Used
+    in the event loop only."""
+
+    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
+        self._places, self._clock, self._streams = places, clock, streams
+        self._tickets: dict[str, tuple[Holder, float]] = {}
+        self._inside: Counter[str] = Counter()
+        self._paces: dict[str, Bucket] = {}
+
+    @property
+    def inside(self) -> int:
+        """How many viewers there are."""
+        return self._inside.total()
+
+    def ticket(self, holder: Holder) -> str:
+        """A ticket, good once and for `KEPT` seconds. Raises Refusal, and Unused for a third unused one."""
+        self._tickets = {name: kept for name, kept in self._tickets.items() if kept[1] > self._clock()}
+        waiting = Counter(kept[0].name for kept in self._tickets.values())
+        quota = self._streams if holder.streams is None else holder.streams
+        if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
+            raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
+        if waiting.total() + self.inside >= self._places:
+            raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
+        if waiting[holder.name] >= UNUSED:
+            raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
+        ticket = secrets.token_urlsafe(24)
+        self._tickets[ticket] = holder, self._clock() + KEPT
+        return ticket
+
+    def enter(self, ticket: str) -> Holder | None:
+        """The place of a ticket is taken now; None for a ticket that is unknown, used or too old."""
+        holder, until = self._tickets.pop(ticket, (None, 0.0))
+        if holder is None or until <= self._clock():
+            return None
+        self._inside[holder.name] += 1
+        return holder
+
+    def leave(self, holder: Holder) -> None:
+        """The place is free."""
+        self._inside[holder.name] -= 1
+
+    def pace(self, holder: Holder) -> tuple[Bucket, ...]:
+        """The holder's quota of pictures a second, which all its streams share."""
+        if holder.fps is None:
+            return ()
+        return (self._paces.setdefault(holder.name, Bucket(holder.fps, max(1.0, holder.fps / 4))),)

@@ -1,0 +1,214 @@
+"""The web application: the page, tickets, the viewers' sockets, health and metrics. Wires the other parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from streamflow.app.config import Settings
+from streamflow.app.server.admission import Admission, Refusal, Unused
+from streamflow.app.server.metrics import Metrics
+from streamflow.app.server.place import first_wish, open_places
+from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
+from streamflow.app.server.session import Pools, Session, Viewer
+from streamflow.app.server.tokens import Holder, Tokens
+from streamflow.app.server.worker import Worker
+
+FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js", "source.js", "link.js")}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+TRIES = 2.0  # wrong tokens a second, of one visitor
+PROTOCOL = "streamflow"
+TICKET_TRIES = 10  # a tenth of a second apart, for a holder with unused tickets
+STOP_WITHIN = 2.0  # seconds for the turn under way when the server ends
+UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
+
+
+class Service:
+    """All parts of one server."""
+
+    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_places):
+        check_binding(settings.server, tokens)
+        if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
+            raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
+        first_wish(settings)
+        self.settings, self.server, self.tokens = settings, settings.server, tokens
+        self.metrics = Metrics()
+        self.worker = Worker(lambda: opened(settings), self.metrics)
+        self.refusals = Refusals(self.metrics)
+        share = max(1, self.server.max_viewers // len(tokens)) if len(tokens) > 1 else None
+        self.admission = Admission(self.server.max_viewers, streams=self.server.streams_per_user or share)
+        self.pools = Pools()
+        self.viewers: set[Viewer] = set()
+        self.wrong_tokens = Rates(TRIES, 10)
+        self.leaving = False
+        for name, text, read in self._gauges():
+            self.metrics.gauge(name, text, read)
+
+    @property
+    def state(self) -> str:
+        """ready, or why not."""
+        if self.leaving:
+            return "shutting down"
+        if self.worker.failed is not None:
+            return "the model cannot be opened"
+        if self.worker.ready.is_set() and self.worker.is_alive():
+            return "ready"
+        if self.worker.restarts == 0:
+            return "warming up"
+        return "the model's thread has ended" + ("; it is restarting" if self.worker.is_alive() else "")
+
+    def _gauges(self) -> tuple[tuple[str, str, Callable[[], float]], ...]:
+        gauges = (
+            ("viewers", "viewers there are", lambda: self.admission.inside),
+            ("queue_age_seconds", "how long the oldest picture waits to be drawn", self._queue_age),
+            ("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss),
+        )
+        cuda = ("cuda_memory_bytes", "of tensors on the GPU", lambda: torch.cuda.memory_allocated())
+        return (*gauges, cuda) if torch.cuda.is_available() else gauges
+
+    def _queue_age(self) -> float:
+        waiting = [since for one in self.viewers if (since := one.waiting_since) is not None]
+        return time.monotonic() - min(waiting) if waiting else 0.0
+
+    def holder(self, request: Request) -> Holder:
+        """Whose request this is. HTTPException 401, or 429 where its visitor tries tokens; never for a right token."""
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        found = self.tokens.holder(token.strip() if kind.lower() == "bearer" else "")
+        if found is not None:
+            return found
+        self.refusals("token")
+        if not self.wrong_tokens.take(visitor_of(request.scope, self.server.behind_proxy)):
+            raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
+        raise HTTPException(401, "a token is wanted: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
+
+    async def stop(self) -> None:
+        """Viewers are told, the turn under way ends, the thread too."""
+        self.leaving = True
+        self.worker.stop()
+        self.pools.shutdown()
+        if self.worker.is_alive():
+            await asyncio.to_thread(self.worker.join, STOP_WITHIN)
+
+    def ended(self, timeout: float) -> bool:
+        """Whether the threads of the model and of images end within so many seconds."""
+        deadline = time.monotonic() + timeout
+        threads = [one for one in threading.enumerate() if one is self.worker or one.name.startswith("server ")]
+        for one in threads:
+            one.join(max(0.0, deadline - time.monotonic()))
+        return not any(one.is_alive() for one in threads)
+
+
+def create_app(service: Service) -> Guard:
+    """The ASGI application; its start opens the model in the model's thread."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="StreamFlow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _health(app, service)
+    _tickets(app, service)
+    _sockets(app, service)
+    _pages(app)  # last, since "/{name}" takes whatever is left
+    return Guard(app, service.server, service.refusals)
+
+
+# No endpoint is a plain function: FastAPI would run it in a thread, and the event loop waits while a thread starts.
+def _pages(app: FastAPI) -> None:
+    contents = {name: path.read_bytes() for name, path in FILES.items()}
+
+    @app.get("/")
+    async def page() -> Response:
+        return await file("page.html")
+
+    @app.get("/{name}")
+    async def file(name: str) -> Response:
+        if name not in contents:
+            raise HTTPException(404)
+        return Response(contents[name], media_type=KINDS[Path(name).suffix])
+
+
+def _health(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live")
+    async def live() -> Response:
+        alive = service.worker.is_alive() or service.worker.restarts == 0
+        return JSONResponse({"state": "live" if alive else service.state}, 200 if alive else 503)
+
+    @app.get("/health")
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        return JSONResponse({"state": service.state}, 200 if service.state == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        service.holder(request)
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _tickets(app: FastAPI, service: Service) -> None:
+    @app.post("/session")
+    async def session(request: Request) -> Response:
+        holder = service.holder(request)
+        if service.state != "ready":
+            return JSONResponse({"message": service.state}, 503, {"retry-after": "1"})
+        try:
+            return JSONResponse({"ticket": await _ticket(service.admission, holder)})
+        except Refusal as refusal:
+            service.refusals("full")
+            return JSONResponse({"message": refusal.message}, 429, {"retry-after": str(refusal.retry_after)})
+
+
+async def _ticket(admission: Admission, holder: Holder) -> str:
+    """A ticket, once the holder has used its others: several tabs may be opened at the same time. Raises Refusal."""
+    for _ in range(TICKET_TRIES):
+        try:
+            return admission.ticket(holder)
+        except Unused:
+            await asyncio.sleep(0.1)
+    return admission.ticket(holder)
+
+
+def _sockets(app: FastAPI, service: Service) -> None:
+    @app.websocket("/stream")
+    async def stream(socket: WebSocket) -> None:
+        offered = [one.strip() for one in socket.headers.get("sec-websocket-protocol", "").split(",")]
+        holder = service.admission.enter(offered[1]) if len(offered) == 2 and offered[0] == PROTOCOL else None
+        if holder is None:
+            service.refusals("ticket")
+            return await socket.close(1008)
+        viewer = None
+        try:
+            await socket.accept(PROTOCOL)
+            viewer = _welcome(service, holder)
+            parts = service.worker, service.server, service.pools, service.metrics, service.refusals
+            await Session(socket, viewer, *parts).run()
+        finally:
+            service.admission.leave(holder)
+            if viewer is not None:
+                service.viewers.discard(viewer)
+                service.worker.remove(viewer)
+
+
+def _welcome(service: Service, holder: Holder) -> Viewer:
+    """A viewer in its place, with what it must know on its way to it."""
+    worker, server = service.worker, service.server
+    wish = first_wish(service.settings)
+    viewer = Viewer(worker, service.metrics, wish, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
+    width, height = worker.size
+    limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
+    size = {"width": width, "height": height}
+    viewer.say(type="welcome", settings=wish.model_dump(), models=worker.models, limits=limits, **size)
+    service.viewers.add(viewer)
+    worker.add(viewer)
+    return viewer

@@ -1,0 +1,52 @@
+"""Pictures off the network and onto it. What comes in is hostile until it is decoded: its size is looked at before its
+pixels, only three formats are tried, and only the first frame is read."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from streamflow.app.server.wishes import BadMessage
+from streamflow.image_utils import as_rgb, open_image
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every picture
+
+
+def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.Image:
+    """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. BadMessage says what is wrong."""
+    try:
+        image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
+        return PIL.ImageOps.fit(as_rgb(image), (width, height))
+    except ValueError as error:
+        raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP of at most {max_pixels} pixels") from None
+
+
+def split(message: bytes) -> tuple[float, bytes]:
+    """(the viewer's clock in ms, the picture's bytes) of a binary message. BadMessage."""
+    if len(message) <= STAMP.size:
+        raise BadMessage(f"a picture's message has {len(message)} bytes, and its first {STAMP.size} are a clock")
+    (stamp,) = STAMP.unpack_from(message)
+    if not np.isfinite(stamp):
+        raise BadMessage("a picture's clock is not finite")
+    return stamp, message[STAMP.size :]
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 `[H, W, 3]` as a JPEG."""
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def gif(jpegs: Sequence[bytes], milliseconds: int) -> bytes:
+    """JPEGs of one size as an endless GIF, each shown this long."""
+    frames = [PIL.Image.open(io.BytesIO(one)).convert("P", palette=PIL.Image.Palette.ADAPTIVE) for one in jpegs]
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    return out.getvalue()

@@ -1,0 +1,85 @@
+"""What the server is told by its owner. Nothing of a viewer, nothing of a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from streamflow._validation import Section
+
+
+class Server(Section):
+    """The page: where it is served, to whom, and its limits."""
+
+    host: str = Field("127.0.0.1", description="address to bind; beyond this machine only with tokens, and TLS or a proxy")
+    port: int = Field(7860, ge=0, le=65535, description="0: any that is free")
+    token_file: str | None = Field(
+        None, description="a line for each user: name token [streams=2] [fps=15]; or in the environment: STREAMFLOW_TOKENS"
+    )
+    tls_certificate: str | None = Field(None, description="PEM file; needs tls_key")
+    tls_key: str | None = Field(None, description="PEM file; needs tls_certificate")
+    behind_proxy: bool = Field(False, description="a proxy in front ends TLS")
+    origins: tuple[str, ...] = Field((), description="other origins that may connect, such as https://my.example")
+    max_viewers: int = Field(4, ge=1, le=64, description="at once; one more is refused and may come again")
+    max_fps: float = Field(60.0, gt=0, description="pictures a second that one viewer gets at most")
+    max_steps: int = Field(8, ge=1, le=100, description="that a viewer may ask for")
+    max_message_bytes: int = Field(4_000_000, ge=1024, description="of one message, pictures included")
+    max_text_bytes: int = Field(16_384, ge=1024, description="of one text message; more ends its connection")
+    max_picture_pixels: int = Field(
+        8_000_000, ge=4096, description="of one picture from a viewer; never more than 16 times the model's own size"
+    )
+    max_messages_per_second: float = Field(150.0, gt=0, description="of one viewer; more ends its connection")
+    max_connections: int = Field(512, ge=8, description="open at once; the oldest without a request is closed for a new one")
+    max_half_open_per_address: int = Field(16, ge=1, description="connections without a request, of one address")
+    max_connections_per_address: int | None = Field(
+        None, ge=1, description="requests and viewers at once, of one address; default: max_viewers + 16"
+    )
+    request_seconds: float = Field(10.0, gt=0, description="for a request to arrive, and for its response to be sent")
+    streams_per_user: int | None = Field(
+        None, ge=1, description="viewers of a token without streams=; default: an equal share where there are several"
+    )
+    models: dict[str, str] = Field({}, description="more models that viewers may choose: name and hub id, folder or file")
+    loras: dict[str, str] = Field(
+        {}, description="LoRAs that viewers may choose: name and hub id or file; each takes a copy of the model"
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both, or neither")
+        if twice := set(self.models) & set(self.loras):
+            raise ValueError(f"models and loras are one list on the page, and both have {', '.join(sorted(twice))}")
+        pickled = [one for one in (*self.models.values(), *self.loras.values()) if one.endswith(PICKLED)]
+        if pickled:
+            raise ValueError(f"only safetensors are loaded, since pickled weights can run code: not {', '.join(pickled)}")
+        if wrong := [one for one in self.origins if normal_origin(one) is None]:
+            raise ValueError(
+                f"an origin is scheme://host[:port], such as https://my.example, in ASCII and without a path or wildcard: "
+                f"not {', '.join(map(repr, wrong))}"
+            )
+        return self
+
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_PORTS = {"http": 80, "https": 443}
+
+
+def normal_origin(text: str) -> str | None:
+    """An origin `scheme://host[:port]` in lower case and without its scheme's default port; None for anything else."""
+    match = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    if port is None or int(port) == _PORTS.get(scheme):
+        return f"{scheme}://{host}"
+    return f"{scheme}://{host}:{int(port)}" if 0 < int(port) < 65536 else None
+
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")

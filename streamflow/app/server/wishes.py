@@ -1,0 +1,88 @@
+"""What one viewer wants drawn, checked field by field as it comes off the network. Knows no stream."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from streamflow._validation import Section
+
+MAX_TEXT = 500
+MAX_SEED = 2**32 - 1
+MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript below is exact to
+
+
+class Wish(Section):
+    """All that a viewer can set. `blend` is how much of `other` is in the prompt."""
+
+    mode: Literal["text", "picture"] = "text"
+    model: str = Field("", max_length=100)
+    prompt: str = Field("", max_length=MAX_TEXT)
+    other: str = Field("", max_length=MAX_TEXT)
+    blend: float = Field(0.0, ge=0, le=1)
+    seed: int = Field(2, ge=0, le=MAX_SEED)
+    steps: int = Field(4, ge=1, le=100)
+    guidance: float = Field(2.0, ge=0, le=30)
+    strength: float = Field(0.6, ge=0, le=1)
+    motion: Literal["drift", "still", "fresh"] = "drift"
+    running: bool = True
+
+    @property
+    def prompts(self) -> str | list[tuple[str, float]]:
+        """The prompt as a stream takes it: one text, or two with their weights."""
+        if not self.other.strip() or self.blend == 0:
+            return self.prompt
+        if self.blend == 1:
+            return self.other
+        return [(self.prompt, 1 - self.blend), (self.other, self.blend)]
+
+
+class BadMessage(ValueError):
+    """A message that cannot be followed; says why."""
+
+
+def longer(text: str, most: int) -> bool:
+    """Whether a text has more than `most` bytes in UTF-8."""
+    return len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most
+
+
+def read(text: str) -> dict[str, Any]:
+    """A message: a JSON object with a "type". BadMessage for anything else, NaN, 1e999 and endless nesting included."""
+    try:
+        message = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        raise BadMessage("a message is one JSON object") from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise BadMessage('a message is one JSON object with a "type"')
+    return message
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def changed(wish: Wish, fields: Any, models: tuple[str, ...], max_steps: int) -> Wish:
+    """The wish with these fields replaced. BadMessage lists every mistake; the wish stays as it was."""
+    if not isinstance(fields, dict):
+        raise BadMessage("settings are an object of names and values")
+    try:
+        data = json.dumps({**wish.model_dump(), **fields}, ensure_ascii=True)
+        new = Wish.model_validate_json(data)
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
+        raise BadMessage("; ".join(told)) from None
+    except (ValueError, RecursionError):
+        raise BadMessage("settings hold something that is no value") from None
+    if new.model not in models:
+        raise BadMessage(f"model: choose one of {', '.join(models)}")
+    if new.steps > max_steps:
+        raise BadMessage(f"steps: {new.steps} is above {max_steps}")
+    return new

@@ -1,0 +1,224 @@
+"""The model's thread: opens the models, then gives turns to viewers, one after another. Whoever has had the least of the
+model's time is next, so viewers share it equally whatever they draw. Knows places and viewers; no socket."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from streamflow._threads import Thread
+from streamflow.app.server.metrics import Metrics
+from streamflow.app.server.place import Place
+
+logger = logging.getLogger(__name__)
+NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
+MAX_ERRORS = 5  # in a row, until a viewer is let go
+MAX_RESTARTS = 1
+
+
+class Client(Protocol):
+    """What the worker needs of a viewer. All but `tell` and `gone` are called with the worker's lock held."""
+
+    used: float
+    place: Place | None
+    gone: bool
+    model: str
+
+    def due(self, now: float) -> bool:
+        """Whether it has something to draw and somewhere to put it."""
+
+    def take(self) -> tuple[Any, ...]:
+        """(wish, picture or None, when it came, its stamp): what is to be drawn next."""
+
+    def put(self, drawn: Any) -> None:
+        """A finished picture."""
+
+    def tell(self, message: str, fatal: bool = False) -> None:
+        """What went wrong; fatal ends its connection."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a viewer wanted when it was chosen; later changes are for its next turn."""
+
+    client: Client
+    wish: Any
+    image: Any
+    entered: float | None
+    stamp: float | None
+
+
+class Worker(Thread):
+    """`open_places` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
+
+    Should the thread's work end with an error, the models are opened again and the viewers stay, once (`restarts`). The
+    second time the thread ends, and its viewers are told.
+    """
+
+    def __init__(self, open_places: Callable[[], dict[str, list[Place]]], metrics: Metrics):
+        super().__init__(self._work, "model")
+        self._open, self._metrics = open_places, metrics
+        self._wake = threading.Condition()
+        self._clients: list[Client] = []
+        self._errors: dict[int, int] = {}
+        self._stopping = False
+        self.ready = threading.Event()
+        self.failed: BaseException | None = None
+        self.restarts = 0
+        self.places: dict[str, list[Place]] = {}
+        self.models: tuple[str, ...] = ()
+        self.size = (0, 0)
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Held to change what a viewer wants; `wake` after."""
+        return self._wake
+
+    def wake(self) -> None:
+        """Look for due viewers at once."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def add(self, client: Client) -> None:
+        """A new viewer starts level with the one who has had the least."""
+        with self._wake:
+            client.used = min((one.used for one in self._clients), default=0.0)
+            self._clients.append(client)
+            self._wake.notify_all()
+
+    def remove(self, client: Client) -> None:
+        """Its place is free for the next, once a turn under way has ended."""
+        with self._wake:
+            client.gone = True
+            self._wake.notify_all()
+
+    def stop(self) -> None:
+        """End after the turn under way."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+
+    def _work(self) -> None:
+        while self._open_all() and not self._give_turns() and self.restarts < MAX_RESTARTS:
+            self.restarts += 1
+        with self._wake:
+            for client in () if self._stopping else self._clients:
+                self._call(client, client.tell, "the model's thread has ended", True)
+            self._clients.clear()
+            self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
+
+    def _open_all(self) -> bool:
+        try:
+            self.places = self._open()
+        except Exception as error:  # whatever it is, the server goes on to say so
+            logger.exception("the model cannot be opened")
+            self.failed = error
+            return False
+        self.models = tuple(self.places)
+        self.size = self.places[self.models[0]][0].size
+        self.ready.set()
+        return True
+
+    def _give_turns(self) -> bool:
+        """Whether it was asked to stop; False after an error, with every viewer's place given up."""
+        try:
+            while (turn := self._next()) is not None:
+                self._turn(turn)
+            return True
+        except BaseException as error:  # SystemExit of a library too: the other viewers need this thread
+            log_failure("the model's thread has ended", error)
+        with self._wake:
+            self.ready.clear()
+            self.places = {}
+            for client in self._clients:
+                client.place = None
+        return False
+
+    def _next(self) -> Turn | None:
+        """The turn of the due viewer with the least used time; None when it is over."""
+        with self._wake:
+            while not self._stopping:
+                self._let_go()
+                if (turn := self._choose(time.monotonic())) is not None:
+                    return turn
+                self._wake.wait(NAP)
+        return None
+
+    def _choose(self, now: float) -> Turn | None:
+        """Choose a viewer, take what it wants and give it a place: one step under the lock, so nothing changes between."""
+        due = [one for one in self._clients if self._call(one, one.due, now)]
+        if not due:
+            return None
+        chosen = min(due, key=lambda one: one.used)
+        for other in self._clients:  # who waited for itself has no claim to that time later
+            if other not in due:
+                other.used = max(other.used, chosen.used)
+        return self._call(chosen, self._take, chosen)
+
+    def _take(self, client: Client) -> Turn:
+        turn = Turn(client, *client.take())
+        if client.place is None or client.model != turn.wish.model:
+            self._free(client)
+            client.place = self.places[turn.wish.model].pop()
+            client.model = turn.wish.model
+        return turn
+
+    def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What the method returns. None where it fails, and the viewer is let go: its state must not end the thread."""
+        try:
+            return method(*arguments)
+        except Exception as error:
+            log_failure("a viewer is let go", error)
+            client.gone = True
+            return None
+
+    def _let_go(self) -> None:
+        for client in [one for one in self._clients if one.gone]:
+            self._clients.remove(client)
+            self._errors.pop(id(client), None)
+            self._free(client)
+
+    def _free(self, client: Client) -> None:
+        place, client.place = client.place, None
+        if place is not None:
+            place.reset()
+            self.places[client.model].append(place)
+
+    def _turn(self, turn: Turn) -> None:
+        client, began = turn.client, time.monotonic()
+        drawn = None
+        try:
+            try:
+                client.place.follow(turn.wish)
+            except (ValueError, TypeError) as error:
+                self._call(client, client.tell, str(error))
+            if client.place.prepared:
+                drawn = client.place.draw(turn.image, turn.entered, turn.stamp)
+            self._errors.pop(id(client), None)
+        except Exception as error:  # of one viewer's draw; the others go on
+            self._failed(client, error)
+        seconds = time.monotonic() - began
+        self._metrics.observe("tick_seconds", seconds)
+        with self._wake:
+            client.used += seconds
+            if drawn is not None:
+                self._call(client, client.put, drawn)
+
+    def _failed(self, client: Client, error: Exception) -> None:
+        log_failure("a draw failed", error)
+        self._metrics.count("errors")
+        errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1
+        client.place.reset()
+        message = f"drawing failed ({type(error).__name__}); trying again"
+        self._call(client, client.tell, message, errors >= MAX_ERRORS)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log where an error came from and of which type. Its message may quote a viewer's prompt and is left out."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s: %s, its message is not logged since it may quote a viewer\n%s", what, type(error).__name__, frames)

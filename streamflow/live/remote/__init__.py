@@ -1,0 +1,103 @@
+"""Control of a live stream from outside: OSC, MIDI and keys. (ControlNet is elsewhere: `streamflow.stream.controlnets`.)
+
+Knows `update` as a callable; no stream, no window.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+from streamflow.live.remote.keys import Keys
+from streamflow.live.remote.knobs import Knobs
+from streamflow.live.remote.learn import Learner
+from streamflow.live.remote.midi import MidiInput
+from streamflow.live.remote.osc import OscInput
+from streamflow.live.remote.settings import Control, Mapping, socket_of
+
+__all__ = ["Control", "Controls", "Keys", "Mapping", "open_control"]
+logger = logging.getLogger(__name__)
+
+
+class Controls:
+    """Inputs that are open, the knobs they turn, and `keys`. Call `tick` once a frame, from the thread that draws."""
+
+    def __init__(self, settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> None:
+        self.keys = Keys(settings.keys)
+        self._settings, self._update = settings, stream_update
+        self._knobs = Knobs(settings.mappings, weights)
+        self._learner: Learner | None = None
+        self._refused: set[str] = set()
+        self.osc_bound: tuple[str, int] | None = None
+        with ExitStack() as opened:
+            if settings.osc is not None:
+                osc = OscInput(*socket_of(settings.osc), self.hear)
+                opened.callback(osc.close)
+                self.osc_bound = osc.bound
+            if settings.midi is not None:
+                opened.callback(MidiInput(settings.midi, self.hear).close)
+            self._opened = opened.pop_all()
+
+    @property
+    def settings(self) -> Control:
+        """As they stand, with what was learned."""
+        return self._settings.model_copy(update={"mappings": self._knobs.mappings})
+
+    def tick(self, now: float) -> None:
+        """Send what is due, in one update. One that is refused is sent field by field, so that one bad value does not hold
+        up the others; a field that is refused is dropped and logged, once until it is taken again. now: seconds."""
+        fields = self._knobs.due(now)
+        error = self._refusal(fields) if fields else None
+        if error is None:
+            return
+        for field, value in fields.items():
+            if len(fields) > 1:
+                error = self._refusal({field: value})
+            if error is not None and field not in self._refused:
+                self._refused.add(field)
+                logger.warning("%s = %.200r is refused and dropped: %s", field, value, error)
+
+    def _refusal(self, fields: dict[str, Any]) -> Exception | None:
+        """None where the update is taken, else why it is not."""
+        try:
+            self._update(**fields)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return error
+        self._refused.difference_update(fields)
+        return None
+
+    def learn(self, field: str, range: tuple[float, float] = (0.0, 1.0), smoothing: float = 0.0) -> Learner:
+        """Let the next knob that is moved turn this field from then on; `wait` of what is returned gives its mapping.
+        Another call takes this one's place. ValidationError: as `Mapping`."""
+        self._learner = Learner(field, range, smoothing)
+        return self._learner
+
+    def hear(self, address: str, *values: Any) -> None:
+        """What an input says, from any thread: the inputs call it, and so may one of your own."""
+        learner = self._learner
+        if learner is not None and (mapping := learner.hear(address, *values)) is not None:
+            self._knobs.add(mapping)
+            logger.info("%s turns %s from now on", mapping.address, mapping.field)
+        self._knobs.put(address, *values)
+
+    def close(self) -> None:
+        """Close the inputs; their threads have ended when this returns. May be called twice."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_control(settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> Controls:
+    """Open what the settings name. stream_update: `StreamFlow.update`, or what passes on to the stream that is drawn.
+    weights: of the prompt's texts at the start.
+
+    Raises:
+        ImportError: a package is missing, with the command that brings it. OSError: an address or port cannot be had.
+    """
+    return Controls(settings, stream_update, weights)

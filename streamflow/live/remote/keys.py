@@ -1,0 +1,37 @@
+"""What keys do to a show. Pure state: who asks acts on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from streamflow.live.remote.settings import KEYS, Action
+
+FLAGS: dict[Action, str] = {"pause": "paused", "freeze": "frozen", "blackout": "black", "panic": "panic"}
+
+
+class Keys:
+    """`press` a key, from any thread, and a flag turns on, or off again; `next` scenes are counted.
+
+    paused: nothing enters, nothing is drawn. frozen: it is drawn, and the picture of that moment is shown. black: black is
+    shown. panic: the last good picture is shown.
+    """
+
+    def __init__(self, actions: Mapping[str, Action] = KEYS) -> None:
+        self.paused = self.frozen = self.black = self.panic = False
+        self._actions, self._next, self._lock = dict(actions), 0, threading.Lock()
+
+    def press(self, key: str) -> None:
+        """A key by its name ("p", "space", "f1"); one without an action does nothing."""
+        action = self._actions.get(key)
+        with self._lock:
+            if action == "next":
+                self._next += 1
+            elif action is not None:
+                setattr(self, FLAGS[action], not getattr(self, FLAGS[action]))
+
+    def next(self) -> int:
+        """How often the next scene was asked for since the last call."""
+        with self._lock:
+            count, self._next = self._next, 0
+            return count

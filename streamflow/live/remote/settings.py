@@ -1,0 +1,153 @@
+"""Which knob turns what, told by the owner. Names, addresses and ranges; no network, no device, no stream."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from streamflow._validation import Section
+
+Action = Literal["pause", "freeze", "blackout", "next", "panic"]
+KEYS: dict[str, Action] = {"space": "pause", "f": "freeze", "b": "blackout", "n": "next", "p": "panic"}
+
+
+class Takes(NamedTuple):
+    """What a field of `StreamFlow.update` takes; numbers from low to high."""
+
+    kind: Literal["number", "integer", "text"] = "number"
+    low: float = -1e9
+    high: float = 1e9
+
+
+FIELDS = {
+    "prompt": Takes("text"),
+    "negative_prompt": Takes("text"),
+    "seed": Takes("integer", 0, 2**53),
+    "guidance_scale": Takes(),
+    "delta": Takes(),
+    "strength": Takes("number", 0, 1),
+    "num_inference_steps": Takes("integer", 1, 1000),
+    "feedback": Takes("number", 0, 0.999),
+    "noise_period": Takes("integer", 1),
+}
+WEIGHT = re.compile(r"prompt_weights\.(0|[1-9]\d?)")  # by the number of the text
+NUMBER = r"(0|[1-9]\d?|1[01]\d|12[0-7])"
+ADDRESS = re.compile(rf"osc:/[!-~]{{0,254}}|midi:(cc|note):([1-9]|1[0-6]):{NUMBER}")
+RESERVED = re.compile(r"[#*,?\[\]{}]")  # the pattern characters of OSC
+SOCKET = re.compile(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]*):)?(?P<port>\d{1,5})")
+
+
+def is_address(address: str) -> bool:
+    """Whether a mapping can name it."""
+    return bool(ADDRESS.fullmatch(address)) and not RESERVED.search(address)
+
+
+def weight_number(field: str) -> int | None:
+    """1 of `prompt_weights.1`; None of another field."""
+    found = WEIGHT.fullmatch(field)
+    return int(found[1]) if found else None
+
+
+class Mapping(Section):
+    """One knob: what it sends from one end to the other moves a field from one end of its range to the other."""
+
+    address: str = Field(description="osc:/some/name; midi:cc:1:74 (channel 1, controller 74); midi:note:1:60 (velocity)")
+    field: str = Field(description="what it turns, such as guidance_scale, seed or prompt_weights.0")
+    range: tuple[float, float] = Field((0.0, 1.0), description="the field's values at the knob's ends")
+    source: tuple[float, float] | None = Field(
+        None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
+    )
+    smoothing: float = Field(0.0, ge=0, description="seconds in which it comes 63 % nearer; 0: at once")
+
+    @field_validator("address")
+    @classmethod
+    def _known_address(cls, address: str) -> str:
+        if not is_address(address):
+            raise ValueError(
+                f"{address!r} is no address: write osc:/some/name (without # * , ? [ ] {{ }}), midi:cc:1:74 or "
+                f"midi:note:1:60 (channel 1 to 16, number 0 to 127)"
+            )
+        return address
+
+    @field_validator("field")
+    @classmethod
+    def _known_field(cls, field: str) -> str:
+        if field not in FIELDS and weight_number(field) is None:
+            known = ", ".join((*FIELDS, "prompt_weights.0", "prompt_weights.1", "..."))
+            raise ValueError(f"no knob turns {field!r}: choose one of {known}")
+        return field
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.kind == "text":
+            self._check_text()
+            return self
+        if self.ends[0] == self.ends[1]:
+            raise ValueError(f"source is where the knob begins and ends, and both are {self.ends[0]:g}")
+        _, low, high = self.takes
+        if not low <= min(self.range) <= max(self.range) <= high:
+            raise ValueError(f"{self.field} is from {low:.10g} to {high:.10g}, and range is {list(self.range)}")
+        return self
+
+    def _check_text(self) -> None:
+        if self.address.startswith("midi:"):
+            raise ValueError(f"{self.field} is a text, which MIDI does not send: give it an osc: address")
+        if (self.range, self.source, self.smoothing) != ((0.0, 1.0), None, 0.0):
+            raise ValueError(f"{self.field} is a text: leave range, source and smoothing out")
+
+    @property
+    def takes(self) -> Takes:
+        """What the field takes."""
+        return FIELDS.get(self.field, Takes("number", 0))
+
+    @property
+    def kind(self) -> Literal["number", "integer", "text"]:
+        """Of the field's values."""
+        return self.takes.kind
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What the knob sends at its ends."""
+        return self.source or ((0.0, 127.0) if self.address.startswith("midi:") else (0.0, 1.0))
+
+
+class Control(Section):
+    """Knobs over OSC and MIDI, and keys in the window."""
+
+    osc: str | None = Field(
+        None, description="address to listen at, such as 127.0.0.1:9000; whoever reaches it turns the knobs. Empty: no OSC"
+    )
+    midi: str | None = Field(None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI")
+    mappings: tuple[Mapping, ...] = Field(
+        (), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
+    )
+    keys: dict[str, Action] = Field(
+        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last picture)"
+    )
+
+    @field_validator("osc")
+    @classmethod
+    def _can_be_bound(cls, osc: str | None) -> str | None:
+        if osc is not None:
+            socket_of(osc)
+        return osc
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        addresses = [one.address for one in self.mappings]
+        if twice := sorted({one for one in addresses if addresses.count(one) > 1}):
+            raise ValueError(f"one knob turns one field, and there is more than one mapping of {', '.join(twice)}")
+        for kind, given in (("osc", self.osc), ("midi", self.midi)):
+            if given is None and (deaf := [one for one in addresses if one.startswith(f"{kind}:")]):
+                raise ValueError(f"{kind} is empty, and mappings need it: {', '.join(deaf)}")
+        return self
+
+
+def socket_of(address: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:9000`; without a host, this machine alone. ValueError."""
+    found = SOCKET.fullmatch(address)
+    if not found or int(found["port"]) > 65535:
+        raise ValueError(f"osc is an address such as 127.0.0.1:9000, its port up to 65535, not {address!r}")
+    return (found["host"] or "").strip("[]") or "127.0.0.1", int(found["port"])

@@ -1,0 +1,1 @@
+"""The family that draws with whole calls of any pipeline."""

@@ -1,0 +1,1 @@
+"""One file for each family of rectified-flow models (`streamflow.models.FAMILIES`)."""

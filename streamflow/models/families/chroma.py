@@ -1,0 +1,55 @@
+"""Chroma: Flux without pooled embeddings and without embedded guidance; a mask over the tokens of prompt and picture, and
+true guidance in a second call (diffusers pipelines/chroma/pipeline_chroma.py, `__call__`)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from streamflow.models.adapter import FlowAdapter
+from streamflow.models.families.flux import Packed
+
+
+class ChromaVelocity(nn.Module):
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension, the mask over the
+    tokens of prompt and picture."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        txt_ids: Tensor,
+        img_ids: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.transformer(
+            hidden_states=x,
+            timestep=t.to(x.dtype) / 1000,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            attention_mask=attention_mask,
+            return_dict=False,
+        )[0]
+
+
+class Chroma(Packed, FlowAdapter):
+    """Chroma and Chroma1-HD. Image prompts of an IP-Adapter are refused."""
+
+    Velocity = ChromaVelocity
+    row_inputs = ("encoder_hidden_states", "attention_mask")
+    shared_inputs = ("txt_ids", "img_ids")
+    widths = {"encoder_hidden_states": "joint_attention_dim"}
+    embeds = {"prompt_embeds": "encoder_hidden_states"}
+    guidance_in_one_call = False
+    tiny_vae = "madebyollin/taef1"
+    since = "0.34"
+    note = "its network waits for the device: no CUDA graph; IP-Adapters refused"
+    text_pipeline = "ChromaPipeline"
+    image_pipeline = "ChromaImg2ImgPipeline"
+    exportable = False  # tracing fixes the number of rows
+    capturable = False  # its embedding of time brings numbers from the host in every call

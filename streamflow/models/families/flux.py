@@ -1,0 +1,102 @@
+"""Flux.1 dev, schnell and what shares their pipeline: latents are packed 2x2 into tokens, time is t / 1000 after a cast
+to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance, where asked for, is a second
+call (diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from streamflow.models.adapter import FlowAdapter
+from streamflow.models.codec import Codec
+
+
+class FluxVelocity(nn.Module):
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; `residuals`:
+    arguments made by control nets."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        txt_ids: Tensor,
+        img_ids: Tensor,
+        guidance: Tensor | None = None,
+        residuals: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        return self.transformer(
+            hidden_states=x,
+            timestep=t.to(x.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+            **(residuals or {}),
+        )[0]
+
+
+class Packed:
+    """Mixed into families whose pipeline packs latents 2x2 into tokens."""
+
+    @property
+    def multiple(self) -> int:
+        """As `FlowAdapter`'s: a token is two latents wide."""
+        return self.factor * 2
+
+    @property
+    def latent_channels(self) -> int:
+        """As `FlowAdapter`'s: a token holds four latents."""
+        return self.base.config.in_channels // 4
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """`(tokens, channels)`."""
+        return (height // self.multiple) * (width // self.multiple), self.base.config.in_channels
+
+    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        """As `FlowAdapter`'s; packs and unpacks."""
+        self.check_vae(vae)
+        return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
+
+    def latent_mask(self, mask: Tensor, height: int, width: int) -> Tensor:
+        """As `FlowAdapter`'s, packed, the same for all channels of a token."""
+        small = interpolate(mask, (height // self.factor, width // self.factor))
+        return pack(small.expand(-1, self.latent_channels, -1, -1))
+
+
+class Flux(Packed, FlowAdapter):
+    """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
+
+    Velocity = FluxVelocity
+    row_inputs = ("encoder_hidden_states", "pooled_projections", "guidance")
+    shared_inputs = ("txt_ids", "img_ids")
+    widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
+    guidance_argument = "true_cfg_scale"
+    guidance_in_one_call = False
+    control = "streamflow.models.controlnets:FluxControl"
+    tiny_vae = "madebyollin/taef1"
+    note = "`guidance_scale` is embedded, `true_cfg_scale` is the weight of `full`"
+    text_pipeline = "FluxPipeline"
+    image_pipeline = "FluxImg2ImgPipeline"
+
+
+def pack(z: Tensor) -> Tensor:
+    """Latents `[n, 16, 2 height, 2 width]` to tokens `[n, height width, 64]`."""
+    return FluxPipeline._pack_latents(z, *z.shape)
+
+
+def unpack(latents: Tensor, height: int, width: int) -> Tensor:
+    """Tokens of a picture of height x width tokens back to latents."""
+    return FluxPipeline._unpack_latents(latents, 2 * height, 2 * width, vae_scale_factor=1)

@@ -1,0 +1,108 @@
+"""Flux.2 and Flux.2 Klein: latents are taken as 2x2 patches, `[128, h, w]`, and given to the network as tokens; time is
+t / 1000 after a cast to the latents' dtype; the VAE's latents are normalised patch by patch with the statistics of its batch
+norm (diffusers pipelines/flux2/pipeline_flux2.py and pipeline_flux2_klein.py, `__call__`).
+
+Clean latents leave a stream in the form in which noise enters it. The pipelines' own `output_type="latent"` differs from it:
+tokens of Flux.2, and of Klein what goes into its VAE.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import Flux2Pipeline
+from torch import Tensor, nn
+
+from streamflow.models.adapter import FlowAdapter
+from streamflow.models.codec import Codec, Normalized
+from streamflow.models.families.flux import Packed
+
+
+class Flux2Velocity(nn.Module):
+    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`, the same for all rows."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        txt_ids: Tensor,
+        img_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        out = self.transformer(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=t.to(x.dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+class Flux2(Packed, FlowAdapter):
+    """Guidance is a number embedded in the network, which travels with the prompt; there is no other."""
+
+    Velocity = Flux2Velocity
+    row_inputs = ("encoder_hidden_states", "guidance")
+    shared_inputs = ("txt_ids", "img_ids")
+    widths = {"encoder_hidden_states": "joint_attention_dim"}
+    guidance_argument = None
+    guidance_in_one_call = False
+    tiny_vae = "madebyollin/taef2"
+    since = "0.36"
+    note = "latents stay in their `latents=` form; no negative prompt: `full`, `initialize` refused"
+    text_pipeline = "Flux2Pipeline"
+    latent_mask = FlowAdapter.latent_mask
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return self.base.config.in_channels, height // self.multiple, width // self.multiple
+
+    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+        self.check_vae(vae)
+        mean = vae.bn.running_mean.view(-1, 1, 1)
+        std = torch.sqrt(vae.bn.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps)
+        return Codec(vae, _Pack(mean, std), _Unpack(mean, std))
+
+    def check_vae(self, vae: nn.Module) -> None:
+        super().check_vae(vae)
+        if not hasattr(vae, "bn"):
+            raise ValueError(
+                f"this {type(vae).__name__} has no batch norm, whose statistics normalise the latents of Flux.2: "
+                f"use an AutoencoderKLFlux2"
+            )
+
+
+class Flux2Klein(Flux2):
+    """Klein guides in two calls, against the empty prompt or `negative_prompt_embeds`; once distilled, not at all."""
+
+    guidance_argument = "guidance_scale"
+    since = "0.37"
+    note = "latents stay in their `latents=` form; a negative prompt as embeddings only; distilled: `full` refused"
+    text_pipeline = "Flux2KleinPipeline"
+
+    def check_guided(self) -> None:
+        if self.pipe.config.is_distilled:
+            raise ValueError(
+                f"this {type(self.pipe).__name__} is distilled and draws without classifier-free guidance: choose "
+                f"cfg_type='none', or 'self' for images"
+            )
+
+
+class _Pack(Normalized):
+    """From the VAE's latents `[n, 32, 2 h, 2 w]` to normalised patches `[n, 128, h, w]`."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(Flux2Pipeline._patchify_latents(z))
+
+
+class _Unpack(Normalized):
+    """The way back."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return Flux2Pipeline._unpatchify_latents(self.undo(latents))

@@ -1,0 +1,279 @@
+"""LoRA in a stream: load, weigh, fuse, swap and unload, between two ticks and from any thread.
+
+diffusers' and peft's own methods do the work, on the pipe that is streamed, which draws with the same LoRAs. This file
+knows when they may work, when prompts must be encoded anew, and how to leave nothing half done. It knows no family.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamflow._validation import check_number
+
+# The first of the two matrices of each layer, in the spellings that diffusers gives a LoRA that it has read.
+DOWN = re.compile(r"(lora_A|lora_linear_layer\.down|lora\.down|lokr_w1|lokr_w1_a)(\.weight)?$")
+
+
+class Adapting:
+    """Mixed into `StreamFlow`. What is done here acts on all rows from the next tick on; where a text encoder takes part,
+    the prompt is encoded anew for frames that enter from then on. An error leaves networks and stream as they were."""
+
+    _ticks: threading.RLock
+    _callers: threading.Lock
+    _slot: threading.Lock
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The names of the LoRAs that are loaded, in the order in which they came."""
+        return _names(_parts(self.pipe))
+
+    def load_lora(
+        self, pretrained_lora_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any
+    ) -> str:
+        """Load a LoRA into the pipe's network and text encoders. Returns its name.
+
+        pretrained_...: a hub id, a folder, a file or a dict of tensors. kwargs: what else the pipeline's own
+            `load_lora_weights` takes; `hotswap=True` replaces the values of the LoRA of that name, which must have the same
+            targets; of the same rank, nothing is captured anew.
+        adapter_name: by default "default_0", "default_1", ... As in diffusers the first one loaded is active, at weight 1,
+            and later ones once `set_adapters` names them.
+
+        Raises:
+            ValueError: it does not fit this pipeline, with how much of it does; the name is taken. ImportError: no peft.
+            RuntimeError: `unet` is not the pipe's own network; what accelerates the stream has changed that network.
+        """
+        self._check_adaptable()
+        loader, lora = self._lora_loader(), pretrained_lora_model_name_or_path_or_dict
+        read = _fitting(self.pipe, loader.lora_state_dict, lora, **kwargs)
+        wanted = sum(bool(DOWN.search(key)) for key in (read[0] if isinstance(read, tuple) else read))
+        with self._adapting(values=kwargs.get("hotswap", False)):
+            taken = self.loras
+            name = adapter_name or next(n for i in range(len(taken) + 1) if (n := f"default_{i}") not in taken)
+            if name in taken and not kwargs.get("hotswap"):
+                raise ValueError(f"there is a LoRA named {name!r}: unload_lora({name!r}), another name, or hotswap=True")
+            _fitting(self.pipe, loader.load_lora_weights, lora, adapter_name=name, **kwargs)
+            layers = [layer for part in _parts(self.pipe).values() for layer in _layers(part) if name in layer.r]
+            found = sum(_has_its_shape(layer, name) for layer in layers)
+            if found < max(wanted, len(layers), 1):
+                raise ValueError(
+                    f"this LoRA does not fit {type(self.pipe).__name__} ({found} of its {wanted} layers have a place "
+                    f"there): load it in a stream of the family that it was trained for"
+                )
+        return name
+
+    def set_adapters(self, adapter_names: str | Sequence[str] | Mapping[str, float], adapter_weights: Any = None) -> None:
+        """Which LoRAs act, and how strongly: `set_adapters({"a": 0.7, "b": 0.3})`, or names and weights apart, as diffusers'
+        method of this name takes them. Those not named rest. Weights are 1 by default; 0 and below are allowed.
+
+        Raises:
+            ValueError, TypeError: an unknown name, with those known; a weight that is no finite number; not one for each.
+        """
+        if isinstance(adapter_names, Mapping):
+            if adapter_weights is not None:
+                raise TypeError("pass the weights in the mapping or beside the names, not both")
+            adapter_names, adapter_weights = list(adapter_names), list(adapter_names.values())
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for weight in adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]:
+            if not isinstance(weight, dict):  # diffusers takes weights by block, too
+                check_number("a LoRA's weight", weight)
+        self._check_adaptable()
+        loader = self._lora_loader()
+        with self._adapting():
+            self._check_loaded(names)
+            loader.set_adapters(names, adapter_weights)
+
+    def unload_lora(self, adapter_name: str | None = None) -> None:
+        """Take a LoRA out, or all of them. With the last one the networks are what they were; fused ones stay in the
+        weights, unless `unfuse_lora` came before.
+
+        Raises:
+            ValueError: an unknown name, with those known. RuntimeError: this one is fused.
+        """
+        self._check_adaptable()
+        loader = self._lora_loader()
+        with self._adapting():
+            if adapter_name is not None:
+                self._check_loaded([adapter_name])
+                if adapter_name in _merged(_parts(self.pipe)):
+                    raise RuntimeError(f"LoRA {adapter_name!r} is fused into the weights: unfuse_lora() first")
+                loader.delete_adapters(adapter_name)
+            if adapter_name is None or not self.loras:
+                loader.unload_lora_weights()
+
+    def fuse_lora(
+        self,
+        fuse_unet: bool = True,
+        fuse_text_encoder: bool = True,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Add the active LoRAs, or those named, to the weights of the network and the text encoders; `safe_fusing` looks for
+        NaN. A fused network runs as fast as one without LoRA."""
+        self._check_adaptable()
+        loader = self._lora_loader()
+        parts = self._fusible(fuse_unet, fuse_text_encoder)
+        with self._adapting():
+            self._check_loaded(adapter_names or ())
+            before = _merged(_parts(self.pipe))
+            try:
+                loader.fuse_lora(parts, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+            except BaseException:
+                if not before:
+                    loader.unfuse_lora(parts)
+                raise
+
+    def unfuse_lora(self, unfuse_unet: bool = True, unfuse_text_encoder: bool = True) -> None:
+        """Take fused LoRAs out of the weights again, to within rounding; they act as they did before they were fused."""
+        self._check_adaptable()
+        loader = self._lora_loader()
+        with self._adapting():
+            loader.unfuse_lora(self._fusible(unfuse_unet, unfuse_text_encoder))
+
+    def load_lcm_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Not for flows: NotImplementedError says why."""
+        raise NotImplementedError(
+            "LCM-LoRA teaches a diffusion UNet to draw in few steps; a rectified flow does that by itself. "
+            "Leave the call out; for other LoRAs there is load_lora"
+        )
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _lora_loader(self) -> Any:
+        """The pipe, if diffusers can load LoRAs into it."""
+        if not hasattr(self.pipe, "load_lora_weights"):
+            raise ValueError(f"diffusers has no LoRA loader for {type(self.pipe).__name__}")
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ImportError('diffusers loads LoRAs through peft: pip install "peft>=0.17,<1"') from error
+        return self.pipe
+
+    def _check_adaptable(self) -> None:
+        self._check_open()
+        if self.unet is not getattr(self.pipe, self.adapter.network):
+            raise RuntimeError(
+                "stream.unet is not the pipe's own network, into which LoRAs are loaded: load them into the pipe before, or "
+                "into the network itself (load_lora_adapter)"
+            )
+        kind, options = self._acceleration
+        changed = [name for name in ("fuse_qkv", "quantize") if getattr(options, name, None)]
+        if changed:
+            raise RuntimeError(
+                f"accelerate({kind!r}, {changed[0]}=...) has changed the layers that LoRAs belong to: accelerate('none'), "
+                f"load and fuse_lora(), then accelerate again"
+            )
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        known = self.loras
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"no LoRA is named {', '.join(map(repr, unknown))}: loaded are {', '.join(known) or 'none'}")
+
+    def _fusible(self, network: bool, texts: bool) -> list[str]:
+        wanted = [name for name in _parts(self.pipe) if (network if name == self.adapter.network else texts)]
+        if not wanted:
+            raise ValueError("nothing is asked for: neither the network nor the text encoders")
+        return wanted
+
+    @contextmanager
+    def _adapting(self, values: bool = False) -> Iterator[None]:
+        """Inside no tick runs and no prompt is encoded. An error puts everything back, with `values` also adapters that
+        change in place; else prompts follow the text encoders."""
+        self._check_step("a call that changes LoRAs")
+        with self._ticks:
+            self._redraw()
+            with self._callers, _undone_on_error(list(_parts(self.pipe).values()), values):
+                texts = [part for name, part in _parts(self.pipe).items() if name != self.adapter.network]
+                before = [_settings(part) for part in texts]
+                yield
+                changed = [_settings(part) for part in texts] != before
+        if changed and self._state is not None:
+            self._encode_anew()
+
+    def _encode_anew(self) -> None:
+        """Give frames that enter from now on the embeddings that the text encoders make now."""
+        self._amend(self._planner.plan_again)
+
+
+def _parts(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipe into which diffusers can load LoRAs, by name."""
+    names = getattr(type(pipe), "_lora_loadable_modules", ())
+    return {name: part for name in names if isinstance(part := getattr(pipe, name, None), nn.Module)}
+
+
+def _layers(part: nn.Module) -> list[nn.Module]:
+    """Its layers that carry adapters."""
+    return [m for m in part.modules() if hasattr(m, "base_layer") and hasattr(m, "merged_adapters")]
+
+
+def _has_its_shape(layer: nn.Module, name: str) -> bool:
+    """Whether the matrices of an adapter have this layer's width and height; swapped in place, nothing else checks them."""
+    if name not in getattr(layer, "lora_A", ()):
+        return True  # another kind of adapter than LoRA
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return (down.shape[1], up.shape[0], up.shape[1]) == (layer.in_features, layer.out_features, down.shape[0])
+
+
+def _names(parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts.values() for name in getattr(part, "peft_config", None) or ()))
+
+
+def _merged(parts: Mapping[str, nn.Module]) -> set[str]:
+    return {name for part in parts.values() for layer in _layers(part) for name in layer.merged_adapters}
+
+
+def _settings(part: nn.Module) -> list[tuple]:
+    """How every layer's adapters are set: two that are equal compute the same, but for weights swapped in place."""
+    return [
+        (id(m), tuple(m.active_adapters), tuple(m.scaling.items()), tuple(m.merged_adapters), m.disable_adapters)
+        for m in _layers(part)
+    ]
+
+
+def _fitting(pipe: Any, call: Callable[..., Any], lora: Any, **kwargs: Any) -> Any:
+    """What a loader of diffusers' returns; ValueError says that this LoRA does not fit, where that is why it failed."""
+    try:
+        return call(lora, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"this LoRA does not fit {type(pipe).__name__} ({type(error).__name__}: {detail}): load it in a stream of the "
+            f"family that it was trained for"
+        ) from error
+
+
+@contextmanager
+def _undone_on_error(parts: Sequence[nn.Module], values: bool) -> Iterator[None]:
+    """Put networks back as they were if what happens inside fails: their layers, adapters and settings; with `values` also
+    the adapters' values. Weights that an adapter was fused into are not put back."""
+    modules = [m for part in parts for m in part.modules()]
+    kept = [(m, {name: _kept(value) for name, value in vars(m).items()}) for m in modules]
+    trained = [(p, p.requires_grad) for part in parts for p in part.parameters()]
+    named = [pair for part in parts for pair in part.named_parameters()] if values else []
+    adapters = [(p, p.detach(), p.detach().clone()) for name, p in named if ".lora_" in name]
+    try:
+        yield
+    except BaseException:
+        for module, state in kept:
+            vars(module).clear()
+            vars(module).update(state)
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        for parameter, place, value in adapters:
+            parameter.data = place.copy_(value)
+        raise
+
+
+def _kept(value: Any) -> Any:
+    """A container's shallow copy, anything else itself."""
+    return value.copy() if type(value) in (dict, list, set, OrderedDict) else value

@@ -1,0 +1,221 @@
+"""What a caller asked of a stream, and a change of it on its way to the ticking thread. Plain immutable values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamflow._validation import check_bool, check_number
+from streamflow.conditioning.blending import METHODS, as_weighted, check_sum, with_weights
+from streamflow.conditioning.prompt import Prompt
+from streamflow.flow.guidance import Mode, Weight, mode
+from streamflow.flow.noise import NoiseSource, check_policy
+from streamflow.flow.schedule import Schedule, Stages
+
+SCOPES = (None, "now", "frame")
+AssignedEmbeds = tuple[Tensor | None, Tensor | None]
+
+
+class NotPreparedError(RuntimeError, AttributeError):
+    """A stream has nothing to draw yet. An AttributeError too, so that `hasattr` and `getattr` with a default work on what
+    is there only after `prepare`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name;
+    `assigned_embeds` take the place of what the prompt and the negative prompt were encoded to.
+
+    Raises:
+        TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
+    """
+
+    prompt: str | Sequence[tuple[str, float]] | None
+    negative_prompt: str | Sequence[tuple[str, float]] | None = ""
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    delta: float = 1.0
+    t_index_list: tuple[int, ...] | None = None
+    strength: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    blend: str = "linear"
+    normalize: bool = True
+    noise: str = "fixed"
+    noise_period: int = 30
+    feedback: float = 0.0
+    cfg_type: str = "self"
+    do_add_noise: bool = False
+    assigned_embeds: AssignedEmbeds = (None, None)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = as_weighted(name, _one_text(name, getattr(self, name)), str, "'a cat'")
+            _check_text(name, text)
+            if not self.normalize:
+                check_sum(name, text)
+            object.__setattr__(self, name, text)
+        if self.blend not in METHODS:
+            raise ValueError(f"unknown blend {self.blend!r}: choose one of {', '.join(map(repr, METHODS))}")
+        embeds = _has_embeds(self.arguments)
+        if self.prompt is None and not embeds:
+            raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
+        if self.prompt is not None and embeds:
+            raise ValueError("pass a prompt or prompt_embeds, not both")
+        steps = self.num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer of 1 or more, not {steps!r}")
+        for name in ("guidance_scale", "delta", "strength"):
+            check_number(name, getattr(self, name))
+        if self.delta is None:
+            raise TypeError("delta must be a number, not None: 1.0 leaves guidance as it is")
+        check_policy(self.noise, self.noise_period)
+        check_feedback(self.feedback)
+        check_bool("do_add_noise", self.do_add_noise)
+
+    @property
+    def mode(self) -> Mode:
+        """How rows are guided. ValueError for an unknown `cfg_type`."""
+        return mode(self.cfg_type)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative prompt takes part."""
+        return self.mode.extra_rows(1, 1) > 0
+
+    @property
+    def period(self) -> int | None:
+        """Frames from one noise to the next; None where each draw stands by itself."""
+        return self.noise_period if self.noise == "interpolated" else None
+
+    def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
+        """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
+        kept, changes = dict(self.arguments), dict(changes)
+        if "prompt_weights" in changes:
+            prompt = as_weighted("prompt", changes.get("prompt", self.prompt), str, "'a cat'")
+            changes["prompt"] = with_weights("prompt", prompt, changes.pop("prompt_weights"))
+        for text, start in (("prompt", ("prompt_", "pooled_prompt_")), ("negative_prompt", ("negative_",))):
+            if text in changes:
+                kept = {name: value for name, value in kept.items() if not name.startswith(start)}
+        if _has_embeds(arguments):
+            changes = {"prompt": None, **changes}
+            kept = {name: value for name, value in kept.items() if name not in ("prompt_2", "prompt_3")}
+        changes.setdefault("assigned_embeds", self._still_assigned({*changes, *arguments}))
+        return replace(self, **changes, arguments={**kept, **arguments})
+
+    def _still_assigned(self, names: set[str]) -> AssignedEmbeds:
+        """The assigned embeddings, less those for which something else is given now."""
+        positive = names & {"prompt", "prompt_embeds", "blend", "normalize"}
+        negative = any(name.startswith("negative_prompt") for name in names)
+        return None if positive else self.assigned_embeds[0], None if negative else self.assigned_embeds[1]
+
+    def read_key(self, weight_name: str) -> tuple:
+        """What the pipeline must be asked about again when it changes; the guidance weight, known as `weight_name`, is
+        not among it."""
+        arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
+        scale = None if weight_name == "guidance_scale" else self.guidance_scale
+        how = self.blend, self.normalize, self.guided
+        return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal: numbers, texts, tensors and arrays by their values, and lists and mappings of them.
+    On a GPU the host waits for the answer."""
+    if a is b:
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
+        return False
+    return type(a) is type(b) and bool(a == b)
+
+
+def owned(value: Any) -> Any:
+    """A value of which the caller may change what he has: tensors and arrays copied, lists and mappings with theirs."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (list, tuple):
+        return type(value)(owned(one) for one in value)
+    return {name: owned(one) for name, one in value.items()} if type(value) is dict else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether no tensor or array is in an argument."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, (Tensor, np.ndarray))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a request came to: the schedule, the stages picked from it, the prompt's cond, the pipeline's guidance_scale,
+    the guidance weight in force, and noise."""
+
+    request: Request
+    schedule: Schedule
+    stages: Stages
+    prompt: Prompt
+    guidance_scale: float
+    weight: Weight
+    noise: NoiseSource
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """An update on its way, made and checked in the caller's thread: what the stream is to be, which of the prompt's
+    tensors rows under way take too, and whether they take the new noise levels."""
+
+    target: Prepared
+    entries: frozenset[str] = frozenset()
+    levels_now: bool = False
+
+    def spares_waiting(self, before: Prepared) -> bool:
+        """Whether frames that have come in, but wait for their group to be full, stay as they are."""
+        now, then = self.target, before
+        kept = all(getattr(now.request, name) == getattr(then.request, name) for name in _OF_ENTERING)
+        return kept and not self.entries and now.noise is then.noise and now.stages is then.stages
+
+
+_OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise")  # what decides how a frame enters
+
+
+def _has_embeds(arguments: Mapping[str, Any]) -> bool:
+    """Whether a prompt is given as embeddings, under whatever name of the pipeline."""
+    return any(name.startswith("prompt_embeds") and value is not None for name, value in arguments.items())
+
+
+def _one_text(name: str, value: Any) -> Any:
+    """A text out of a list of one, as diffusers takes it. TypeError for a list of several texts."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
+        return value
+    if len(value) > 1:
+        raise TypeError(
+            f"{name} as a list holds pairs such as ('a cat', 0.5), which are blended, and here it holds {len(value)} texts: "
+            f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before each input of stream.frames"
+        )
+    return value[0]
+
+
+def check_feedback(value: Any) -> None:
+    """TypeError or ValueError unless value is a number, 0 or more and below 1."""
+    check_number("feedback", value)
+    if value is None or not 0 <= value < 1:
+        raise ValueError(f"feedback must be 0 or more and below 1, where no input would be left, not {value!r}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, tuple)):
+        raise TypeError(f"{name} must be a string or a list of (string, weight), not {type(value).__name__} {value!r}")
