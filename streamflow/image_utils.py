@@ -3,9 +3,10 @@ stated by the caller and never guessed. Out: StreamDiffusion's helpers under the
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,192 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
-from streamflow.image_range import Check, Normalized, check_on_host, is_marked, mark
-
 logger = logging.getLogger(__name__)
+Check = Callable[[Tensor, float, float], None]
+"""`check(image, low, high)`: raise ValueError, now or later, unless the values of `image` are in [low, high]."""
+
+
+# -- tensors that are known to be in [-1, 1] -------------------------------------------------------------------------------
+
+# Functions and methods that move or select values and compute none, by name.
+_KEEPING = frozenset(
+    "to cpu cuda type type_as float half bfloat16 double data pin_memory clone detach contiguous __getitem__ unsqueeze "
+    "squeeze unbind split tensor_split split_with_sizes chunk hsplit vsplit dsplit view view_as reshape reshape_as flatten "
+    "ravel unflatten narrow select index_select take gather masked_select expand expand_as broadcast_to permute transpose "
+    "swapaxes swapdims movedim moveaxis T mT adjoint t repeat tile repeat_interleave roll flip fliplr flipud rot90 "
+    "diagonal unfold as_strided alias "
+    "requires_grad_ share_memory_ detach_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_".split()
+)
+_JOINING = frozenset("cat concat concatenate stack hstack vstack dstack column_stack row_stack".split())
+_SEVERAL = frozenset("atleast_1d atleast_2d atleast_3d".split())  # of one tensor or several, each by itself
+_COPYING = {"copy_": 1, "__setitem__": 2}  # which argument holds the values that go into the first one
+# Functions that write into their first argument; those whose names end in one underscore do so, too.
+_WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ data= real=".split())
+
+
+class Normalized(Tensor):
+    """A tensor that is known to hold images in [-1, 1]. Whatever moves, selects or joins its values keeps the mark; whatever
+    computes a new value drops it, from the tensor itself where that, or a view of it, is written into. Joining it with an
+    unmarked tensor raises ValueError. Ask `is_marked`, since a write through a view leaves the class as it is. What is
+    written through `.numpy()` or `.data` is not seen."""
+
+    _stamp: int  # torch's count of writes into this memory when the mark was set
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        sources = _sources(name, args, kwargs)
+        keeps = bool(sources) and is_marked(sources) and not _reinterprets(name, args, kwargs)
+        if name in _JOINING and not keeps:
+            raise ValueError(
+                f"{name} of tensors that are marked as images in [-1, 1] with others, whose range is unknown: pass these "
+                f"through stream.preprocess first, or drop the mark, image.as_subclass(torch.Tensor)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if keeps and name in _COPYING:
+                sources[0]._stamp = _writes(sources[0])
+                return result
+            if keeps:
+                return _mark(result)
+            _unmark(kwargs.get("out"))
+            if name in _WRITING or (name[-1:] == "_" and name[-2:] != "__"):
+                _unmark(args[0])
+            return result.as_subclass(Tensor) if type(result) is cls else result
+
+    def __deepcopy__(self, memo: dict) -> Normalized:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.as_subclass(Tensor)
+        return (mark, (plain,)) if is_marked(self) else plain.__reduce_ex__(protocol)
+
+
+def mark(image: Tensor) -> Normalized:
+    """The same tensor, marked as holding images in [-1, 1]."""
+    marked = image.as_subclass(Normalized)
+    marked._stamp = _writes(marked)
+    return marked
+
+
+torch.serialization.add_safe_globals([mark])  # `torch.load` makes marked tensors by it
+
+
+def _writes(image: Tensor) -> int:
+    """How often torch has written into this memory; of inference tensors it keeps no count."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return 0 if image.is_inference() else image._version
+
+
+def _name(func: Any) -> str:
+    """The name of a function, or of the attribute that it reads; `attribute=` where it assigns that."""
+    name = getattr(func, "__name__", "")
+    if name not in ("__get__", "__set__"):
+        return name
+    return getattr(func.__self__, "__name__", "") + ("=" if name == "__set__" else "")
+
+
+def _sources(name: str, args: tuple, kwargs: dict) -> Sequence[Any]:
+    """Where the values of the result come from; nothing where it has computed them."""
+    first = args[0] if args else kwargs.get("tensors", kwargs.get("input"))
+    if name in _JOINING:
+        return first if isinstance(first, (list, tuple)) else (first,)
+    if name in _COPYING:
+        return first, args[_COPYING[name]] if len(args) > _COPYING[name] else kwargs.get("src")
+    if name in _SEVERAL:
+        return first if isinstance(first, (list, tuple)) else args
+    return (first,) if name in _KEEPING else ()
+
+
+def _reinterprets(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether this reads the bits of values as another type."""
+    return name == "view" and any(isinstance(one, torch.dtype) for one in (*args, *kwargs.values()))
+
+
+def _mark(result: Any) -> Any:
+    if isinstance(result, (list, tuple)):
+        return type(result)(_mark(part) for part in result)
+    if not isinstance(result, Tensor) or type(result) is Normalized:
+        return result
+    return mark(result) if result.is_floating_point() else result
+
+
+def _unmark(value: Any) -> None:
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if type(one) is Normalized:
+            one.__class__ = Tensor
+
+
+def is_marked(image: Any) -> bool:
+    """Whether this is a marked tensor, or a list of nothing else."""
+    parts = image if isinstance(image, (list, tuple)) and image else (image,)
+    return all(type(one) is Normalized and one._stamp == _writes(one) for one in parts)
+
+
+def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
+    """A copy of a diffusers image processor whose `preprocess` marks what it makes and takes a marked tensor as it is.
+    `convert` is what happens to any other image first."""
+
+    def preprocess(image: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(image, (list, tuple)) and any(map(is_marked, image)) and not is_marked(image):
+            return torch.cat([preprocess(one, *args, **kwargs) for one in image])
+        if not is_marked(image):
+            made = processor.preprocess(convert(image), *args, **kwargs)
+            if not processor.config.do_normalize:
+                return made
+            if made.device.type == "cpu":
+                check_extremes(_extremes(made), -1.0, 1.0, "what the image processor made of this image", _GIVE_IT)
+            return mark(made)
+        parts = [one if one.ndim == 4 else one[None] for one in (image if isinstance(image, (list, tuple)) else [image])]
+        image = torch.cat(parts)
+        made = processor.preprocess((image / 2 + 0.5).clamp(0, 1), *args, **kwargs)
+        return image if made.shape == image.shape else mark(made)
+
+    twin = copy.copy(processor)
+    vars(twin)["preprocess"] = preprocess
+    return twin
+
+
+# -- checks of values -----------------------------------------------------------------------------------------------------
+
+
+def check_values(image: Tensor, low: float, high: float) -> None:
+    """ValueError unless all values are finite and in [low, high]. On a GPU the host waits for the answer."""
+    check_extremes(_extremes(image), low, high, "the image")
+
+
+def check_on_host(image: Tensor, low: float, high: float) -> None:
+    """`check_values` of a tensor on the CPU; one that is elsewhere is not looked at."""
+    if image.device.type == "cpu":
+        check_values(image, low, high)
+
+
+_GIVE_IT = "an image processor takes floats in [0, 1]: divide first, or call stream.preprocess(image)"
+_STATE_IT = (
+    "state what yours are in with StreamFlow(..., input_range=(low, high)); a tensor in [-1, 1] that stream.preprocess, "
+    "stream.image_processor.preprocess or streamflow.image_utils.pil2tensor made is taken as it is, until something "
+    "computes with it"
+)
+
+
+def _extremes(image: Tensor) -> list[float]:
+    return torch.stack(image.as_subclass(Tensor).aminmax()).tolist()
+
+
+def check_extremes(extremes: Sequence[float], low: float, high: float, what: str, remedy: str = _STATE_IT) -> None:
+    """ValueError unless the least and the greatest value are finite and in [low, high], to a thousandth of that range."""
+    least, most = extremes
+    slack = 1e-3 * (high - low)
+    if low - slack <= least and most <= high + slack:
+        return
+    if not all(torch.isfinite(torch.tensor(extremes))):
+        raise ValueError(f"{what} holds NaN or infinite values")
+    found = f"run from {least:.4g} to {most:.4g}, outside of [{low:g}, {high:g}]"
+    raise ValueError(f"the values of {what} {found}: {remedy}")
+
+
+# -- images in -------------------------------------------------------------------------------------------------------------
 
 
 def normalize_image(
@@ -29,11 +213,25 @@ def normalize_image(
     resize: bool = True,
     check: Check = check_on_host,
 ) -> Normalized:
+    """As `image_tensor`, marked as being in [-1, 1]. A marked tensor of this size comes back unchanged."""
+    made = image_tensor(image, height, width, input_range, resize, check)
+    same = isinstance(image, Tensor) and is_marked(image) and image.shape[-3:] == made.shape[-3:]
+    return (image if image.ndim == 4 else image[None]) if same else mark(made)
+
+
+def image_tensor(
+    image: Any,
+    height: int,
+    width: int,
+    input_range: tuple[float, float] = (0, 1),
+    resize: bool = True,
+    check: Check = check_on_host,
+) -> Tensor:
     """Make `[n, 3, height, width]` in [-1, 1] of an image or several.
 
     image: a PIL image (`as_rgb` says what becomes of other modes than RGB); an array `[H, W, 3]` or `[n, H, W, 3]`; a tensor
-        `[3, H, W]` or `[n, 3, H, W]`; or a list of images. uint8 is 0..255, floats are in `input_range`. A `Normalized`
-        tensor of this size comes back unchanged.
+        `[3, H, W]` or `[n, 3, H, W]`; or a list of images. uint8 is 0..255, floats are in `input_range`, and a `Normalized`
+        tensor is in [-1, 1].
     resize: stretch other sizes (Lanczos for PIL, antialiased bilinear otherwise), or refuse them.
     check: `check(image, low, high)` looks at the values of float images; by default at those on the CPU.
 
@@ -41,22 +239,20 @@ def normalize_image(
         TypeError: not an image, or of a dtype that is none.
         ValueError: mode, channel count, number of dimensions, size, NaN or range; with what was found and the remedy.
     """
-    marked = isinstance(image, Tensor) and is_marked(image)
-    if marked and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
-        if image.device.type == "cpu":
-            check(image, -1.0, 1.0)
-        return image if image.ndim == 4 else image[None]
+    if isinstance(image, PIL.Image.Image):
+        return _from_pil(image, height, width, resize)
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError("an empty list of images")
-        parts = [normalize_image(one, height, width, input_range, resize, check) for one in image]
-        return torch.cat(parts)
-    if isinstance(image, PIL.Image.Image):
-        return _from_pil(image, height, width, resize)
+        return torch.cat([image_tensor(one, height, width, input_range, resize, check) for one in image])
     if isinstance(image, np.ndarray):
         image = _channels_first(image)
     if not isinstance(image, Tensor):
         raise TypeError(f"an image is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+    if is_marked(image) and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
+        if image.device.type == "cpu":
+            check(image, -1.0, 1.0)
+        return (image if image.ndim == 4 else image[None]).as_subclass(Tensor)
     return _from_tensor(image, height, width, input_range, resize, check)
 
 
@@ -133,7 +329,7 @@ def open_image(
         raise ImageFileError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Normalized:
+def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> Tensor:
     if 0 in image.size:
         raise ValueError(f"an image without pixels: {image.width}x{image.height}")
     image = as_rgb(image)
@@ -141,7 +337,7 @@ def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> 
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
-    return mark((2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous())
+    return (2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous()
 
 
 def _channels_first(image: np.ndarray) -> Tensor:
@@ -154,7 +350,7 @@ def _channels_first(image: np.ndarray) -> Tensor:
 
 def _from_tensor(
     image: Tensor, height: int, width: int, input_range: tuple[float, float], resize: bool, check: Check
-) -> Normalized:
+) -> Tensor:
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
     if not image.numel():
@@ -173,7 +369,7 @@ def _from_tensor(
     image = 2.0 * ((image - low) / (high - low)) - 1.0
     if image.shape[-2:] != (height, width):
         image = torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
-    return mark(image.contiguous())
+    return image.contiguous()
 
 
 def check_range(input_range: tuple[float, float]) -> None:
@@ -224,9 +420,9 @@ def numpy_to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
 def postprocess_image(
     image: Tensor, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None
 ) -> Tensor | np.ndarray | list[PIL.Image.Image]:
-    """Pictures `[n, C, H, W]` in [-1, 1] to what a caller wants.
+    """Images `[n, C, H, W]` in [-1, 1] to what a caller wants.
 
-    output_type: `"latent"` (as it is), `"pt"` and `"np"` (in [0, 1]) or `"pil"`. do_denormalize: one flag a picture;
+    output_type: `"latent"` (as it is), `"pt"` and `"np"` (in [0, 1]) or `"pil"`. do_denormalize: one flag a image;
     False for one that is in [0, 1] already.
     """
     if not isinstance(image, Tensor):
@@ -238,7 +434,7 @@ def postprocess_image(
         raise ValueError(f"unknown output_type {output_type!r}: choose one of 'latent', {', '.join(map(repr, convert))}")
     flags = [True] * len(image) if do_denormalize is None else list(do_denormalize)
     if len(flags) != len(image):
-        raise ValueError(f"do_denormalize has {len(flags)} entries for {len(image)} pictures")
+        raise ValueError(f"do_denormalize has {len(flags)} entries for {len(image)} images")
     if all(flags):
         return convert[output_type](denormalize(image))
     shown = [denormalize(one) if flag else one for one, flag in zip(image, flags, strict=True)]
@@ -259,7 +455,7 @@ def pil2tensor(image_pil: PIL.Image.Image, dtype: torch.dtype = torch.float32) -
 
 
 def image_grid(images: Sequence[PIL.Image.Image], columns: int = 4) -> PIL.Image.Image:
-    """Pictures of one size side by side, row by row; what is left of the last row is white."""
+    """Images of one size side by side, row by row; what is left of the last row is white."""
     width, height = images[0].size
     sheet = PIL.Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for k, image in enumerate(images):

@@ -499,7 +499,7 @@ class StreamFlowWrapper:
 
     def _same_places(self, steps: int) -> list[int] | None:
         """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
-        asked = self.stream._asked()
+        asked = self.stream._updates.requested()
         given = asked.request.t_index_list is not None and asked.request.strength is None
         if not given or not isinstance(steps, int) or steps < 1:
             return None  # `update` says what is wrong with `steps`
@@ -508,7 +508,7 @@ class StreamFlowWrapper:
 
     def clear_caches(self) -> None:
         """Forget the prompts that are kept encoded; those in force stay."""
-        self.stream._planner.forget_prompts()
+        self.stream._updates.planner.forget_prompts()
 
     def cleanup_gpu_memory(self) -> None:
         """`close`, and give the memory that torch holds beyond its tensors back to the GPU."""
@@ -519,7 +519,7 @@ class StreamFlowWrapper:
     def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
-        stream, asked = self.stream, self.stream._asked()
+        stream, asked = self.stream, self.stream._updates.requested()
         request, seed = asked.request, asked.noise.seed
         return {
             **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
@@ -545,7 +545,7 @@ class StreamFlowWrapper:
                 for name, scale in stream.controls.items()
             ],
             "ipadapter_config": None,
-            **({"caches": {"cached_prompts": len(stream._planner.cache)}} if include_caches else {}),
+            **({"caches": {"cached_prompts": len(stream._updates.planner.cache)}} if include_caches else {}),
         }
 
     # -- inside -----------------------------------------------------------------------------------------------------------

@@ -338,7 +338,7 @@ PICTURES = {
     "out of range": (torch.full((3, 64, 64), 1.5), ValueError, r"1.5 to 1.5, outside of \[0, 1\]: .*input_range"),
     "negative": (np.full((64, 64, 3), -0.5, np.float32), ValueError, r"-0.5 to -0.5, outside of \[0, 1\]"),
     "integers": (torch.zeros(3, 64, 64, dtype=torch.int32), TypeError, "uint8 .* or floating, not torch.int32"),
-    "two": ([Image.new("RGB", (64, 64))] * 2, ValueError, "2 pictures"),
+    "two": ([Image.new("RGB", (64, 64))] * 2, ValueError, "2 images"),
 }
 
 
@@ -362,7 +362,7 @@ def test_a_bad_picture_among_frames_loses_none_before_it(stream_of, picture):
     with pytest.raises(TypeError, match="not str"):
         next(frames)
     assert len(stream.flush()) == 1
-    with pytest.raises(ValueError, match="one picture at a time, not 2"):
+    with pytest.raises(ValueError, match="one image at a time, not 2"):
         list(stream.frames([torch.zeros(2, 3, 64, 64)]))
 
 

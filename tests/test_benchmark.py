@@ -169,7 +169,7 @@ def test_self_guidance_is_swept_with_anchors(subject_of):
 
     with subject_of("sd3", cfg_type="self", frame_buffer_size=2).stream(tiny=True) as stream:
         assert with_anchors(stream)().shape == (2, 3, 64, 64)
-        assert stream._engine.known_anchors is not None and stream._engine.known_anchors.known is None
+        assert stream._denoiser.engine.anchors is not None and stream._denoiser.engine.anchors.known is None
 
 
 def test_latency_of_all_modes_at_all_rates(subject_of, monkeypatch):
@@ -216,7 +216,7 @@ def test_guidance_is_the_pipelines_own(subject_of):
         subject = subject_of(family, cfg_type="full")
         with subject.stream(tiny=False) as stream:
             assert subject._guidance(stream, stream_call=False) == {name: GUIDANCE}
-            assert stream._state.weight == GUIDANCE
+            assert stream._denoiser.state.weight == GUIDANCE
 
 
 def test_differences():

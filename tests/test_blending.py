@@ -47,15 +47,15 @@ def test_a_linear_blend_is_the_sum(stream_of):
     conds = {}
     for text in (CAT, DOG):
         stream.prepare(text, num_inference_steps=4)
-        conds[text] = stream._state.prompt.cond
+        conds[text] = stream._denoiser.state.prompt.cond
     for weights, normalize in (((0.5, 1.5), True), ((0.25, 0.75), False)):
         prompt = list(zip((CAT, DOG), weights, strict=True))
         stream.prepare(prompt, num_inference_steps=4, normalize=normalize)
         for name in EMBEDS:
             expected = 0.25 * conds[CAT].rows[name] + 0.75 * conds[DOG].rows[name]
-            assert torch.allclose(stream._state.prompt.cond.rows[name], expected, atol=1e-6)
+            assert torch.allclose(stream._denoiser.state.prompt.cond.rows[name], expected, atol=1e-6)
     stream.prepare([(CAT, 1.0), (DOG, 0.0)], num_inference_steps=4)
-    assert torch.equal(stream._state.prompt.cond.rows["pooled_projections"], conds[CAT].rows["pooled_projections"])
+    assert torch.equal(stream._denoiser.state.prompt.cond.rows["pooled_projections"], conds[CAT].rows["pooled_projections"])
 
 
 def test_tokens_that_only_some_texts_have_are_blended_among_those():
@@ -92,7 +92,7 @@ def test_changing_weights_encodes_nothing_and_draws_what_a_new_blend_draws(strea
     negative = [("blurry", 0.5), ("dark", 0.5)]
     stream.update(prompt=[(CAT, 0.5), (DOG, 0.3), (FOX, 0.2)], negative_prompt=negative)
     calls = []
-    encode = stream._planner.adapter.read
+    encode = stream._updates.planner.adapter.read
     monkeypatch.setattr(type(stream.adapter), "read", lambda self, *a, **k: calls.append(a) or encode(*a, **k))
     stream.update(prompt_weights=[0.1, 0.1, 0.8], guidance_scale=4.0, seed=[(1, 0.5), (7, 0.5)])
     stream.update(prompt=[(FOX, 0.4), (CAT, 0.6)], blend="slerp", normalize=False)
@@ -132,11 +132,11 @@ def test_changing_weights_encodes_nothing_and_draws_what_a_new_blend_draws(strea
 )
 def test_what_cannot_be_blended_is_refused_and_the_stream_goes_on(change, error, says, stream_of):
     stream = stream_of("sd3")
-    before = stream._state
+    before = stream._denoiser.state
     with pytest.raises(error, match=says):
         stream.update(**change)
     stream.txt2img()
-    assert stream._state is before and stream._updates == 0
+    assert stream._denoiser.state is before and stream._updates.count == 0
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last():
@@ -151,7 +151,7 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last():
 
 def test_updates_wait_for_a_prepare_in_another_thread(stream_of):
     stream = stream_of("sd3")
-    plan, go, order = stream._planner.plan, threading.Event(), []
+    plan, go, order = stream._updates.planner.plan, threading.Event(), []
 
     def slow(*args):
         go.set()
@@ -159,7 +159,7 @@ def test_updates_wait_for_a_prepare_in_another_thread(stream_of):
         order.append("prepared")
         return state
 
-    object.__setattr__(stream._planner, "plan", slow)  # frozen
+    object.__setattr__(stream._updates.planner, "plan", slow)  # frozen
     thread = threading.Thread(target=lambda: stream.prepare(CAT, num_inference_steps=4))
     thread.start()
     go.wait()
@@ -167,7 +167,7 @@ def test_updates_wait_for_a_prepare_in_another_thread(stream_of):
     order.append("updated")
     thread.join()
     stream.txt2img()
-    assert order == ["prepared", "updated"] and stream._state.request.prompt == DOG
+    assert order == ["prepared", "updated"] and stream._denoiser.state.request.prompt == DOG
 
 
 # -- noise and feedback ---------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_interpolated_noise_moves_steadily_and_keeps_its_variance():
 
 def test_a_stream_takes_interpolated_noise_for_text_and_pictures(stream_of, picture):
     stream = stream_of("sd3", [1, 2], noise="interpolated", noise_period=4, prepare={"seed": 3})
-    plain = NoiseSource(stream._shape, 3)
+    plain = NoiseSource(stream._model.shape, 3)
     assert torch.equal(stream.frame_noise(4), plain.draw(1)) and not torch.equal(stream.frame_noise(1), plain.draw(0))
     drawn = [frame.image[None] for frame in stream.frames([picture(1)] * 5)]
     assert 0 < relative_error(drawn[1], drawn[0]) < relative_error(drawn[4], drawn[0])
@@ -207,28 +207,28 @@ def test_feedback_mixes_the_frame_that_left_last_into_the_next_start(batched, st
     """Without a batch that is the frame before; in a ring of two stages the one before that."""
     stream = stream_of("sd3", [2, 3], use_denoising_batch=batched, feedback=0.4)
     starts, lefts = [], []
-    clean, path = stream._clean_latents, stream.adapter.path
+    clean, path = stream._model.encode, stream.adapter.path
     monkey = {"path": lambda x0, noise, sigma: starts.append(x0) or path(x0, noise, sigma)}
     vars(stream.adapter).update(monkey)
     pictures = [picture(k) for k in range(4)]
-    decode = stream._decode_later
-    stream._decode_later = lambda done: lefts.append(done.x0) or decode(done)
+    decode = stream._outputs.decode_later
+    stream._outputs.decode_later = lambda done: lefts.append(done.x0) or decode(done)
     list(stream.frames(pictures))
     own = [clean(stream.preprocess(one)) for one in pictures]
     for k in range(4):
         last = k - (1 if not batched else 2)
         expected = own[k] if last < 0 else torch.lerp(own[k], lefts[last], 0.4)
         assert torch.allclose(starts[k], expected, atol=1e-6), k
-    assert torch.equal(stream._last_x0, lefts[-1])  # what drained has left too
+    assert torch.equal(stream._denoiser.last_x0, lefts[-1])  # what drained has left too
     stream.reset()
-    assert stream._fed_back(own[0]) is own[0]
+    assert stream._denoiser.last_x0 is None
 
 
 def test_one_update_changes_noise_feedback_prompt_and_levels_at_once(stream_of, picture):
     options = {"cfg_type": "self", "use_denoising_batch": False}
     stream = stream_of("sd3", [1, 2], **options, prepare={"seed": 3})
     stream(picture(0))
-    last = stream._last_x0
+    last = stream._denoiser.last_x0
     stream.update(
         **{"noise": "interpolated", "noise_period": 4, "feedback": 0.3, "strength": 0.5, "num_inference_steps": 8},
         **{"prompt": [(CAT, 0.6), (DOG, 0.4)], "negative_prompt": "dark", "guidance_scale": 1.4, "delta": 0.5, "seed": 5},
@@ -236,10 +236,14 @@ def test_one_update_changes_noise_feedback_prompt_and_levels_at_once(stream_of, 
     drawn = stream(picture(1))
     other = stream_of("sd3", range(4), **options, noise="interpolated", noise_period=4, feedback=0.3)
     other.prepare([(CAT, 0.6), (DOG, 0.4)], "dark", 8, 1.4, 0.5, seed=5, strength=0.5)
-    other._last_x0, other._next_id = last, 1
+    other._denoiser.last_x0, other._denoiser.next_id = last, 1
     assert torch.equal(drawn, other(picture(1))) and stream.denoising_steps_num == 4
     stream.prepare(CAT, num_inference_steps=4)
-    assert (stream._state.request.noise, stream._state.request.feedback, stream._last_x0) == ("fixed", 0.0, None)
+    assert (stream._denoiser.state.request.noise, stream._denoiser.state.request.feedback, stream._denoiser.last_x0) == (
+        "fixed",
+        0.0,
+        None,
+    )
 
 
 @pytest.mark.gpu

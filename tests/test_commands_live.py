@@ -102,7 +102,7 @@ def test_the_next_scene_is_warmed_and_shown_by_its_key(capsys, tmp_path, monkeyp
     def watch(show, scenes_, keys, *rest):
         keys.press("n")
         real(show, scenes_, keys, *rest)
-        drawn.append((show.stream.width, show.stream._state.request.prompt))
+        drawn.append((show.stream.width, show.stream._denoiser.state.request.prompt))
 
     monkeypatch.setattr(live, "_watch", watch)
     code, said = run(

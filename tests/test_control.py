@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(pipes, nets, picture)
     with pytest.raises(ValueError, match="no control is named 'edges'; there are none"):
         stream.txt2img(control={"edges": picture()})
     stream.add_control("edges", net)
-    before, velocity, ids = stream.controls, stream.velocity, stream._next_id
+    before, velocity, ids = stream.controls, stream.velocity, stream._denoiser.next_id
     transformer = stream.unet
     flux = random_control(pipes("flux").transformer)
     refused = {
@@ -267,7 +267,7 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(pipes, nets, picture)
     for message, call in refused.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()
-    assert (stream.controls, stream.velocity, stream._next_id) == (before, velocity, ids)
+    assert (stream.controls, stream.velocity, stream._denoiser.next_id) == (before, velocity, ids)
     stream.velocity = stream.adapter.row_by_row(False)
     with pytest.raises(RuntimeError, match="RowByRow, and control nets belong under it"):
         stream.remove_control("edges")

@@ -255,7 +255,7 @@ def test_the_readmes_snippets_run(tmp_path, monkeypatch, picture, first):
             images = [np.asarray(PIL.Image.open("drawn.png")) / 255]
             Path("drawn.png").unlink()
         else:
-            if stream._state is None:
+            if stream._denoiser.state is None:
                 stream.prepare(names.get("prompt", PROMPT))
             images = drawn(stream, PIL.Image.open("generated.png"))
         for image in images:

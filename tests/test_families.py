@@ -142,7 +142,7 @@ def check(case: Case, pipes, found=None, **settings) -> None:
         if found is not None:
             found.error(case.family, error, noise)
         assert error <= min(max(4 * noise, 1e-6), 1e-4), noise
-    stream.velocity = stream.adapter.row_by_row(case.cfg_type == "full" and stream._state.weight > 1.0)
+    stream.velocity = stream.adapter.row_by_row(case.cfg_type == "full" and stream._denoiser.state.weight > 1.0)
     assert torch.equal(case.latents(streamed(stream, latents), stream), own)
     if found is not None:
         found.equal(case.family, case.cfg_type, stream.pipe.dtype)
@@ -317,7 +317,7 @@ def test_a_familys_rule_holds_for_residual_guidance_too(cfg_type, pipes, picture
         stream.prepare(PROMPT, num_inference_steps=3, true_cfg_scale=4.0)
         drawn.append(torch.stack([frame.image for frame in stream.frames(pictures)]))
     assert relative_error(*drawn) < 1e-4
-    weight = stream._state.weight
+    weight = stream._denoiser.state.weight
     v, negative = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
     assert torch.allclose(weight.guided(v, negative, torch.ones(2)).norm(dim=-1), v.norm(dim=-1), rtol=1e-5)
 

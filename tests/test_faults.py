@@ -298,7 +298,7 @@ def test_fault_14_the_schedule_is_the_flows_own_and_the_pipes_scheduler_is_untou
 def test_fault_15_channels_shift_packing_and_network_come_from_the_pipeline(stream_of, family):
     stream = stream_of(family, [2, 3])
     vae, pipe = stream.vae, stream.pipe
-    latents = torch.randn((1, *stream._shape), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn((1, *stream._model.shape), generator=torch.Generator().manual_seed(0))
     z = latents
     if family == "flux":
         z = type(pipe)._unpack_latents(latents, 64, 64, 8)
@@ -307,7 +307,7 @@ def test_fault_15_channels_shift_packing_and_network_come_from_the_pipeline(stre
         expected = vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.clamp(-1, 1)
     assert torch.equal(stream.decode_image(latents), expected)
     assert stream.unet is (pipe.unet if family == "instaflow" else pipe.transformer)
-    names = set(stream._state.prompt.cond.rows) | set(stream._state.prompt.cond.shared)
+    names = set(stream._denoiser.state.prompt.cond.rows) | set(stream._denoiser.state.prompt.cond.shared)
     extra = {"sd3": {"pooled_projections"}, "flux": {"pooled_projections", "guidance", "txt_ids", "img_ids"}}
     assert names == {"encoder_hidden_states"} | extra.get(family, set())
 
@@ -315,7 +315,7 @@ def test_fault_15_channels_shift_packing_and_network_come_from_the_pipeline(stre
 def test_fault_16_halves_are_the_networks_and_coefficients_are_float32(stream_of, picture):
     stream = stream_of("sd3", [2, 3], dtype=torch.bfloat16)
     assert stream.dtype == torch.bfloat16 and stream.timesteps.dtype == torch.float32
-    rows = stream._engine.rows
+    rows = stream._denoiser.engine.rows
     assert {t.dtype for t in (rows.sigma, rows.sigma_next, rows.t)} == {torch.float32}
     for drawn in (stream.txt2img(), stream(picture(0))):
         assert drawn.dtype == torch.bfloat16 and drawn.isfinite().all()

@@ -120,7 +120,7 @@ class Reference:
         return self._sigmas[key]
 
     def latents(self, key: int) -> torch.Tensor:
-        return torch.randn((1, *self.stream._shape), generator=torch.Generator().manual_seed(100 + key))
+        return torch.randn((1, *self.stream._model.shape), generator=torch.Generator().manual_seed(100 + key))
 
     def draw(self, frame: Frame) -> torch.Tensor:
         """The picture `[1, 3, SIZE, SIZE]` of a frame, by what it entered with."""
@@ -140,8 +140,7 @@ class Reference:
     def _prepare(self, look: Look) -> None:
         if look == self._prepared:
             return
-        self.stream._indices = look.t_index_list
-        self.stream._noise_policy = look.noise
+        self.stream._updates.defaults |= {"t_index_list": look.t_index_list, "noise": look.noise}
         values = {name: getattr(look, name) for name in PREPARED}
         self.stream.prepare(weighted(look.prompt), look.negative_prompt, **values)
         self._prepared = look
@@ -229,7 +228,7 @@ class Calls(RuleBasedStateMachine):
     @invariant()
     def as_many_in_flight(self) -> None:
         if self.stream is not None:
-            assert self.stream._in_flight() == self.model.in_flight
+            assert self.stream._denoiser.in_flight() == self.model.in_flight
 
     # -- settings ---------------------------------------------------------------------------------------------------------
 
@@ -395,7 +394,7 @@ class Calls(RuleBasedStateMachine):
         if self.stream is not None:
             self.raise_in = self.model.raise_in = 0
             self.flush()
-            assert self.stream._in_flight() == 0
+            assert self.stream._denoiser.in_flight() == 0
             self.stream.close(), self.stream.close()
             for call in (self.stream.flush, self.stream.txt2img, self.stream.reset, lambda: self.stream.prepare("a")):
                 with pytest.raises(RuntimeError, match="closed"):
@@ -622,6 +621,6 @@ def test_frames_that_had_left_are_kept_where_running_out_fails(stream_of):
         stream.on_step(failing_at(3))
         with pytest.raises(RuntimeError, match="the function fails"):
             call(stream)
-        assert len(stream._state.stages.sigmas) == 4 and len(stream.flush()) == 3
+        assert len(stream._denoiser.state.stages.sigmas) == 4 and len(stream.flush()) == 3
         stream.txt2img()
         assert stream.t_list == [2, 3]

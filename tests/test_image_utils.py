@@ -13,11 +13,13 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from streamflow.image_range import Normalized, RangeChecks, check_values, marking
 from streamflow.image_utils import (
+    Normalized,
     as_rgb,
     as_rgb_where_pil,
+    check_values,
     denormalize,
+    marking,
     normalize_image,
     numpy_to_pil,
     pil2tensor,
@@ -25,6 +27,7 @@ from streamflow.image_utils import (
     process_image,
     pt_to_numpy,
 )
+from streamflow.stream.image_checks import RangeChecks
 
 SIZE = 16
 
@@ -354,7 +357,7 @@ def test_postprocess_image_refuses_with_the_remedy():
         postprocess_image(x, "jpeg")
     with pytest.raises(ValueError, match="takes a tensor, not ndarray"):
         postprocess_image(x.numpy())
-    with pytest.raises(ValueError, match="1 entries for 2 pictures"):
+    with pytest.raises(ValueError, match="1 entries for 2 images"):
         postprocess_image(x, do_denormalize=[True])
 
 

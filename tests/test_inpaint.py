@@ -164,7 +164,7 @@ def test_what_inpaint_sets_holds_for_frames_that_enter_from_then_on(stream_of, p
     for setting in settings:
         for stream in streams:
             stream.inpaint(*setting)
-            stream.predict_x0_batch(stream.frame_noise(stream._next_id))
+            stream.predict_x0_batch(stream.frame_noise(stream._denoiser.next_id))
     streams[0].flush()
     ring, loop = ({k: one.x for k, one in trace.frames.items()} for trace in traces)
     assert sorted(ring) == [0, 1, 2, 3] and all(close(ring[k], loop[k]) for k in ring)
@@ -242,7 +242,7 @@ def prepared(pipes):
 @pytest.mark.parametrize("mask,message", BAD.values(), ids=BAD)
 def test_a_bad_mask_is_refused_and_nothing_has_changed(mask, message, prepared, picture):
     prepared.inpaint(picture(0), mask_of(0))
-    before, ids = prepared._regions, prepared._next_id
+    before, ids = prepared._inpainting._regions, prepared._denoiser.next_id
     for call in (lambda: prepared.inpaint(picture(1), mask), lambda: prepared(picture(1), mask=mask)):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
@@ -252,7 +252,7 @@ def test_a_bad_mask_is_refused_and_nothing_has_changed(mask, message, prepared, 
 def test_a_mask_needs_a_picture_and_a_picture_a_mask(prepared, picture):
     with pytest.raises(ValueError, match="needs a mask"):
         prepared.inpaint(picture(0))
-    with pytest.raises(ValueError, match="2 pictures for a frame buffer of 1"):
+    with pytest.raises(ValueError, match="2 images for a frame buffer of 1"):
         prepared.inpaint([picture(0), picture(1)], mask_of(0))
     with pytest.raises(ValueError, match="there is none: pass both"):
         prepared(mask=mask_of(0))

@@ -48,7 +48,7 @@ def test_a_call_that_empties_the_ring_ends_the_loop_with_the_number_of_frames(ca
         for frame in stream.frames(picture(k) for k in range(30)):
             got.append(frame.id)
             if len(got) == 5:
-                entered = stream._next_id
+                entered = stream._denoiser.next_id
                 returned = EMPTYING[call](stream) or ()
     dropped = int(str(error.value).split(" of its frames were dropped")[0].split()[-1])
     assert got == list(range(len(got))), "what was decoded by then still comes"
@@ -189,7 +189,7 @@ def test_a_decoder_that_goes_on_failing_takes_no_more_inputs(made, picture):
     for _ in range(10):
         with pytest.raises(torch.OutOfMemoryError):
             stream(picture(1))
-    assert stream._in_flight() <= 3 and stream._next_id == 2
+    assert stream._denoiser.in_flight() <= 3 and stream._denoiser.next_id == 2
     for _ in range(3):
         stream(picture(1))
     full.hook.remove()
@@ -211,7 +211,7 @@ def test_frames_keeps_what_could_not_be_decoded_for_flush(made, picture):
     with pytest.raises(torch.OutOfMemoryError):
         for frame in stream.frames(pictures):
             got.append(frame.image)
-    entered = stream._next_id
+    entered = stream._denoiser.next_id
     got += [stream.decode_image(one)[0] for one in stream.flush()]
     assert len(got) == entered and missing(wanted[:entered], got) == []
 
@@ -238,7 +238,7 @@ def test_with_several_decoders_what_was_decoded_before_still_comes(devices, bad,
     with pytest.raises(DecodeError, match="no memory for the decoder"):
         for frame in stream.frames(pictures):
             got.append(frame.image)
-    entered = stream._next_id
+    entered = stream._denoiser.next_id
     stream.vae = plain.pipe.vae
     got += [stream.decode_image(one)[0] for one in stream.flush()]
     assert missing(wanted[:entered], got) == []
@@ -256,7 +256,7 @@ def test_a_loop_that_is_left_by_an_error_leaves_every_frame_that_was_not_deliver
             if len(got) == 3:
                 raise KeyError("the caller's own")
     gc.collect()
-    entered = stream._next_id
+    entered = stream._denoiser.next_id
     got += [stream.decode_image(one)[0] for one in stream.flush()]
     assert len(got) == entered and missing(wanted[:entered], got) == []
 
@@ -270,7 +270,7 @@ def test_flush_inside_a_loop_gives_what_is_being_decoded_too(made, picture):
         for frame in stream.frames(pictures):
             got.append(frame.image)
             if len(got) == 3:
-                left, entered = stream.flush(), stream._next_id
+                left, entered = stream.flush(), stream._denoiser.next_id
     got += [stream.decode_image(one)[0] for one in left]
     assert len(got) == entered and missing(wanted[:entered], got) == []
 

@@ -28,7 +28,7 @@ def test_every_row_of_every_step_is_seen_with_its_frame_stage_and_levels(stream_
         (None, None, None, None, 2, None),
     ]
     assert all(step.stages == (0, 0, 1, 1, 2, 2) and step.last == 2 for step in seen)
-    sigmas = stream._state.stages.sigmas
+    sigmas = stream._denoiser.state.stages.sigmas
     for step in seen:
         assert torch.equal(step.sigma, sigmas.repeat_interleave(2))
         assert torch.equal(step.sigma_next, torch.cat((sigmas[1:], torch.zeros(1))).repeat_interleave(2))
@@ -136,13 +136,13 @@ def test_a_trace_holds_whole_trajectories(options, stream_of):
     stream = stream_of("sd3", cfg_type="full", **options)
     stream.txt2img(2)
     trace = stream.trace(3)
-    first = stream._next_id
+    first = stream._denoiser.next_id
     stream.txt2img(2)
     assert not trace.done
     stream.txt2img(4)
     stream.flush()
     assert trace.done and sorted(trace.frames) == [first, first + 1, first + 2]
-    assert stream._engine.observer is None, "nothing is looked at any more"
+    assert stream._denoiser.engine.observer is None, "nothing is looked at any more"
     reference = stream_of("sd3", cfg_type="full", **LOOP)
     for k, frame in trace.frames.items():
         assert torch.equal(frame.x[:1], stream.frame_noise(k))

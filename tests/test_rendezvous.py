@@ -236,7 +236,7 @@ def test_a_frame_whose_pipeline_raises_is_lost_and_the_others_go_on(pipes):
         with pytest.raises(ArithmeticError, match="this frame's own"):
             for x in latents.split(1):
                 stream.predict_x0_batch(x)
-        assert stream._engine.in_flight == 1 and waiting_threads() == 1
+        assert stream._denoiser.engine.in_flight == 1 and waiting_threads() == 1
         left = torch.cat(stream.flush())
         assert relative_error(left, pipelines_own(pipe, latents[1:2], 3, negative_prompt="")) <= 1e-6
 
@@ -301,7 +301,7 @@ from random_pipelines import random_pipeline
 stream = StreamFlow(random_pipeline("sd3"), cfg_type="full", family="rendezvous", height=64, width=64)
 stream.prepare("a cat", num_inference_steps=3)
 stream.txt2img()
-print(stream._engine.in_flight)
+print(stream._denoiser.engine.in_flight)
 """
 
 

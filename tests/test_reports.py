@@ -121,17 +121,17 @@ def test_embeddings_are_copied_and_new_values_in_the_same_buffer_act(stream_of):
     fresh = stream_of("sd3", [0, 2])
     fresh.txt2img(), fresh.update_prompt(OTHER)
     assert torch.equal(stream.txt2img(3), fresh.txt2img(3))
-    state = stream._state
+    state = stream._denoiser.state
     stream.update(**given)
     stream.txt2img()
-    assert stream._state.prompt is state.prompt, "the same values are no change"
+    assert stream._denoiser.state.prompt is state.prompt, "the same values are no change"
 
 
 def test_embeddings_are_forgotten_once_they_are_not_in_force(stream_of):
     stream = stream_of("sd3", [0, 2])
     embeds = stream.pipe.encode_prompt(OTHER, None, None, do_classifier_free_guidance=False)
     stream.prepare(num_inference_steps=4, prompt_embeds=embeds[0], pooled_prompt_embeds=embeds[2])
-    assert len(stream._planner.cache) == 0
+    assert len(stream._updates.planner.cache) == 0
     stream.update_prompt(PROMPT)
     stream.txt2img()
     assert is_plain(stream.request.arguments)
@@ -277,15 +277,15 @@ def test_a_file_that_is_no_image_says_what_is_wrong(files, tmp_path):
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
 def test_arguments_that_hold_arrays_are_compared(stream_of, kind):
     stream = stream_of("sd3", None or range(4), prepare={"sigmas": kind([1.0, 0.7, 0.4, 0.1])})
-    stream._indices = None
+    stream._updates.defaults["t_index_list"] = None
     stream.prepare(PROMPT, num_inference_steps=4, sigmas=kind([1.0, 0.7, 0.4, 0.1]))
     stream.update(sigmas=kind([1.0, 0.5]))
     stream.txt2img()
     assert stream.denoising_steps_num == 2
-    state = stream._state
+    state = stream._denoiser.state
     stream.update(sigmas=kind([1.0, 0.5]))
     stream.txt2img()
-    assert stream._state.stages is state.stages, "equal values are no change"
+    assert stream._denoiser.state.stages is state.stages, "equal values are no change"
 
 
 def test_equal_is_by_value_and_owned_is_a_copy():
@@ -437,9 +437,9 @@ def test_streams_of_one_pipe_are_updated_from_several_threads():
     texts = [f"a {'very ' * k}red fox" for k in range(5)]
 
     def embeds(stream, text):
-        stream._planner.forget_prompts()
+        stream._updates.planner.forget_prompts()
         stream.update_prompt(text, max_sequence_length=8 + len(text) % 3)
-        return stream._asked().prompt.cond.rows["encoder_hidden_states"]
+        return stream._updates.requested().prompt.cond.rows["encoder_hidden_states"]
 
     def stream(of):
         made = StreamFlow(of, [2, 3], cfg_type="none")

@@ -130,7 +130,7 @@ def test_the_unfilled_ring_takes_no_part(stream_of):
     """Rows that hold no frame yet cannot reach a picture, whatever is in them."""
     stream = stream_of("sd3")
     expected = streamed(stream, noises(stream, 2))
-    stream._engine._advanced.fill_(float("nan"))
+    stream._denoiser.engine._flight.advanced.fill_(float("nan"))
     assert torch.equal(streamed(stream, noises(stream, 2)), expected)
 
 

@@ -11,7 +11,7 @@ from conftest import PROMPT, noises, relative_error, streamed
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 from streamflow import StreamFlow
-from streamflow.conditioning.inpaint import Known
+from streamflow.conditioning.inpaint import MASK, NOISE, X0, put_known
 
 FRAMES = 5
 SHORT = {"max_sequence_length": 24}
@@ -45,10 +45,10 @@ def drawn_alone(pipe, steps, generator, count, **call):
 
 def from_generator(stream, count):
     """The same of a stream that was prepared with a generator; each group is of one frame."""
-    groups = [stream._push(stream._text_group(stream._next_ids(1))) for _ in range(count)]
+    groups = [stream._denoiser.tick(stream._inputs.group(stream._denoiser.next_ids(1))) for _ in range(count)]
     assert groups == [None] * count
-    done = [one.x0 for one in stream._finished]
-    stream._finished.clear()
+    done = [one.x0 for one in stream._denoiser.finished]
+    stream._denoiser.finished.clear()
     return torch.cat(done + stream.flush())
 
 
@@ -75,7 +75,7 @@ def test_fresh_noise_is_a_frames_own_whatever_is_in_flight(pipes):
     assert relative_error(drawn[1], drawn[0]) < 1e-5
     assert relative_error(drawn[2], drawn[0]) < 1e-5
     assert relative_error(drawn[3], drawn[0]) > 0.01
-    source = stream._state.noise
+    source = stream._denoiser.state.noise
     draws = torch.cat([source.draw(1), source.draw_steps(1, 2), source.draw_steps(2, 2), source.fixed_steps(2)])
     assert len({float(one.sum()) for one in draws}) == len(draws)
     assert torch.equal(source.fixed_steps(2), source.fixed_steps(2))
@@ -229,8 +229,8 @@ def test_perflow_starts_from_a_picture_on_stable_diffusions_path(pipes, picture)
     x0, noise = torch.randn(2, 1, 4, 8, 8)
     alpha = pipe.scheduler.alphas_cumprod[499]
     assert relative_error(stream.add_noise(x0, noise, 0), alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise) < 1e-6
-    known = Known(x0, noise, torch.zeros(1, 1, 8, 8))
-    assert torch.equal(known.put(noise, torch.zeros(1), stream.adapter.path), x0)
+    known = {X0: x0, NOISE: noise, MASK: torch.zeros(1, 1, 8, 8)}
+    assert torch.equal(put_known(noise, known, torch.zeros(1), stream.adapter.path), x0)
 
 
 @pytest.mark.parametrize("family", ["perflow", "sana-sprint"])
@@ -245,7 +245,7 @@ def test_a_rules_lines_lead_where_they_say(family, pipes):
         latents = noises(stream, 3)
         drawn.append(streamed(stream, latents, anchor=torch.ones_like(latents[:1])))
     assert relative_error(*drawn) < 1e-5
-    rows = stream._rows(3)
+    rows = stream._steps.rows(3)
     x, x0 = noises(stream, 1), torch.ones_like(latents[:1])
     v = rows.toward(x, x0)
     assert relative_error(rows.x0(x, v), x0) < 1e-4

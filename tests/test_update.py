@@ -42,7 +42,7 @@ def by_txt2img(stream, n, before):
     """The first call takes S groups in; `before(k)` for those after the first comes too late, and must do nothing."""
     pictures, told = [], 0
     while told < n:
-        while told <= stream._next_id and told < n:
+        while told <= stream._denoiser.next_id and told < n:
             before(told)
             told += 1
         pictures.append(stream.txt2img())
@@ -237,7 +237,7 @@ def test_assigning_guidance_scale_and_delta_is_an_update(stream_of):
     stream = stream_of("sd3", cfg_type="initialize", prepare={"guidance_scale": 3.0})
     stream.guidance_scale, stream.delta = 5.0, 0.25
     assert (stream.guidance_scale, stream.delta) == (5.0, 0.25), "what was assigned is read"
-    assert stream._state.request.guidance_scale == 3.0, "in force from the next call on"
+    assert stream._denoiser.state.request.guidance_scale == 3.0, "in force from the next call on"
     stream.txt2img()
     assert (stream.guidance_scale, stream.delta) == (5.0, 0.25)
     same = stream_of("sd3", cfg_type="initialize", prepare={"guidance_scale": 5.0, "delta": 0.25})
@@ -428,7 +428,7 @@ class HookedLock:
 
 def test_an_update_made_while_another_is_being_taken_keeps_both(stream_of):
     stream = stream_of("sd3")
-    stream._slot = lock = HookedLock()
+    stream._updates.slot = lock = HookedLock()
     stream.update_prompt(OTHER)
 
     def from_another_thread():

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import PROMPT
 
-from streamflow.stream.updates import SHARE, Updates
+from streamflow.stream.update_queue import SHARE, UpdateQueue
 
 WAIT = 20  # seconds after which a thread that should have gone on has not
 
@@ -65,7 +65,7 @@ def held(stream):
 
 
 def waiting(stream):
-    return len(stream._asked_for._waiting)
+    return len(stream._denoiser.queue._waiting)
 
 
 def test_of_the_updates_that_wait_only_the_last_is_encoded(stream, held):
@@ -78,7 +78,7 @@ def test_of_the_updates_that_wait_only_the_last_is_encoded(stream, held):
         thread.join()
     stream.txt2img()
     assert held.calls == 2 and numbers == [2] * 8
-    assert stream._state.request.prompt == "number 7"
+    assert stream._denoiser.state.request.prompt == "number 7"
 
 
 def test_fields_that_no_later_update_sets_are_kept(stream, held):
@@ -91,7 +91,7 @@ def test_fields_that_no_later_update_sets_are_kept(stream, held):
     for thread in threads:
         thread.join()
     stream.txt2img()
-    assert (stream.seed, stream._state.request.prompt, stream.delta) == (5, "third", 0.5)
+    assert (stream.seed, stream._denoiser.state.request.prompt, stream.delta) == (5, "third", 0.5)
 
 
 def test_an_update_is_made_after_all_where_the_one_that_took_its_place_fails(stream, held):
@@ -104,17 +104,22 @@ def test_an_update_is_made_after_all_where_the_one_that_took_its_place_fails(str
     one.join()
     two.join()
     stream.txt2img()
-    assert isinstance(bad[0], ValueError) and good == [2] and stream._state.request.prompt == "good"
+    assert isinstance(bad[0], ValueError) and good == [2] and stream._denoiser.state.request.prompt == "good"
 
 
 def test_ticks_go_on_while_a_prompt_is_encoded(stream, held):
     for _ in range(5):
         stream.txt2img()
-    assert stream._state.request.prompt == PROMPT
+    assert stream._denoiser.state.request.prompt == PROMPT
     held.release.set()
-    until(lambda: stream._change is not None)
+    until(lambda: stream._updates.pending is not None)
     stream.txt2img()
-    assert stream._state.request.prompt == "first"
+    assert stream._denoiser.state.request.prompt == "first"
+
+
+def drawn(updates, now=None):
+    """This thread has drawn."""
+    updates.drawn_by, updates.drawn_at = threading.get_ident(), time.monotonic() if now is None else now
 
 
 class Clock:
@@ -127,14 +132,14 @@ class Clock:
 
 def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
     clock = Clock()
-    updates = Updates(clock)
+    updates = UpdateQueue(clock)
 
     def takes(seconds):
         clock.now += seconds
         return 1
 
     def left():
-        from streamflow.stream.updates import _Ticket
+        from streamflow.stream.update_queue import _Ticket
 
         ticket = _Ticket(frozenset(), frozenset(), None)
         updates._waiting.append(ticket)
@@ -145,16 +150,16 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
 
     updates.apply({"prompt"}, None, lambda: takes(0.03))
     assert left() == 0, "nobody draws"
-    updates.drawn()
+    drawn(updates, clock())
     assert left() == 0, "this thread draws, and would wait for itself"
-    threading.Thread(target=updates.drawn).start()
-    until(lambda: updates._drawn_by != threading.get_ident())
+    threading.Thread(target=drawn, args=(updates, clock())).start()
+    until(lambda: updates.drawn_by != threading.get_ident())
     pause = 0.03 * (1 / SHARE - 1)
     assert left() == pytest.approx(pause)
     clock.now += pause
     updates.apply({"prompt"}, None, lambda: takes(60.0))
-    threading.Thread(target=updates.drawn).start()
-    until(lambda: updates._drawn_at == clock.now)
+    threading.Thread(target=drawn, args=(updates, clock())).start()
+    until(lambda: updates.drawn_at == clock.now)
     assert left() == 1.0, "a second at most"
     clock.now += 5
     assert left() == 0, "nobody draws any more"
@@ -162,7 +167,7 @@ def test_a_pause_follows_an_update_while_another_thread_draws_and_only_then():
 
 def test_who_waits_for_an_update_under_way_goes_on_with_it_however_many_come():
     """A stream of updates would otherwise hold the first callers for as long as it lasts."""
-    updates, release, ended = Updates(), threading.Event(), []
+    updates, release, ended = UpdateQueue(), threading.Event(), []
     held = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), ended)
     until(lambda: updates._busy)
     again = threading.Event()
@@ -182,16 +187,16 @@ def test_who_waits_for_an_update_under_way_goes_on_with_it_however_many_come():
 
 
 def test_the_thread_that_draws_is_never_left_out_for_a_later_update():
-    updates, release, ended = Updates(), threading.Event(), []
-    updates.drawn()
+    updates, release, ended = UpdateQueue(), threading.Event(), []
+    drawn(updates)
     drawer = threading.get_ident()
     held = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), ended)
     until(lambda: updates._busy)
     later = threading.Timer(0.1, lambda: updates.apply({"a"}, None, lambda: 9))
     later.start()
     threading.Timer(0.3, release.set).start()
-    assert updates._drawn_by == drawer and updates.apply({"a"}, None, lambda: 2) == 2
-    updates._drawn_at = float("-inf")
+    assert updates.drawn_by == drawer and updates.apply({"a"}, None, lambda: 2) == 2
+    updates.drawn_at = float("-inf")
     held.join()
     later.join()
 
@@ -221,18 +226,18 @@ def test_updates_that_build_on_each_other_are_made_in_their_order(asked, stream,
 
 def test_the_thread_that_draws_waits_for_the_update_under_way_and_for_no_pause():
     """Its update goes before those that wait for a pause, which is far longer than this test."""
-    updates, release, order = Updates(), threading.Event(), []
-    updates.drawn()
+    updates, release, order = UpdateQueue(), threading.Event(), []
+    drawn(updates)
     one = in_thread(lambda: updates.apply({"a"}, None, lambda: release.wait(WAIT) and 1), order)
     until(lambda: updates._busy)
     two = in_thread(lambda: updates.apply({"b"}, None, lambda: 2), order)
     until(lambda: len(updates._waiting) == 1)
-    updates.drawn()
+    drawn(updates)
     time.sleep(0.2)
     threading.Timer(0.05, release.set).start()
     order.append(updates.apply({"c"}, None, lambda: 3))
     assert order == [1, 3] or order == [3, 1]
-    updates._drawn_at = float("-inf")
+    updates.drawn_at = float("-inf")
     one.join()
     two.join()
     assert order[2:] == [2]

@@ -95,7 +95,7 @@ def test_fault_11_the_seed_stays_in_every_prepare(made):
     assert torch.equal(noises[1], noises[2]) and not torch.equal(noises[0], noises[1])
     wrapper.update(seed=9)
     wrapper.prepare("again", num_inference_steps=2)
-    assert wrapper.stream._state.noise.seed == 9
+    assert wrapper.stream._denoiser.state.noise.seed == 9
 
 
 def checker(tmp_path, threshold: float):
@@ -150,7 +150,7 @@ def test_warming_up_draws_once_and_leaves_no_trace(made, picture):
     wrapper, plain = made(warmup=2, mode="img2img"), made(mode="img2img")
     for one in (wrapper, plain):
         one.prepare(PROMPT, num_inference_steps=2)
-    assert wrapper.warmup == 0 and wrapper.stream._in_flight() == 0
+    assert wrapper.warmup == 0 and wrapper.stream._denoiser.in_flight() == 0
     assert wrapper(picture(1)) == plain(picture(1))
 
 
@@ -177,7 +177,7 @@ def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_
         0.7,
         3,
     )
-    assert stream.do_add_noise and stream._noise_policy == "frame"
+    assert stream.do_add_noise and stream._updates.defaults["noise"] == "frame"
     wrapper.prepare(PROMPT, num_inference_steps=2)
     assert wrapper().size == (64, 64)
 

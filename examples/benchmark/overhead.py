@@ -69,9 +69,9 @@ def milliseconds(call: Callable[[], object], device: str, calls: int) -> float:
 def measure(stream: StreamFlow, device: str, rounds: int, calls: int) -> dict[str, list[float]]:
     """The three measures, one value a round."""
     network = stream.velocity
-    rows = stream._engine.rows
+    rows = stream._denoiser.engine.rows
     x = torch.cat([stream.frame_noise(0)] * (rows.count + rows.extra))
-    conds = [stream._state.prompt.cond] * len(x)
+    conds = [stream._denoiser.state.prompt.cond] * len(x)
     kinds = {
         "tick_ms": (network, stream.txt2img),
         "network_ms": (network, lambda: rows.conds.velocity(network, x, rows.t, conds)),

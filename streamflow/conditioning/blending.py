@@ -111,7 +111,7 @@ def blend(conds: Sequence[Cond], weights: Sequence[float], method: str, names: C
 
 def _mask(cond: Cond, value: Tensor) -> Tensor | None:
     """Which of a text's tokens are there, `[1, tokens]`; None where it has no mask for them. A mask may go on over the
-    picture's tokens."""
+    image's tokens."""
     if value.ndim < 3:
         return None
     tokens = value.shape[1]

@@ -1,8 +1,8 @@
-"""Control nets beside a network: what a family's are like, how they join its velocity, and what a frame's picture becomes.
+"""Control nets beside a network: what a family's are like, how they join its velocity, and what a frame's image becomes.
 
 A net's residuals are weighed row by row, so that rows at different stages share a call. All that changes comes in as a
-tensor: a frame's pictures with its prompt, scales and windows as one table, `control_levels` `[nets, 3]`, float32: a scale,
-and the highest and the lowest time at which the net acts. This file knows no stream and no picture's origin.
+tensor: a frame's images with its prompt, scales and windows as one table, `control_levels` `[nets, 3]`, float32: a scale,
+and the highest and the lowest time at which the net acts. This file knows no stream and no image's origin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Residuals = dict[str, Any]
 
 
 def image_name(i: int) -> str:
-    """What the picture of net i is called among the network's arguments."""
+    """What the image of net i is called among the network's arguments."""
     return f"{PREFIX}{i}"
 
 
@@ -87,9 +87,9 @@ class ControlRule:
         """The net's residuals of rows x `[rows, ...]` at times t `[rows]`, as arguments of the network."""
         raise NotImplementedError
 
-    def image(self, item: Control, pictures: Tensor, encode: Callable[[Tensor], Tensor], vae: nn.Module) -> Tensor:
-        """What the net sees of pictures `[n, 3, H, W]` in [-1, 1]; by default their latents in the network's form."""
-        return encode(pictures)
+    def image(self, item: Control, images: Tensor, encode: Callable[[Tensor], Tensor], vae: nn.Module) -> Tensor:
+        """What the net sees of images `[n, 3, H, W]` in [-1, 1]; by default their latents in the network's form."""
+        return encode(images)
 
     def ready(self, item: Control, network: nn.Module) -> None:
         """Give the net what its pipeline gives it."""
@@ -108,8 +108,8 @@ class ControlRule:
         extra = [name for name in ("extra_conditioning_channels", "extra_condition_channels") if net.config.get(name)]
         if extra:
             raise ValueError(
-                f"control {item.name!r} takes {net.config[extra[0]]} channels beside a picture's, for an inpainting mask: "
-                f"a stream gives pictures only"
+                f"control {item.name!r} takes {net.config[extra[0]]} channels beside a image's, for an inpainting mask: "
+                f"a stream gives images only"
             )
         if item.mode is not None and not getattr(net, "union", False):
             raise ValueError(f"control {item.name!r} is no union net and has no mode {item.mode!r}")
@@ -199,12 +199,12 @@ class ControlledPrompt(Prompt):
     lends: tuple[str, ...] = ()
 
     def taking(self, other: Prompt, names: frozenset[str]) -> Prompt:
-        """As `Prompt.taking`; the pictures stay the frame's own."""
+        """As `Prompt.taking`; the images stay the frame's own."""
         return controlled(self.plain.taking(other, names), self.images, self.levels, self.lends)
 
 
 def controlled(plain: Prompt, images: Mapping[str, Tensor], levels: Tensor, lends: tuple[str, ...]) -> ControlledPrompt:
-    """A prompt for a frame with these pictures."""
+    """A prompt for a frame with these images."""
     rows = dict(images)
     if plain.uncond is not None:
         rows |= {f"{LENT}{name}": plain.cond.rows[name] for name in lends if name in plain.cond.rows}

@@ -5,12 +5,12 @@ the row's noise level, made with the frame's own noise; so it ends as it is, and
 
 It is the rule of diffusers' inpainting pipelines for networks without mask channels (pipelines/stable_diffusion_3/
 pipeline_stable_diffusion_3_inpaint.py, pipelines/flux/pipeline_flux_inpaint.py, the end of the denoising loop). A mask is 1
-where the frame is drawn. This file knows masks, latents and pictures; no network, no prompt, no stage.
+where the frame is drawn. This file knows masks, latents and images; no network, no prompt, no stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,39 +25,25 @@ Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 @dataclass(frozen=True, eq=False)
 class Region:
     """What is known of one frame. `mask` bool `[1, 1, H, W]`, true where it is drawn, and `latent_mask` `[1, ...]`, the same
-    in the form of latents. `picture` `[1, 3, H, W]` in [-1, 1] and its clean latent `x0` `[1, ...]`; None: the frame's own.
-    paste: put the picture's pixels back into the drawn one."""
+    in the form of latents. `image` `[1, 3, H, W]` in [-1, 1] and its clean latent `x0` `[1, ...]`; None: the frame's own.
+    paste: put the image's pixels back into the drawn one. given: the mask as a call brought it; None: it was set before."""
 
     mask: Tensor
     latent_mask: Tensor
-    picture: Tensor | None = None
+    image: Tensor | None = None
     x0: Tensor | None = None
     paste: bool = True
+    given: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Known:
-    """The known part of rows: clean latents `x0` and `noise` `[rows, ...]`, and `mask` `[rows, ...]`, which broadcasts
-    against them."""
+X0, NOISE, MASK = "known_x0", "known_noise", "known_mask"  # what the rows of inpainted frames carry
 
-    x0: Tensor
-    noise: Tensor
-    mask: Tensor
 
-    def put(self, x: Tensor, sigma: Tensor, path: Path) -> Tensor:
-        """Rows x `[rows, ...]` at levels sigma with their known part in place."""
-        return (1 - self.mask) * path(self.x0, self.noise, sigma) + self.mask * x
-
-    def shifted(self, new: Known | None, count: int) -> Known:
-        """What the rows know when `count` new ones have come in before them and as many left."""
-        new = new or self.nothing(count)
-        pairs = ((new.x0, self.x0), (new.noise, self.noise), (new.mask, self.mask))
-        return Known(*(torch.cat((first, rows[:-count])) for first, rows in pairs))
-
-    def nothing(self, count: int) -> Known:
-        """As many rows like these of which nothing is known."""
-        zeros = torch.zeros_like(self.x0[:1]).expand(count, *self.x0.shape[1:])
-        return Known(zeros, zeros, torch.ones_like(self.mask[:1]).expand(count, *self.mask.shape[1:]))
+def put_known(x: Tensor, known: Mapping[str, Tensor], sigma: Tensor, path: Path) -> Tensor:
+    """Rows x `[rows, ...]` at levels sigma with their known part in place: clean latents `X0` and `NOISE` `[rows, ...]`, and
+    `MASK` `[rows, ...]`, which broadcasts against them. A row of which nothing is known has a mask of 1."""
+    mask = known[MASK]
+    return (1 - mask) * path(known[X0], known[NOISE], sigma) + mask * x
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,46 +53,30 @@ class Paste:
     pixels: Tensor
     drawn: Tensor
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Decoded pictures `[F, 3, H, W]` with the known pixels in their place."""
-        drawn, pixels = self.drawn.to(pictures.device), self.pixels.to(pictures.device, pictures.dtype)
-        return torch.where(drawn, pictures, pixels)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Decoded images `[F, 3, H, W]` with the known pixels in their place."""
+        drawn, pixels = self.drawn.to(images.device), self.pixels.to(images.device, images.dtype)
+        return torch.where(drawn, images, pixels)
 
 
-@dataclass(frozen=True, eq=False)
-class Pasted:
-    """A decode under way (`Codec.decode_later`), whose pictures get their known pixels back when they are asked for."""
-
-    decoding: Any
-    paste: Paste
-
-    def done(self) -> bool:
-        """Whether the picture is there."""
-        return self.decoding.done()
-
-    def result(self) -> Tensor:
-        """The picture, once it is there."""
-        return self.paste(self.decoding.result())
-
-
-def known_rows(regions: Sequence[Region | None], x0: Tensor | None, noise: Tensor) -> Known:
-    """What is known of the frames that enter, by one region a frame, at least one of which is not None. `x0` `[F, ...]`: the
-    frames' own clean latents, where they came from pictures; `noise` `[F, ...]`, the frames' own."""
+def known_rows(regions: Sequence[Region | None], x0: Tensor | None, noise: Tensor) -> dict[str, Tensor]:
+    """What is known of the frames that enter, as `put_known` takes it, by one region a frame, at least one of which is not
+    None. x0: `[F, ...]`, the frames' own clean latents, where they came from images. noise: `[F, ...]`, the frames' own."""
     free = torch.ones_like(next(one for one in regions if one).latent_mask)
     latents = [noise[i : i + 1] if one is None else _first(one.x0, x0, i) for i, one in enumerate(regions)]
     masks = [free if one is None else one.latent_mask for one in regions]
-    return Known(torch.cat(latents), noise, torch.cat(masks))
+    return {X0: torch.cat(latents), NOISE: noise, MASK: torch.cat(masks)}
 
 
-def paste_of(regions: Sequence[Region | None], pictures: Tensor | None) -> Paste | None:
-    """What is to be put back into the frames' pictures; None: nothing. `pictures` `[F, 3, H, W]`: the frames' own."""
+def paste_of(regions: Sequence[Region | None], images: Tensor | None) -> Paste | None:
+    """What is to be put back into the frames' images; None: nothing. `images` `[F, 3, H, W]`: the frames' own."""
     pasting = [one if one and one.paste else None for one in regions]
     if not any(pasting):
         return None
     like = next(one for one in pasting if one)
-    shown = pictures if like.picture is None else like.picture
+    shown = images if like.image is None else like.image
     everywhere, black = torch.ones_like(like.mask), torch.zeros_like(shown[:1])
-    pixels = [black if one is None else _first(one.picture, pictures, i) for i, one in enumerate(pasting)]
+    pixels = [black if one is None else _first(one.image, images, i) for i, one in enumerate(pasting)]
     return Paste(torch.cat(pixels), torch.cat([everywhere if one is None else one.mask for one in pasting]))
 
 
@@ -118,7 +88,7 @@ def _first(own: Tensor | None, frames: Tensor | None, i: int) -> Tensor:
 
 
 def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor:
-    """Make bool `[n, 1, height, width]` of a mask or several, true (white) where pictures are to be drawn; from one half on,
+    """Make bool `[n, 1, height, width]` of a mask or several, true (white) where images are to be drawn; from one half on,
     as diffusers' mask processor decides.
 
     mask: a PIL image in mode "1", "L" or "RGB"; an array or tensor `[H, W]`, `[n, H, W]` or `[n, 1, H, W]`, of bool, of
@@ -138,7 +108,7 @@ def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor
         raise ValueError(f"a mask is [H, W], [n, H, W] or [n, 1, H, W], not {list(mask.shape)}: it has no colours")
     if tuple(mask.shape[-2:]) != (height, width):
         raise ValueError(
-            f"a mask of {mask.shape[-1]}x{mask.shape[-2]} for a stream of {width}x{height}: resize it with its picture, by "
+            f"a mask of {mask.shape[-1]}x{mask.shape[-2]} for a stream of {width}x{height}: resize it with its image, by "
             f"nearest neighbour, so that its edge stays sharp"
         )
     if not mask.numel():
@@ -158,7 +128,7 @@ def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor
 def _as_tensor(mask: Any) -> Tensor:
     if isinstance(mask, PIL.Image.Image):
         if mask.mode not in ("1", "L", "RGB"):
-            raise ValueError(f"a mask in mode {mask.mode}: pass mask.convert('L'), white where the picture is to be drawn")
+            raise ValueError(f"a mask in mode {mask.mode}: pass mask.convert('L'), white where the image is to be drawn")
         mask = np.array(mask.convert("L"))
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))

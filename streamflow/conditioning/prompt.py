@@ -77,26 +77,21 @@ class CondBatch:
     """The arguments of the network for a batch of rows, in buffers that keep their address while shapes do."""
 
     def __init__(self) -> None:
-        self._conds: tuple[Cond, ...] = ()
         self._calls: list[Call] = []
+        self.arguments: dict[str, Tensor] | None = None  # of all rows, where one call serves them
 
-    def velocity(self, network: Velocity, x: Tensor, t: Tensor, conds: Sequence[Cond]) -> Tensor:
-        """The network's velocity of rows x `[rows, ...]` at times t `[rows]`, row i under conds[i]."""
-        calls = self._update(tuple(conds))
-        if calls[0].rows is None:
-            return network(x, t, **calls[0].arguments)
-        parts = [network(x[call.rows], t[call.rows], **call.arguments) for call in calls]
+    def set(self, conds: tuple[Cond, ...]) -> None:
+        """Row i is under conds[i] from now on."""
+        self._calls = self._build(conds)
+        self.arguments = self._calls[0].arguments if self._calls[0].rows is None else None
+
+    def velocity(self, network: Velocity, x: Tensor, t: Tensor) -> Tensor:
+        """The network's velocity of rows x `[rows, ...]` at times t `[rows]`, by one call for each signature."""
+        parts = [network(x[call.rows], t[call.rows], **call.arguments) for call in self._calls]
         v = parts[0].new_empty((len(x), *parts[0].shape[1:]))
-        for call, part in zip(calls, parts, strict=True):
+        for call, part in zip(self._calls, parts, strict=True):
             v[call.rows] = part
         return v
-
-    def _update(self, conds: tuple[Cond, ...]) -> list[Call]:
-        unchanged = len(conds) == len(self._conds) and all(a is b for a, b in zip(conds, self._conds, strict=True))
-        if not unchanged:
-            self._calls = self._build(conds)
-            self._conds = conds
-        return self._calls
 
     def _build(self, conds: tuple[Cond, ...]) -> list[Call]:
         by_signature: dict[tuple, list[int]] = {}

@@ -1,5 +1,5 @@
 """Noise for frames: one float32 draw a frame on the CPU, by (seed, frame id), so that neither the batch nor the
-call pattern nor the device can change a picture. No global random state is read or written."""
+call pattern nor the device can change a image. No global random state is read or written."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class NoiseSource:
         return math.cos(angle) * self._normal((1, step)) + math.sin(angle) * self._normal((1, step + 1))
 
     def fixed(self) -> Tensor:
-        """The noise that all image frames of a stream share, drawn once; it keeps a still picture still."""
+        """The noise that all image frames of a stream share, drawn once; it keeps a still image still."""
         if self._fixed is None:
             self._fixed = self._normal((0, 0))
         return self._fixed

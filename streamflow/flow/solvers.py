@@ -41,10 +41,6 @@ class Rule:
         return replace(self, noise="own")
 
 
-def _euler(x: Tensor, v: Tensor, at: At, noise: Tensor | None) -> Tensor:
-    return euler(x, v, at["dt"])
-
-
 def _renoise(x: Tensor, v: Tensor, at: At, noise: Tensor | None) -> Tensor:
     """Euler without noise: of a single step that is asked for by itself."""
     return euler(x, v, at["dt"]) if noise is None else renoise(x, v, at["sigma"], at["sigma_next"], noise)
@@ -102,7 +98,7 @@ def _trig_toward(x: Tensor, x0: Tensor, at: At) -> Tensor:
     return (at["cos"] * x.float() - x0) / at["sin"]
 
 
-EULER = Rule("euler", "none", _euler)
+EULER = Rule("euler", "none", lambda x, v, at, noise: euler(x, v, at["dt"]))
 STOCHASTIC = Rule("stochastic", "fresh", _renoise)
 AFFINE = Rule("affine", "none", _affine, _affine_x0, _affine_toward, _affine_levels)
 TRIGFLOW = Rule("trigflow", "fresh", _trig, _trig_x0, _trig_toward, _angles)

@@ -198,9 +198,8 @@ class FlowAdapter:
 
     # -- latents --------------------------------------------------------------------------------------------------------
 
-    def path(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Clean latents x0 on their way to `noise`, all `[rows, ...]`, at levels sigma; by default the straight line."""
-        return add_noise(x0, noise, sigma)
+    path = staticmethod(add_noise)
+    """Clean latents x0 on their way to `noise`, all `[rows, ...]`, at levels sigma; by default the straight line."""
 
     def latent_mask(self, mask: Tensor, height: int, width: int) -> Tensor:
         """A mask `[n, 1, height, width]` in the form of latents, by nearest neighbour as the pipelines take it (diffusers

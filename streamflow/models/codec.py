@@ -17,10 +17,6 @@ from torch import Tensor, nn
 Layout = Callable[[Tensor], Tensor]
 
 
-def _as_is(latents: Tensor) -> Tensor:
-    return latents
-
-
 def _factors(vae: nn.Module) -> tuple[float, float]:
     """(scaling, shift); 1 and 0 for VAEs whose normalisation is the family's layout's."""
     return getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
@@ -52,27 +48,31 @@ class Decoder(nn.Module):
     """In the VAE's dtype `z / scaling_factor + shift_factor`, the VAE's decode, a clamp (pipelines/stable_diffusion_3/
     pipeline_stable_diffusion_3.py, the end of `__call__`)."""
 
-    def __init__(self, vae: nn.Module, unpack: Layout):
+    def __init__(self, vae: nn.Module, unpack: Layout | None = None):
         super().__init__()
         self.vae, self.unpack = vae, unpack
         self.scaling, self.shift = _factors(vae)
 
     def forward(self, latents: Tensor) -> Tensor:
-        z = self.unpack(latents.to(self.vae.dtype)) / self.scaling + self.shift
+        z = latents.to(self.vae.dtype)
+        if self.unpack is not None:
+            z = self.unpack(z)
+        z = z / self.scaling + self.shift
         return self.vae.decode(z, return_dict=False)[0].clamp(-1.0, 1.0)
 
 
 class Encoder(nn.Module):
     """The way back; of a posterior its mode, so that a still picture stays still."""
 
-    def __init__(self, vae: nn.Module, pack: Layout):
+    def __init__(self, vae: nn.Module, pack: Layout | None = None):
         super().__init__()
         self.vae, self.pack = vae, pack
         self.scaling, self.shift = _factors(vae)
 
     def forward(self, pictures: Tensor) -> Tensor:
         z = _mode(self.vae.encode(pictures.to(self.vae.dtype)))
-        return self.pack((z - self.shift) * self.scaling)
+        z = (z - self.shift) * self.scaling
+        return z if self.pack is None else self.pack(z)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class Decoded:
 class Codec:
     """A VAE's decoder and encoder. `Codec(vae)`, or made of two modules with `of`."""
 
-    def __init__(self, vae: nn.Module, pack: Layout = _as_is, unpack: Layout = _as_is):
+    def __init__(self, vae: nn.Module, pack: Layout | None = None, unpack: Layout | None = None):
         self.decoder: nn.Module = Decoder(vae, unpack)
         self.encoder: nn.Module = Encoder(vae, pack)
 

@@ -4,8 +4,7 @@ holds; what is assigned acts at the next call, or raises AttributeError with the
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,16 @@ from torch import Tensor
 
 from streamflow._validation import check_bool
 from streamflow.flow.convention import per_row, velocity_from
-from streamflow.flow.guidance import Mode
+from streamflow.flow.guidance import Mode, mode
 from streamflow.flow.schedule import check_indices
 from streamflow.models.pipe_parts import check_sampling
-from streamflow.stream.request import Change, Prepared, Request
-from streamflow.stream.ring import Loop, Ring, Rows
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.inputs import Inputs
+from streamflow.stream.model import Model
+from streamflow.stream.outputs import Outputs
+from streamflow.stream.request import Request
+from streamflow.stream.ring import Ring
+from streamflow.stream.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -48,165 +52,164 @@ READ_ONLY = {
 }
 
 
-class StreamDiffusionAttributes:
-    """Mixed into `StreamFlow`. Names and shapes are StreamDiffusion's; nothing here is stored twice. A tensor that is read
-    is the caller's own copy: writing into it changes nothing until it is assigned."""
+class Attributes:
+    """What StreamDiffusion's users read off a stream and assign. Names and shapes are StreamDiffusion's; nothing here is
+    stored twice. A tensor that is read is the caller's own copy: writing into it changes nothing until it is assigned."""
 
-    _constructed = False
-    _engine: Ring | Loop | None
-    _state: Prepared | None
-    _change: Change | None
-    _ticks: threading.RLock
-    _callers: threading.Lock
-    _slot: threading.Lock
-    _indices: tuple[int, ...] | None
-    _cfg_type: str
-    _do_add_noise: bool
-    _batched: bool
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not self._constructed and isinstance(getattr(type(self), name, None), property):
-            return  # StreamDiffusion's constructor assigns what is derived here
-        if self._constructed and name in READ_ONLY:
-            raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {READ_ONLY[name]}")
-        super().__setattr__(name, value)
+    def __init__(self, model: Model, denoiser: Denoiser, updates: Updates, inputs: Inputs, outputs: Outputs) -> None:
+        self._model, self._denoiser, self._updates = model, denoiser, updates
+        self._inputs, self._outputs = inputs, outputs
 
     # -- what is drawn ------------------------------------------------------------------------------------------------
 
     @property
     def guidance_scale(self) -> float:
         """The pipeline's guidance_scale; assigning it is `update(guidance_scale=...)`."""
-        return self._asked().guidance_scale
+        return self._updates.requested().guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None:
-        self.update(guidance_scale=value)
+        self._updates.update(guidance_scale=value)
 
     @property
     def delta(self) -> float:
         """How strongly residual guidance acts; assigning it is `update(delta=...)`."""
-        return self._asked().request.delta
+        return self._updates.requested().request.delta
 
     @delta.setter
     def delta(self, value: float) -> None:
-        self.update(delta=value)
+        self._updates.update(delta=value)
 
     @property
     def cfg_type(self) -> str:
         """How rows are guided: "none", "full", "self" or "initialize". Assigning it is `update(cfg_type=...)`, and later
         calls of `prepare` keep it."""
-        return self._cfg_type if self._state is None else self._asked().request.cfg_type
+        return (
+            self._updates.defaults["cfg_type"]
+            if self._denoiser.state is None
+            else self._updates.requested().request.cfg_type
+        )
 
     @cfg_type.setter
     def cfg_type(self, value: str) -> None:
-        self._check_open()
-        self._planner.check(value, self._do_add_noise)
-        if self._state is not None:
-            self.update(cfg_type=value)
-        self._cfg_type = value
+        self._denoiser.check_open()
+        self._updates.planner.check(value, self._updates.defaults["do_add_noise"])
+        if self._denoiser.state is not None:
+            self._updates.update(cfg_type=value)
+        self._updates.defaults["cfg_type"] = value
 
     @property
     def do_add_noise(self) -> bool:
         """Whether every stage predicts x0 and adds noise again. Assigning it is `update(do_add_noise=...)`, and later calls
         of `prepare` keep it."""
-        return self._do_add_noise if self._state is None else self._asked().request.do_add_noise
+        return (
+            self._updates.defaults["do_add_noise"]
+            if self._denoiser.state is None
+            else self._updates.requested().request.do_add_noise
+        )
 
     @do_add_noise.setter
     def do_add_noise(self, value: bool) -> None:
-        self._check_open()
+        self._denoiser.check_open()
         check_bool("do_add_noise", value)
-        self._planner.check(self._cfg_type, value)
-        if self._state is not None:
-            self.update(do_add_noise=value)
-        self._do_add_noise = value
+        self._updates.planner.check(self._updates.defaults["cfg_type"], value)
+        if self._denoiser.state is not None:
+            self._updates.update(do_add_noise=value)
+        self._updates.defaults["do_add_noise"] = value
 
     @property
     def t_list(self) -> list[int]:
         """The steps of the schedule at which a frame stops. Assigning it is `update(t_index_list=...)`, and later calls of
         `prepare` keep it."""
-        return list(self._indices or [0]) if self._state is None else list(self._asked().stages.indices)
+        return (
+            list(self._updates.defaults["t_index_list"] or [0])
+            if self._denoiser.state is None
+            else list(self._updates.requested().stages.indices)
+        )
 
     @t_list.setter
     def t_list(self, value: Sequence[int]) -> None:
-        self._check_open()
+        self._denoiser.check_open()
         indices = check_indices(value)
-        if self._state is not None:
-            self.update(t_index_list=indices)
-        self._indices = indices
+        if self._denoiser.state is not None:
+            self._updates.update(t_index_list=indices)
+        self._updates.defaults["t_index_list"] = indices
 
     t_index_list = t_list
 
     @property
     def prepared(self) -> bool:
-        """Whether `prepare` has been called, or a state was loaded."""
-        return self._state is not None
+        """Whether `prepare` has been called."""
+        return self._denoiser.state is not None
 
     @property
     def request(self) -> Request:
         """The arguments of `prepare` as they stand now, after every `update`."""
-        return self._asked().request
+        return self._updates.requested().request
 
     @property
     def use_denoising_batch(self) -> bool:
         """Whether frames share calls of the network. Assigning it is `set_denoising_batch`, which needs an empty ring."""
-        return self._batched
+        return self._denoiser.batched
 
     @use_denoising_batch.setter
     def use_denoising_batch(self, value: bool) -> None:
-        if self._state is None and isinstance(value, bool):
-            self._batched = value
+        if self._denoiser.state is None and isinstance(value, bool):
+            self._denoiser.batched = value
         else:
-            self.set_denoising_batch(value)
+            self._denoiser.set_batched(value)
 
     @property
     def scheduler(self) -> Any:
         """The scheduler whose schedule the stream follows: its copy of the pipe's, or one assigned here, which the pipe does
         not get and which acts at the next call, after the frames under way have finished. What is set on it (`set_shift`)
         acts at the next `prepare`."""
-        return self.adapter.scheduler
+        return self._model.adapter.scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._check_open()
+        self._denoiser.check_open()
         check_sampling(scheduler)
-        before, self.adapter.scheduler = self.adapter.scheduler, scheduler
+        before, self._model.adapter.scheduler = self._model.adapter.scheduler, scheduler
         try:
-            if self._state is not None:
-                self._amend(self._planner.plan_again)
+            if self._denoiser.state is not None:
+                self._updates.amend(self._updates.planner.plan_again)
         except BaseException:
-            self.adapter.scheduler = before
+            self._model.adapter.scheduler = before
             raise
 
     @property
     def text_encoder(self) -> Any:
         """The pipe's first text encoder."""
-        return getattr(self.pipe, "text_encoder", None)
+        return getattr(self._model.pipe, "text_encoder", None)
 
     @property
     def seed(self) -> Any:
         """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
         `update(seed=...)`."""
-        return None if self._state is None else self._asked().noise.seed
+        return None if self._denoiser.state is None else self._updates.requested().noise.seed
 
     @seed.setter
     def seed(self, value: Any) -> None:
         if value is None:
             raise TypeError("seed must be an integer or a list of (integer, weight), not None")
-        self.update(seed=value)
+        self._updates.update(seed=value)
 
     @property
     def generator(self) -> torch.Generator | None:
         """What all noise is drawn from; None where it is a function of the seed. Assigning one draws from it from the next
         frame on."""
-        return None if self._state is None else self._asked().noise.generator
+        return None if self._denoiser.state is None else self._updates.requested().noise.generator
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
-        if self._state is None:
+        if self._denoiser.state is None:
             raise AttributeError("generator is set by prepare(prompt, generator=...)")
         if generator is None and self.generator is None:
             return
-        self._amend(lambda asked: replace(asked, noise=self._planner.noise(generator, None, asked.request.period)))
+        self._updates.amend(
+            lambda asked: replace(asked, noise=self._updates.planner.noise(generator, None, asked.request.period))
+        )
 
     @property
     def prompt_embeds(self) -> Tensor:
@@ -216,7 +219,7 @@ class StreamDiffusionAttributes:
         Assigning embeddings of one prompt, in this layout or `[1, tokens, width]` without a negative one, acts on all rows,
         until another prompt is given. ValueError where rows differ: a stream has one prompt at a time.
         """
-        prompt, (count, rows) = self._asked().prompt, self._asked_rows()
+        prompt, (count, rows) = self._updates.requested().prompt, self._asked_rows()
         cond = self._embeds(prompt.cond).expand(count, -1, -1)
         if not rows:
             return cond.clone()
@@ -230,7 +233,7 @@ class StreamDiffusionAttributes:
 
     @prompt_embeds.setter
     def prompt_embeds(self, value: Tensor) -> None:
-        own, (count, rows) = self._embeds(self._asked().prompt.cond), self._asked_rows()
+        own, (count, rows) = self._embeds(self._updates.requested().prompt.cond), self._asked_rows()
         if not isinstance(value, Tensor) or value.ndim != 3 or len(value) not in (1, count, rows + count):
             raise ValueError(
                 f"prompt_embeds is a tensor [{rows + count}, tokens, width] or [1, tokens, width], not "
@@ -238,15 +241,16 @@ class StreamDiffusionAttributes:
             )
         twins = max(0, len(value) - count)
         cond, uncond = (self._one_row(part, own) if len(part) else None for part in (value[twins:], value[:twins]))
-        self.update(
-            scope="now", assigned_embeds=(cond, self._asked().request.assigned_embeds[1] if uncond is None else uncond)
+        self._updates.update(
+            scope="now",
+            assigned_embeds=(cond, self._updates.requested().request.assigned_embeds[1] if uncond is None else uncond),
         )
 
     def _embeds(self, cond: Any) -> Tensor:
-        name = self.adapter.embeds.get("prompt_embeds")
+        name = self._model.adapter.embeds.get("prompt_embeds")
         if name is None:
             raise AttributeError(
-                f"{type(self.adapter).__name__} calls the whole pipeline, which keeps its embeddings to itself"
+                f"{type(self._model.adapter).__name__} calls the whole pipeline, which keeps its embeddings to itself"
             )
         return cond.rows[name]
 
@@ -267,36 +271,36 @@ class StreamDiffusionAttributes:
     def init_noise(self) -> Tensor:
         """The noise that image frames share, `[batch_size, ...]`, the same in every row. Assigning `[n, ...]` lets image
         frames that enter from now on share its first row, as StreamDiffusion's `encode_image` does."""
-        noise = self._asked().noise.preview().to(self.device, self.dtype)
-        return noise.repeat(self.batch_size, *([1] * len(self._shape)))
+        noise = self._updates.requested().noise.preview().to(self._model.device, self._model.dtype)
+        return noise.repeat(self.batch_size, *([1] * len(self._model.shape)))
 
     @init_noise.setter
     def init_noise(self, value: Tensor) -> None:
-        self.adapter.check_offers("images")
-        policy = self._asked().request.noise
+        self._model.adapter.check_offers("images")
+        policy = self._updates.requested().request.noise
         if policy != "fixed":
             raise AttributeError(
                 f"image frames share no noise under noise={policy!r}: update(noise='fixed') first, or update(seed=...)"
             )
-        if not isinstance(value, Tensor) or tuple(value.shape[1:]) != tuple(self._shape) or not len(value):
+        if not isinstance(value, Tensor) or tuple(value.shape[1:]) != tuple(self._model.shape) or not len(value):
             raise ValueError(
-                f"init_noise is a tensor [rows, {', '.join(map(str, self._shape))}], not "
+                f"init_noise is a tensor [rows, {', '.join(map(str, self._model.shape))}], not "
                 f"{_shape_or_type(value)}; update(seed=...) draws another one"
             )
-        self._amend(lambda asked: replace(asked, noise=asked.noise.with_fixed(value[:1])))
+        self._updates.amend(lambda asked: replace(asked, noise=asked.noise.with_fixed(value[:1])))
 
     @property
     def stock_noise(self) -> Tensor:
         """The noise that residual guidance takes each row for, `anchor + v_uncond`, `[batch_size, ...]`, as the next call
         will for rows that go on; zeros without anchors. Assigning it moves the anchors of frames under way; `delta`
         moderates the guidance of all."""
-        engine = self._running()
+        engine = self._denoiser.running()
         if not isinstance(engine, Ring) or engine.anchors is None:
-            return torch.zeros((self.batch_size, *self._shape), device=self.device, dtype=self.dtype)
+            return torch.zeros((self.batch_size, *self._model.shape), device=self._model.device, dtype=self._model.dtype)
         x, anchor, sigma = engine.next_x, engine.anchors.x0, engine.next_sigma
         noise = anchor + velocity_from(x, anchor, sigma)
         known = engine.anchors.known
-        return (noise if known is None else noise * per_row(known, noise)).to(self.dtype)
+        return (noise if known is None else noise * per_row(known, noise)).to(self._model.dtype)
 
     @stock_noise.setter
     def stock_noise(self, value: Tensor) -> None:
@@ -305,51 +309,51 @@ class StreamDiffusionAttributes:
             raise ValueError(f"stock_noise is a tensor {list(now.shape)}, not {_shape_or_type(value)}")
         if torch.equal(value.to(now), now):
             return
-        with self._ticks:
-            engine = self._engine
-            if not isinstance(engine, Ring) or engine.known_anchors is None or engine.waiting is None:
+        with self._denoiser.ticks:
+            engine = self._denoiser.engine
+            if not isinstance(engine, Ring) or engine.anchors is None or engine.waiting is None:
                 raise AttributeError(
                     f"no frame under way has a residual noise that could be changed (cfg_type {self.cfg_type!r}, "
-                    f"{self._in_flight()} frames under way): delta=... moderates residual guidance, update(seed=...) draws "
-                    f"other noise"
+                    f"{self._denoiser.in_flight()} frames under way): delta=... moderates residual guidance, "
+                    f"update(seed=...) draws other noise"
                 )
-            engine.set_residual_noise(value.to(self.device).float())
-            self._redraw()
+            engine.set_residual_noise(value.to(self._model.device).float())
+            self._outputs.redraw()
 
     @property
     def x_t_latent_buffer(self) -> Tensor | None:
         """The rows under way, `[(S - 1) F, ...]`, newest first; None with one stage. Assigning a tensor of this shape
         replaces their latents; assigning None is `reset()`."""
-        waiting = self._running().waiting
+        waiting = self._denoiser.running().waiting
         return None if waiting is None else waiting.clone()
 
     @x_t_latent_buffer.setter
     def x_t_latent_buffer(self, value: Tensor | None) -> None:
         if value is None:
-            return self.reset()
-        self._check_step("x_t_latent_buffer = ...")
-        with self._ticks:
-            waiting = self._running().waiting
+            return self._denoiser.empty("reset()")
+        self._denoiser.check_step("x_t_latent_buffer = ...")
+        with self._denoiser.ticks:
+            waiting = self._denoiser.running().waiting
             if waiting is None or not isinstance(value, Tensor) or value.shape != waiting.shape:
                 raise ValueError(
                     f"x_t_latent_buffer is "
                     f"{'None, there are no rows under way' if waiting is None else list(waiting.shape)}, not "
                     f"{_shape_or_type(value)}; None empties the ring"
                 )
-            if self._engine.empty:
+            if self._denoiser.engine.empty:
                 raise AttributeError(
                     "no frame is under way whose latents could be replaced: predict_x0_batch(latents) and "
                     "txt2img(latents=...) take latents in"
                 )
-            self._engine.set_waiting(value.to(self.device, self.dtype))
-            self._redraw()
+            self._denoiser.engine.set_waiting(value.to(self._model.device, self._model.dtype))
+            self._outputs.redraw()
 
     # -- what follows from it -------------------------------------------------------------------------------------------
 
     @property
     def denoising_steps_num(self) -> int:
         """S, the number of stages of the frames under way."""
-        return len(self.t_list) if self._engine is None else len(self._engine.settings.stages)
+        return len(self.t_list) if self._denoiser.engine is None else len(self._denoiser.engine.settings.stages)
 
     @property
     def batch_size(self) -> int:
@@ -363,41 +367,41 @@ class StreamDiffusionAttributes:
 
     def _asked_rows(self) -> tuple[int, int]:
         """As `_row_counts`, of the next call."""
-        asked = self._asked()
+        asked = self._updates.requested()
         return self._counts(len(asked.stages), asked.request.mode)
 
     def _row_counts(self) -> tuple[int, int]:
         """(rows that are advanced, rows of the negative prompt) of a call."""
-        if self._engine is not None:
-            rows = self._engine.rows if self._batched else self._engine.stages[0]
+        if self._denoiser.engine is not None:
+            rows = self._denoiser.engine.rows if self._denoiser.batched else self._denoiser.engine.stages[0]
             return rows.count, rows.extra
-        return self._counts(len(self.t_list), self._mode)
+        return self._counts(len(self.t_list), mode(self.cfg_type))
 
     def _counts(self, stages: int, mode: Mode) -> tuple[int, int]:
-        frames = self.frame_bff_size
-        count = stages * frames if self._batched else frames
+        frames = self._model.frames
+        count = stages * frames if self._denoiser.batched else frames
         return count, mode.extra_rows(count, frames)
 
     @property
     def timesteps(self) -> Tensor:
         """The whole schedule's timesteps, float32 `[N]`."""
-        return self._prepared().schedule.timesteps.to(self.device, copy=True)
+        return self._denoiser.prepared().schedule.timesteps.to(self._model.device, copy=True)
 
     @property
     def sub_timesteps(self) -> list[Tensor]:
         """The stages' timesteps, one tensor each."""
-        return list(self._prepared().stages.timesteps.to(self.device, copy=True))
+        return list(self._denoiser.prepared().stages.timesteps.to(self._model.device, copy=True))
 
     @property
     def sub_timesteps_tensor(self) -> Tensor:
         """The timestep of each row of the denoising batch, float32 `[S F]` (`[S]` without the batch)."""
-        return self._by_row(self._prepared().stages.timesteps)
+        return self._by_row(self._denoiser.prepared().stages.timesteps)
 
     @property
     def beta_prod_t_sqrt(self) -> Tensor:
         """How much noise is in each row: sigma, `[S F, 1, ...]`. Read-only."""
-        rows = self._by_row(self._prepared().stages.sigmas)
-        return per_row(rows, torch.empty((0, *self._shape))).to(self.dtype)
+        rows = self._by_row(self._denoiser.prepared().stages.sigmas)
+        return per_row(rows, torch.empty((0, *self._model.shape))).to(self._model.dtype)
 
     @property
     def alpha_prod_t_sqrt(self) -> Tensor:
@@ -417,45 +421,17 @@ class StreamDiffusionAttributes:
     @property
     def inference_time_ema(self) -> float:
         """A moving average of a call's seconds; on a GPU of those that the device has finished."""
-        return self._timer.average
+        return self._outputs.timer.average
 
     @inference_time_ema.setter
     def inference_time_ema(self, value: float) -> None:
-        self._timer.average = value
+        self._outputs.timer.average = value
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
-    def _asked(self) -> Prepared:
-        """What the next call will draw: with an update that it has yet to take."""
-        state = self._prepared()
-        with self._slot:
-            return self._change.target if self._change else state
-
-    def _amend(self, change: Callable[[Prepared], Prepared]) -> None:
-        """Let the next call take what `change` makes of what is asked for now, for frames that enter from then on."""
-        with self._callers:
-            with self._slot:
-                pending, state = self._change, self._prepared()
-            asked = pending.target if pending else state
-            target = change(asked)
-            same_levels = target.stages is asked.stages
-            made = (
-                replace(pending, target=target, levels_now=pending.levels_now and same_levels) if pending else Change(target)
-            )
-            with self._slot:
-                self._change = made
-
     def _by_row(self, values: Tensor) -> Tensor:
-        repeats = self.frame_bff_size if self._batched else 1
-        return values.to(self.device).repeat_interleave(repeats)
-
-    def _rows(self, idx: int | None) -> Rows:
-        """The rows of the batch, or those of stage idx."""
-        engine = self._running()
-        self.adapter.check_offers("stages")
-        if idx is None and isinstance(engine, Ring):
-            return engine.rows
-        return Rows(engine.settings, idx or 0, (idx or 0) + 1)
+        repeats = self._model.frames if self._denoiser.batched else 1
+        return values.to(self._model.device).repeat_interleave(repeats)
 
 
 def _shape_or_type(value: Any) -> str:

@@ -1,55 +1,73 @@
-"""Control nets in a stream: adding and removing them, their scales, and the pictures that each frame brings for them. What a
-family's nets are like is in `streamflow.models.controlnets`."""
+"""Control nets as a condition of frames: adding and removing them, their scales, and the images that each frame brings for
+them. What a family's nets are like is in `streamflow.models.controlnets`."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamflow.conditioning.controlnet import Control, ControlledVelocity, Controls, check_scale, controlled, image_name
+from streamflow.conditioning.controlnet import (
+    Control,
+    ControlledVelocity,
+    ControlRule,
+    Controls,
+    check_scale,
+    controlled,
+    image_name,
+)
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
 from streamflow.models import control_rule
+from streamflow.stream.conditioner import Start
+from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.grad_mode import computing
+from streamflow.stream.model import Model
 from streamflow.stream.ring import Group
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """What the control nets see of some frames: one mapping a frame, of tensors `[1, ...]` by the network's names; and the
-    pictures themselves, `[frames, 3 nets, H, W]`."""
+class ControlImages:
+    """What the control nets see of one frame: tensors `[1, ...]` by the network's names, and the images themselves,
+    `[1, 3 nets, H, W]` in [-1, 1]."""
 
-    images: Sequence[Mapping[str, Tensor]]
-    pictures: Tensor
+    rows: Mapping[str, Tensor]
+    images: Tensor
 
 
-class Controlling:
-    """Mixed into `StreamFlow`."""
+class ControlNets:
+    """The conditioner of control images. redraw: called when what is drawn has changed. preprocess: reads an image."""
 
-    _ticks: threading.RLock
-    _slot: threading.Lock
-    _scales: Mapping[str, float] = {}
-    _levels: Tensor | None = None
-    _levels_of: tuple[Stages, Mapping[str, float]] | None = None
-    _blank: Mapping[str, Tensor] | None = None
+    name = "control"
+    uses_image = False
+
+    def __init__(
+        self, model: Model, denoiser: Denoiser, redraw: Callable[[], None], preprocess: Callable[[Any], Tensor]
+    ) -> None:
+        self._model, self._denoiser, self._redraw, self._preprocess = model, denoiser, redraw, preprocess
+        self.active = False  # there are control nets, for which every frame needs an image
+        self.scales: Mapping[str, float] = {}
+        self._lock = threading.Lock()  # of scales, which any thread may change
+        self._levels: Tensor | None = None
+        self._levels_of: tuple[Stages | None, Mapping[str, float]] = (None, {})
+        self.blank: Mapping[str, Tensor] | None = None
 
     @property
     def controls(self) -> dict[str, float]:
         """The names of the control nets, in the order in which they were added, and their scales."""
-        return dict(self._scales)
+        return dict(self.scales)
 
     @computing
     def add_control(
         self, name: str, model: nn.Module, scale: float = 1.0, start: float = 0.0, end: float = 1.0, mode: int | None = None
     ) -> None:
-        """Let a control net steer the frames that enter from now on. Each of them brings a picture for it:
-        `stream(image, control={name: picture})`, `txt2img(control=...)`, `frames([Input(image, control=...)])`.
+        """Let a control net steer the frames that enter from now on. Each of them brings an image for it:
+        `stream(image, control={name: edges})`, `txt2img(control=...)`, `frames([Input(image, control=...)])`.
 
         model: a diffusers ControlNet model of this family, on the network's device, in its dtype.
         scale: the pipelines' `controlnet_conditioning_scale`. start, end: their `control_guidance_start` and
@@ -63,23 +81,23 @@ class Controlling:
             TypeError, ValueError: a name that is taken, a net of another family or size, with the numbers, or numbers that
             cannot be. NotImplementedError: diffusers has no control nets for this family. Then all is as it was.
         """
-        rule, held = self._control_rule(), self.adapter.controls
+        rule, held = self._rule(), self._model.adapter.controls
         items = held.items if held else ()
         item = Control(name, model, scale, start, end, mode)
-        if name in self._scales:
+        if name in self.scales:
             raise ValueError(f"there is a control named {name!r}: remove_control({name!r}) first, or choose another name")
-        rule.check(item, self.adapter.net, items)
-        rule.ready(item, self.adapter.net)
-        self._put_controls(Controls(rule, (*items, item)), {**self._scales, name: float(scale)})
+        rule.check(item, self._model.adapter.net, items)
+        rule.ready(item, self._model.adapter.net)
+        self._put(Controls(rule, (*items, item)), {**self.scales, name: float(scale)})
 
     @computing
     def remove_control(self, name: str) -> None:
         """Take a control net out; as `add_control`, frames under way finish first. ValueError: an unknown name."""
-        self._control_rule()
-        self._check_control_names([name])
-        left = tuple(item for item in self.adapter.controls.items if item.name != name)
-        scales = {one: scale for one, scale in self._scales.items() if one != name}
-        self._put_controls(Controls(self.adapter.controls.rule, left) if left else None, scales)
+        self._rule()
+        self._check_names([name])
+        left = tuple(item for item in self._model.adapter.controls.items if item.name != name)
+        scales = {one: scale for one, scale in self.scales.items() if one != name}
+        self._put(Controls(self._model.adapter.controls.rule, left) if left else None, scales)
 
     def set_control_scale(self, name: str, scale: float) -> None:
         """How strongly a control net acts on all rows, those under way too, from the next tick on. From any thread.
@@ -87,17 +105,16 @@ class Controlling:
         Raises:
             ValueError, TypeError: an unknown name, with those known; a scale that is no finite number.
         """
-        self._check_open()
+        self._denoiser.check_open()
         check_scale(f"scale of control {name!r}", scale)
-        with self._slot:
-            self._check_control_names([name])
-            self._scales = {**self._scales, name: float(scale)}
+        with self._lock:
+            self._check_names([name])
+            self.scales = {**self.scales, name: float(scale)}
         self._redraw()
 
-    # -- inside ---------------------------------------------------------------------------------------------------------
-
-    def _wrap_controls(self, pipe: Any) -> None:
+    def add_pipe_nets(self) -> None:
         """Add the nets of a ControlNet pipeline at its own scale: "control", or "control_0", "control_1", ..."""
+        pipe = self._model.pipe
         net = getattr(pipe, "controlnet", None)
         if net is None:
             return
@@ -107,112 +124,113 @@ class Controlling:
         for name, one in nets.items():
             self.add_control(name, one, *(own[argument].default for argument in given))
 
-    def _control_rule(self) -> Any:
-        self._check_open()
-        rule = control_rule(self.adapter)
-        if not isinstance(self.adapter.velocity, (self.adapter.Velocity, ControlledVelocity)):
+    # -- of frames ------------------------------------------------------------------------------------------------------
+
+    def read(self, given: Any, images: Tensor | None, positions: range) -> list[ControlImages | None]:
+        """What the frames bring for the control nets; None where there are none."""
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"control is a mapping of names to images, not {type(given).__name__}")
+        given, count = given or {}, len(positions)
+        self._check_names(list(given))
+        missing = [name for name in self.scales if given.get(name) is None]
+        if missing:
+            names = ", ".join(map(repr, missing))
+            raise ValueError(
+                f"no image for control {names}: pass control={{{missing[0]!r}: image}} with each frame, "
+                f"or remove_control({missing[0]!r})"
+            )
+        if not self.scales:
+            return [None] * count
+        by_net = [self._images(name, given[name], count) for name in self._model.adapter.controls.names]
+        batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net)]
+        rows = [self._inputs(batch) for batch in zip(*batches, strict=True)]
+        by_frame = [{name: one[name][i : i + 1] for name in one} for one in rows for i in range(len(one[image_name(0)]))]
+        seen = torch.cat([one.as_subclass(Tensor) for one in by_net], 1)
+        return [ControlImages(one, seen[i : i + 1]) for i, one in enumerate(by_frame)]
+
+    def compared(self, entries: Sequence[ControlImages | None]) -> Tensor | None:
+        """The control images."""
+        images = [one.images for one in entries if one is not None]
+        return torch.cat(images) if images else None
+
+    def join(self, group: Group, entries: Sequence[ControlImages | None], start: Start) -> Group:
+        """The group with what its frames are controlled by."""
+        pairs = zip(group.prompts, entries, strict=True)
+        return replace(group, prompts=tuple(self.prompt(prompt, one and one.rows) for prompt, one in pairs))
+
+    def prompt(self, prompt: Prompt, rows: Mapping[str, Tensor] | None) -> Prompt:
+        """A prompt for a frame that the control nets see so; without control images it is left as it is."""
+        return prompt if rows is None else controlled(prompt, rows, self._levels, self._model.adapter.controls.rule.lends)
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _rule(self) -> ControlRule:
+        self._denoiser.check_open()
+        adapter = self._model.adapter
+        rule = control_rule(adapter)
+        if not isinstance(adapter.velocity, (adapter.Velocity, ControlledVelocity)):
             raise RuntimeError(
-                f"stream.velocity was assigned, {type(self.adapter.velocity).__name__}, and control nets belong under it: "
+                f"stream.velocity was assigned, {type(adapter.velocity).__name__}, and control nets belong under it: "
                 f"assign stream.unet = stream.unet, add or remove the control, then wrap or shard anew"
             )
         return rule
 
-    def _check_control_names(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._scales]
+    def _check_names(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.scales]
         if unknown:
-            known = ", ".join(map(repr, self._scales)) or "none: add_control(name, model) adds one"
+            known = ", ".join(map(repr, self.scales)) or "none: add_control(name, model) adds one"
             raise ValueError(f"no control is named {', '.join(map(repr, unknown))}; there are {known}")
 
-    def _put_controls(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
+    def _put(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
         """Let what is under way finish, then go on with these nets; or as before, if that fails."""
-        before = self.adapter.controls, self._scales
-        with self._ticks:
-            if self._engine is not None:
-                self._run_out()
-            self._put_back()
+        before, model = (self._model.adapter.controls, self.scales), self._model
+        with self._denoiser.ticks:
+            if self._denoiser.engine is not None:
+                self._denoiser.run_out()
+            model.put_back()
             try:
-                self._set_controls(controls, scales)
-                self._build()
+                self._set(controls, scales)
+                model.rebuild()
             except BaseException:
-                self._set_controls(*before)
+                self._set(*before)
                 raise
         self._redraw()
 
-    def _set_controls(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
-        self.adapter.set_controls(controls)
-        self._scales, self._levels_of, self._blank = scales, None, None
+    def _set(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
+        model = self._model
+        model.adapter.set_controls(controls)
+        self.scales, self._levels_of, self.blank = scales, (None, {}), None
+        self.active = bool(scales)
         count = len(controls.items) if controls else 0
-        self._levels = torch.zeros(count, 3, device=self.device) if count else None
+        self._levels = torch.zeros(count, 3, device=model.device) if count else None
+        self._denoiser.before_step = self._take_levels if count else None
         if count:
-            pictures = torch.zeros(1, 3, self.height, self.width, device=self.device)
-            self._blank = {name: torch.zeros_like(one) for name, one in self._control_inputs([pictures] * count).items()}
+            images = torch.zeros(1, 3, model.height, model.width, device=model.device)
+            self.blank = {name: torch.zeros_like(one) for name, one in self._inputs([images] * count).items()}
 
     @computing
-    def _control_inputs(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the nets see of pictures `[n, 3, H, W]`, one tensor of them a net, on the device."""
-        controls, vae = self.adapter.controls, self.adapter.pipe.vae
+    def _inputs(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What the nets see of images `[n, 3, H, W]`, one tensor of them a net, on the device."""
+        model, controls = self._model, self._model.adapter.controls
         inputs = {}
-        for i, (item, one) in enumerate(zip(controls.items, pictures, strict=True)):
-            codec = self.codec if len(one) == self.frame_bff_size else self._plain_codec
-            inputs[image_name(i)] = controls.rule.image(item, one, codec.encode, vae).to(self.dtype)
+        for i, (item, one) in enumerate(zip(controls.items, images, strict=True)):
+            codec = model.codec if len(one) == model.frames else model.plain_codec
+            inputs[image_name(i)] = controls.rule.image(item, one, codec.encode, model.adapter.pipe.vae).to(model.dtype)
         return inputs
 
-    def _shown(self, control: Any, count: int) -> Shown | None:
-        """What `count` frames bring for the control nets; None where there are none. Raises before anything has changed."""
-        if control is not None and not isinstance(control, Mapping):
-            raise TypeError(f"control is a mapping of names to pictures, not {type(control).__name__}")
-        control = control or {}
-        self._check_control_names(list(control))
-        missing = [name for name in self._scales if control.get(name) is None]
-        if missing:
-            names = ", ".join(map(repr, missing))
-            raise ValueError(
-                f"no picture for control {names}: pass control={{{missing[0]!r}: picture}} with each frame, "
-                f"or remove_control({missing[0]!r})"
-            )
-        if not self._scales:
-            return None
-        pictures = [self._control_pictures(name, control[name], count) for name in self.adapter.controls.names]
-        batches = [one.split(self.frame_bff_size) for one in map(self._upload, pictures)]
-        inputs = [self._control_inputs(batch) for batch in zip(*batches, strict=True)]
-        images = [{name: one[name][i : i + 1] for name in one} for one in inputs for i in range(len(one[image_name(0)]))]
-        return Shown(images, torch.cat([one.as_subclass(Tensor) for one in pictures], 1))
+    def _images(self, name: str, given: Any, count: int) -> Tensor:
+        images = self._preprocess(given)
+        if len(images) not in (1, count):
+            raise ValueError(f"{len(images)} images for control {name!r} of {count} frames: pass one, or one each")
+        return images.expand(count, -1, -1, -1)
 
-    def _control_pictures(self, name: str, given: Any, count: int) -> Tensor:
-        pictures = self.preprocess(given)
-        if len(pictures) not in (1, count):
-            raise ValueError(f"{len(pictures)} pictures for control {name!r} of {count} frames: pass one, or one each")
-        return pictures.expand(count, -1, -1, -1)
-
-    def _seen_with(self, seen: Tensor, shown: Shown | None) -> Tensor:
-        """What the similarity filter is to compare, where frames bring pictures for control nets."""
-        if shown is None or not self.similar_image_filter:
-            return seen
-        return torch.cat((seen.as_subclass(Tensor), shown.pictures.to(seen.device, seen.dtype)), 1)
-
-    def _steered(self, group: Group, shown: Shown | None, first: int = 0) -> Group:
-        """The group with what its frames are controlled by, from frame `first` of `shown` on; past its end, the last."""
-        if shown is None:
-            return group
-        first = min(first, len(shown.images) - len(group.prompts))
-        images = shown.images[first : first + len(group.prompts)]
-        prompts = tuple(self._with_control(prompt, one) for prompt, one in zip(group.prompts, images, strict=True))
-        return replace(group, prompts=prompts)
-
-    def _with_control(self, prompt: Prompt, images: Mapping[str, Tensor] | None) -> Prompt:
-        """A prompt for a frame that the control nets see so; without pictures it is left as it is."""
-        return prompt if images is None else controlled(prompt, images, self._levels, self.adapter.controls.rule.lends)
-
-    def _take_control_levels(self) -> None:
-        """Let scales and stages that have changed act. Only the ticking thread comes here, at the start of a tick."""
-        if self._levels is None:
+    def _take_levels(self) -> None:
+        """Let scales and stages that have changed act. Only the drawing thread comes here, before a step."""
+        stages, scales = self._denoiser.state.stages, self.scales
+        if self._levels_of[0] is stages and self._levels_of[1] is scales:
             return
-        with self._slot:
-            wanted = self._state.stages, self._scales
-        if self._levels_of is not None and all(a is b for a, b in zip(self._levels_of, wanted, strict=True)):
-            return
-        table = self.adapter.controls.levels(wanted[0].timesteps, wanted[1])
+        table = self._model.adapter.controls.levels(stages.timesteps, scales)
         if self._levels.device.type == "cuda":
             table = table.pin_memory()
         self._levels.copy_(table, non_blocking=True)
-        self._levels_of = wanted
+        self._levels_of = stages, scales

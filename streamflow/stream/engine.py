@@ -17,12 +17,13 @@ from streamflow.stream.ring import Done, Group, Loop, Observer, Ring, Settings
 class Engine(Protocol):
     """Takes groups of F frames in and gives them back drawn, oldest first.
 
-    settings: what shapes the frames in flight. weight: the guidance weight of all rows. observer: sees every step, and
-    answers with the latents to go on with.
+    settings: what shapes the frames in flight. weight: the guidance weight of all rows. first_sigma: the noise level at
+    which frames enter, `[1, 1, ...]`. observer: sees every step, and answers with the latents to go on with.
     """
 
     settings: Settings
     weight: Weight
+    first_sigma: Tensor
     observer: Observer | None
 
     @property
@@ -36,10 +37,6 @@ class Engine(Protocol):
     @property
     def empty(self) -> bool:
         """Whether no frame is in flight."""
-
-    @property
-    def first_sigma(self) -> Tensor:
-        """The noise level at which frames enter, `[1, 1, ...]`."""
 
     @property
     def leaving(self) -> tuple[Done, ...]:

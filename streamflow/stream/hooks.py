@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamflow.stream.ring import Group, Loop, Ring, Rows
+from streamflow.models.adapter import FlowAdapter
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.ring import Group, Observer, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ def step_of(rows: Rows, groups: Sequence[Group | None], x: Tensor, v: Tensor, x_
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One frame from noise to picture. `sigma` float32 `[S + 1]`, falling to 0; `x` `[S + 1, ...]`, the latents at these
+    """One frame from noise to image. `sigma` float32 `[S + 1]`, falling to 0; `x` `[S + 1, ...]`, the latents at these
     levels; `v` and `x0` `[S, ...]`: in every stage the guided velocity, and the estimate of the image, in float32."""
 
     id: int
@@ -106,13 +108,15 @@ class Trace:
         )
 
 
-class Observing:
-    """Mixed into `StreamFlow`."""
+class Hooks:
+    """What looks into a stream: the function of `on_step`, and the traces that are recorded."""
 
-    _engine: Ring | Loop | None
-    _on_step: Callable[[Step], Tensor | None] | None = None
-    _graph_safe = False
-    _traces: tuple[Trace, ...] = ()
+    def __init__(self, adapter: FlowAdapter, denoiser: Denoiser, acceleration: Callable[[], tuple[str, Any]]) -> None:
+        self._adapter, self._denoiser, self._acceleration = adapter, denoiser, acceleration
+        self._on_step: Callable[[Step], Tensor | None] | None = None
+        self._traces: tuple[Trace, ...] = ()
+        self.graph_safe = True  # no function waits for the device
+        denoiser.on_empty.append(self._end_traces)
 
     def on_step(self, fn: Callable[[Step], Tensor | None] | None, *, graph_safe: bool = False) -> None:
         """Call `fn(step)` after every step, in the thread that draws; None ends it. `step` is a `Step`; where fn returns
@@ -121,7 +125,7 @@ class Observing:
         graph_safe: fn only launches work and never waits for the device, as `.item()`, `.cpu()` and printing a tensor do.
             A CUDA graph holds the network alone, and fn runs after it, on tensors that no replay writes: whatever it does
             is right. But the host runs far ahead of a graph, which is what graphs are for, and an fn that waits ends that;
-            so where graphs are in force, or are asked for later, fn is refused unless this is said of it.
+            so where graphs are in force, or are requested later, fn is refused unless this is said of it.
 
         An error in fn ends the call in which it came. That step has been taken, and the frame that left in it waits for the
         next call; without a batch the frame under way is dropped. Inside fn, `update` and `decode_image` may be called;
@@ -131,61 +135,58 @@ class Observing:
             TypeError: fn is no function. RuntimeError: graphs are in force. From the call that draws, TypeError or
             ValueError: fn returned something else than None or latents.
         """
-        self._check_open()
-        self.adapter.check_offers("on_step")
+        self._denoiser.check_open()
+        self._adapter.check_offers("on_step")
         if fn is not None and not callable(fn):
             raise TypeError(f"on_step takes a function of one Step, or None to end it, not {fn!r}")
         if fn is not None and not graph_safe:
-            check_graphs(*self._acceleration)
-        self._on_step, self._graph_safe = fn, graph_safe
-        self._look()
+            check_graphs(*self._acceleration())
+        self._on_step, self.graph_safe = fn, graph_safe or fn is None
+        self._denoiser.watch(self.observer)
 
     def trace(self, count: int) -> Trace:
-        """Record the next `count` frames to enter, from noise to picture. The `Trace` fills while the stream is called;
+        """Record the next `count` frames to enter, from noise to image. The `Trace` fills while the stream is called;
         `prepare` and `reset` end it. Costs four clones of a latent a frame and stage; safe with graphs.
 
         Raises:
             TypeError, ValueError: count is no integer of 1 or more.
         """
-        self._check_open()
-        self.adapter.check_offers("on_step")
+        self._denoiser.check_open()
+        self._adapter.check_offers("on_step")
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"trace takes a number of frames, not {count!r}")
         if count < 1:
             raise ValueError(f"trace takes a number of frames, 1 or more, not {count}")
         trace = Trace(count)
         self._traces += (trace,)
-        self._look()
+        self._denoiser.watch(self.observer)
         return trace
 
-    @property
-    def not_finite(self) -> int:
-        """How many of the images that this stream has drawn held NaN or infinite values. Counted without a wait: on a GPU
-        an image counts a call or two later."""
-        return self._finite.count
+    def check_acceleration(self, kind: str, options: Any) -> None:
+        """Raise where this stream cannot be accelerated in this way: RuntimeError after `close`, and where it would replay
+        CUDA graphs and the function of `on_step` may wait; NotImplementedError where the family is not accelerated."""
+        self._denoiser.check_open()
+        if kind != "none":
+            self._adapter.check_offers("accelerate")
+        if not self.graph_safe:
+            check_graphs(kind, options)
 
-    def _count_finite(self, images: Tensor) -> Tensor:
-        """Count images `[n, 3, H, W]`; whether all are finite, a scalar on their device. The first that is not is said."""
-        before, finite = self._finite.count, self._finite.add(images)
-        if self._finite.count > before:
-            self.similar_filter.forget()  # no call may skip for looking like the frame of such an image
-            self._say_once(
-                "finite",
-                "images with NaN or infinite values are drawn; not_finite counts them. Look at the weights and the dtype: "
-                "float16 overflows in some VAEs and text encoders, where bfloat16 and float32 do not",
-            )
-        return finite
+    def _end_traces(self) -> None:
+        """Stop recording; traces that are not done stay as they are."""
+        self._traces = ()
+        self._denoiser.watch(self.observer)
+
+    def close(self) -> None:
+        """Drop the function and the traces."""
+        self._on_step, self._traces = None, ()
 
     @property
-    def _observer(self) -> Callable[..., Tensor] | None:
+    def observer(self) -> Observer | None:
+        """What the engine is to call after every step; None while nothing looks."""
         return self._see if self._on_step is not None or self._traces else None
 
-    def _look(self) -> None:
-        if self._engine is not None:
-            self._engine.observer = self._observer
-
     def _see(self, rows: Rows, groups: Sequence[Group | None], x: Tensor, v: Tensor, x_next: Tensor) -> Tensor:
-        """The ring's observer: show the step to all who look, and answer with the latents to go on with."""
+        """The engine's observer: show the step to all who look, and return the latents to go on with."""
         step = step_of(rows, groups, x, v, x_next)
         try:
             changed = None if self._on_step is None else self._on_step(step)
@@ -200,7 +201,7 @@ class Observing:
         for trace in self._traces:
             trace.add(step)
         self._traces = tuple(trace for trace in self._traces if not trace.done)
-        self._look()
+        self._denoiser.watch(self.observer)
 
 
 def check_graphs(kind: str, options: Any) -> None:

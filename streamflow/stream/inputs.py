@@ -1,99 +1,164 @@
-"""What enters the ring: the groups of rows made of pictures, of text or of given latents, their noise and their anchors.
-
-Mixed into `StreamFlow`, whose codec, noise and settings it uses; knows no ring and no loop but their first sigma.
-"""
+"""What enters: images, noise and conditions become groups of rows. Knows no engine but its settings."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamflow.stream.inpainting import Regions
-from streamflow.stream.ring import Group
+from streamflow.conditioning.prompt import Prompt
+from streamflow.flow.noise import NoiseSource
+from streamflow.image_utils import Normalized, check_values, image_tensor, normalize_image
+from streamflow.stream.conditioner import Conditioner, Conditions, Start
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.model import Model
+from streamflow.stream.ring import Carried, Group
 
 logger = logging.getLogger(__name__)
 
 
-class Entering:
-    """Mixed into `StreamFlow`."""
+class Inputs:
+    """Reads what a call brings, and makes the group that enters.
 
-    _next_id: int
-    _said: set[str]
-    _held_noise: tuple[Any, Tensor | None]
-    _last_x0: Tensor | None
+    input_range: of float images. resize: stretch images of other sizes, or refuse them. conditioners: the conditions that
+    calls can bring. check: also look for NaN in images on a GPU, which makes the host wait.
+    """
 
-    def _fed_back(self, x0: Tensor) -> Tensor:
-        """Clean latents with those of the last frame that has left mixed in, where these are finite."""
-        feedback, last = self._prepared().request.feedback, self._last_x0
-        if not feedback or last is None:
-            return x0
-        return torch.where(torch.isfinite(last).all(), torch.lerp(x0, last.expand_as(x0), feedback), x0)
+    def __init__(
+        self,
+        model: Model,
+        denoiser: Denoiser,
+        input_range: tuple[float, float] = (0, 1),
+        resize: bool = True,
+        check: bool = False,
+    ) -> None:
+        self._model, self._denoiser = model, denoiser
+        self.conditioners: Sequence[Conditioner] = ()
+        self.input_range, self._resize, self._check = input_range, resize, check
+        self._fixed: tuple[NoiseSource | None, Tensor | None] = (None, None)
+        self._said: set[str] = set()
 
-    def _next_ids(self, count: int) -> tuple[int, ...]:
-        """The numbers of the next frames, which they have once they have entered."""
-        return tuple(range(self._next_id, self._next_id + count))
+    # -- images ---------------------------------------------------------------------------------------------------------
 
-    def _fixed_noise(self) -> Tensor:
-        """The noise that image frames share, on the device."""
-        source, held = self._held_noise
-        if source is not self._prepared().noise:
-            source = self._prepared().noise
-            held = self._to_device(source.fixed())
-            self._held_noise = source, held
+    def images(self, image: Any) -> Tensor:
+        """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]."""
+        check = (
+            check_values
+            if self._check
+            else partial(self._denoiser.ranges.add, f"the image of frame {self._denoiser.next_id}")
+        )
+        return image_tensor(image, self._model.height, self._model.width, self.input_range, self._resize, check)
+
+    def preprocess(self, image: Any) -> Normalized:
+        """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
+        check = check_values if self._check else partial(self._denoiser.ranges.add, "an image given to preprocess")
+        return normalize_image(image, self._model.height, self._model.width, self.input_range, self._resize, check)
+
+    def conditions(self, given: Mapping[str, Any], images: Tensor | None, positions: range) -> Conditions:
+        """What a call brings beside images, read by each conditioner that has to do with these frames."""
+        return [
+            (one, one.read(given[one.name], images, positions))
+            for one in self.conditioners
+            if one.active or given[one.name] is not None
+        ]
+
+    def compared(self, images: Tensor, conditions: Conditions) -> Tensor:
+        """What the similarity filter is to compare, `[n, C, H, W]`."""
+        beside = [one.compared(entries) for one, entries in conditions]
+        parts = [part.to(images.device, images.dtype) for part in beside if part is not None]
+        return torch.cat((images, *parts), 1) if parts else images
+
+    def group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
+        """How many groups a call of txt2img is to return."""
+        frames = self._model.frames
+        n = batch_size if batch_size is not None else frames if latents is None else len(latents)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % frames:
+            raise ValueError(f"batch_size must be a positive multiple of frame_buffer_size {frames}, not {n!r}")
+        if latents is not None:
+            self._model.check_rows(latents, n)
+        return n // frames
+
+    # -- groups ---------------------------------------------------------------------------------------------------------
+
+    def group(
+        self,
+        ids: tuple[int, ...],
+        conditions: Conditions = (),
+        images: Tensor | None = None,
+        latents: Tensor | None = None,
+        anchor: Tensor | None = None,
+        prompts: tuple[Prompt, ...] | None = None,
+    ) -> Group:
+        """The group of the frames with these numbers, one a row.
+
+        images: `[F, 3, H, W]` in [-1, 1]; without them the frames start from noise, or from `latents` `[F, ...]`. anchor:
+        `[F, ...]`, the clean latents of frames without images.
+        prompts: one a frame; by default the stream's own.
+        """
+        model, denoiser = self._model, self._denoiser
+        state, engine = denoiser.state, denoiser.engine
+        mode, rule = engine.settings.mode, engine.settings.rule
+        fixed = images is not None and state.request.noise == "fixed"
+        x0, carried = None, {}
+        if fixed:
+            noise = self.fixed_noise()
+        elif latents is None:
+            noise = model.to_device(torch.cat([state.noise.draw(i) for i in ids]))
+        else:
+            noise = latents.to(model.device, model.dtype)
+        x = noise
+        if images is not None:
+            if state.stages.sigmas[0] >= 1.0 and not any(one.uses_image and any(entries) for one, entries in conditions):
+                self._say_once("t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
+            x0 = model.encode(images)
+            noise = noise.expand_as(x0)
+            start = x0
+            if state.request.feedback and denoiser.last_x0 is not None:
+                start = self.with_feedback(x0, state.request.feedback, denoiser.last_x0)
+            x = model.adapter.path(start, noise, engine.first_sigma)
+            anchor = start
+        elif mode.name == "self" and latents is None:
+            self._say_once("text frames have no anchor: under cfg_type='self' they are drawn without guidance")
+        if mode.carries_anchor and anchor is not None:
+            carried["anchor"] = Carried(anchor.float())
+        if rule.noise == "own":
+            carried["noise"] = Carried(noise)
+        draws = self._draws(ids, fixed) if rule.noise == "fresh" else None
+        group = Group(x, prompts or (state.prompt,) * len(ids), ids, carried, draws)
+        if conditions:
+            start = Start(noise, engine.first_sigma, x0, images)
+            for one, entries in conditions:
+                group = one.join(group, entries, start)
+        return group
+
+    def fixed_noise(self) -> Tensor:
+        """The noise that image frames share, `[1, ...]` on the device."""
+        source, held = self._fixed
+        if source is not self._denoiser.state.noise:
+            source = self._denoiser.state.noise
+            held = self._model.to_device(source.fixed())
+            self._fixed = source, held
         return held
 
-    def _to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        if self.device.type == "cuda" and noise.device.type == "cpu":
-            noise = noise.pin_memory()
-        return noise.to(self.device, non_blocking=True).to(dtype or self.dtype)
+    @staticmethod
+    def with_feedback(x0: Tensor, feedback: float, last: Tensor) -> Tensor:
+        """Clean latents with those of the last frame that has left mixed in, where these are finite."""
+        return torch.where(torch.isfinite(last).all(), torch.lerp(x0, last.expand_as(x0), feedback), x0)
 
-    def _upload(self, pictures: Tensor) -> Tensor:
-        return pictures.as_subclass(Tensor).to(self.device, non_blocking=True)
-
-    def _clean_latents(self, pictures: Tensor) -> Tensor:
-        return self.codec.encode(self._upload(pictures)).to(self.dtype)
-
-    def _image_group(self, pictures: Tensor, ids: tuple[int, ...], regions: Regions | None = None) -> Group:
-        state = self._prepared()
-        if state.stages.sigmas[0] >= 1.0 and not any(regions or ()):
-            self._say_once("image", "t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
-        x0, fixed = self._clean_latents(pictures), state.request.noise == "fixed"
+    def _draws(self, ids: tuple[int, ...], fixed: bool) -> Tensor:
+        """Noise for every step of these frames, float32 `[S, F, ...]`; `fixed`: the same for all frames."""
+        source, steps = self._denoiser.state.noise, len(self._denoiser.state.stages)
         if fixed:
-            noise = self._fixed_noise().expand_as(x0)
-        else:
-            noise = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
-        start = self._fed_back(x0)
-        anchor = start.float() if self._mode.carries_anchor else None
-        x = self.adapter.path(start, noise, self._running().first_sigma)
-        draws = self._draws(ids, fixed)
-        group = Group(x, (state.prompt,) * len(ids), ids, noise, anchor, draws=draws)
-        return self._knowing(group, regions, x0, pictures)
-
-    def _text_group(self, ids: tuple[int, ...], latents: Tensor | None = None, regions: Regions | None = None) -> Group:
-        state = self._prepared()
-        if self._mode.name == "self" and latents is None:
-            self._say_once("self", "text frames have no anchor: under cfg_type='self' they are drawn without guidance")
-        if latents is None:
-            x = self._to_device(torch.cat([state.noise.draw(i) for i in ids]))
-        else:
-            x = latents.to(self.device, self.dtype)
-        return self._knowing(Group(x, (state.prompt,) * len(ids), ids, x, draws=self._draws(ids)), regions)
-
-    def _draws(self, ids: tuple[int, ...], fixed: bool = False) -> Tensor | None:
-        """Noise for every step of these frames, `[S, F, ...]`, where the rule needs it fresh; `fixed`: the same for all."""
-        if self._running().settings.rule.noise != "fresh":
-            return None
-        source, steps = self._prepared().noise, len(self._prepared().stages)
-        if fixed:
-            draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._shape)
+            draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._model.shape)
         else:
             draws = torch.stack([source.draw_steps(i, steps) for i in ids], dim=1)
-        return self._to_device(draws, torch.float32)
+        return self._model.to_device(draws, torch.float32)
 
-    def _say_once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
             logger.warning(message)

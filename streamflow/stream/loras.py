@@ -7,7 +7,6 @@ knows when they may work, when prompts must be encoded anew, and how to leave no
 from __future__ import annotations
 
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,23 +16,36 @@ import torch
 from torch import nn
 
 from streamflow._validation import check_number
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.model import Model
+from streamflow.stream.updates import Updates
 
 # The first of the two matrices of each layer, in the spellings that diffusers gives a LoRA that it has read.
 DOWN = re.compile(r"(lora_A|lora_linear_layer\.down|lora\.down|lokr_w1|lokr_w1_a)(\.weight)?$")
 
 
-class Adapting:
-    """Mixed into `StreamFlow`. What is done here acts on all rows from the next tick on; where a text encoder takes part,
-    the prompt is encoded anew for frames that enter from then on. An error leaves networks and stream as they were."""
+class Loras:
+    """The LoRAs of a stream. What is done here acts on all rows from the next tick on; where a text encoder takes part, the
+    prompt is encoded anew for frames that enter from then on. An error leaves networks and stream as they were.
 
-    _ticks: threading.RLock
-    _callers: threading.Lock
-    _slot: threading.Lock
+    redraw: called when what is drawn has changed. acceleration: gives the kind in force and its options.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        denoiser: Denoiser,
+        updates: Updates,
+        redraw: Callable[[], None],
+        acceleration: Callable[[], tuple[str, Any]],
+    ) -> None:
+        self._model, self._denoiser, self._updates = model, denoiser, updates
+        self._redraw, self._acceleration = redraw, acceleration
 
     @property
     def loras(self) -> tuple[str, ...]:
         """The names of the LoRAs that are loaded, in the order in which they came."""
-        return _names(_parts(self.pipe))
+        return _names(_parts(self._model.pipe))
 
     def load_lora(
         self, pretrained_lora_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any
@@ -52,19 +64,19 @@ class Adapting:
         """
         self._check_adaptable()
         loader, lora = self._lora_loader(), pretrained_lora_model_name_or_path_or_dict
-        read = _fitting(self.pipe, loader.lora_state_dict, lora, **kwargs)
+        read = _fitting(self._model.pipe, loader.lora_state_dict, lora, **kwargs)
         wanted = sum(bool(DOWN.search(key)) for key in (read[0] if isinstance(read, tuple) else read))
         with self._adapting(values=kwargs.get("hotswap", False)):
             taken = self.loras
             name = adapter_name or next(n for i in range(len(taken) + 1) if (n := f"default_{i}") not in taken)
             if name in taken and not kwargs.get("hotswap"):
                 raise ValueError(f"there is a LoRA named {name!r}: unload_lora({name!r}), another name, or hotswap=True")
-            _fitting(self.pipe, loader.load_lora_weights, lora, adapter_name=name, **kwargs)
-            layers = [layer for part in _parts(self.pipe).values() for layer in _layers(part) if name in layer.r]
+            _fitting(self._model.pipe, loader.load_lora_weights, lora, adapter_name=name, **kwargs)
+            layers = [layer for part in _parts(self._model.pipe).values() for layer in _layers(part) if name in layer.r]
             found = sum(_has_its_shape(layer, name) for layer in layers)
             if found < max(wanted, len(layers), 1):
                 raise ValueError(
-                    f"this LoRA does not fit {type(self.pipe).__name__} ({found} of its {wanted} layers have a place "
+                    f"this LoRA does not fit {type(self._model.pipe).__name__} ({found} of its {wanted} layers have a place "
                     f"there): load it in a stream of the family that it was trained for"
                 )
         return name
@@ -102,7 +114,7 @@ class Adapting:
         with self._adapting():
             if adapter_name is not None:
                 self._check_loaded([adapter_name])
-                if adapter_name in _merged(_parts(self.pipe)):
+                if adapter_name in _merged(_parts(self._model.pipe)):
                     raise RuntimeError(f"LoRA {adapter_name!r} is fused into the weights: unfuse_lora() first")
                 loader.delete_adapters(adapter_name)
             if adapter_name is None or not self.loras:
@@ -123,7 +135,7 @@ class Adapting:
         parts = self._fusible(fuse_unet, fuse_text_encoder)
         with self._adapting():
             self._check_loaded(adapter_names or ())
-            before = _merged(_parts(self.pipe))
+            before = _merged(_parts(self._model.pipe))
             try:
                 loader.fuse_lora(parts, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
             except BaseException:
@@ -149,22 +161,22 @@ class Adapting:
 
     def _lora_loader(self) -> Any:
         """The pipe, if diffusers can load LoRAs into it."""
-        if not hasattr(self.pipe, "load_lora_weights"):
-            raise ValueError(f"diffusers has no LoRA loader for {type(self.pipe).__name__}")
+        if not hasattr(self._model.pipe, "load_lora_weights"):
+            raise ValueError(f"diffusers has no LoRA loader for {type(self._model.pipe).__name__}")
         try:
             import peft  # noqa: F401
         except ImportError as error:
             raise ImportError('diffusers loads LoRAs through peft: pip install "peft>=0.17,<1"') from error
-        return self.pipe
+        return self._model.pipe
 
     def _check_adaptable(self) -> None:
-        self._check_open()
-        if self.unet is not getattr(self.pipe, self.adapter.network):
+        self._denoiser.check_open()
+        if self._model.unet is not getattr(self._model.pipe, self._model.adapter.network):
             raise RuntimeError(
                 "stream.unet is not the pipe's own network, into which LoRAs are loaded: load them into the pipe before, or "
                 "into the network itself (load_lora_adapter)"
             )
-        kind, options = self._acceleration
+        kind, options = self._acceleration()
         changed = [name for name in ("fuse_qkv", "quantize") if getattr(options, name, None)]
         if changed:
             raise RuntimeError(
@@ -178,7 +190,7 @@ class Adapting:
             raise ValueError(f"no LoRA is named {', '.join(map(repr, unknown))}: loaded are {', '.join(known) or 'none'}")
 
     def _fusible(self, network: bool, texts: bool) -> list[str]:
-        wanted = [name for name in _parts(self.pipe) if (network if name == self.adapter.network else texts)]
+        wanted = [name for name in _parts(self._model.pipe) if (network if name == self._model.adapter.network else texts)]
         if not wanted:
             raise ValueError("nothing is asked for: neither the network nor the text encoders")
         return wanted
@@ -187,20 +199,16 @@ class Adapting:
     def _adapting(self, values: bool = False) -> Iterator[None]:
         """Inside no tick runs and no prompt is encoded. An error puts everything back, with `values` also adapters that
         change in place; else prompts follow the text encoders."""
-        self._check_step("a call that changes LoRAs")
-        with self._ticks:
+        self._denoiser.check_step("a call that changes LoRAs")
+        with self._denoiser.ticks:
             self._redraw()
-            with self._callers, _undone_on_error(list(_parts(self.pipe).values()), values):
-                texts = [part for name, part in _parts(self.pipe).items() if name != self.adapter.network]
+            with self._updates.callers, _undone_on_error(list(_parts(self._model.pipe).values()), values):
+                texts = [part for name, part in _parts(self._model.pipe).items() if name != self._model.adapter.network]
                 before = [_settings(part) for part in texts]
                 yield
                 changed = [_settings(part) for part in texts] != before
-        if changed and self._state is not None:
-            self._encode_anew()
-
-    def _encode_anew(self) -> None:
-        """Give frames that enter from now on the embeddings that the text encoders make now."""
-        self._amend(self._planner.plan_again)
+        if changed and self._denoiser.state is not None:
+            self._updates.amend(self._updates.planner.plan_again)
 
 
 def _parts(pipe: Any) -> dict[str, nn.Module]:

@@ -26,7 +26,7 @@ class PipelineCalls:
     """
 
     waiting = None
-    known_anchors = None
+    anchors = None
 
     def __init__(self, adapter: Any, settings: Settings, to_the_end: bool):
         self._adapter, self.settings, self._to_the_end = adapter, settings, to_the_end
@@ -114,7 +114,7 @@ class PipelineCalls:
         if not self._is_done():
             return None
         group, strands = self._groups.popleft()
-        return Done(torch.cat([strand.result for strand in strands]), group.ids, group.copy, group.paste)
+        return Done(torch.cat([strand.result for strand in strands]), group.ids, group.copy, group.finish)
 
 
 def _stop(groups: deque[tuple[Group, list[Strand]]]) -> None:

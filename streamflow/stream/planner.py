@@ -17,6 +17,7 @@ from streamflow.flow.guidance import Weight, mode
 from streamflow.flow.noise import NoiseSource, resolve_seeds
 from streamflow.flow.schedule import Schedule, Stages
 from streamflow.models.adapter import FlowAdapter
+from streamflow.stream.model import Model
 from streamflow.stream.request import AssignedEmbeds, Prepared, Request, is_plain, same
 
 DEFAULT_SEED = 2
@@ -25,15 +26,15 @@ RESIDUAL_GUIDANCE = 1.2
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for one stream: `shape` is a frame's latent shape, `height` and `width` are pixels; `noise_period` is that of
-    requests by `prepare`. `cache` holds what prompts became since the last `plan`."""
+    """Plans for one model. `cache` holds what prompts became since the last `plan`."""
 
-    adapter: FlowAdapter
-    shape: tuple[int, ...]
-    height: int
-    width: int
-    noise_period: int = 30
+    model: Model
     cache: Cache = field(default_factory=Cache, compare=False)
+
+    @property
+    def adapter(self) -> FlowAdapter:
+        """The family's adapter."""
+        return self.model.adapter
 
     def check(self, cfg_type: str, do_add_noise: bool) -> None:
         """Raise ValueError where the pipeline cannot be streamed under these settings."""
@@ -88,7 +89,7 @@ class Planner:
             raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
         if generator is None and seed is None:
             seed = DEFAULT_SEED
-        return NoiseSource(self.shape, None if generator else seed, generator, period)
+        return NoiseSource(self.model.shape, None if generator else seed, generator, period)
 
     @staticmethod
     def seed(seed: Any) -> Any:
@@ -144,7 +145,7 @@ class Planner:
         arguments["negative_prompt"] = None if given else request.negative_prompt
         if self.adapter.guidance_argument != "guidance_scale" and request.guidance_scale is not None:
             arguments["guidance_scale"] = request.guidance_scale
-        return self.adapter.read(arguments, request.num_inference_steps, self.height, self.width, request.guided)
+        return self.adapter.read(arguments, request.num_inference_steps, self.model.height, self.model.width, request.guided)
 
     def _pick(self, request: Request, schedule: Schedule) -> Stages:
         if request.strength is not None:

@@ -5,49 +5,60 @@ same step in a loop, one group at a time: the sequential reference. They know ro
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from streamflow.conditioning.inpaint import Known, Paste, Path
-from streamflow.conditioning.prompt import Cond, CondBatch, Prompt, Velocity, stack
+from streamflow.conditioning.inpaint import MASK, Path, put_known
+from streamflow.conditioning.prompt import CondBatch, Prompt, Velocity, stack
 from streamflow.flow.convention import add_noise
 from streamflow.flow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
 from streamflow.flow.schedule import Stages
 from streamflow.flow.solvers import Rule
 
+ALWAYS = ("noise", "anchor")  # carried by every row where the rule, or the mode, needs it of any
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What the frames of a group take along from stage to stage. value: `[F, ...]`, one row a frame. fill: what stands in
+    the rows of frames without it."""
+
+    value: Tensor
+    fill: float = 0.0
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """F frames that travel together. `x` `[F, ...]` at the first stage's sigma; `noise` `[F, ...]`, the frames' own,
-    where rows are re-noised; `anchor` float32 `[F, ...]`, clean latents, where known; `prompts`, one a frame;
-    `ids`, one a frame; `copy` marks a group that only fills the ring and whose frames were or will be delivered; `known`:
-    what of them is known and not drawn; `paste`: what is to be done to their pictures, carried along; `draws` float32
-    `[S, F, ...]`, noise for every stage, where the rule needs it fresh."""
+    """F frames that travel together.
+
+    x: `[F, ...]` at the first stage's sigma. prompts, ids: one a frame; a padded group has fewer ids than rows.
+    carried: what travels with the rows, by name: "noise", the frames' own; "anchor", float32, their clean latents; the
+        known part of inpainted frames (`conditioning.inpaint`).
+    draws: float32 `[S, F, ...]`, noise for every stage, for rules that need it fresh.
+    copy: the group only fills the ring with frames that were or will be delivered.
+    finish: applied to the group's decoded images.
+    """
 
     x: Tensor
     prompts: tuple[Prompt, ...]
     ids: tuple[int, ...]
-    noise: Tensor | None = None
-    anchor: Tensor | None = None
-    copy: bool = False
-    known: Known | None = None
-    paste: Paste | None = None
+    carried: Mapping[str, Carried] = field(default_factory=dict)
     draws: Tensor | None = None
+    copy: bool = False
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """A group that has left: clean latents `[F, ...]`, with the ids, the mark and the `paste` it came with."""
+    """A group that has left: clean latents `[F, ...]`, with the ids, the mark and the `finish` of its group."""
 
     x0: Tensor
     ids: tuple[int, ...]
     copy: bool
-    paste: Paste | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Rows:
         self.settings, self.first, self.last = settings, first, last
         self.count = (last - first) * frames
         self.extra = settings.mode.extra_rows(self.count, frames if first == 0 else 0)
-        self.conds = CondBatch()
+        self._conds, self._prompts = CondBatch(), ()
         self.set_levels(settings.stages)
 
     def set_levels(self, stages: Stages) -> None:
@@ -100,7 +111,7 @@ class Rows:
         self,
         network: Velocity,
         x: Tensor,
-        prompts: Sequence[Prompt],
+        prompts: tuple[Prompt, ...],
         weight: Weight,
         anchors: Anchors | None = None,
         noise: Tensor | None = None,
@@ -110,8 +121,15 @@ class Rows:
         extra = self.extra
         times = self.t if t is None else torch.cat((t[:extra], t))
         rows = torch.cat((x[:extra], x)) if extra else x
-        v = self.conds.velocity(network, rows, times, _conds(prompts, extra))
-        v = combine(v[extra:] if extra else v, v[:extra], x, self.sigma, weight, anchors, self)
+        if prompts != self._prompts:
+            conds = (*(prompt.uncond for prompt in prompts[:extra]), *(prompt.cond for prompt in prompts))
+            self._prompts = ()
+            self._conds.set(conds)
+            self._prompts = prompts  # if that failed, the next call does it again
+        arguments = self._conds.arguments
+        v = network(rows, times, **arguments) if arguments is not None else self._conds.velocity(network, rows, times)
+        if extra or anchors is not None:
+            v = combine(v[extra:], v[:extra], x, self.sigma, weight, anchors, self)
         return self.step(x, v, noise), v
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -134,38 +152,52 @@ Observer = Callable[[Rows, Sequence[Group | None], Tensor, Tensor, Tensor], Tens
 """(rows, their groups, x and v of this step, x at the next sigma) to x at the next sigma, all `[rows, ...]`."""
 
 
-def _conds(prompts: Sequence[Prompt], extra: int) -> tuple[Cond, ...]:
-    return (*(p.uncond for p in prompts[:extra]), *(p.cond for p in prompts))
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """The frames in flight after a push. groups: newest first, None where there is none; the last one has left. prompts: of
+    all rows. x: the rows `[rows, ...]` at the last step, and `advanced` after it. carried: by name, `[rows, ...]`."""
+
+    groups: tuple[Group | None, ...]
+    prompts: tuple[Prompt, ...]
+    x: Tensor
+    advanced: Tensor
+    carried: Mapping[str, Carried]
 
 
 class Ring:
-    """S stages x F frames, advanced together. The verbs are push, flush and reset. `weight` is the guidance weight of all
-    rows, those under way too. `observer` sees every step and answers with the latents to go on with."""
+    """S stages x F frames, advanced together. `weight` is the guidance weight of all rows, those under way too.
+    `first_sigma` `[1, 1, ...]` is the noise level at which frames enter. `observer` sees every step and answers with the
+    latents to go on with."""
 
     observer: Observer | None = None
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
-        s = self.settings = settings
-        self.weight = weight
-        self.rows = Rows(s, 0, len(s.stages))
+        self.settings, self.weight = settings, weight
+        self.rows = Rows(settings, 0, len(settings.stages))
+        self.first_sigma = self.rows.sigma[:1]
+        self._known_rows: tuple[tuple[bool, ...], Tensor | None] = ((), None)
         self.reset()
 
     def reset(self) -> None:
-        """Empty the ring; what was in flight is gone."""
+        """Drop what is in flight."""
         s = self.settings
-        self._groups: deque[Group | None] = deque([None] * len(s.stages), len(s.stages))
-        self._prompts: list[Prompt] = []
         empty = torch.zeros((self.rows.count, *s.shape), dtype=s.dtype, device=s.device)
-        self.x = self._advanced = empty
-        self.noise = empty if s.rule.noise == "own" else None
-        self.anchors = Anchors(empty.float()) if s.mode.carries_anchor else None
-        self._known: tuple[bool, ...] = ()
-        self.known: Known | None = None
+        carried = {}
+        if s.rule.noise == "own":
+            carried["noise"] = Carried(empty)
+        if s.mode.carries_anchor:
+            carried["anchor"] = Carried(empty.float())
+        self._flight = Flight((None,) * len(s.stages), (), empty, empty, carried)
+
+    @property
+    def _waiting(self) -> tuple[Group | None, ...]:
+        """The groups under way between two pushes: all but the one that the last push let out."""
+        return self._flight.groups[:-1]
 
     @property
     def in_flight(self) -> int:
         """How many frames are under way, copies not counted."""
-        return sum(len(g.ids) for g in self._waiting if g and not g.copy)
+        return sum(len(group.ids) for group in self._waiting if group and not group.copy)
 
     @property
     def groups_in_flight(self) -> int:
@@ -179,28 +211,23 @@ class Ring:
 
     def holds(self, group: Group) -> bool:
         """Whether this very group is under way."""
-        return any(one is group for one in self._groups)
+        return any(one is group for one in self._flight.groups)
 
     @property
-    def first_sigma(self) -> Tensor:
-        """The noise level at which frames enter, `[1, 1, ...]`."""
-        return self.rows.sigma[:1]
-
-    @property
-    def known_anchors(self) -> Anchors | None:
-        """The rows' anchors; None where no row has one, or the mode carries none."""
-        return self.anchors if self.settings.mode.measures_anchor or any(self._known) else None
+    def anchors(self) -> Anchors | None:
+        """The rows' anchors, and which rows have one; None where the mode carries none."""
+        return self._anchors(self._flight.groups, self._flight.carried) if self.settings.mode.carries_anchor else None
 
     @property
     def waiting(self) -> Tensor | None:
         """The rows that the next push advances beside the new ones, `[(S - 1) F, ...]`; None with a single stage."""
-        return self._advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
+        return self._flight.advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
     @property
     def next_x(self) -> Tensor:
         """The latents of all rows `[rows, ...]` as the next step sees them; of the rows that have left, their last
         step's."""
-        return torch.cat((self._advanced[: -self.settings.frames], self.x[-self.settings.frames :]))
+        return torch.cat((self._flight.advanced[: -self.settings.frames], self._flight.x[-self.settings.frames :]))
 
     @property
     def next_sigma(self) -> Tensor:
@@ -209,29 +236,27 @@ class Ring:
 
     def set_waiting(self, x: Tensor) -> None:
         """Replace the latents of the rows under way, `[(S - 1) F, ...]`."""
-        self._advanced = torch.cat((x, self._advanced[-self.settings.frames :]))
+        advanced = torch.cat((x, self._flight.advanced[-self.settings.frames :]))
+        self._flight = replace(self._flight, advanced=advanced)
 
     def set_residual_noise(self, noise: Tensor) -> None:
         """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise` at its next
         step; noise float32 `[rows, ...]`, of which the rows that have left take none."""
-        going_on = self.rows.count - self.settings.frames
-        x, sigma = self.next_x[:going_on].float(), self.next_sigma[:going_on]
-        anchor = (x - sigma * noise[:going_on]) / (1.0 - sigma)
-        self.anchors = Anchors(torch.cat((anchor, self.anchors.x0[going_on:])), self.anchors.known)
-
-    @property
-    def _waiting(self) -> list[Group | None]:
-        """The groups under way between two pushes: all but the one that the last push let out."""
-        return list(self._groups)[:-1]
+        remaining = self.rows.count - self.settings.frames
+        x, sigma = self.next_x[:remaining].float(), self.next_sigma[:remaining]
+        anchor = (x - sigma * noise[:remaining]) / (1.0 - sigma)
+        moved = Carried(torch.cat((anchor, self._flight.carried["anchor"].value[remaining:])))
+        self._flight = replace(self._flight, carried={**self._flight.carried, "anchor": moved})
 
     def set_levels(self, stages: Stages) -> None:
         """Change the noise levels, as many as before, of all rows, those under way too."""
         self.rows.set_levels(stages)
+        self.first_sigma = self.rows.sigma[:1]
 
     def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
         """Give all rows under way the tensors of these names from this prompt."""
-        changed = {old: old.taking(prompt, names) for old in set(self._prompts)}
-        self._prompts = [changed[old] for old in self._prompts]
+        changed = {old: old.taking(prompt, names) for old in set(self._flight.prompts)}
+        self._flight = replace(self._flight, prompts=tuple(changed[old] for old in self._flight.prompts))
 
     @torch.no_grad()
     def push(self, group: Group, network: Velocity) -> Done | None:
@@ -239,94 +264,97 @@ class Ring:
 
         None while the ring fills. Copies come back too, marked. If the network raises, the ring is as it was before.
         """
-        before = {**vars(self), "_groups": self._groups.copy(), "anchors": copy.copy(self.anchors)}
-        try:
-            self._enter(group)
-            noise = self._draws() if self.settings.rule.noise == "fresh" else self.noise
-            x, v = self.rows.advance(network, self.x, self._prompts, self.weight, self.known_anchors, noise)
-        except BaseException:
-            vars(self).update(before)
-            raise
-        if self.known is not None:
-            x = self.known.put(x, self.rows.sigma_next, self.settings.path)
-        self._advanced = x
+        s, frames, before = self.settings, self.settings.frames, self._flight
+        groups = (group, *before.groups[:-1])
+        prompts = (*group.prompts, *before.prompts)[: self.rows.count]
+        prompts += (group.prompts[-1],) * (self.rows.count - len(prompts))
+        x = torch.cat((group.x, before.advanced[:-frames]))
+        carried = {} if not (group.carried or before.carried) else self._shifted(group, groups)
+        anchors = self._anchors(groups, carried) if s.mode.carries_anchor else None
+        noise = None if s.rule.noise == "none" else self._noise(groups, carried)
+        advanced, v = self.rows.advance(network, x, prompts, self.weight, anchors, noise)
+        if MASK in carried:
+            advanced = put_known(advanced, {name: one.value for name, one in carried.items()}, self.rows.sigma_next, s.path)
+        self._flight = Flight(groups, prompts, x, advanced, carried)
         if self.observer is not None:
-            self._advanced = self.observer(self.rows, self._groups, self.x, v, x)
-        return next(iter(self.leaving), None)
+            self._flight = replace(self._flight, advanced=self.observer(self.rows, groups, x, v, advanced))
+        oldest = groups[-1]
+        if oldest is None:
+            return None
+        return Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish)
 
     @property
     def leaving(self) -> tuple[Done, ...]:
         """The group that the last push has let out, if it did."""
-        oldest = self._groups[-1]
+        oldest = self._flight.groups[-1]
         if oldest is None:
             return ()
-        return (Done(self._advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.paste),)
-
-    def flush(self, network: Velocity) -> list[Done]:
-        """Run what is in flight to its end with the settings it has; oldest first, copies left out. Empties the ring."""
-        return list(self.drain(network))
+        return (Done(self._flight.advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.finish),)
 
     def drain(self, network: Velocity) -> Iterator[Done]:
-        """As `flush`, one group after another, each when it is done."""
+        """Run what is in flight to its end with the settings it has, one group after another, oldest first, copies left
+        out. Empties the ring."""
         while not self.empty:
-            newest = next(group for group in self._groups if group)
+            newest = next(group for group in self._flight.groups if group)
             padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
             failed = None
             try:
                 left = self.push(padding, network)
             except BaseException as error:
-                if self._groups[0] is not padding:
+                if self._flight.groups[0] is not padding:
                     raise
                 failed, left = error, next(iter(self.leaving), None)  # an observer's, which comes after the step
-            self._groups[0] = None
+            self._flight = replace(self._flight, groups=(None, *self._flight.groups[1:]))
             if left is not None and not left.copy:
                 yield left
             if failed is not None:
                 raise failed
         self.reset()
 
-    def _draws(self) -> Tensor:
-        """Each row's fresh noise for the step it is about to take; zeros where there is none."""
-        nothing = torch.zeros_like(self.x[: self.settings.frames], dtype=torch.float32)
-        groups = enumerate(self._groups)
-        return torch.cat([nothing if g is None or g.draws is None else g.draws[stage] for stage, g in groups])
+    def flush(self, network: Velocity) -> list[Done]:
+        """As `drain`, all at once."""
+        return list(self.drain(network))
 
-    def _enter(self, group: Group) -> None:
-        """Shift all that rows carry by one stage, the new frames' first."""
-        self._groups.appendleft(group)
-        self._prompts = [*group.prompts, *self._prompts][: self.rows.count]
-        self._prompts += [group.prompts[-1]] * (self.rows.count - len(self._prompts))
-        self.x = self._shifted(group.x, self._advanced)
-        if group.known is not None or self.known is not None:
-            self._enter_known(group.known)
-        if self.noise is not None:
-            self.noise = self._shifted(torch.zeros_like(group.x) if group.noise is None else group.noise, self.noise)
-        if self.anchors is not None:
-            anchor = torch.zeros_like(group.x, dtype=torch.float32) if group.anchor is None else group.anchor
-            self.anchors.x0 = self._shifted(anchor, self.anchors.x0)
-            self._know(tuple(one is not None and one.anchor is not None for one in self._groups))
+    def _shifted(self, group: Group, groups: Sequence[Group | None]) -> dict[str, Carried]:
+        """What the rows carry once this group has entered: the new frames' first, the oldest frames' left out. What no
+        group brings any more is dropped, but for what the rule or the mode needs of all rows."""
+        frames, carried = self.settings.frames, {}
+        for name in {**self._flight.carried, **group.carried}:
+            new, rows = group.carried.get(name), self._flight.carried.get(name)
+            if name not in ALWAYS and not any(one is not None and name in one.carried for one in groups):
+                continue
+            like = new or rows
+            shape, fill = like.value.shape[1:], like.fill
+            first = new.value if new else rows.value.new_full((frames, *shape), fill)
+            rest = rows.value if rows else new.value.new_full((self.rows.count, *shape), fill)
+            carried[name] = Carried(torch.cat((first, rest[:-frames])), fill)  # a copy: measured anchors are written into it
+        return carried
 
-    def _enter_known(self, new: Known | None) -> None:
-        """What is known moves on with its rows; once no row knows anything, nothing is carried."""
-        rows = new.nothing(self.rows.count) if self.known is None else self.known
-        some = any(one is not None and one.known is not None for one in self._groups)
-        self.known = rows.shifted(new, self.settings.frames) if some else None
+    def _noise(self, groups: Sequence[Group | None], carried: Mapping[str, Carried]) -> Tensor:
+        """Each row's noise for the step that it is about to take; zeros where there is none."""
+        if self.settings.rule.noise == "own":
+            return carried["noise"].value
+        nothing = torch.zeros_like(groups[0].x, dtype=torch.float32)
+        by_stage = enumerate(groups)
+        return torch.cat([nothing if g is None or g.draws is None else g.draws[stage] for stage, g in by_stage])
 
-    def _shifted(self, new: Tensor, rows: Tensor) -> Tensor:
-        return torch.cat((new, rows[: -len(new)]))  # always a copy: a measured anchor is written into it
+    def _anchors(self, groups: Sequence[Group | None], carried: Mapping[str, Carried]) -> Anchors | None:
+        """The rows' anchors; None where no row has one."""
+        if self.settings.mode.measures_anchor:
+            return Anchors(carried["anchor"].value)
+        known = tuple(one is not None and "anchor" in one.carried for one in groups)
+        return Anchors(carried["anchor"].value, self._mask_of(known)) if any(known) else None
 
-    def _know(self, known: tuple[bool, ...]) -> None:
-        """Say which rows' anchors are known, if that has changed."""
-        if known == self._known:
-            return
-        self._known = known
-        self.anchors.known = None
-        if not all(known) and not self.settings.mode.measures_anchor:
-            frames = self.settings.frames
-            mask = torch.ones(self.rows.count, dtype=torch.bool, device=self.settings.device)
-            for stage in (i for i, one in enumerate(known) if not one):
-                mask[stage * frames : (stage + 1) * frames].fill_(False)
-            self.anchors.known = mask
+    def _mask_of(self, known: tuple[bool, ...]) -> Tensor | None:
+        """Bool `[rows]`: the rows of these stages; None for all. Made anew only where it changes."""
+        if known != self._known_rows[0]:
+            frames, mask = self.settings.frames, None
+            if not all(known):
+                mask = torch.ones(self.rows.count, dtype=torch.bool, device=self.settings.device)
+                for stage in (i for i, one in enumerate(known) if not one):
+                    mask[stage * frames : (stage + 1) * frames].fill_(False)
+            self._known_rows = known, mask
+        return self._known_rows[1]
 
 
 class Loop:
@@ -336,16 +364,12 @@ class Loop:
     in_flight = groups_in_flight = 0
     empty = True
     waiting = None
-    known_anchors = None
+    anchors = None
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         self.settings, self.weight = settings, weight
         self.stages = [Rows(settings, i, i + 1) for i in range(len(settings.stages))]
-
-    @property
-    def first_sigma(self) -> Tensor:
-        """The noise level at which frames enter, `[1, 1, ...]`."""
-        return self.stages[0].sigma[:1]
+        self.first_sigma = self.stages[0].sigma[:1]
 
     def holds(self, group: Group) -> bool:
         """Whether this very group is under way: never."""
@@ -358,6 +382,7 @@ class Loop:
         """Change the noise levels."""
         for rows in self.stages:
             rows.set_levels(stages)
+        self.first_sigma = self.stages[0].sigma[:1]
 
     def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
         """No row is under way."""
@@ -366,21 +391,22 @@ class Loop:
     def push(self, group: Group, network: Velocity) -> Done:
         """Run a group from the first stage to sigma 0."""
         x, s = group.x, self.settings
+        carried = {name: one.value for name, one in group.carried.items()}
         anchors = None
-        if s.mode.measures_anchor or (s.mode.carries_anchor and group.anchor is not None):
-            anchors = Anchors(torch.zeros_like(x, dtype=torch.float32) if group.anchor is None else group.anchor.clone())
+        if s.mode.measures_anchor:
+            anchors = Anchors(torch.zeros_like(x, dtype=torch.float32))
+        elif s.mode.carries_anchor and "anchor" in carried:
+            anchors = Anchors(carried["anchor"].clone())
         for rows in self.stages:
-            before = x
-            x, v = rows.advance(network, x, group.prompts, self.weight, anchors, self._noise(group, rows.first))
-            if group.known is not None:
-                x = group.known.put(x, rows.sigma_next, s.path)
+            before, noise = x, carried.get("noise")
+            if s.rule.noise == "fresh":
+                noise = None if group.draws is None else group.draws[rows.first]
+            x, v = rows.advance(network, x, group.prompts, self.weight, anchors, noise)
+            if MASK in carried:
+                x = put_known(x, carried, rows.sigma_next, s.path)
             if self.observer is not None:
                 x = self.observer(rows, (group,), before, v, x)
-        return Done(x, group.ids, group.copy, group.paste)
-
-    def _noise(self, group: Group, stage: int) -> Tensor | None:
-        of = {"none": None, "own": group.noise, "fresh": None if group.draws is None else group.draws[stage]}
-        return of[self.settings.rule.noise]
+        return Done(x, group.ids, group.copy, group.finish)
 
     def flush(self, network: Velocity) -> list[Done]:
         """Nothing is in flight."""

@@ -1,140 +1,288 @@
-"""Updates from many threads, one after another, so that they leave the thread that draws its time. Knows threads and clocks;
-nothing of what is updated."""
+"""What is drawn, and how it changes: `prepare`, and updates from any thread, which the drawing thread takes at the start of
+its next call."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from streamflow._threads import acting_thread
+import torch
 
-SHARE = 0.05  # of the time that updates by other threads may take while frames are drawn
-LONGEST = 1.0  # seconds that one waits for that at most
-DRAWING = 1.0  # seconds since the last tick within which frames count as being drawn
+from streamflow._threads import aside
+from streamflow.flow.schedule import check_indices
+from streamflow.models.adapter import ASKS_FOR_NOTHING, RESERVED
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.grad_mode import computing
+from streamflow.stream.model import Model
+from streamflow.stream.outputs import Outputs
+from streamflow.stream.planner import DEFAULT_SEED, Planner
+from streamflow.stream.request import SCOPES, Change, Prepared, Request, check_feedback, owned
 
-
-@dataclass(eq=False)
-class _Ticket:
-    """An update that waits. `replaced_by`: a later one that sets all that this one sets. `parts`: what its fields are read
-    together with, so that an update between the two which has a part in common keeps them apart."""
-
-    names: frozenset[str]
-    parts: frozenset[str]
-    scope: str | None
-    replaced_by: _Ticket | None = None
-    over: bool = False
-    number: int | None = None
-    thread: int = field(default_factory=acting_thread)
-    wake: threading.Event = field(default_factory=threading.Event)
+Texts = str | Sequence[tuple[str, float]]
+Seeds = int | Sequence[tuple[int, float]]
 
 
 class Updates:
-    """Lets updates through one at a time, in the order in which they came.
+    """Plans what is drawn, and keeps the one change that is pending.
 
-    An update that waits is left out where a later one sets the same fields. While another thread draws, a pause follows
-    each update, so that all together take no more than `SHARE` of the time, and at most `LONGEST`. The thread that draws
-    waits for the update under way alone.
+    pending: the change that the next call takes. count: of updates so far. defaults: the fields of a request that `prepare`
+    takes from the stream's constructor: t_index_list, cfg_type, do_add_noise, noise, noise_period, feedback. Locks are taken
+    in this order: the denoiser's `ticks`, `callers`, `slot`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._guard = threading.Lock()
-        self._waiting: list[_Ticket] = []
-        self._busy = False
-        self._free_at = self._drawn_at = float("-inf")
-        self._drawn_by: int | None = None
+    def __init__(self, model: Model, planner: Planner, denoiser: Denoiser, outputs: Outputs, **defaults: Any) -> None:
+        check_feedback(defaults["feedback"])
+        self._model, self.planner, self._denoiser, self._outputs = model, planner, denoiser, outputs
+        self.defaults = defaults
+        self.callers, self.slot = threading.Lock(), threading.Lock()
+        self.pending: Change | None = None
+        self.count = 0
 
-    def drawn(self) -> None:
-        """This thread draws. To be called at every tick; takes no lock."""
-        self._drawn_by, self._drawn_at = acting_thread(), self._clock()
+    # -- prepare --------------------------------------------------------------------------------------------------------
 
-    @property
-    def drawing_elsewhere(self) -> bool:
-        """Whether another thread draws."""
-        return self._drawn_by != acting_thread() and self._clock() - self._drawn_at < DRAWING
+    @computing
+    def prepare(
+        self,
+        prompt: Texts | None = None,
+        negative_prompt: Texts | None = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        delta: float = 1.0,
+        generator: torch.Generator | None = None,
+        seed: Seeds | None = None,
+        *,
+        strength: float | None = None,
+        blend: str = "linear",
+        normalize: bool = True,
+        **pipeline_arguments: Any,
+    ) -> None:
+        """Set what is drawn, and empty the ring (how many frames that dropped is logged). Frame ids start anew.
 
-    def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int], parts: Collection[str] = ()) -> int:
-        """Call `make`, which sets these fields and gives the update's number; give that number, or the one of the later
-        update that took its place. What `make` raises is raised, and an update whose place it took is made after all."""
-        mine = _Ticket(frozenset(names), frozenset(parts), scope)
-        try:
-            if not self._turn(mine):
-                return mine.replaced_by.number
-            began = self._clock()
+        Args:
+            prompt, negative_prompt: texts; or `prompt_embeds` and its kin, under the pipeline's own names; or lists of texts
+                with weights, `[("a cat", 0.6), ("a dog", 0.4)]`, which are blended.
+            num_inference_steps: the length of the schedule that `t_index_list` indexes.
+            guidance_scale: the pipeline's. None: the pipeline's own default under `full` and where it is embedded in the
+                network (Flux), 1.2 under `self` and `initialize`. Flux's weight of true guidance is `true_cfg_scale`.
+            delta: under `self` and `initialize` the weight in force is `1 + (guidance_scale - 1) delta`.
+            generator: draws all noise; used as it is, or seeded with `seed` first where both are given, as in
+                StreamDiffusion.
+            seed: noise is a function of the seed and the frame's number. Default 2; -1 stands for a random one,
+                which is logged. Or seeds with weights.
+            strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
+            blend: "linear" or "slerp", along the sphere (`streamflow.conditioning.blending.METHODS`).
+            normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
+            pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
+
+        Raises:
+            TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed. Whatever
+                acceleration raises; then the stream is prepared, without acceleration.
+        """
+        model, denoiser, planner = self._model, self._denoiser, self.planner
+        denoiser.check_open()
+        denoiser.check_step("prepare()")
+        arguments = self._without_nothing(pipeline_arguments)
+        model.adapter.check_arguments(arguments)
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            delta=delta,
+            strength=strength,
+            arguments=owned(arguments),
+            blend=blend,
+            normalize=normalize,
+            **self.defaults,
+        )
+        seed = planner.seed(seed)
+        model.adapter.settle(request.arguments, request.prompt)
+        model.settle_shape()
+        with denoiser.ticks, self.callers:
             try:
-                mine.number = make()
-                return mine.number
-            finally:
-                now = self._clock()
-                self._free_at = now + min(LONGEST, (now - began) * (1 / SHARE - 1))
-                self._busy = False
-        finally:
-            self._end(mine)
+                with model.following_pipe():
+                    state = planner.plan(request, generator, seed)
+            except BaseException:
+                planner.forget_prompts()  # they may be of parts of the pipe that are not taken over
+                raise
+            if generator is not None and seed is not None:
+                generator.manual_seed(seed)
+            seed = state.noise.seed
+            self._outputs.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
+            denoiser.empty("prepare()")
+            with self.slot:
+                denoiser.state, self.pending = state, None
+            denoiser.install(state.stages)
+        if model.accelerated is None:
+            model.rebuild()
 
-    def _turn(self, mine: _Ticket) -> bool:
-        """Wait until it is this one's turn; False where a later update took its place."""
-        with self._guard:
-            self._replace(mine)
-            self._waiting.append(mine)
-            self._wake_next()
-        while True:
-            with self._guard:
-                if mine.replaced_by is not None and mine.replaced_by.over:
-                    if mine.replaced_by.number is not None:
-                        return False
-                    mine.replaced_by = None  # that one failed
-                left = self._left(mine)
-                if left == 0:
-                    self._busy = True
-                    self._waiting.remove(mine)
-                    return True
-                mine.wake.clear()
-            mine.wake.wait(left)
+    def _without_nothing(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments, less those that request what happens anyway."""
+        anyway = {**ASKS_FOR_NOTHING, "height": self._model.height, "width": self._model.width}
+        refused = {*RESERVED, *self._model.adapter.refused}
+        nothing = {name for name, value in arguments.items() if value is None and name in refused}
+        nothing |= {name for name, value in arguments.items() if name in anyway and value == anyway[name]}
+        return {name: value for name, value in arguments.items() if name not in nothing}
 
-    def _replace(self, mine: _Ticket) -> None:
-        """Let this one take the place of those before it. What waits for an update under way goes on waiting for that."""
-        between: set[str] = set()
-        for one in reversed(self._waiting):
-            free = one.replaced_by is None or one.replaced_by in self._waiting
-            same = one.scope == mine.scope and one.names <= mine.names and one.thread != self._drawn_by
-            if free and same and not one.parts & between:
-                one.replaced_by = mine
-            else:
-                between |= one.parts
+    # -- update ---------------------------------------------------------------------------------------------------------
 
-    def _left(self, mine: _Ticket) -> float | None:
-        """Seconds until it is this one's turn; None where it is to be woken."""
-        if mine.replaced_by is not None or self._busy:
-            return None
-        if mine.thread == self._drawn_by:  # what it waits for would wait for it
-            return 0
-        if mine is not self._first() or any(one.thread == self._drawn_by for one in self._waiting):
-            return None
-        now = self._clock()
-        drawing = now - self._drawn_at < DRAWING
-        return max(0.0, self._free_at - now) if drawing else 0
+    def update_prompt(
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, scope: str = "now", **pipeline_arguments: Any
+    ) -> int:
+        """Change the prompt: of all rows at the next call (`scope="now"`), or of frames that enter from then on
+        (`scope="frame"`), each of which then equals a sequential run of its own prompt. The negative prompt stays
+        unless a new one is given. Returns the update's number."""
+        changes = {"prompt": prompt} if negative_prompt is None else {"prompt": prompt, "negative_prompt": negative_prompt}
+        return self.update(scope=scope, **changes, **pipeline_arguments)
 
-    def _first(self) -> _Ticket | None:
-        return next((one for one in self._waiting if one.replaced_by is None), None)
+    @computing
+    def update(self, *, scope: str | None = None, seed: Seeds | None = None, **changes: Any) -> int:
+        """Change what is drawn, from any thread; the drawing thread takes it at the start of its next call.
 
-    def _wake_next(self) -> None:
-        """Wake those whose turn may have come."""
-        first = self._first()
-        for one in self._waiting:
-            if one is first or one.thread == self._drawn_by:
-                one.wake.set()
+        Args:
+            scope: "now" for rows under way too, "frame" for frames that enter from then on. None: now, but for noise
+                levels. New noise levels under "frame" or None let what is in flight run to its end with the old ones
+                first, and calls deliver that before anything newer, so that they stay so many frames behind until `flush`
+                or `reset`; "now" needs as many stages as before. The guidance
+                weight and delta act on all rows at the next call, whatever the scope.
+            seed: of the frames that enter from then on.
+            changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
+                normalize, guidance_scale, delta, num_inference_steps, t_index_list, strength, noise, noise_period, feedback
+                (of frames that enter from then on), cfg_type, do_add_noise (frames under way finish first), and the
+                pipeline's own arguments by name.
 
-    def _end(self, mine: _Ticket) -> None:
-        """This one is made, or left out, or has failed: whoever waits for that goes on."""
-        with self._guard:
-            mine.over = True
-            if mine.replaced_by is not None:
-                mine.number = mine.replaced_by.number
-            if mine in self._waiting:
-                self._waiting.remove(mine)
-            for one in self._waiting:
-                if one.replaced_by is mine:
-                    one.wake.set()
-            self._wake_next()
+        Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
+        one is encoded, others wait; of those that set the same fields, only the last is encoded, and its number returned.
+        While another thread draws, a pause of 19 times its own length follows each, a second at most.
+
+        Raises:
+            RuntimeError: before prepare. TypeError, ValueError: as `prepare`; then nothing has changed.
+        """
+        if scope not in SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: choose 'now' or 'frame'")
+        adapter, queue = self._model.adapter, self._denoiser.queue
+        if scope != "frame":
+            adapter.check_offers("update now")
+        own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
+        arguments = self._without_nothing(changes)
+        adapter.check_arguments(arguments)
+        if own.get("t_index_list") is not None:
+            own["t_index_list"] = check_indices(own["t_index_list"])
+            own.setdefault("strength", None)
+        names = {*own, *arguments} | (set() if seed is None else {"seed"})
+        parts = {part for name in names for part in _PARTS.get(name, ("texts", "levels"))}
+        change = partial(self._change_to, scope, seed, own, arguments)
+        if self._model.device.type == "cpu" and queue.drawing_elsewhere:
+            change = partial(aside, change)
+        return queue.apply(names, scope, change, parts)
+
+    @computing
+    def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], arguments: dict[str, Any]) -> int:
+        """Make the pending change of these fields; the update's number."""
+        with self.callers:
+            with self.slot:
+                pending, state = self.pending, self._denoiser.prepared()
+            target = pending.target if pending else state
+            request = target.request.changed(own, owned(arguments))
+            self._model.adapter.settle(request.arguments, request.prompt)
+            changed = self.planner.change(target, request, seed)
+            held = pending.entries if pending else frozenset()
+            entries = self._entries(target, changed, {*own, *arguments}, scope, held)
+            new_levels = changed.stages is not target.stages
+            if new_levels and scope == "now" and len(changed.stages) != len(target.stages):
+                raise ValueError(
+                    f"scope='now' keeps the number of stages, {len(target.stages)}, and {len(changed.stages)} were given: "
+                    f"leave scope out, and frames under way finish first"
+                )
+            levels_now = scope == "now" if new_levels or not pending else pending.levels_now
+            if pending:
+                drains = pending.target.stages is not state.stages and not pending.levels_now
+                levels_now = levels_now and not drains
+            with self.slot:
+                self.pending = Change(changed, entries, levels_now)
+            self.count += 1
+            return self.count
+
+    def _entries(
+        self, before: Prepared, after: Prepared, names: set[str], scope: str | None, held: frozenset[str]
+    ) -> frozenset[str]:
+        """Which of the prompt's tensors rows under way are to take; `held`: those of the update that still waits."""
+        if names - (_UPDATABLE - _TEXTS) - {self._model.adapter.guidance_argument}:  # it says something of the prompt
+            return frozenset() if scope == "frame" else frozenset(after.prompt.cond.rows)
+        if scope == "frame" or after.prompt is before.prompt:
+            return held
+        return held | before.prompt.differing(after.prompt)
+
+    def amend(self, change: Callable[[Prepared], Prepared]) -> None:
+        """Let the next call take what `change` makes of what is requested now, for frames that enter from then on."""
+        with self.callers:
+            with self.slot:
+                pending, state = self.pending, self._denoiser.prepared()
+            before = pending.target if pending else state
+            target = change(before)
+            same_levels = target.stages is before.stages
+            made = (
+                replace(pending, target=target, levels_now=pending.levels_now and same_levels) if pending else Change(target)
+            )
+            with self.slot:
+                self.pending = made
+
+    def requested(self) -> Prepared:
+        """What the next call will draw: with an update that it has yet to take."""
+        state = self._denoiser.prepared()
+        with self.slot:
+            return self.pending.target if self.pending else state
+
+    def close(self) -> None:
+        """Drop what is pending."""
+        self.pending = None
+
+    # -- in the drawing thread --------------------------------------------------------------------------------------------
+
+    def take(self) -> None:
+        """Let a pending update act. Only the drawing thread comes here, at the start of a call."""
+        while not self.take_one(self.pending):
+            pass
+
+    def take_one(self, change: Change | None) -> bool:
+        """Let this pending update act; False where another has been merged with it meanwhile."""
+        if change is None:
+            return True
+        denoiser, before = self._denoiser, self._denoiser.state
+        new_levels = change.target.stages is not before.stages
+        installs = not self._fits(change.target.request) or (new_levels and not change.levels_now)
+        if installs:
+            denoiser.run_out()  # where that fails, the update waits for the next call
+        with self.slot:
+            if self.pending is not change:
+                return False
+            self.pending, denoiser.state = None, change.target
+        if installs:
+            denoiser.install(change.target.stages)
+        elif new_levels:
+            denoiser.engine.set_levels(change.target.stages)
+        self._outputs.redraw()
+        if change.entries:
+            denoiser.engine.set_prompt(change.target.prompt, change.entries)
+        denoiser.engine.weight = change.target.weight
+        return True
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the engine guides and steps as this requests."""
+        settings = self._denoiser.engine.settings
+        return settings.mode is request.mode and settings.rule == self._denoiser.rule(request.do_add_noise)
+
+
+_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize", "assigned_embeds"}
+_VIDEO = {"noise", "noise_period", "feedback"}
+_SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
+_UPDATABLE = _TEXTS | _VIDEO | _SAMPLING
+# Which fields an update is read together with; the pipeline's own arguments with all.
+_PARTS = {
+    **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise")},
+    **dict.fromkeys(_TEXTS, ("texts",)),
+    **dict.fromkeys(("num_inference_steps", "t_index_list", "strength"), ("levels",)),
+}

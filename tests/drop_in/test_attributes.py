@@ -259,7 +259,7 @@ def test_assigned_prompt_embeds_are_those_of_all_rows(stream_of, cfg_type):
     wanted = -0.5 * stream.prompt_embeds
     stream.prompt_embeds *= -0.5
     assert torch.equal(stream.prompt_embeds, wanted)
-    prompt = reference._state.prompt
+    prompt = reference._denoiser.state.prompt
     pairs = (("", prompt.cond), ("negative_", prompt.uncond))
     embeds = {f"{sign}prompt_embeds": -0.5 * one.rows["encoder_hidden_states"] for sign, one in pairs if one}
     pooled = {f"{sign}pooled_prompt_embeds": one.rows["pooled_projections"] for sign, one in pairs if one}
@@ -329,7 +329,7 @@ def test_residual_noise_that_is_assigned_is_what_the_next_step_takes(stream_of, 
     stream.stock_noise *= 0.5
     halved = stream.stock_noise
     going_on = stream.batch_size - stream.frame_bff_size
-    step = stream._engine
+    step = stream._denoiser.engine
     anchor, sigma = step.anchors.x0[:going_on], step.rows.sigma_next[:going_on]
     rebuilt = (1 - sigma) * anchor + sigma * halved[:going_on]
     assert torch.allclose(rebuilt, stream.x_t_latent_buffer.float(), atol=1e-5)

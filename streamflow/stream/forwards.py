@@ -1,0 +1,49 @@
+"""Methods and attributes of a class that are those of one of its parts, with their docstrings and signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def method(part: str, of: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method that calls this method of `self.<part>`."""
+
+    @wraps(of)
+    def forward(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        return of(getattr(self, part), *args, **kwargs)
+
+    return forward
+
+
+class Attribute(property, Generic[T]):
+    """A property that reads and assigns this attribute of `self.<part>`. of: the attribute in the part's class, or its
+    docstring where instances hold it."""
+
+    def __init__(self, part: str, name: str, of: Any) -> None:
+        fixed = isinstance(of, property) and of.fset is None
+
+        def read(self: Any) -> Any:
+            return getattr(getattr(self, part), name)
+
+        def assign(self: Any, value: Any) -> None:
+            setattr(getattr(self, part), name, value)
+
+        super().__init__(read, None if fixed else assign, None, of if isinstance(of, str) else of.__doc__)
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Attribute[T]: ...
+
+    @overload
+    def __get__(self, instance: Any, owner: Any = None) -> T: ...
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return super().__get__(instance, owner)
+
+    def __set__(self, instance: Any, value: T) -> None:
+        super().__set__(instance, value)

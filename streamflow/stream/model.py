@@ -1,0 +1,208 @@
+"""What draws: the pipe's network and VAE as a velocity and a codec, of one image size. It follows the pipe where parts of
+that are replaced. Knows no frame."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.models.adapter import FlowAdapter
+from streamflow.models.codec import Codec
+from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
+
+if TYPE_CHECKING:
+    from streamflow.acceleration import Accelerated
+
+
+class Model:
+    """The model of one stream.
+
+    adapter: of the pipe's family. height, width: of images, in pixels; by default the pipeline's own. frames: F, the frame
+    buffer size. shape: of a frame's latents. codec: the codec in use, `plain_codec` without acceleration. put_back: undoes
+    acceleration, called before a part is replaced; rebuild: accelerates anew, called afterwards. check_open: raises where
+    the stream was closed.
+    """
+
+    put_back: Callable[[], None]
+    rebuild: Callable[[], None]
+    check_open: Callable[[], None]
+
+    def __init__(
+        self,
+        pipe: Any,
+        adapter: FlowAdapter,
+        height: int | None,
+        width: int | None,
+        frames: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._seen = PipeParts.of(pipe, adapter.network)
+        self.pipe, self.adapter, self.frames = pipe, adapter, frames
+        self.height = adapter.default_size if height is None else height
+        self.width = adapter.default_size if width is None else width
+        adapter.check_size(self.height, self.width)
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frames!r}")
+        self.device, dtype = torch.device(pipe.device), check_dtype(dtype, adapter.net, pipe.device)
+        self.shape = adapter.latent_shape(self.height, self.width)
+        self.dtype = adapter.latent_dtype or dtype
+        self._vae = pipe.vae
+        self.codec = self.plain_codec = self.codec_of(pipe.vae)
+        self.accelerated: Accelerated | None = None
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def velocity(self) -> nn.Module:
+        """The network in our convention, `forward(x, t, **cond) -> v`, accelerated or not. Assigning another module, such
+        as `adapter.row_by_row(...)`, accelerates that one in its place."""
+        return self.adapter.velocity if self.accelerated is None else self.accelerated.modules["velocity"]
+
+    @velocity.setter
+    def velocity(self, module: nn.Module) -> None:
+        self.put_back()
+        self.adapter.velocity = module
+        self.rebuild()
+
+    @property
+    def unet(self) -> nn.Module:
+        """The network, UNet or transformer. Assigning another one rebuilds the velocity; the pipe keeps its own."""
+        return self.adapter.net
+
+    @unet.setter
+    def unet(self, network: nn.Module) -> None:
+        if network is None:
+            raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
+        check_network(network)
+        self.put_back()
+        self.adapter.rebuild(network)
+        self.rebuild()
+
+    @property
+    def vae(self) -> nn.Module:
+        """The VAE. Assigning another one, such as a tiny twin, rebuilds the codec; ValueError for other latents."""
+        return self._vae
+
+    @vae.setter
+    def vae(self, vae: nn.Module) -> None:
+        codec = self.codec_of(vae)
+        self.put_back()
+        self.codec = self.plain_codec = codec
+        self._vae = vae
+        self.rebuild()
+
+    def codec_of(self, vae: nn.Module) -> Codec:
+        """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`). TypeError or
+        ValueError for what cannot be this stream's VAE."""
+        if vae is None:
+            raise ValueError(
+                "a stream encodes and decodes by a VAE, and None is none: assign the pipe's own, or use_tiny_vae()"
+            )
+        if not hasattr(vae, "config"):
+            raise TypeError(f"a VAE of diffusers is needed, not {vae!r}")
+
+        def make(one: nn.Module) -> Codec:
+            return self.adapter.codec(one, self.height, self.width)
+
+        return vae.codec_of(make) if hasattr(vae, "codec_of") else make(vae)
+
+    def use_tiny_vae(self, path: str | None = None) -> None:
+        """Decode and encode by a small VAE of the same latents, much faster and a little coarser. The pipe keeps its own;
+        `stream.vae = stream.pipe.vae` goes back to it.
+
+        path: a folder or a hub id. None: the folder `vae_tiny` beside the pipe's own VAE, as the embedded model has one,
+            else the one that is published for the family, downloaded once.
+
+        Raises:
+            ValueError: none is known for this family, with what to pass; latents of another kind, with the numbers. OSError:
+            there is none, or the hub cannot be reached. The stream is as it was.
+        """
+        from streamflow.models import load_tiny_vae
+        from streamflow.models.tiny_vae import check_scale, find
+
+        self.check_open()
+        vae = load_tiny_vae(path or find(self.pipe, self.adapter.tiny_vae), self.device, self.unet.dtype)
+        self.adapter.check_vae(vae)
+        check_scale(vae, self.adapter.factor)
+        self.vae = vae
+
+    def use(self, accelerated: Accelerated | None) -> None:
+        """Draw with these modules, or with the plain ones."""
+        self.accelerated, self.codec = accelerated, self.plain_codec
+        if accelerated is not None:
+            self.codec = Codec.of(accelerated.modules["decoder"], accelerated.modules["encoder"])
+
+    # -- the pipe -------------------------------------------------------------------------------------------------------
+
+    def settle_shape(self) -> bool:
+        """Find the latents' shape where only the arguments of `prepare` told it; whether it was found now."""
+        if self.shape:
+            return False
+        self.shape = self.adapter.latent_shape(self.height, self.width)
+        return True
+
+    @contextmanager
+    def following_pipe(self) -> Iterator[None]:
+        """Inside, the pipe's parts as they are now are what is planned with; afterwards they are what is drawn with. An
+        error leaves the model as it was.
+
+        Raises:
+            ValueError: what has become of the pipe cannot be taken over, with the remedy.
+        """
+        seen, now, adapter = self._seen, PipeParts.of(self.pipe, self.adapter.network), self.adapter
+        now.check_same_place(seen, [item.net for item in adapter.controls.items] if adapter.controls else [])
+        new_network = now.network is not seen.network
+        codec = None if now.vae is seen.vae or (now.vae is None and self._vae is not seen.vae) else self.codec_of(now.vae)
+        before = adapter.net, adapter.scheduler
+        try:
+            if new_network:
+                adapter.net = now.network
+                self._check_same_latents()
+            if now.scheduler != seen.scheduler:
+                adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
+            adapter.follow_pipe()
+            yield
+        except BaseException:
+            adapter.net, adapter.scheduler = before
+            raise
+        if new_network or codec is not None:
+            self.put_back()  # `prepare` accelerates anew
+        if new_network:
+            adapter.rebuild(now.network)
+        if codec is not None:
+            self._vae, self.codec, self.plain_codec = now.vae, codec, codec
+        self._seen = now
+
+    def _check_same_latents(self) -> None:
+        shape = list(self.adapter.latent_shape(self.height, self.width))
+        if shape != list(self.shape):
+            raise ValueError(
+                f"pipe.{self.adapter.network} was replaced by one whose latents are {shape}, and this stream's are "
+                f"{list(self.shape)}: make a new StreamFlow of the pipe"
+            )
+
+    # -- tensors ----------------------------------------------------------------------------------------------------------
+
+    def upload(self, images: Tensor) -> Tensor:
+        """Images on the device of the model, without a wait."""
+        return images.as_subclass(Tensor).to(self.device, non_blocking=True)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[n, 3, H, W]` in [-1, 1] to clean latents `[n, ...]` in the stream's dtype."""
+        return self.codec.encode(self.upload(images)).to(self.dtype)
+
+    def to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Noise drawn on the CPU, on the device, without a wait."""
+        if self.device.type == "cuda" and noise.device.type == "cpu":
+            noise = noise.pin_memory()
+        return noise.to(self.device, non_blocking=True).to(dtype or self.dtype)
+
+    def check_rows(self, x: Tensor, rows: int) -> None:
+        """ValueError unless x is latents of this many rows."""
+        if tuple(x.shape) != (rows, *self.shape):
+            raise ValueError(f"latents must be {[rows, *self.shape]}, not {list(x.shape)}")

@@ -1,0 +1,66 @@
+"""The steps of a stream by themselves, under StreamDiffusion's names: encode, add noise, one step of the network, decode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamflow.flow.guidance import Anchors
+from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.grad_mode import computing
+from streamflow.stream.inputs import Inputs
+from streamflow.stream.model import Model
+from streamflow.stream.ring import Ring, Rows
+
+
+class Steps:
+    """Single steps with the model, the noise and the noise levels of a stream. They leave the frames in flight alone."""
+
+    def __init__(self, model: Model, denoiser: Denoiser, inputs: Inputs) -> None:
+        self._model, self._denoiser, self._inputs = model, denoiser, inputs
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, t_index: int) -> Tensor:
+        """x0 on its path to the noise (`(1 - sigma) x0 + sigma noise` where that is straight) at stage `t_index`."""
+        sigma = self._denoiser.prepared().stages.sigmas[t_index].to(original_samples.device)
+        return self._model.adapter.path(original_samples, noise, sigma.reshape(1))
+
+    @computing
+    def encode_image(self, image_tensors: Tensor) -> Tensor:
+        """Images `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
+        x0 = self._model.encode(image_tensors)
+        first_sigma = self._denoiser.running().first_sigma
+        return self._model.adapter.path(x0, self._inputs.fixed_noise(), first_sigma)
+
+    @computing
+    def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
+        """Clean latents, as the pipeline's `output_type="latent"`, to images `[n, 3, H, W]` in [-1, 1]."""
+        return self._model.codec.decode(x_0_pred_out)
+
+    def frame_noise(self, frame_id: int) -> Tensor:
+        """The noise from which text frame `frame_id` is drawn, `[1, ...]`; the pipeline takes it as `latents=`."""
+        return self._model.to_device(self._denoiser.prepared().noise.draw(frame_id))
+
+    def scheduler_step_batch(self, model_pred_batch: Tensor, x_t_latent_batch: Tensor, idx: int | None = None) -> Tensor:
+        """x at the next sigma, given velocities; all rows of the batch, or those of stage idx."""
+        return self.rows(idx).step(x_t_latent_batch, model_pred_batch)
+
+    @computing
+    def unet_step(self, x_t_latent: Tensor, t_list: Tensor, idx: int | None = None) -> tuple[Tensor, Tensor]:
+        """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
+        rows, state = self.rows(idx), self._denoiser.state
+        self._model.check_rows(x_t_latent, rows.count)
+        anchors = self._denoiser.engine.anchors if idx is None else None
+        if anchors is not None:
+            anchors = Anchors(anchors.x0.clone(), anchors.known)
+        times = torch.as_tensor(t_list, dtype=torch.float32, device=self._model.device)
+        with self._denoiser.ticks:
+            prompts = (state.prompt,) * rows.count
+            return rows.advance(self._model.velocity, x_t_latent, prompts, state.weight, anchors, None, times)
+
+    def rows(self, idx: int | None = None) -> Rows:
+        """The rows of the batch, or those of stage idx."""
+        engine = self._denoiser.running()
+        self._model.adapter.check_offers("stages")
+        if idx is None and isinstance(engine, Ring):
+            return engine.rows
+        return Rows(engine.settings, idx or 0, (idx or 0) + 1)
