@@ -185,7 +185,8 @@ class StreamFlow(StreamDiffusion):
             conditions = inputs.conditions({"mask": mask, "control": control}, images, range(len(images)))
             if self._updates.pending is not None:
                 self._updates.take()
-            if outputs.similar_image_filter and outputs.skips(inputs.compared(images, conditions)):
+            skipped = outputs.similar_image_filter and outputs.skips(inputs.compared(images, conditions))
+            if skipped and outputs.prev_image_result is not None:
                 return outputs.prev_image_result.clone()
             return outputs.show(outputs.enter(inputs.group(denoiser.next_ids(len(images)), conditions, images)))
         except BaseException:

@@ -387,7 +387,7 @@ def test_counts_of_frames_are_checked(stream_of, picture):
         lambda s: s.txt2img(latents=torch.zeros(2, 16, 8, 9)): r"not \[2, 16, 8, 9\]",
         lambda s: s.predict_x0_batch(one_row): r"latents must be \[2, 16, 8, 8\], not \[1, 16, 8, 8\]",
         lambda s: s.unet_step(one_row, s.sub_timesteps_tensor): r"latents must be \[4, 16, 8, 8\], not \[1, 16, 8, 8\]",
-        lambda s: s(picture(0)): "1 pictures for a frame buffer of 2",
+        lambda s: s(picture(0)): "1 images for a frame buffer of 2",
         lambda s: s.txt2img_sd_turbo(2): r"this stream has 2 stages: make it with t_index_list=\[0\], or call txt2img",
     }
     for call, message in bad.items():

@@ -256,13 +256,13 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(pipes, nets, picture)
         "there is a control named 'edges'": lambda: stream.add_control("edges", net),
         "no control is named 'depth'; there are 'edges'": lambda: stream.remove_control("depth"),
         "must be a number": lambda: stream.set_control_scale("edges", "much"),
-        "no picture for control 'edges'": stream.txt2img,
-        "no picture for control 'edges': pass": lambda: stream(picture()),
-        "mapping of names to pictures": lambda: stream(picture(), control=picture()),
-        "2 pictures for control 'edges' of 1 frames": lambda: stream(picture(), control={"edges": [picture()] * 2}),
+        "no image for control 'edges'": stream.txt2img,
+        "no image for control 'edges': pass": lambda: stream(picture()),
+        "mapping of names to images": lambda: stream(picture(), control=picture()),
+        "2 images for control 'edges' of 1 frames": lambda: stream(picture(), control={"edges": [picture()] * 2}),
         "no control is named 'depth'": lambda: stream(picture(), control={"edges": picture(), "depth": picture()}),
-        "no picture for control": lambda: next(stream.frames([None])),
-        "no picture for control 'edges': pass control": lambda: stream.predict_x0_batch(stream.frame_noise(0)),
+        "no image for control": lambda: next(stream.frames([None])),
+        "no image for control 'edges': pass control": lambda: stream.predict_x0_batch(stream.frame_noise(0)),
     }
     for message, call in refused.items():
         with pytest.raises((TypeError, ValueError), match=message):

@@ -242,7 +242,8 @@ def test_decoding_is_the_pipelines_and_encoding_its_inverse(name, pipes, picture
     assert x0.shape == latents[:1].shape
     scale, z = codec.encoder.scaling, codec.encoder.vae.encode(stream.preprocess(picture(1, (96, 64))))
     z = z.latent if hasattr(z, "latent") else z.latent_dist.mode()
-    back = codec.decoder.unpack(x0) / scale + codec.decoder.shift
+    back = x0 if codec.decoder.unpack is None else codec.decoder.unpack(x0)
+    back = back / scale + codec.decoder.shift
     assert torch.allclose(back, z.reshape(back.shape), atol=1e-4)
 
 
@@ -346,16 +347,16 @@ def test_guidance_stops_where_the_pipeline_stops(pipes):
     """At a share of Lumina2's steps, and at a time of Z-Image's, counted on the whole schedule."""
     lumina = StreamFlow(pipes("lumina2"), [0, 3], cfg_type="full")
     lumina.prepare(PROMPT, num_inference_steps=4, cfg_trunc_ratio=0.5)
-    sigmas = lumina._state.schedule.sigmas[:4]
+    sigmas = lumina._denoiser.state.schedule.sigmas[:4]
     v, negative = torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2) + torch.rand(2, 2)
-    guided = [not torch.equal(a, b) for a, b in zip(lumina._state.weight.guided(v, negative, sigmas), v, strict=True)]
+    guided = [not torch.equal(a, b) for a, b in zip(lumina._denoiser.state.weight.guided(v, negative, sigmas), v, strict=True)]
     assert guided == [True, True, False, False]
     zimage = StreamFlow(pipes("zimage"), [0, 3], cfg_type="full", width=64, height=64)
     for truncation, last in ((1.0, 4), (0.3, 3), (-1.0, 0), (None, 4)):
         zimage.prepare(PROMPT, num_inference_steps=4, cfg_truncation=truncation)
-        t = (1000 - zimage._state.schedule.timesteps) / 1000
+        t = (1000 - zimage._denoiser.state.schedule.timesteps) / 1000
         assert truncation is None or int((t <= truncation).sum()) == last
-        weight, sigmas = zimage._state.weight, zimage._state.schedule.sigmas[:4]
+        weight, sigmas = zimage._denoiser.state.weight, zimage._denoiser.state.schedule.sigmas[:4]
         guided = [not torch.equal(a, b) for a, b in zip(weight.guided(v, negative, sigmas), v, strict=True)]
         assert sum(guided) == last and guided == sorted(guided, reverse=True)
     assert weight == 6.0  # 1 + guidance_scale

@@ -246,7 +246,7 @@ def test_a_bad_mask_is_refused_and_nothing_has_changed(mask, message, prepared, 
     for call in (lambda: prepared.inpaint(picture(1), mask), lambda: prepared(picture(1), mask=mask)):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
-    assert prepared._regions is before and prepared._next_id == ids
+    assert prepared._inpainting._regions is before and prepared._denoiser.next_id == ids
 
 
 def test_a_mask_needs_a_picture_and_a_picture_a_mask(prepared, picture):

@@ -61,9 +61,9 @@ class Inputs:
     def conditions(self, given: Mapping[str, Any], images: Tensor | None, positions: range) -> Conditions:
         """What a call brings beside images, read by each conditioner that has to do with these frames."""
         return [
-            (one, one.read(given[one.name], images, positions))
+            (one, one.read(given.get(one.name), images, positions))
             for one in self.conditioners
-            if one.active or given[one.name] is not None
+            if one.active or given.get(one.name) is not None
         ]
 
     def compared(self, images: Tensor, conditions: Conditions) -> Tensor:

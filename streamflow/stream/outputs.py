@@ -113,9 +113,9 @@ class Outputs:
         an image counts a call or two later."""
         return self.finite.read()
 
-    def skips(self, seen: Tensor) -> bool:
+    def skips(self, compared: Tensor) -> bool:
         """Whether these frames are skipped for looking like the last that was drawn."""
-        return self.similar_filter(seen) is None
+        return self.similar_filter(compared) is None
 
     def enable_filter(self, threshold: float = 0.98, max_skip_frame: float = 10) -> None:
         """Skip image frames that look like the last drawn one; at most `max_skip_frame` in a row."""
