@@ -349,7 +349,8 @@ def test_guidance_stops_where_the_pipeline_stops(pipes):
     lumina.prepare(PROMPT, num_inference_steps=4, cfg_trunc_ratio=0.5)
     sigmas = lumina._denoiser.state.schedule.sigmas[:4]
     v, negative = torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2) + torch.rand(2, 2)
-    guided = [not torch.equal(a, b) for a, b in zip(lumina._denoiser.state.weight.guided(v, negative, sigmas), v, strict=True)]
+    rows = zip(lumina._denoiser.state.weight.guided(v, negative, sigmas), v, strict=True)
+    guided = [not torch.equal(a, b) for a, b in rows]
     assert guided == [True, True, False, False]
     zimage = StreamFlow(pipes("zimage"), [0, 3], cfg_type="full", width=64, height=64)
     for truncation, last in ((1.0, 4), (0.3, 3), (-1.0, 0), (None, 4)):

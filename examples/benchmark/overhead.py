@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from streamflow import StreamFlow, models
 from streamflow.benchmark.true_size import prompt_arguments, true_size
+from streamflow.conditioning.prompt import stack
 
 
 class Nothing(nn.Module):
@@ -71,10 +72,10 @@ def measure(stream: StreamFlow, device: str, rounds: int, calls: int) -> dict[st
     network = stream.velocity
     rows = stream._denoiser.engine.rows
     x = torch.cat([stream.frame_noise(0)] * (rows.count + rows.extra))
-    conds = [stream._denoiser.state.prompt.cond] * len(x)
+    arguments = stack([stream._denoiser.state.prompt.cond] * len(x))
     kinds = {
         "tick_ms": (network, stream.txt2img),
-        "network_ms": (network, lambda: rows.conds.velocity(network, x, rows.t, conds)),
+        "network_ms": (network, lambda: network(x, rows.t, **arguments)),
         "stream_ms": (Nothing(), stream.txt2img),
     }
     values: dict[str, list[float]] = {name: [] for name in kinds}
