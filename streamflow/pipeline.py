@@ -6,17 +6,19 @@ prompt -> cond; image -> latent -> noised latent -> ring (guidance, velocity, Eu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from streamdiffusion import StreamDiffusion
 from torch import Tensor, nn
 
+from streamflow._grad_mode import computing
 from streamflow.acceleration.accelerator import Accelerator
 from streamflow.flow.noise import check_policy
 from streamflow.flow.schedule import check_indices
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_utils import as_rgb_where_pil, check_range, marking
+from streamflow.image_utils import as_rgb_where_pil, marking
 from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
@@ -26,10 +28,9 @@ from streamflow.stream.controlnets import ControlNets
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.forwards import Attribute
 from streamflow.stream.frame_loop import FrameLoop
-from streamflow.stream.grad_mode import computing
 from streamflow.stream.hooks import Hooks
 from streamflow.stream.inpainting import Inpainting
-from streamflow.stream.inputs import Inputs
+from streamflow.stream.inputs import ImageReader, Inputs
 from streamflow.stream.loras import Loras
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
@@ -101,14 +102,13 @@ class StreamFlow(StreamDiffusion):
         if t_index_list is not None:
             t_index_list = check_indices(t_index_list)
         check_policy(noise, noise_period)
-        check_range(input_range)
         self._model = model = Model(pipe, adapter_for(pipe, family), height, width, frame_buffer_size, torch_dtype)
         adapter = model.adapter
         planner = Planner(model)
         planner.check(cfg_type, do_add_noise)
         self._denoiser = denoiser = Denoiser(model, use_denoising_batch)
         self._outputs = outputs = Outputs(model, denoiser)
-        self._hooks = Hooks(adapter, denoiser, lambda: self._accelerator.requested)
+        self._hooks = hooks = Hooks(model, denoiser)
         self._updates = Updates(
             model,
             planner,
@@ -121,18 +121,19 @@ class StreamFlow(StreamDiffusion):
             noise_period=noise_period,
             feedback=feedback,
         )
-        self._inputs = inputs = Inputs(model, denoiser, input_range, resize, check_inputs)
-        self._inpainting = Inpainting(model, denoiser, outputs.redraw, inputs.preprocess, check_inputs)
-        self._controlnets = ControlNets(model, denoiser, outputs.redraw, inputs.preprocess)
-        inputs.conditioners = (self._inpainting, self._controlnets)
+        self._reader = reader = ImageReader(model, denoiser.ranges, input_range, resize, check_inputs)
+        self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
+        self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
+        self._inputs = inputs = Inputs(model, denoiser, reader, (self._inpainting, self._controlnets))
         self._loop = FrameLoop(model, denoiser, self._updates, inputs, outputs)
         self._steps = Steps(model, denoiser, inputs)
         self._attributes = Attributes(model, denoiser, self._updates, inputs, outputs)
-        self._accelerator = Accelerator(model.device, self.parts, _accelerate, self._hooks.check_acceleration, model.use)
-        self._loras = Loras(model, denoiser, self._updates, outputs.redraw, lambda: self._accelerator.requested)
-        model.check_open = denoiser.check_open
-        denoiser.on_close += [self._accelerator.put_back, self._hooks.close, self._updates.close]
-        model.put_back, model.rebuild = self._before_change, computing(self._accelerator.rebuild)
+        self._loras = Loras(model, denoiser, self._updates, outputs.redraw)
+        parts = partial(_parts, model, denoiser, self._steps, self._controlnets)
+        self._accelerator = accelerator = Accelerator(model, parts, _accelerate, hooks.check_acceleration)
+        denoiser.on_close.add(accelerator.put_back)
+        model.before_change.add(accelerator.put_back, outputs.redraw)
+        model.after_change.add(accelerator.rebuild)
         super().__init__(  # what it assigns and we derive is dropped (`__setattr__`)
             base_view(pipe, adapter.net, adapter.factor),
             list(t_index_list or [0]),
@@ -321,7 +322,7 @@ class StreamFlow(StreamDiffusion):
     use_tiny_vae = forwards.method("_model", Model.use_tiny_vae)
     set_denoising_batch = forwards.method("_denoiser", Denoiser.set_batched)
     enable_similar_image_filter = forwards.method("_outputs", Outputs.enable_filter)
-    preprocess = forwards.method("_inputs", Inputs.preprocess)
+    preprocess = forwards.method("_reader", ImageReader.preprocess)
     add_noise = forwards.method("_steps", Steps.add_noise)
     encode_image = forwards.method("_steps", Steps.encode_image)
     decode_image = forwards.method("_steps", Steps.decode_image)
@@ -339,7 +340,7 @@ class StreamFlow(StreamDiffusion):
     loras = Attribute[tuple[str, ...]]("_loras", "loras", Loras.loras)
     calls_behind = Attribute[int]("_denoiser", "calls_behind", Denoiser.calls_behind)
     not_finite = Attribute[int]("_outputs", "not_finite", Outputs.not_finite)
-    input_range = Attribute[tuple[float, float]]("_inputs", "input_range", "What float images are in.")
+    input_range = Attribute[tuple[float, float]]("_reader", "input_range", "What float images are in.")
     similar_filter = Attribute[SimilarImageFilter]("_outputs", "similar_filter", "Decides which image frames are skipped.")
     similar_image_filter = Attribute[bool]("_outputs", "similar_image_filter", "Whether image frames may be skipped.")
     prev_image_result = Attribute[Tensor | None]("_outputs", "prev_image_result", "The images of the last call.")
@@ -373,24 +374,21 @@ class StreamFlow(StreamDiffusion):
     c_out = Attribute[Any]("_attributes", "c_out", Attributes.c_out)
     inference_time_ema = Attribute[float]("_attributes", "inference_time_ema", Attributes.inference_time_ema)
 
-    # -- inside ---------------------------------------------------------------------------------------------------------
-
     def parts(self) -> Parts | None:
         """The plain modules, each with inputs as a tick gives them; None before `prepare`."""
-        from streamflow.acceleration import Parts
+        return _parts(self._model, self._denoiser, self._steps, self._controlnets)
 
-        model, state = self._model, self._denoiser.state
-        if state is None:
-            return None
-        images = torch.zeros(model.frames, 3, model.height, model.width, device=model.device)
-        latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
-        prompt = self._controlnets.prompt(state.prompt, self._controlnets.blank)
-        return Parts.of(model.adapter, model.plain_codec, self._steps.rows().example(prompt), latents, images)
 
-    def _before_change(self) -> None:
-        """Go back to the plain modules, one of which is replaced: what is drawn changes."""
-        self._accelerator.put_back()
-        self._outputs.redraw()
+def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlNets) -> Parts | None:
+    """As `StreamFlow.parts`."""
+    from streamflow.acceleration import Parts
+
+    if denoiser.state is None:
+        return None
+    images = torch.zeros(model.frames, 3, model.height, model.width, device=model.device)
+    latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
+    prompt = controlnets.prompt(denoiser.state.prompt, controlnets.blank)
+    return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
 
 
 def _accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:

@@ -3,7 +3,9 @@ in use passes no code of inpainting, control nets, LoRAs or hooks."""
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import PIL.Image
@@ -92,3 +94,17 @@ def test_every_call_that_draws_enters_by_the_same_tick(call, stream_of, calls_of
     assert ("stream/inputs.py", "Inputs.group") in calls
     assert ("stream/denoiser.py", "Denoiser.tick") in calls
     assert ("stream/ring.py", "Ring.push") in calls
+
+
+def test_a_stream_that_is_dropped_is_freed_at_once(stream_of):
+    """Without the garbage collector, which would keep buffers on a GPU for an unknown time."""
+    gc.collect()
+    gc.disable()
+    try:
+        stream = stream_of("sd3", [2, 3])
+        stream.txt2img()
+        dropped = weakref.ref(stream)
+        del stream
+        assert dropped() is None
+    finally:
+        gc.enable()

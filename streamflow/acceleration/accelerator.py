@@ -5,42 +5,51 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from streamflow import acceleration
+from streamflow._grad_mode import computing
 from streamflow.acceleration import Accelerated, Parts
 
 logger = logging.getLogger(__name__)
 
 
-class Accelerator:
-    """Accelerates parts, and accelerates them anew when they have been replaced.
+class Model(Protocol):
+    """What can be accelerated. acceleration: the kind that is requested, and its checked options. accelerated: the modules
+    in force, None where these are the plain ones."""
 
-    device: of the parts. parts: gives the plain modules with their inputs, or None as long as shapes are not known.
+    device: torch.device
+    acceleration: tuple[str, Any]
+    accelerated: Accelerated | None
+
+    def use(self, accelerated: Accelerated | None) -> None:
+        """Draw with these modules, or with the plain ones."""
+
+
+class Accelerator:
+    """Accelerates the parts of a model, and accelerates them anew when they have been replaced.
+
+    model: what is accelerated. parts: gives its plain modules with their inputs, or None as long as shapes are not known.
     accelerate: `acceleration.accelerate`, or a function like it. check: raises what speaks against a kind and its options.
-    use: takes what came of it, or None where the plain modules are to be used.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        model: Model,
         parts: Callable[[], Parts | None],
         accelerate: Callable[[str, Parts, Any], Accelerated],
         check: Callable[[str, Any], None],
-        use: Callable[[Accelerated | None], None],
     ) -> None:
-        self._device, self._parts, self._accelerate = device, parts, accelerate
-        self._check, self._use = check, use
-        self._accelerated: Accelerated | None = None
-        self.requested: tuple[str, Any] = ("none", None)  # the kind, and its checked options
+        self._model, self._parts, self._accelerate, self._check = model, parts, accelerate, check
 
     @property
     def kind(self) -> str:
         """The kind in force: "none", "cuda-graph", "compile", "tensorrt" or "onnxruntime"."""
-        return self.requested[0]
+        return self._model.acceleration[0]
 
+    @computing
     def accelerate(self, kind: str = "auto", **options: Any) -> None:
         """Make the network and the VAE faster; the images stay the same within the kind's bound.
 
@@ -55,31 +64,33 @@ class Accelerator:
             ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. Whatever compilation
             raises; then the stream is as it was without acceleration.
         """
-        kind = acceleration.resolve(kind, self._device)
-        checked = acceleration.check_options(kind, self._device, options)
+        kind = acceleration.resolve(kind, self._model.device)
+        checked = acceleration.check_options(kind, self._model.device, options)
         self._check(kind, checked)
         self.put_back()
-        self.requested = kind, checked
+        self._model.acceleration = kind, checked
         self.rebuild()
 
+    @computing
     def rebuild(self) -> None:
         """Accelerate what is there now, as requested, once shapes are known."""
-        kind, options = self.requested
+        model = self._model
+        kind, options = model.acceleration
         parts = None if kind == "none" else self._parts()
         if parts is None:
             return
         try:
-            self._accelerated = self._accelerate(kind, parts, options)
+            accelerated = self._accelerate(kind, parts, options)
         except BaseException:
-            self.requested = "none", None
+            model.acceleration = "none", None
             raise
-        self._use(self._accelerated)
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._accelerated.seconds.items())
+        model.use(accelerated)
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in accelerated.seconds.items())
         logger.info("accelerated by %s: %s", kind, times)
 
     def put_back(self) -> None:
         """Undo what acceleration changed; what was requested stays requested."""
-        if self._accelerated is not None:
-            self._accelerated.undo()
-            self._accelerated = None
-            self._use(None)
+        accelerated = self._model.accelerated
+        if accelerated is not None:
+            accelerated.undo()
+            self._model.use(None)

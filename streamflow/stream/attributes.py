@@ -92,7 +92,7 @@ class Attributes:
 
     @cfg_type.setter
     def cfg_type(self, value: str) -> None:
-        self._denoiser.check_open()
+        self._model.check_open()
         self._updates.planner.check(value, self._updates.defaults["do_add_noise"])
         if self._denoiser.state is not None:
             self._updates.update(cfg_type=value)
@@ -110,7 +110,7 @@ class Attributes:
 
     @do_add_noise.setter
     def do_add_noise(self, value: bool) -> None:
-        self._denoiser.check_open()
+        self._model.check_open()
         check_bool("do_add_noise", value)
         self._updates.planner.check(self._updates.defaults["cfg_type"], value)
         if self._denoiser.state is not None:
@@ -129,7 +129,7 @@ class Attributes:
 
     @t_list.setter
     def t_list(self, value: Sequence[int]) -> None:
-        self._denoiser.check_open()
+        self._model.check_open()
         indices = check_indices(value)
         if self._denoiser.state is not None:
             self._updates.update(t_index_list=indices)
@@ -168,7 +168,7 @@ class Attributes:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._denoiser.check_open()
+        self._model.check_open()
         check_sampling(scheduler)
         before, self._model.adapter.scheduler = self._model.adapter.scheduler, scheduler
         try:

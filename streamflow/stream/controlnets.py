@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamflow._grad_mode import computing
 from streamflow.conditioning.controlnet import (
     Control,
     ControlledVelocity,
@@ -24,9 +25,10 @@ from streamflow.conditioning.controlnet import (
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
 from streamflow.models import control_rule
+from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.grad_mode import computing
+from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Group
 
@@ -41,15 +43,13 @@ class ControlImages:
 
 
 class ControlNets:
-    """The conditioner of control images. redraw: called when what is drawn has changed. preprocess: reads an image."""
+    """The conditioner of control images. redraw: called when what is drawn has changed."""
 
     name = "control"
     uses_image = False
 
-    def __init__(
-        self, model: Model, denoiser: Denoiser, redraw: Callable[[], None], preprocess: Callable[[Any], Tensor]
-    ) -> None:
-        self._model, self._denoiser, self._redraw, self._preprocess = model, denoiser, redraw, preprocess
+    def __init__(self, model: Model, denoiser: Denoiser, redraw: Callable[[], None], reader: ImageReader) -> None:
+        self._model, self._denoiser, self._redraw, self._reader = model, denoiser, redraw, reader
         self.active = False  # there are control nets, for which every frame needs an image
         self.scales: Mapping[str, float] = {}
         self._lock = threading.Lock()  # of scales, which any thread may change
@@ -105,7 +105,7 @@ class ControlNets:
         Raises:
             ValueError, TypeError: an unknown name, with those known; a scale that is no finite number.
         """
-        self._denoiser.check_open()
+        self._model.check_open()
         check_scale(f"scale of control {name!r}", scale)
         with self._lock:
             self._check_names([name])
@@ -165,7 +165,7 @@ class ControlNets:
     # -- inside ---------------------------------------------------------------------------------------------------------
 
     def _rule(self) -> ControlRule:
-        self._denoiser.check_open()
+        self._model.check_open()
         adapter = self._model.adapter
         rule = control_rule(adapter)
         if not isinstance(adapter.velocity, (adapter.Velocity, ControlledVelocity)):
@@ -187,10 +187,10 @@ class ControlNets:
         with self._denoiser.ticks:
             if self._denoiser.engine is not None:
                 self._denoiser.run_out()
-            model.put_back()
+            model.before_change()
             try:
                 self._set(controls, scales)
-                model.rebuild()
+                model.after_change()
             except BaseException:
                 self._set(*before)
                 raise
@@ -203,7 +203,7 @@ class ControlNets:
         self.active = bool(scales)
         count = len(controls.items) if controls else 0
         self._levels = torch.zeros(count, 3, device=model.device) if count else None
-        self._denoiser.before_step = self._take_levels if count else None
+        self._denoiser.before_step = Callbacks(self._take_levels) if count else None
         if count:
             images = torch.zeros(1, 3, model.height, model.width, device=model.device)
             self.blank = {name: torch.zeros_like(one) for name, one in self._inputs([images] * count).items()}
@@ -219,7 +219,7 @@ class ControlNets:
         return inputs
 
     def _images(self, name: str, given: Any, count: int) -> Tensor:
-        images = self._preprocess(given)
+        images = self._reader.preprocess(given)
         if len(images) not in (1, count):
             raise ValueError(f"{len(images)} images for control {name!r} of {count} frames: pass one, or one each")
         return images.expand(count, -1, -1, -1)

@@ -7,20 +7,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from streamflow import _threads
+from streamflow._grad_mode import computing
 from streamflow._validation import check_bool
 from streamflow.flow.guidance import Mode
 from streamflow.flow.schedule import Stages
 from streamflow.flow.solvers import Rule
+from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.engine import Engine, make_engine
 from streamflow.stream.frames import Order
-from streamflow.stream.grad_mode import computing
 from streamflow.stream.image_checks import RangeChecks
 from streamflow.stream.model import Model
 from streamflow.stream.request import NotPreparedError, Prepared
@@ -62,17 +63,16 @@ class Denoiser:
     state: what is drawn; None before `prepare`. engine: what keeps the frames in flight. ticks: the lock of whoever
     advances or empties the engine. finished: groups that have left, oldest first. next_id: the number of the next frame.
     last_x0: the clean latent `[1, ...]` of the frame that has left last. ranges: checks of images that have entered. queue:
-    where updates wait, which is told who draws. before_step, on_empty, on_close: functions that are called before every
-    step, when the engine is emptied, and on `close`.
+    where updates wait, which is told who draws. before_step, on_empty, on_close: called before every step, when the
+    engine is emptied, and on `close`.
     """
 
     def __init__(self, model: Model, batched: bool) -> None:
         self._model, self.batched = model, batched
         self.ticks = threading.RLock()
         self.queue = UpdateQueue()
-        self.before_step: Callable[[], None] | None = None
-        self.on_empty: list[Callable[[], None]] = []
-        self.on_close: list[Callable[[], None]] = []
+        self.before_step: Callbacks | None = None
+        self.on_empty, self.on_close = Callbacks(), Callbacks()
         self.ranges = RangeChecks()
         self.observer: Observer | None = None
         self.state: Prepared | None = None
@@ -80,20 +80,14 @@ class Denoiser:
         self.finished: deque[Done] = deque()
         self.next_id = 0
         self.last_x0: Tensor | None = None
-        self.closed = False
         self.current_pass: Pass | None = None
         self._stepping: int | None = None  # the thread that is in a step
 
     # -- what may be called when ----------------------------------------------------------------------------------------
 
-    def check_open(self) -> None:
-        """RuntimeError after `close`."""
-        if self.closed:
-            raise RuntimeError("this stream was closed: make a new StreamFlow of the same pipe")
-
     def prepared(self) -> Prepared:
         """What is drawn. RuntimeError after `close`, NotPreparedError before `prepare`."""
-        self.check_open()
+        self._model.check_open()
         if self.state is None:
             raise NotPreparedError("call prepare(prompt) first")
         return self.state
@@ -114,7 +108,7 @@ class Denoiser:
     def check_free(self, call: str) -> None:
         """Raise unless this call may draw: RuntimeError inside a step of this thread or while `frames` is under way, whose
         frames it would take; as `prepared`; ValueError for an earlier image on a GPU that was out of range."""
-        if self.closed or self.state is None:
+        if self._model.closed or self.state is None:
             self.prepared()
         if self._stepping is not None:
             self.check_step(call)
@@ -303,7 +297,7 @@ class Denoiser:
 
     def empty(self, call: str) -> None:
         """Drop what is in flight, for this call, and start frame numbers anew. How many frames that dropped is logged."""
-        self.check_open()
+        self._model.check_open()
         self.check_step(call)
         with self.ticks:
             self.end_pass(call)
@@ -314,17 +308,15 @@ class Denoiser:
             self.finished.clear()
             self.ranges.clear()
             self.next_id, self.last_x0 = 0, None
-            for clear in self.on_empty:
-                clear()
+            self.on_empty()
 
     def close(self) -> None:
         """Drop what is in flight and all buffers. The pipe stays as it is; the stream cannot be used again."""
         self.check_step("close()")
         with self.ticks:
-            if self.closed:
+            if self._model.closed:
                 return
             self.empty("close()")
             self.engine = self.state = None
-            self.closed = True
-            for end in self.on_close:
-                end()
+            self._model.closed = True
+            self.on_close()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow._grad_mode import computing
 from streamflow.stream.conditioner import Conditions
 from streamflow.stream.denoiser import Denoiser, Pass, PassEnded
 from streamflow.stream.frames import Frame, Input, Order, Waiting
-from streamflow.stream.grad_mode import computing
 from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs

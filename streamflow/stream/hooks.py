@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamflow.models.adapter import FlowAdapter
 from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.model import Model
 from streamflow.stream.ring import Group, Observer, Rows
 
 
@@ -111,12 +111,13 @@ class Trace:
 class Hooks:
     """What looks into a stream: the function of `on_step`, and the traces that are recorded."""
 
-    def __init__(self, adapter: FlowAdapter, denoiser: Denoiser, acceleration: Callable[[], tuple[str, Any]]) -> None:
-        self._adapter, self._denoiser, self._acceleration = adapter, denoiser, acceleration
+    def __init__(self, model: Model, denoiser: Denoiser) -> None:
+        self._model, self._denoiser = model, denoiser
         self._on_step: Callable[[Step], Tensor | None] | None = None
         self._traces: tuple[Trace, ...] = ()
         self.graph_safe = True  # no function waits for the device
-        denoiser.on_empty.append(self._end_traces)
+        denoiser.on_empty.add(self._end_traces)
+        denoiser.on_close.add(self._close)
 
     def on_step(self, fn: Callable[[Step], Tensor | None] | None, *, graph_safe: bool = False) -> None:
         """Call `fn(step)` after every step, in the thread that draws; None ends it. `step` is a `Step`; where fn returns
@@ -135,12 +136,12 @@ class Hooks:
             TypeError: fn is no function. RuntimeError: graphs are in force. From the call that draws, TypeError or
             ValueError: fn returned something else than None or latents.
         """
-        self._denoiser.check_open()
-        self._adapter.check_offers("on_step")
+        self._model.check_open()
+        self._model.adapter.check_offers("on_step")
         if fn is not None and not callable(fn):
             raise TypeError(f"on_step takes a function of one Step, or None to end it, not {fn!r}")
         if fn is not None and not graph_safe:
-            check_graphs(*self._acceleration())
+            check_graphs(*self._model.acceleration)
         self._on_step, self.graph_safe = fn, graph_safe or fn is None
         self._denoiser.watch(self.observer)
 
@@ -151,8 +152,8 @@ class Hooks:
         Raises:
             TypeError, ValueError: count is no integer of 1 or more.
         """
-        self._denoiser.check_open()
-        self._adapter.check_offers("on_step")
+        self._model.check_open()
+        self._model.adapter.check_offers("on_step")
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"trace takes a number of frames, not {count!r}")
         if count < 1:
@@ -165,9 +166,9 @@ class Hooks:
     def check_acceleration(self, kind: str, options: Any) -> None:
         """Raise where this stream cannot be accelerated in this way: RuntimeError after `close`, and where it would replay
         CUDA graphs and the function of `on_step` may wait; NotImplementedError where the family is not accelerated."""
-        self._denoiser.check_open()
+        self._model.check_open()
         if kind != "none":
-            self._adapter.check_offers("accelerate")
+            self._model.adapter.check_offers("accelerate")
         if not self.graph_safe:
             check_graphs(kind, options)
 
@@ -176,7 +177,7 @@ class Hooks:
         self._traces = ()
         self._denoiser.watch(self.observer)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Drop the function and the traces."""
         self._on_step, self._traces = None, ()
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow._grad_mode import computing
 from streamflow.conditioning.inpaint import MASK, Region, known_rows, paste_of, put_known, read_mask
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.grad_mode import computing
+from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Carried, Group
 
 
 class Inpainting:
-    """The conditioner of masks. redraw: called when what is drawn has changed. preprocess: reads an image. check: also look
-    at the values of masks on a GPU, which makes the host wait."""
+    """The conditioner of masks. redraw: called when what is drawn has changed."""
 
     name = "mask"
     uses_image = True
@@ -30,11 +30,9 @@ class Inpainting:
         model: Model,
         denoiser: Denoiser,
         redraw: Callable[[], None],
-        preprocess: Callable[[Any], Tensor],
-        check: bool = False,
+        reader: ImageReader,
     ) -> None:
-        self._model, self._denoiser, self._redraw = model, denoiser, redraw
-        self._preprocess, self._check = preprocess, check
+        self._model, self._denoiser, self._redraw, self._reader = model, denoiser, redraw, reader
         self.active = False  # frames are inpainted where a call brings no mask
         self._regions: tuple[Region, ...] | None = None
         self._paste = True
@@ -58,7 +56,7 @@ class Inpainting:
             TypeError, ValueError: no mask, a mask of another size, values or form, another number than 1 or F. Then all is
                 as it was.
         """
-        self._denoiser.check_open()
+        self._model.check_open()
         self._model.adapter.check_offers("images")
         if not isinstance(paste, bool):
             raise TypeError(f"paste is True or False, not {paste!r}")
@@ -106,12 +104,12 @@ class Inpainting:
         )
 
     def _read_mask(self, mask: Any) -> Tensor:
-        return read_mask(mask, self._model.height, self._model.width, self._check)
+        return read_mask(mask, self._model.height, self._model.width, self._reader.check)
 
     def _make_regions(self, masks: Tensor, image: Any, paste: bool) -> tuple[Region, ...]:
         """One region a row of the frame buffer."""
         model = self._model
-        images = None if image is None else self._preprocess(image).clone()  # kept, and its memory is the caller's
+        images = None if image is None else self._reader.preprocess(image).clone()  # kept, and its memory is the caller's
         for name, given in (("masks", masks), ("images", images)):
             if given is not None and len(given) not in (1, model.frames):
                 raise ValueError(

@@ -12,33 +12,60 @@ from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.noise import NoiseSource
-from streamflow.image_utils import Normalized, check_values, image_tensor, normalize_image
+from streamflow.image_utils import Check, Normalized, check_range, check_values, image_tensor, normalize_image
 from streamflow.stream.conditioner import Conditioner, Conditions, Start
 from streamflow.stream.denoiser import Denoiser
+from streamflow.stream.image_checks import RangeChecks
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Carried, Group
 
 logger = logging.getLogger(__name__)
 
 
-class Inputs:
-    """Reads what a call brings, and makes the group that enters.
+class ImageReader:
+    """Makes tensors of images.
 
-    input_range: of float images. resize: stretch images of other sizes, or refuse them. conditioners: the conditions that
-    calls can bring. check: also look for NaN in images on a GPU, which makes the host wait.
+    input_range: of float images. resize: stretch images of other sizes, or refuse them. check: also look for NaN in images
+    on a GPU, which makes the host wait; otherwise they are checked later, in `ranges`.
     """
 
     def __init__(
         self,
         model: Model,
-        denoiser: Denoiser,
+        ranges: RangeChecks,
         input_range: tuple[float, float] = (0, 1),
         resize: bool = True,
         check: bool = False,
     ) -> None:
-        self._model, self._denoiser = model, denoiser
-        self.conditioners: Sequence[Conditioner] = ()
-        self.input_range, self._resize, self._check = input_range, resize, check
+        check_range(input_range)
+        self._model, self._ranges = model, ranges
+        self.input_range, self._resize, self.check = input_range, resize, check
+
+    def read(self, image: Any, what: str) -> Tensor:
+        """An image or several as `[n, 3, height, width]` in [-1, 1]; `what` it is, for errors."""
+        model = self._model
+        return image_tensor(image, model.height, model.width, self.input_range, self._resize, self._checked(what))
+
+    def preprocess(self, image: Any) -> Normalized:
+        """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
+        model, check = self._model, self._checked("an image given to preprocess")
+        return normalize_image(image, model.height, model.width, self.input_range, self._resize, check)
+
+    def _checked(self, what: str) -> Check:
+        return check_values if self.check else partial(self._ranges.add, what)
+
+
+class Inputs:
+    """Reads what a call brings, and makes the group that enters. conditioners: the conditions that calls can bring."""
+
+    def __init__(
+        self,
+        model: Model,
+        denoiser: Denoiser,
+        reader: ImageReader,
+        conditioners: Sequence[Conditioner] = (),
+    ) -> None:
+        self._model, self._denoiser, self._reader, self.conditioners = model, denoiser, reader, conditioners
         self._fixed: tuple[NoiseSource | None, Tensor | None] = (None, None)
         self._said: set[str] = set()
 
@@ -46,17 +73,7 @@ class Inputs:
 
     def images(self, image: Any) -> Tensor:
         """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]."""
-        check = (
-            check_values
-            if self._check
-            else partial(self._denoiser.ranges.add, f"the image of frame {self._denoiser.next_id}")
-        )
-        return image_tensor(image, self._model.height, self._model.width, self.input_range, self._resize, check)
-
-    def preprocess(self, image: Any) -> Normalized:
-        """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
-        check = check_values if self._check else partial(self._denoiser.ranges.add, "an image given to preprocess")
-        return normalize_image(image, self._model.height, self._model.width, self.input_range, self._resize, check)
+        return self._reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def conditions(self, given: Mapping[str, Any], images: Tensor | None, positions: range) -> Conditions:
         """What a call brings beside images, read by each conditioner that has to do with these frames."""

@@ -28,7 +28,7 @@ class Loras:
     """The LoRAs of a stream. What is done here acts on all rows from the next tick on; where a text encoder takes part, the
     prompt is encoded anew for frames that enter from then on. An error leaves networks and stream as they were.
 
-    redraw: called when what is drawn has changed. acceleration: gives the kind in force and its options.
+    redraw: called when what is drawn has changed.
     """
 
     def __init__(
@@ -37,10 +37,8 @@ class Loras:
         denoiser: Denoiser,
         updates: Updates,
         redraw: Callable[[], None],
-        acceleration: Callable[[], tuple[str, Any]],
     ) -> None:
-        self._model, self._denoiser, self._updates = model, denoiser, updates
-        self._redraw, self._acceleration = redraw, acceleration
+        self._model, self._denoiser, self._updates, self._redraw = model, denoiser, updates, redraw
 
     @property
     def loras(self) -> tuple[str, ...]:
@@ -170,13 +168,13 @@ class Loras:
         return self._model.pipe
 
     def _check_adaptable(self) -> None:
-        self._denoiser.check_open()
+        self._model.check_open()
         if self._model.unet is not getattr(self._model.pipe, self._model.adapter.network):
             raise RuntimeError(
                 "stream.unet is not the pipe's own network, into which LoRAs are loaded: load them into the pipe before, or "
                 "into the network itself (load_lora_adapter)"
             )
-        kind, options = self._acceleration()
+        kind, options = self._model.acceleration
         changed = [name for name in ("fuse_qkv", "quantize") if getattr(options, name, None)]
         if changed:
             raise RuntimeError(

@@ -4,7 +4,7 @@ that are replaced. Knows no frame."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
+from streamflow.stream.callbacks import Callbacks
 
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated
@@ -23,14 +24,10 @@ class Model:
     """The model of one stream.
 
     adapter: of the pipe's family. height, width: of images, in pixels; by default the pipeline's own. frames: F, the frame
-    buffer size. shape: of a frame's latents. codec: the codec in use, `plain_codec` without acceleration. put_back: undoes
-    acceleration, called before a part is replaced; rebuild: accelerates anew, called afterwards. check_open: raises where
-    the stream was closed.
+    buffer size. shape: of a frame's latents. codec: the codec in use, `plain_codec` without acceleration. acceleration: the
+    kind that is requested, and its options. accelerated: the modules in force. before_change, after_change: called before
+    and after a part is replaced. closed: nothing can be drawn any more.
     """
-
-    put_back: Callable[[], None]
-    rebuild: Callable[[], None]
-    check_open: Callable[[], None]
 
     def __init__(
         self,
@@ -53,7 +50,15 @@ class Model:
         self.dtype = adapter.latent_dtype or dtype
         self._vae = pipe.vae
         self.codec = self.plain_codec = self.codec_of(pipe.vae)
+        self.acceleration: tuple[str, Any] = ("none", None)
         self.accelerated: Accelerated | None = None
+        self.before_change, self.after_change = Callbacks(), Callbacks()
+        self.closed = False
+
+    def check_open(self) -> None:
+        """RuntimeError after `close`."""
+        if self.closed:
+            raise RuntimeError("this stream was closed: make a new StreamFlow of the same pipe")
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
@@ -65,9 +70,9 @@ class Model:
 
     @velocity.setter
     def velocity(self, module: nn.Module) -> None:
-        self.put_back()
+        self.before_change()
         self.adapter.velocity = module
-        self.rebuild()
+        self.after_change()
 
     @property
     def unet(self) -> nn.Module:
@@ -79,9 +84,9 @@ class Model:
         if network is None:
             raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
         check_network(network)
-        self.put_back()
+        self.before_change()
         self.adapter.rebuild(network)
-        self.rebuild()
+        self.after_change()
 
     @property
     def vae(self) -> nn.Module:
@@ -91,10 +96,10 @@ class Model:
     @vae.setter
     def vae(self, vae: nn.Module) -> None:
         codec = self.codec_of(vae)
-        self.put_back()
+        self.before_change()
         self.codec = self.plain_codec = codec
         self._vae = vae
-        self.rebuild()
+        self.after_change()
 
     def codec_of(self, vae: nn.Module) -> Codec:
         """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`). TypeError or
@@ -171,7 +176,7 @@ class Model:
             adapter.net, adapter.scheduler = before
             raise
         if new_network or codec is not None:
-            self.put_back()  # `prepare` accelerates anew
+            self.before_change()  # `prepare` accelerates anew
         if new_network:
             adapter.rebuild(now.network)
         if codec is not None:

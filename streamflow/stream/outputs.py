@@ -51,7 +51,7 @@ class Outputs:
         self.prev_image_result: Tensor | None = None
         self.finite = FiniteCheck()
         self.timer = CallTimer(model.device)
-        denoiser.on_empty.append(self._clear)
+        denoiser.on_empty.add(self._clear)
 
     def decode(self, done: Done) -> Tensor:
         """The images of a group, `[F, 3, H, W]` in [-1, 1]."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamflow._grad_mode import computing
 from streamflow.flow.guidance import Anchors
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.grad_mode import computing
 from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Ring, Rows

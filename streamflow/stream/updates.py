@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from streamflow._grad_mode import computing
 from streamflow._threads import aside
 from streamflow.flow.schedule import check_indices
 from streamflow.models.adapter import ASKS_FOR_NOTHING, RESERVED
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.grad_mode import computing
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.planner import DEFAULT_SEED, Planner
@@ -40,6 +40,7 @@ class Updates:
         self.callers, self.slot = threading.Lock(), threading.Lock()
         self.pending: Change | None = None
         self.count = 0
+        denoiser.on_close.add(self._close)
 
     # -- prepare --------------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class Updates:
                 acceleration raises; then the stream is prepared, without acceleration.
         """
         model, denoiser, planner = self._model, self._denoiser, self.planner
-        denoiser.check_open()
+        model.check_open()
         denoiser.check_step("prepare()")
         arguments = self._without_nothing(pipeline_arguments)
         model.adapter.check_arguments(arguments)
@@ -117,7 +118,7 @@ class Updates:
                 denoiser.state, self.pending = state, None
             denoiser.install(state.stages)
         if model.accelerated is None:
-            model.rebuild()
+            model.after_change()
 
     def _without_nothing(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments, less those that request what happens anyway."""
@@ -236,7 +237,7 @@ class Updates:
         with self.slot:
             return self.pending.target if self.pending else state
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Drop what is pending."""
         self.pending = None
 

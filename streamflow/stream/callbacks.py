@@ -1,0 +1,25 @@
+"""Calls from a part of a stream to those that are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakMethod
+
+
+class Callbacks:
+    """Methods that are called together, in the order in which they were added. They are held weakly: a part keeps no part
+    alive that was given it, so that a stream which is dropped is freed at once, without the garbage collector."""
+
+    def __init__(self, *methods: Callable[[], None]) -> None:
+        self._methods: list[WeakMethod] = []
+        self.add(*methods)
+
+    def add(self, *methods: Callable[[], None]) -> None:
+        """Call these bound methods too, as long as their objects live."""
+        self._methods += [WeakMethod(method) for method in methods]
+
+    def __call__(self) -> None:
+        for reference in self._methods:
+            method = reference()
+            if method is not None:
+                method()
