@@ -11,6 +11,7 @@ import torch
 from conftest import PROMPT, noises, relative_error, streamed
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
 
@@ -25,7 +26,7 @@ GUIDANCE = {"sd3": {"guidance_scale": 1.0}, "flux": {}}
 
 
 @pytest.fixture(scope="module")
-def lora(pipes, tmp_path_factory):
+def lora(tmp_path_factory):
     """`lora(family, name, parts)`: a folder that `save_lora_weights` wrote, a random LoRA for these parts."""
     made = {}
 
@@ -33,7 +34,7 @@ def lora(pipes, tmp_path_factory):
         key = family, name, parts
         if key not in made:
             made[key] = str(tmp_path_factory.mktemp(name))
-            write_lora(copy.deepcopy(pipes(family)), TARGETS[parts or family], made[key], seed=len(made))
+            write_lora(random_pipeline(family), TARGETS[parts or family], made[key], seed=len(made))
         return made[key]
 
     return get
@@ -51,13 +52,13 @@ def write_lora(pipe, targets, folder, seed):
 
 
 @pytest.fixture
-def own_stream(pipes):
+def own_stream():
     """`own_stream(family, steps)`: a prepared stream over a copy of a random pipeline, which may be changed."""
 
     def make(family: str = "sd3", steps: int = 2, **options) -> StreamFlow:
         named = {"family": "instaflow"} if family == "instaflow" else {}
         options = {"cfg_type": "none", **named, **options}
-        stream = StreamFlow(copy.deepcopy(pipes(family)), range(steps), **options)
+        stream = StreamFlow(random_pipeline(family), range(steps), **options)
         stream.prepare(PROMPT, num_inference_steps=steps)
         return stream
 
@@ -89,8 +90,8 @@ def modules(stream):
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", pytest.param("instaflow", marks=pytest.mark.slow)])
-def test_the_stream_draws_what_the_pipeline_with_the_same_loras_draws(own_stream, pipes, lora, family):
-    stream, pipe = own_stream(family), copy.deepcopy(pipes(family))
+def test_the_stream_draws_what_the_pipeline_with_the_same_loras_draws(own_stream, lora, family):
+    stream, pipe = own_stream(family), random_pipeline(family)
     stream.velocity = stream.adapter.row_by_row(False)
     x, tree = noises(stream, 2), modules(stream)
     plain = streamed(stream, x)
@@ -219,8 +220,8 @@ def test_a_hot_swap_moves_no_weights(own_stream, lora):
     assert torch.equal(streamed(stream, x), streamed(fresh, x))
 
 
-def test_where_a_lora_cannot_be_heard_it_is_refused(own_stream, pipes, lora):
-    stream = StreamFlow(copy.deepcopy(pipes("sd3")), range(2), cfg_type="none")
+def test_where_a_lora_cannot_be_heard_it_is_refused(own_stream, lora):
+    stream = StreamFlow(random_pipeline("sd3"), range(2), cfg_type="none")
     stream.accelerate("compile", fuse_qkv=True)
     with pytest.raises(RuntimeError, match=r"fuse_qkv=\.\.\.\) has changed the layers.*load and fuse_lora"):
         stream.load_lora(lora("sd3", "a"))

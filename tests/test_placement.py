@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import PROMPT, noises, streamed
@@ -57,7 +55,7 @@ def test_a_device_map_is_refused_and_the_remedy_works():
 def test_a_network_with_quantised_weights_streams_as_its_pipeline_draws(pipes, monkeypatch):
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao, pip install 'streamflow-rf[quantize]'")
     deep = {"num_layers": 4}
-    pipe = copy.deepcopy(pipes("sd3", **deep))
+    pipe = random_pipeline("sd3", **deep)
     torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
     stream = StreamFlow(pipe, range(2), cfg_type="none", frame_buffer_size=2)
     stream.velocity = stream.adapter.row_by_row(False)
