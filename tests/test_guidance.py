@@ -120,7 +120,7 @@ def test_the_default_weights(stream_of):
     assert stream_of("sd3", cfg_type="initialize").guidance_scale == 1.2
     flux = stream_of("flux", cfg_type="full", prepare={"guidance_scale": 2.5, "true_cfg_scale": 3.0})
     assert flux._denoiser.state.weight == 3.0
-    assert stream_of("flux", cfg_type="full")._state.weight == 1.0
+    assert stream_of("flux", cfg_type="full")._denoiser.state.weight == 1.0
     assert flux._denoiser.state.prompt.cond.rows["guidance"].tolist() == [2.5]
 
 
