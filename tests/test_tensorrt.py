@@ -24,20 +24,20 @@ from streamflow.acceleration.tensorrt import (
     Options,
     OutsideProfile,
     accelerate_with_tensorrt,
+    build,
     build_options,
-    child,
+    cache,
     default_engine_dir,
-    engines,
     library,
 )
 from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive
-from streamflow.acceleration.tensorrt.background import Build, check_room, write_job
-from streamflow.acceleration.tensorrt.build import Target
+from streamflow.acceleration.tensorrt.build import Build, check_room, load_or_build, write_job
 from streamflow.acceleration.tensorrt.cache import entry_for, list_engines
-from streamflow.acceleration.tensorrt.check import CALLS, Trial, compare, varied
+from streamflow.acceleration.tensorrt.engine import CALLS, Trial, compare, varied
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import export
-from streamflow.acceleration.tensorrt.profile import profile_of
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import profile_of
 from streamflow.acceleration.watch import Baked
 
 CPU = torch.device("cpu")
@@ -70,8 +70,8 @@ def test_engines_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
     ("given", "message"),
     [
         ({"max_batch": 0}, "max_batch must be an integer of 1 or more, not 0"),
-        ({"min_batch": 4, "max_batch": 2}, "must rise: min_batch=4, max_batch=2"),
-        ({"min_height": 64, "opt_height": 32}, "must rise: min_height=64, opt_height=32"),
+        ({"min_batch": 4, "max_batch": 2}, "must ascend: min_batch=4, max_batch=2"),
+        ({"min_height": 64, "opt_height": 32}, "must ascend: min_height=64, opt_height=32"),
         ({"opt_width": True}, "opt_width must be an integer"),
         ({"fallback": "plain"}, "choose None \\(raise\\) or 'eager'"),
         ({"tolerance_db": 0}, "tolerance_db must be above 0"),
@@ -242,7 +242,7 @@ def test_fallback_runs_plainly_and_warns_with_the_cause(stream_of, caplog):
     assert torch.equal(stream.txt2img(), before)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     for name in ("velocity", "decoder", "encoder"):
-        assert any(f"{name} runs plainly" in told and "this pipe is on cpu" in told for told in warnings)
+        assert any(f"{name} runs without an engine" in text and "this pipe is on cpu" in text for text in warnings)
     with pytest.raises(NoDevice):
         stream.accelerate("tensorrt")
 
@@ -388,7 +388,7 @@ def test_a_new_engine_that_differs_is_refused_and_not_built_again(adaptive, capl
     for _ in range(3 * CALLS):
         x = rows(2)
         assert torch.equal(module(x), module.plain(x))
-    assert len(started) == 1 and "no new engine, running plainly" in caplog.text and "PSNR 20.0 dB" in caplog.text
+    assert len(started) == 1 and "no new engine, running the plain module" in caplog.text and "PSNR 20.0 dB" in caplog.text
 
 
 def test_a_build_that_fails_is_told_once_and_the_stream_goes_on(adaptive, caplog):
@@ -561,7 +561,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
     assert ticks > CALLS and "swapped in" in caplog.text and loaded[0] > 1000
     (entry,) = list_engines(options.engine_dir)
     now = part_with(2, part.module)
-    facts = engines.facts(now, wanted(now), options, target, str(library.load(library.RTX)))
+    facts = cache.facts(now, wanted(now), options, target, str(library.load(library.RTX)))
     assert entry == entry_for(options.engine_dir, "decoder", facts) and len(entry.read()) == loaded[0]
 
     with torch.no_grad():
@@ -579,7 +579,7 @@ def test_a_childs_last_words_are_the_error(tmp_path, capsys):
     options = Options(engine_dir=tmp_path / "engines")
     job = {"part": part, "profile": profile_of(part, options), "options": options}
     write_job(tmp_path / "job.pt", {**job, "target": Target.without(), "kind": library.RTX})
-    assert child.main(str(tmp_path / "job.pt"), str(tmp_path / "made.txt")) == 1
+    assert build.main(str(tmp_path / "job.pt")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "decoder, tracing" in last and "bilinear" in last and "What to do" in last
     assert list_engines(options.engine_dir) == [] and not list(tmp_path.glob("*.*"))
@@ -599,7 +599,7 @@ def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplo
     with pytest.raises(BuildError, match="exit code -9"):
         build.result()
     assert list_engines(tmp_path) == []
-    entry, data = engines.make(part, profile, options, target, library.RTX)
+    entry, data = load_or_build(part, profile, options, target, library.RTX)
     assert entry.read() == data and not list(tmp_path.glob(".decoder-*"))
 
 
@@ -642,9 +642,11 @@ def test_the_self_test_without_tensorrt_says_so_in_a_line_and_exits_with_2(capsy
 @pytest.mark.slow
 @needs_rtx
 @pytest.mark.tensorrt
-def test_build_only_builds_and_ends_with_json(capsys, tmp_path):
-    assert self_test("--build-only", "--models", "flux", "--parts", "encoder", "--engine-dir", str(tmp_path)) == 0
+def test_build_only_builds_and_ends_with_json(capsys, tmp_path, pipes):
+    model, engines = str(tmp_path / "flux"), tmp_path / "engines"
+    pipes("flux").save_pretrained(model)
+    assert self_test("--build-only", "--models", model, "--parts", "encoder", "--engine-dir", str(engines)) == 0
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     (row,) = report["parts"]
-    assert report["ok"] and not report["executed"] and (row["model"], row["part"]) == ("flux", "encoder")
-    assert row["seconds"] > 0 and row["error"] is None and len(list_engines(tmp_path)) == 1
+    assert report["ok"] and not report["executed"] and (row["model"], row["part"]) == (model, "encoder")
+    assert row["seconds"] > 0 and row["error"] is None and len(list_engines(engines)) == 1

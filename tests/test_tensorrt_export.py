@@ -15,12 +15,12 @@ from torch import nn
 
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import ExportError, NotExportable, library
-from streamflow.acceleration.tensorrt.build import Target, build
+from streamflow.acceleration.tensorrt.__main__ import parts_of
+from streamflow.acceleration.tensorrt.build import build
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import OUTPUT, export
-from streamflow.acceleration.tensorrt.options import Options
-from streamflow.acceleration.tensorrt.profile import profile_of
-from streamflow.acceleration.tensorrt.samples import parts_of
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.models import load
 from streamflow.models.codec import Codec
 from streamflow.pretrained import embedded, embedded_tiny_vae

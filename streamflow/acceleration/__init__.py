@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -75,6 +75,14 @@ class Parts:
 
     def __iter__(self) -> Iterator[Part]:
         return iter((self.velocity, self.decoder, self.encoder))
+
+
+def bind_arguments(
+    names: Iterable[str], positional: tuple[Tensor, ...], keyword: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """The arguments of a call by name. Those that are None count as not passed."""
+    arguments = dict(zip(names, positional, strict=False)) | keyword
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _nothing() -> None:

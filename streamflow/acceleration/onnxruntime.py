@@ -18,11 +18,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Accelerated, Part, Parts
-from streamflow.acceleration.tensorrt.engine import named
+from streamflow.acceleration import Accelerated, Part, Parts, bind_arguments
 from streamflow.acceleration.tensorrt.export import check_exportable, export
 from streamflow.acceleration.tensorrt.options import Options as Sizes
-from streamflow.acceleration.tensorrt.profile import profile_of
+from streamflow.acceleration.tensorrt.options import profile_of
 from streamflow.acceleration.watch import Baked
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class Sessions(nn.Module):
 
     @torch.no_grad()
     def forward(self, *positional: Tensor, **given: Tensor | None) -> Tensor:
-        inputs = named(self._part.inputs, positional, given)
+        inputs = bind_arguments(self._part.inputs, positional, given)
         if self._watch.changed():
             logger.info("%s: weights or adapters changed, exporting anew", self._part.name)
             self._sessions.clear()
