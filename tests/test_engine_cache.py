@@ -367,7 +367,7 @@ def tiny():
 def key_of(module, x=None, options=None, target=None, version="TensorRT 1.0", **part) -> str:
     part = Part("velocity", module, {"x": torch.zeros(2, 4) if x is None else x}, **part)
     options = Options(engine_dir="e") if options is None else options
-    target = target or Target.without()
+    target = target or Target()
     return cache.key(cache.facts(part, profile_of(part, options), options, target, version))
 
 
@@ -419,7 +419,7 @@ def test_the_key_changes_with_all_that_changes_the_engine(tiny):
         "workspace": key_of(tiny, options=Options(workspace_gb=1)),
         "optimization level": key_of(tiny, options=Options(optimization_level=1)),
         "another GPU": key_of(tiny, target=Target("NVIDIA GeForce RTX 4090", (8, 9))),
-        "another capability": key_of(tiny, target=Target.without((12, 0))),
+        "another capability": key_of(tiny, target=Target(capability=(12, 0))),
         "another TensorRT": key_of(tiny, version="TensorRT 1.1"),
     }
     for name, key in keys.items():

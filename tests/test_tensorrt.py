@@ -191,7 +191,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
 @pytest.mark.tensorrt
 def test_tensorrt_for_rtx_loads_without_a_gpu_and_polygraphy_knows():
     loaded = library.load(library.RTX)
-    assert loaded.is_rtx and loaded.version[0].isdigit() and library.load(library.RTX) is loaded
+    assert loaded.kind == library.RTX and loaded.trt.__version__[0].isdigit() and library.load(library.RTX) is loaded
     from polygraphy import config
 
     assert config.USE_TENSORRT_RTX
@@ -503,14 +503,14 @@ def test_no_room_is_told_with_the_numbers(tmp_path):
     huge = nn.Linear(2**20, 2**20, bias=False, device="meta")
     part = Part("velocity", huge, {"input": torch.zeros(1, 4)})
     with pytest.raises(BuildError, match="disk: 13194.1 GB needed, .* GB free"):
-        check_room(part, Options(engine_dir=tmp_path), Target.without())
+        check_room(part, Options(engine_dir=tmp_path), Target())
 
 
 def test_a_module_that_cannot_be_handed_to_a_child_is_refused(tmp_path):
     module = conv()
     module.layout = lambda x: x
     part = part_with(1, module)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target.without(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
     with pytest.raises(BuildError, match="writing the weight snapshot: .*pickle"):
         build.result()
     assert list_engines(tmp_path) == [] and not list(tmp_path.glob("streamflow-snapshot-*"))
@@ -532,7 +532,7 @@ def ticks_until(module: Adaptive, x: torch.Tensor, done, seconds: float = 120.0)
 @pytest.mark.tensorrt
 def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog):
     """The child exports and builds a real TensorRT engine; what is swapped in runs its ONNX, since engines need a GPU."""
-    options, target = Options(engine_dir=tmp_path / "engines", optimization_level=0), Target.without()
+    options, target = Options(engine_dir=tmp_path / "engines", optimization_level=0), Target()
     part = part_with(1)
     loaded = []
 
@@ -578,7 +578,7 @@ def test_a_childs_last_words_are_the_error(tmp_path, capsys):
     part = Part("decoder", nn.Bilinear(4, 4, 4), {"input1": torch.randn(2, 4), "input2": torch.randn(2, 5)})
     options = Options(engine_dir=tmp_path / "engines")
     job = {"part": part, "profile": profile_of(part, options), "options": options}
-    write_job(tmp_path / "job.pt", {**job, "target": Target.without(), "kind": library.RTX})
+    write_job(tmp_path / "job.pt", {**job, "target": Target(), "kind": library.RTX})
     assert build.main(str(tmp_path / "job.pt")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "decoder, tracing" in last and "bilinear" in last and "What to do" in last
@@ -589,7 +589,7 @@ def test_a_childs_last_words_are_the_error(tmp_path, capsys):
 @needs_rtx
 @pytest.mark.tensorrt
 def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplog):
-    part, options, target = part_with(1), Options(engine_dir=tmp_path, optimization_level=0), Target.without()
+    part, options, target = part_with(1), Options(engine_dir=tmp_path, optimization_level=0), Target()
     profile = profile_of(part, options)
     build = Build(part, profile, options, target, library.RTX, None)
     while not list(tmp_path.glob(".decoder-*.work")):
@@ -607,7 +607,7 @@ def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplo
 @pytest.mark.tensorrt
 def test_a_cancelled_build_ends_its_child(tmp_path):
     part = part_with(1)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target.without(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
     while build._child is None:
         time.sleep(0.01)
     build.cancel()

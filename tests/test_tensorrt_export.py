@@ -156,7 +156,7 @@ def test_a_module_that_takes_lists_is_refused_by_name(tmp_path):
 @pytest.mark.tensorrt
 def test_an_engine_is_built_without_a_gpu(conv_onnx):
     _, profile, path = conv_onnx
-    engine = build(path, profile, Options(optimization_level=0, workspace_gb=1), library.load(library.RTX), Target.without())
+    engine = build(path, profile, Options(optimization_level=0, workspace_gb=1), library.load(library.RTX), Target())
     assert isinstance(engine, bytes) and len(engine) > 1000
 
 
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_onnx_is_refused_with_the_stage(conv_onnx, tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not an ONNX file")
     with pytest.raises(BuildError, match="reading ONNX") as caught:
-        build(path, profile, Options(), library.load(library.RTX), Target.without())
+        build(path, profile, Options(), library.load(library.RTX), Target())
     assert caught.value.stage == "reading ONNX" and "What to do" in str(caught.value)
 
 
@@ -185,7 +185,7 @@ def test_an_operation_that_tensorrt_lacks_is_told_by_node(conv_onnx, tmp_path):
     onnx.save(helper.make_model(helper.make_graph([node], "odd", [value], [out]), opset_imports=imports), path)
     _, profile, _ = conv_onnx
     with pytest.raises(BuildError) as caught:
-        build(path, profile, Options(), library.load(library.RTX), Target.without())
+        build(path, profile, Options(), library.load(library.RTX), Target())
     assert caught.value.stage == "reading ONNX" and "the_odd_one" in caught.value.node
 
 
@@ -201,7 +201,7 @@ def test_a_profile_that_does_not_belong_to_the_file_is_a_build_error(conv_onnx):
             dataclasses.replace(profile, ranges={"input": wrong}),
             Options(),
             library.load(library.RTX),
-            Target.without(),
+            Target(),
         )
     assert caught.value.stage == "building the engine"
 
@@ -295,7 +295,7 @@ def test_onnxruntime_equals_torch_at_every_batch_and_size(onnx_of, model, name):
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_tensorrt_for_rtx_builds_an_engine(onnx_of, model, name):
     _, profile, path = onnx_of(model, name)
-    engine = build(path, profile, Options(), library.load(library.RTX), Target.without())
+    engine = build(path, profile, Options(), library.load(library.RTX), Target())
     assert len(engine) > 10_000
 
 
@@ -307,4 +307,4 @@ def test_a_strongly_typed_engine_of_half_precision_is_built(tmp_path, dtype):
     part = Part("decoder", Codec(random_tiny_vae(4).to(dtype)).decoder, {"latents": torch.randn(1, 4, 8, 8, dtype=dtype)})
     profile = profile_of(part, Options())
     path = export(part, profile, tmp_path)
-    assert len(build(path, profile, Options(), library.load(library.RTX), Target.without())) > 10_000
+    assert len(build(path, profile, Options(), library.load(library.RTX), Target())) > 10_000

@@ -11,6 +11,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,44 +67,32 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
     _warn_not_executed()
     modules: dict[str, nn.Module] = {}
     seconds: dict[str, float] = {}
-
-    def undo() -> None:
-        for module in modules.values():
-            if isinstance(module, Adaptive):
-                module.close()
-
-    try:
+    *_, height, width = next(iter(parts.encoder.inputs.values())).shape
+    with ExitStack() as started:
         for part in parts:
             began = time.perf_counter()
             try:
-                modules[part.name] = _on_engine(part, options, _sides(parts.encoder))
+                modules[part.name] = adaptive = _on_engine(part, options, height, width)
+                started.callback(adaptive.close)
             except (TensorRTError, MissingTensorRT) as error:
                 if options.fallback is None:
                     raise
                 logger.warning("%s runs without an engine, since fallback='eager': %s", part.name, error)
                 modules[part.name] = part.module
             seconds[part.name] = time.perf_counter() - began
-    except BaseException:
-        undo()
-        raise
+        undo = started.pop_all().close
     return Accelerated(modules, undo, seconds)
 
 
-def _sides(part: Part) -> tuple[int, int]:
-    """The last two dimensions of a part's first input."""
-    height, width = next(iter(part.inputs.values())).shape[-2:]
-    return height, width
-
-
-def _on_engine(part: Part, options: Options, image: tuple[int, int]) -> Adaptive:
-    """The part on its first engine. image: height and width in pixels."""
-    device = next(iter(part.inputs.values())).device
-    options.require(device)
-    target = library.Target.of(device)
+def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptive:
+    """The part on its first engine. height, width: of the images in pixels."""
+    first = next(iter(part.inputs.values()))
+    options.require(first.device)
+    target = library.Target.of(first.device)
     kind = library.choose(target.capability)
-    height, width = _sides(part)
-    units = (image[0] // height, image[1] // width) if part.free_size else (1, 1)
-    profile = profile_of(part, options, units)
+    units = (height // first.shape[-2], width // first.shape[-1]) if part.free_size else (1, 1)
+    to_profile = functools.partial(profile_of, options=options, units=units)
+    profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
         engine = EngineModule(data, profile, library.load(kind), torch.device("cuda", target.index))
@@ -125,7 +114,6 @@ def _on_engine(part: Part, options: Options, image: tuple[int, int]) -> Adaptive
             remedy = "close what else uses the GPU, or pass a smaller max_batch, max_height, max_width, or verify=False"
             raise EngineError(part.name, "comparing", f"out of memory: {error}", remedy) from error
         logger.info("%s: the engine equals the plain module, PSNR %.1f dB or more", part.name, worst)
-    to_profile = functools.partial(profile_of, options=options, units=units)
     adaptive = Adaptive(part, to_profile, start if options.adaptive else None, options.tolerance_db, options.verify)
     adaptive.add(profile, engine)
     return adaptive
@@ -142,8 +130,15 @@ def _warn_not_executed() -> None:
 
 # -- StreamDiffusion's own function -------------------------------------------------------------------------------------
 
-_RENAMED = {"opt_image_height": "opt_height", "opt_image_width": "opt_width", "force_engine_build": "rebuild"}
-_RESOLUTION = ("min_image_resolution", "max_image_resolution")
+_RENAMED = {
+    "opt_image_height": ("opt_height",),
+    "opt_image_width": ("opt_width",),
+    "force_engine_build": ("rebuild",),
+    "min_image_resolution": ("min_height", "min_width"),
+    "max_image_resolution": ("max_height", "max_width"),
+    **{name: (name,) for name in Options.__dataclass_fields__},
+}
+_IGNORED = ("opt_batch_size", "onnx_opset", "build_static_batch", "build_dynamic_shape")
 _MEANINGLESS = {
     "build_enable_refit": "engines are built anew when weights change",
     "build_all_tactics": "TensorRT chooses by itself",
@@ -158,22 +153,18 @@ def build_options(given: Mapping[str, Any] | None, max_batch: int, min_batch: in
     `opt_batch_size` and `onnx_opset` have no effect: an engine is tuned for the stream's own rows, and the exporter chooses
     the opset. NotImplementedError for options without a meaning here, unless they are off. TypeError for unknown names.
     """
-    options: dict[str, Any] = {"max_batch": max_batch, "min_batch": min_batch}
-    given = {name: value for name, value in (given or {}).items() if name not in ("opt_batch_size", "onnx_opset")}
-    for name, why in _MEANINGLESS.items():
-        if given.pop(name, None):
-            raise NotImplementedError(f"engine_build_options has {name}: {why}; leave it out")
-    if given.pop("build_static_batch", False):
-        options = {}
-    dynamic = given.pop("build_dynamic_shape", False)
-    for name in _RESOLUTION:
-        size = given.pop(name, None)
-        if dynamic and size is not None:
-            options |= {f"{name[:3]}_height": size, f"{name[:3]}_width": size}
-    options |= {_RENAMED.get(name, name): value for name, value in given.items()}
-    if unknown := sorted(set(options) - set(Options.__dataclass_fields__)):
-        known = [*_RENAMED, *_RESOLUTION, "build_dynamic_shape", "build_static_batch", *Options.__dataclass_fields__]
-        raise TypeError(f"engine_build_options has no {', '.join(unknown)}; it may have {', '.join(known)}")
+    given = given or {}
+    static, dynamic = given.get("build_static_batch"), given.get("build_dynamic_shape")
+    options: dict[str, Any] = {} if static else {"max_batch": max_batch, "min_batch": min_batch}
+    for name, value in given.items():
+        if name in _MEANINGLESS:
+            if value:
+                raise NotImplementedError(f"engine_build_options has {name}: {_MEANINGLESS[name]}; leave it out")
+        elif name in _RENAMED:
+            if dynamic or not name.endswith("_image_resolution"):
+                options |= dict.fromkeys(_RENAMED[name], value)
+        elif name not in _IGNORED:
+            raise TypeError(f"engine_build_options has no {name}; it may have {', '.join((*_RENAMED, *_IGNORED))}")
     return options
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.benchmark import Timer
 
 from streamflow.acceleration import Part, Parts
 from streamflow.acceleration.tensorrt import library
 from streamflow.acceleration.tensorrt.build import load_or_build
 from streamflow.acceleration.tensorrt.engine import EngineModule, compare
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT, NoDevice, TensorRTError
+from streamflow.acceleration.tensorrt.errors import MissingTensorRT, TensorRTError
+from streamflow.acceleration.tensorrt.library import Library, Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.conditioning.prompt import stack
 from streamflow.models import adapter_for, load
@@ -34,58 +34,49 @@ PARTS = ("velocity", "decoder", "encoder")
 COLUMNS = ("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments."""
-    made = argparse.ArgumentParser(prog="python -m streamflow.acceleration.tensorrt", description=__doc__)
-    mode = made.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--self-test", action="store_true", help="build, run, compare and time on this GPU")
-    mode.add_argument("--build-only", action="store_true", help="export and build; needs no GPU with TensorRT for RTX")
-    made.add_argument("--models", nargs="+", default=["embedded"], help="folders in diffusers' format (default: embedded)")
-    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
-    made.add_argument("--capability", default="8.9", help="of the GPU to build for without one (default: %(default)s)")
-    made.add_argument("--engine-dir", type=Path, help="keep the engines there (default: a temporary folder)")
-    made.add_argument("--verbose", action="store_true", help="show the log")
-    return made
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it. Returns the exit code."""
-    arguments = parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m streamflow.acceleration.tensorrt", description=__doc__)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--self-test", action="store_true", help="build, run, compare and time on this GPU")
+    mode.add_argument("--build-only", action="store_true", help="export and build; needs no GPU with TensorRT for RTX")
+    parser.add_argument("--models", nargs="+", default=["embedded"], help="folders in diffusers' format (default: embedded)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32"
+    )
+    parser.add_argument("--capability", default="8.9", help="of the GPU to build for without one (default: %(default)s)")
+    parser.add_argument("--engine-dir", type=Path, help="keep the engines there (default: a temporary folder)")
+    parser.add_argument("--verbose", action="store_true", help="show the log")
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
+    cuda = torch.cuda.is_available() and torch.version.hip is None
+    if arguments.self_test and not cuda:
+        print("there is no CUDA device here: --self-test runs engines, --build-only builds without one", file=sys.stderr)
+        return 2
     try:
-        target = _target(arguments)
-        loaded = library.load(library.choose(None if target.index is None else target.capability))
-    except (NoDevice, MissingTensorRT, ValueError) as error:
+        major, _, minor = arguments.capability.partition(".")
+        target = Target.of(torch.device("cuda")) if cuda else Target(capability=(int(major), int(minor or 0)))
+        loaded = library.load(library.choose(target.capability if cuda else None))
+    except (MissingTensorRT, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{loaded}, for {target}")
-    device = torch.device("cpu") if target.index is None else torch.device("cuda", target.index)
-    dtype = arguments.dtype or ("float32" if target.index is None else "float16")
+    dtype = arguments.dtype or ("float16" if cuda else "float32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         options = Options(engine_dir=arguments.engine_dir or folder)
         for model in arguments.models:
-            parts = parts_of(load(model).to(device, getattr(torch, dtype)))
+            parts = parts_of(load(model).to(torch.device("cuda", target.index) if cuda else "cpu", getattr(torch, dtype)))
             for part in (part for part in parts if part.name in arguments.parts):
-                result = _test(part, arguments.self_test, options, target, loaded)
-                rows.append({"model": model, "part": part.name, "dtype": dtype, **result})
-                print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value is not None))
+                row = {"model": model, "part": part.name, "dtype": dtype}
+                row |= _test(part, arguments.self_test, options, target, loaded)
+                print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+                rows.append(row)
     ok = all(row["error"] is None for row in rows)
     report = {"ok": ok, "executed": arguments.self_test, "tensorrt": str(loaded), "gpu": str(target), "parts": rows}
     print(json.dumps(report))
     return 0 if ok else 1
-
-
-def _target(arguments: argparse.Namespace) -> library.Target:
-    if torch.cuda.is_available() and torch.version.hip is None:
-        return library.Target.of(torch.device("cuda"))
-    if arguments.self_test:
-        problem = "there is no CUDA device here, and a self-test runs engines"
-        remedy = "run it on a machine with an NVIDIA GPU; --build-only builds without one"
-        raise NoDevice(part="self-test", stage="start", problem=problem, remedy=remedy)
-    major, _, minor = arguments.capability.partition(".")
-    return library.Target.without((int(major), int(minor or 0)))
 
 
 def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
@@ -105,9 +96,7 @@ def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | No
     return Parts.of(adapter, adapter.codec(pipe.vae, size, size), inputs, latents, images)
 
 
-def _test(
-    part: Part, execute: bool, options: Options, target: library.Target, loaded: library.Library
-) -> dict[str, float | str | None]:
+def _test(part: Part, execute: bool, options: Options, target: Target, loaded: Library) -> dict[str, float | str | None]:
     """The results of one part by `COLUMNS`. An error of TensorRT is a result."""
     row: dict[str, float | str | None] = dict.fromkeys(COLUMNS)
     profile = profile_of(part, options)
@@ -121,15 +110,11 @@ def _test(
             engine = EngineModule(data, profile, loaded, torch.device("cuda", target.index))
             row["psnr_db"] = round(compare(part, profile, engine, options.tolerance_db), 1)
             for name, module in {"plain_ms": part.module, "engine_ms": engine, "graph_ms": Graphed(engine)}.items():
-                row[name] = round(_milliseconds(part, module), 3)
+                timer = Timer("call(module)", globals={"call": part.call, "module": module})
+                row[name] = round(1e3 * timer.blocked_autorange().median, 3)
     except TensorRTError as error:
         row["error"] = str(error)
     return row
-
-
-def _milliseconds(part: Part, module: nn.Module) -> float:
-    """The median time of a call."""
-    return 1e3 * Timer("call(module)", globals={"call": part.call, "module": module}).blocked_autorange().median
 
 
 if __name__ == "__main__":

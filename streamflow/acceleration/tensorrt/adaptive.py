@@ -44,9 +44,6 @@ class Adaptive(nn.Module):
         self._profile_of, self._start, self._tolerance, self._verify = profile_of, start, tolerance_db, verify
         self._watch = Baked(part.module)
         self._last: tuple[int, tuple] = (0, ())  # how often the last shapes outside all profiles came in a row
-        self._reset()
-
-    def _reset(self) -> None:
         self._engines: list[tuple[Profile, nn.Module]] = []
         self._refused: list[Profile] = []
         self._build: Build | None = None
@@ -70,7 +67,7 @@ class Adaptive(nn.Module):
         """Drop all engines and cancel the build."""
         if self._build is not None:
             self._build.cancel()
-        self._reset()
+        self._engines, self._refused, self._build, self._trial = [], [], None, None
 
     def close(self) -> None:
         """Drop all engines and build no more: later calls run the plain module."""

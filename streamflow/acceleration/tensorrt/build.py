@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import cache
 from streamflow.acceleration.tensorrt.errors import BuildError, MissingTensorRT, TensorRTError
 from streamflow.acceleration.tensorrt.export import check_exportable, export, size_of
-from streamflow.acceleration.tensorrt.library import Library, Target, load, quiet_polygraphy
+from streamflow.acceleration.tensorrt.library import RTX, Library, Target, load, quiet_polygraphy
 from streamflow.acceleration.tensorrt.options import Options, Profile
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,11 @@ def build(onnx: Path, profile: Profile, options: Options, library: Library, targ
     Raises:
         BuildError: with the stage, TensorRT's messages, the node if TensorRT names one, and the remedy.
     """
-    from polygraphy.backend.trt import create_network, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
     began = time.perf_counter()
     typed = hasattr(library.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # later versions have no other networks
     with contextlib.nullcontext() if target.index is None else torch.cuda.device(target.index):
-        with _stage(profile.part, "starting the builder", library):
-            create_network(strongly_typed=typed)
         with _stage(profile.part, "reading ONNX", library):
             network = network_from_onnx_path(str(onnx), strongly_typed=typed)
         logger.info("%s: %d layers, building with %s for %s", profile.part, network[1].num_layers, library, target)
@@ -86,7 +85,9 @@ def _stage(part: str, stage: str, library: Library) -> Iterator[None]:
     try:
         with quiet_polygraphy():
             yield
-    except (PolygraphyException, RuntimeError, TypeError) as error:  # pybind raises the latter two
+    except (PolygraphyException, RuntimeError, TypeError) as error:
+        if stage == "reading ONNX" and not isinstance(error, PolygraphyException):
+            stage = "starting the builder"  # pybind's error if there is no builder
         problem = "; ".join([str(error), *library.messages.errors()])
         node = _NODE.search(problem)
         remedy = _REMEDIES["memory" if _MEMORY.search(problem) else stage]
@@ -104,7 +105,7 @@ def _config(profile: Profile, options: Options, library: Library, target: Target
     if options.workspace_gb is not None:
         pool = library.trt.MemoryPoolType.WORKSPACE
         arguments["memory_pool_limits"] = {pool: int(options.workspace_gb * 2**30)}
-    if not library.is_rtx:
+    if library.kind != RTX:
         return trt.CreateConfig(tf32=options.tf32, **arguments)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
@@ -136,18 +137,16 @@ class Build:
         self.profile, self._load = profile, load
         self._child: subprocess.Popen | None = None
         self._cancelled = False
-        self._engine: nn.Module | None = None
-        self._error: Exception | None = None
+        self._module: Future[nn.Module | None] = Future()
         self._began = time.perf_counter()
         options = replace(options, rebuild=False)
         job = {"part": part, "profile": profile, "options": options, "target": target, "kind": kind}
-        self._thread = Thread(self._run, f"tensorrt-{part.name}", args=(job,))
-        self._thread.start()
+        Thread(self._run, f"tensorrt-{part.name}", args=(job,)).start()
 
     @property
     def ready(self) -> bool:
         """Whether it has ended, with an engine or with an error."""
-        return not self._thread.is_alive()
+        return self._module.done()
 
     @property
     def seconds(self) -> float:
@@ -156,10 +155,7 @@ class Build:
 
     def result(self) -> nn.Module:
         """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._engine
+        return self._module.result()
 
     def cancel(self) -> None:
         """Stop the child and drop its engine, without waiting for either."""
@@ -173,10 +169,9 @@ class Build:
             with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=folder) as snapshot:
                 data = self._in_child(job, Path(snapshot) / "job.pt")
             job.clear()
-            if not self._cancelled:
-                self._engine = self._load(data, self.profile)
+            self._module.set_result(None if self._cancelled else self._load(data, self.profile))
         except Exception as error:  # raised again by `result`, in the thread of the stream
-            self._error = error
+            self._module.set_exception(error)
 
     def _in_child(self, job: dict[str, Any], path: Path) -> bytes:
         if (index := job["target"].index) is not None:

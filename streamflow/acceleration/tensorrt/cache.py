@@ -131,27 +131,18 @@ class DamagedEngine(RuntimeError):
     """A file in the cache is not the engine that its record describes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
-    """One engine of a cache folder."""
+    """One engine of a cache folder. `engine`: its file. `record`: the file of its facts and its checksum. `scratch`: a
+    folder for the files of a build, which belongs to the holder of the lock."""
 
     directory: Path
     stem: str
 
-    @property
-    def engine(self) -> Path:
-        """The file of the engine."""
-        return self.directory / f"{self.stem}.engine"
-
-    @property
-    def record(self) -> Path:
-        """The file of its facts and its checksum."""
-        return self.directory / f"{self.stem}.json"
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for the files of a build. It belongs to the holder of the lock."""
-        return self.directory / f".{self.stem}.work"
+    def __post_init__(self) -> None:
+        self.engine = self.directory / f"{self.stem}.engine"
+        self.record = self.directory / f"{self.stem}.json"
+        self.scratch = self.directory / f".{self.stem}.work"
 
     def read_record(self) -> dict[str, Any]:
         """The record. DamagedEngine if it is missing, unreadable or of another engine."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from streamflow.acceleration import Part, bind_arguments
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
 from streamflow.acceleration.tensorrt.export import OUTPUT
-from streamflow.acceleration.tensorrt.library import Library, quiet_polygraphy
+from streamflow.acceleration.tensorrt.library import RTX, Library, quiet_polygraphy
 from streamflow.acceleration.tensorrt.options import Profile
 
 CALLS = 8  # that are compared
@@ -48,7 +47,13 @@ class EngineModule(nn.Module):
                 self._engine = engine_from_bytes(data)
             except PolygraphyException as error:
                 raise self._error("loading", "these bytes are not an engine for this GPU", _REBUILD) from error
-            self._context = self._new_context()
+            if library.kind == RTX:  # compile all kernels before the first call: a CUDA graph must capture the final ones
+                config = self._engine.create_runtime_config()
+                strategy = library.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = strategy
+                self._context = self._engine.create_execution_context(config)
+            else:
+                self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._error("loading", "no execution context", "free memory on the GPU: it needs room for activations")
         self._side = side_stream(self, device)
@@ -58,15 +63,6 @@ class EngineModule(nn.Module):
         self.dtypes = {name: DataType.to_dtype(dtype, "torch") for name, dtype in types.items()}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._output_shape: tuple[int, ...] = ()
-
-    def _new_context(self) -> Any:
-        """With all kernels compiled before the first call, so that a CUDA graph captures the final ones."""
-        if not self.library.is_rtx:
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        strategies = self.library.trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        return self._engine.create_execution_context(config)
 
     @torch.no_grad()
     def forward(self, *positional: Tensor, **keyword: Tensor | None) -> Tensor:
@@ -120,40 +116,31 @@ class EngineModule(nn.Module):
 # -- comparing -----------------------------------------------------------------------------------------------------------
 
 
-def noise_power(got: Tensor, expected: Tensor) -> Tensor:
-    """The mean square error over the squared range (largest minus smallest value) of `expected`, a scalar on its device.
-    PSNR is -10 log10 of it. Infinite if the shapes differ or `got` is not finite."""
-    if got.shape != expected.shape:
-        return torch.full((), math.inf, device=expected.device)
-    got, expected = got.float(), expected.float()
-    peak = (expected.max() - expected.min()).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((got - expected) / peak).square().mean().nan_to_num(math.inf, math.inf)
-
-
-def decibels(power: float) -> float:
-    """The PSNR of a noise power: infinite for 0, minus infinite for infinity."""
-    return math.inf if power == 0 else -10 * math.log10(power) if math.isfinite(power) else -math.inf
-
-
 class Trial:
-    """A comparison over `calls` calls. It does not wait for the device before `verdict`."""
+    """A comparison by PSNR over `calls` calls. It does not wait for the device before `verdict`."""
 
     def __init__(self, part: str, tolerance_db: float, calls: int = CALLS):
         self.part, self.tolerance_db, self.calls = part, tolerance_db, calls
         self._powers: list[Tensor] = []
-
-    def add(self, got: Tensor, expected: Tensor) -> None:
-        """Compare one call."""
-        self._powers.append(noise_power(got, expected))
 
     @property
     def done(self) -> bool:
         """Whether enough calls have been compared."""
         return len(self._powers) >= self.calls
 
+    def add(self, got: Tensor, expected: Tensor) -> None:
+        """Compare one call: the mean square error over the squared range (largest minus smallest value) of `expected`.
+        Infinite if the shapes differ or `got` is not finite."""
+        if got.shape != expected.shape:
+            self._powers.append(torch.tensor(math.inf))
+            return
+        got, expected = got.float(), expected.float()
+        peak = (expected.max() - expected.min()).clamp(min=torch.finfo(torch.float32).tiny)
+        self._powers.append(((got - expected) / peak).square().mean().nan_to_num(math.inf, math.inf))
+
     def verdict(self) -> float:
-        """The lowest PSNR of the calls. EngineMismatch, with all of them, if it is below the tolerance."""
-        found = [decibels(power.item()) for power in self._powers]
+        """The lowest PSNR of the calls, in dB. EngineMismatch, with all of them, if it is below the tolerance."""
+        found = [-10 * power.log10().item() for power in self._powers]
         if (worst := min(found)) < self.tolerance_db:
             listed = ", ".join(f"{db:.1f}" for db in found)
             problem = f"PSNR {worst:.1f} dB of {len(found)} calls ({listed}), {self.tolerance_db} wanted"

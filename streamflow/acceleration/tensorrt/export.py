@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,13 @@ def export(part: Part, profile: Profile, folder: Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingTensorRT(f"export needs onnx and onnxscript: {error}. Run {command(RTX)}") from error
-    inputs = example(part, profile)
-    dynamic = {
-        name: {axis: torch.export.Dim.DYNAMIC for axis in {*r.free, *(() if name in part.shared else (0,))}} or None
-        for name, r in profile.ranges.items()
-    }
+    inputs: dict[str, Tensor] = {}
+    dynamic: dict[str, dict[int, Any] | None] = {}
+    for name, value in part.inputs.items():
+        r, batch = profile.ranges[name], () if name in part.shared else (0,)
+        rows = value if name in part.shared else value[torch.arange(EXAMPLE_ROWS) % len(value)]
+        inputs[name] = rows if rows.shape[1:] == r.best[1:] else rows.new_zeros((len(rows), *r.best[1:]))
+        dynamic[name] = {axis: torch.export.Dim.DYNAMIC for axis in {*batch, *r.free}} or None
     path, began = folder / f"{part.name}.onnx", time.perf_counter()
     with _stage(part, "tracing", "this module cannot be traced with tensors of dynamic shape"):
         program = torch.export.export(part.module, (), inputs, dynamic_shapes=dynamic, strict=False)
@@ -65,16 +68,6 @@ def export(part: Part, profile: Profile, folder: Path) -> Path:
     shapes = ", ".join(f"{name} {list(r.smallest)}..{list(r.largest)}" for name, r in profile.ranges.items())
     logger.info("%s: ONNX written in %.1f s, %s", part.name, time.perf_counter() - began, shapes)
     return path
-
-
-def example(part: Part, profile: Profile) -> dict[str, Tensor]:
-    """The inputs for tracing: the part's own with `EXAMPLE_ROWS` rows and the profile's best sizes."""
-    inputs = {}
-    for name, value in part.inputs.items():
-        value = value if name in part.shared else value[torch.arange(EXAMPLE_ROWS) % len(value)]
-        best = profile.ranges[name].best
-        inputs[name] = value if value.shape[1:] == best[1:] else value.new_zeros((len(value), *best[1:]))
-    return inputs
 
 
 def size_of(module: torch.nn.Module) -> int:

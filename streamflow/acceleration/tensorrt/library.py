@@ -63,10 +63,10 @@ def choose(capability: tuple[int, int] | None = None) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The GPU that an engine is built for. `index`: of the CUDA device, or None for a build without one."""
+    """The GPU that an engine is built for. index: of the CUDA device. None: no device, a build for a compute capability."""
 
-    name: str
-    capability: tuple[int, int]
+    name: str = "none"
+    capability: tuple[int, int] = (8, 9)
     index: int | None = None
 
     @classmethod
@@ -74,11 +74,6 @@ class Target:
         """A CUDA device of this machine."""
         index = torch.cuda.current_device() if device.index is None else device.index
         return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
-
-    @classmethod
-    def without(cls, capability: tuple[int, int] = (8, 9)) -> Target:
-        """No device: a build for this compute capability."""
-        return cls("none", tuple(capability))
 
     def __str__(self) -> str:
         return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
@@ -92,18 +87,8 @@ class Library:
     trt: ModuleType
     messages: Any
 
-    @property
-    def is_rtx(self) -> bool:
-        """Whether it is TensorRT for RTX."""
-        return self.kind == RTX
-
-    @property
-    def version(self) -> str:
-        """Its version number."""
-        return self.trt.__version__
-
     def __str__(self) -> str:
-        return f"{_LABEL[self.kind]} {self.version}"
+        return f"{_LABEL[self.kind]} {self.trt.__version__}"
 
 
 @functools.cache
