@@ -38,7 +38,7 @@ from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import export
 from streamflow.acceleration.tensorrt.library import Target
 from streamflow.acceleration.tensorrt.options import profile_of
-from streamflow.acceleration.watch import Baked
+from streamflow.acceleration.watch import WeightWatch
 
 CPU = torch.device("cpu")
 
@@ -446,7 +446,7 @@ def test_adapters_that_are_added_scaled_or_merged_are_seen():
         lambda: layer.unmerge(),
         lambda: layer.enable_adapters(False),
     ):
-        watch = Baked(module)
+        watch = WeightWatch(module)
         assert not watch.changed()
         change()
         assert watch.changed()
@@ -469,7 +469,7 @@ def test_a_lora_that_comes_goes_or_weakens_is_seen(pipes):
         lambda: pipe.transformer.disable_adapters(),
         lambda: pipe.transformer.delete_adapters("red"),
     ):
-        watch = Baked(velocity)
+        watch = WeightWatch(velocity)
         assert not watch.changed()
         change()
         assert watch.changed()

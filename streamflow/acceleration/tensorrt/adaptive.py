@@ -15,7 +15,7 @@ from streamflow.acceleration.tensorrt.build import Build
 from streamflow.acceleration.tensorrt.engine import Trial
 from streamflow.acceleration.tensorrt.errors import EngineMismatch
 from streamflow.acceleration.tensorrt.options import Profile
-from streamflow.acceleration.watch import Baked
+from streamflow.acceleration.watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Adaptive(nn.Module):
         super().__init__()
         self.part, self.plain = part, part.module
         self._profile_of, self._start, self._tolerance, self._verify = profile_of, start, tolerance_db, verify
-        self._watch = Baked(part.module)
+        self._watch = WeightWatch(part.module)
         self._last: tuple[int, tuple] = (0, ())  # how often the last shapes outside all profiles came in a row
         self._engines: list[tuple[Profile, nn.Module]] = []
         self._refused: list[Profile] = []
