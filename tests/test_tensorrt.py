@@ -124,7 +124,7 @@ def test_a_size_that_is_no_whole_number_of_latents_is_an_error():
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 8, 8), (1, 4, 8, 9), (1, 4, 8), (1, 3, 8, 8)])
-def test_shapes_outside_of_a_profile_are_told_with_the_numbers(shape):
+def test_shapes_outside_of_a_profile_are_refused_with_the_numbers(shape):
     profile = profile_of(part_with(1), Options(max_batch=4))
     with pytest.raises(OutsideProfile, match="built for \\[1, 4, 8, 8\\] to \\[4, 4, 8, 8\\]"):
         profile.check({"input": torch.zeros(shape)})
@@ -201,23 +201,23 @@ def test_tensorrt_for_rtx_loads_without_a_gpu_and_polygraphy_knows():
 
 
 class Recorder:
-    """Stands where a stream stands; keeps what it is asked."""
+    """In the place of a stream: records the call of `accelerate`."""
 
     def accelerate(self, kind, **options):
-        self.asked = kind, Options(**options)
+        self.call = kind, Options(**options)
 
 
 def test_streamdiffusions_function_asks_the_stream_and_returns_it(tmp_path):
     stream, given = Recorder(), {"opt_image_height": 512, "opt_batch_size": 2, "force_engine_build": True}
     assert accelerate_with_tensorrt(stream, tmp_path, 4, 2, True, given) is stream
-    kind, options = stream.asked
+    kind, options = stream.call
     assert kind == "tensorrt"
     assert options == Options(
         engine_dir=tmp_path, max_batch=4, min_batch=2, use_cuda_graph=True, opt_height=512, rebuild=True
     )
     assert given == {"opt_image_height": 512, "opt_batch_size": 2, "force_engine_build": True}
     accelerate_with_tensorrt(stream, str(tmp_path))
-    assert stream.asked[1] == Options(engine_dir=tmp_path, max_batch=2, min_batch=1)
+    assert stream.call[1] == Options(engine_dir=tmp_path, max_batch=2, min_batch=1)
 
 
 def test_streamdiffusions_build_options_become_ours():
@@ -373,8 +373,8 @@ def test_shapes_that_come_again_get_an_engine_which_is_tried_for_eight_ticks(ada
     module.plain = None  # from here on the engine alone is called
     module(rows(2))
     assert new.calls == CALLS + 1 and len(started) == 1
-    told = " / ".join(record.message for record in caplog.records)
-    assert "building one in a child process" in told and "engine ready" in told and "swapped in, PSNR inf dB" in told
+    text = " / ".join(record.message for record in caplog.records)
+    assert "building one in a child process" in text and "engine ready" in text and "swapped in, PSNR inf dB" in text
 
 
 def test_a_new_engine_that_differs_is_refused_and_not_built_again(adaptive, caplog):
@@ -391,7 +391,7 @@ def test_a_new_engine_that_differs_is_refused_and_not_built_again(adaptive, capl
     assert len(started) == 1 and "no new engine, running the plain module" in caplog.text and "PSNR 20.0 dB" in caplog.text
 
 
-def test_a_build_that_fails_is_told_once_and_the_stream_goes_on(adaptive, caplog):
+def test_a_build_that_fails_is_logged_once_and_the_stream_goes_on(adaptive, caplog):
     module, engine = adaptive(lambda part, profile: Made(profile, error=BuildError("decoder", "building", "it", "wait")))
     for _ in range(6):
         x = rows(2)
@@ -499,7 +499,7 @@ def test_closing_stops_builds_and_starts_none(adaptive):
 # -- a build in a child process -------------------------------------------------------------------------------------------
 
 
-def test_no_room_is_told_with_the_numbers(tmp_path):
+def test_no_room_is_refused_with_the_numbers(tmp_path):
     huge = nn.Linear(2**20, 2**20, bias=False, device="meta")
     part = Part("velocity", huge, {"input": torch.zeros(1, 4)})
     with pytest.raises(BuildError, match="disk: 13194.1 GB needed, .* GB free"):
@@ -574,7 +574,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
 
 @needs_rtx
 @pytest.mark.tensorrt
-def test_a_childs_last_words_are_the_error(tmp_path, capsys):
+def test_the_error_of_a_child_is_its_last_line(tmp_path, capsys):
     part = Part("decoder", nn.Bilinear(4, 4, 4), {"input1": torch.randn(2, 4), "input2": torch.randn(2, 5)})
     options = Options(engine_dir=tmp_path / "engines")
     job = {"part": part, "profile": profile_of(part, options), "options": options}
@@ -628,15 +628,15 @@ def self_test(*arguments: str) -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: run the self-test itself")
 def test_the_self_test_without_a_gpu_says_so_in_a_line_and_exits_with_2(capsys):
     assert self_test("--self-test") == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and "no CUDA device" in told.err
+    text = capsys.readouterr()
+    assert text.out == "" and text.err.count("\n") == 1 and "no CUDA device" in text.err
 
 
 def test_the_self_test_without_tensorrt_says_so_in_a_line_and_exits_with_2(capsys, monkeypatch):
     installed(monkeypatch)
     assert self_test("--build-only") == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "env/install.py --tensorrt-rtx" in told
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "env/install.py --tensorrt-rtx" in text
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_a_file_that_is_not_onnx_is_refused_with_the_stage(conv_onnx, tmp_path):
 
 @needs_rtx
 @pytest.mark.tensorrt
-def test_an_operation_that_tensorrt_lacks_is_told_by_node(conv_onnx, tmp_path):
+def test_an_operation_that_tensorrt_lacks_is_named_by_node(conv_onnx, tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
@@ -247,14 +247,14 @@ def onnx_of(part_of, tmp_path_factory):
     def get(model: str, name: str):
         if (model, name) not in made:
             part = part_of(model, name)
-            picture = part_of(model, "encoder").inputs["images"].shape[-2:]
+            image = part_of(model, "encoder").inputs["images"].shape[-2:]
             own = next(iter(part.inputs.values())).shape[-2:]
-            units = tuple(a // b for a, b in zip(picture, own, strict=True)) if part.free_size else (1, 1)
+            units = tuple(a // b for a, b in zip(image, own, strict=True)) if part.free_size else (1, 1)
             size = {
-                "min_height": picture[0],
-                "max_height": 2 * picture[0],
-                "min_width": picture[1],
-                "max_width": 2 * picture[1],
+                "min_height": image[0],
+                "max_height": 2 * image[0],
+                "min_width": image[1],
+                "max_width": 2 * image[1],
             }
             profile = profile_of(part, Options(min_batch=1, max_batch=4, **size), units)
             made[model, name] = part, profile, export(part, profile, tmp_path_factory.mktemp("onnx"))

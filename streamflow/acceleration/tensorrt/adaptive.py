@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from streamflow.acceleration import Part, bind_arguments
 from streamflow.acceleration.tensorrt.build import Build
 from streamflow.acceleration.tensorrt.engine import Trial
-from streamflow.acceleration.tensorrt.errors import EngineMismatch
 from streamflow.acceleration.tensorrt.options import Profile
 from streamflow.acceleration.watch import WeightWatch
 
@@ -43,11 +42,12 @@ class Adaptive(nn.Module):
         self.part, self.plain = part, part.module
         self._profile_of, self._start, self._tolerance, self._verify = profile_of, start, tolerance_db, verify
         self._watch = WeightWatch(part.module)
-        self._last: tuple[int, tuple] = (0, ())  # how often the last shapes outside all profiles came in a row
+        self._last: tuple[int, dict] = (0, {})  # how often the last shapes outside all profiles came in a row
         self._engines: list[tuple[Profile, nn.Module]] = []
         self._refused: list[Profile] = []
+        self._next: Profile | None = None  # of the engine that is being built or compared
         self._build: Build | None = None
-        self._trial: tuple[Profile, nn.Module, Trial] | None = None
+        self._trial: tuple[nn.Module, Trial] | None = None
 
     @property
     def on_engine(self) -> bool:
@@ -81,65 +81,49 @@ class Adaptive(nn.Module):
             logger.info("%s: weights or adapters changed, running the plain module until an engine is built", self.part.name)
             self.drop()
         inputs = bind_arguments(self.part.inputs, positional, keyword)
-        if self._build is not None and self._build.ready:
-            self._collect()
         for profile, engine in self._engines:
             if profile.fits(inputs):
                 return engine(**inputs)
         output = self.plain(**inputs)
-        self._compare(inputs, output)
-        self._consider(inputs)
+        try:
+            self._advance(inputs, output)
+        except (RuntimeError, ImportError, OSError) as error:  # the stream goes on, whatever stops an engine
+            logger.warning("%s: no new engine, running the plain module: %s", self.part.name, error)
+            self._refused.append(self._next)
+            self._build, self._trial = None, None
         return output
 
+    def _advance(self, inputs: Mapping[str, Tensor], output: Tensor) -> None:
+        """Collect a finished build, compare the new engine in this call, or start a build for these inputs. Raises what
+        stops the new engine."""
+        if self._build is not None and self._build.ready:
+            build, self._build = self._build, None
+            engine = build.result()
+            logger.info("%s: engine ready after %.1f s", self.part.name, build.seconds)
+            if not self._verify:
+                self.add(self._next, engine)
+                return
+            self._trial = engine, Trial(self.part.name, self._tolerance)
+        if not self.building:
+            self._consider(inputs)
+        elif self._trial is not None and self._next.fits(inputs):
+            engine, trial = self._trial
+            trial.add(engine(**inputs), output)
+            if trial.done:
+                worst, self._trial = trial.verdict(), None
+                logger.info("%s: swapped in, PSNR %.1f dB or more in %d calls", self.part.name, worst, trial.calls)
+                self.add(self._next, engine)
+
     def _consider(self, inputs: Mapping[str, Tensor]) -> None:
-        """Start a build for these inputs if no engine accepts them and they have come `PATIENCE` times."""
-        known = [*self._refused, *(profile for profile, _ in self._engines)]
-        if self._start is None or self.building or any(profile.fits(inputs) for profile in known):
+        """Start a build if these inputs have come `PATIENCE` times and no engine for them has been refused."""
+        if self._start is None or any(profile.fits(inputs) for profile in self._refused):
             return
-        shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         count, last = self._last
         self._last = (count + 1 if shapes == last else 1, shapes)
         if self._last[0] < PATIENCE:
             return
         part = dataclasses.replace(self.part, inputs={name: value.detach().clone() for name, value in inputs.items()})
-        profile = self._profile_of(part)
-        logger.info("%s: no engine for %s, building one in a child process", part.name, dict(shapes))
-        try:
-            self._build = self._start(part, profile)
-        except RuntimeError as error:
-            self._refuse(profile, error)
-
-    def _collect(self) -> None:
-        """Take the engine of a finished build, or log why there is none."""
-        build, self._build = self._build, None
-        try:
-            engine = build.result()
-        except (RuntimeError, ImportError, OSError) as error:
-            self._refuse(build.profile, error)
-            return
-        logger.info("%s: engine ready after %.1f s", self.part.name, build.seconds)
-        if self._verify:
-            self._trial = (build.profile, engine, Trial(self.part.name, self._tolerance))
-        else:
-            self.add(build.profile, engine)
-
-    def _compare(self, inputs: Mapping[str, Tensor], output: Tensor) -> None:
-        """Compare a new engine in this call. After the last comparison it is used or refused."""
-        if self._trial is None or not self._trial[0].fits(inputs):
-            return
-        profile, engine, trial = self._trial
-        trial.add(engine(**inputs), output)
-        if not trial.done:
-            return
-        self._trial = None
-        try:
-            worst = trial.verdict()
-        except EngineMismatch as error:
-            self._refuse(profile, error)
-            return
-        logger.info("%s: swapped in, PSNR %.1f dB or more in %d calls", self.part.name, worst, trial.calls)
-        self.add(profile, engine)
-
-    def _refuse(self, profile: Profile, error: Exception) -> None:
-        logger.warning("%s: no new engine, running the plain module: %s", self.part.name, error)
-        self._refused.append(profile)
+        logger.info("%s: no engine for %s, building one in a child process", part.name, shapes)
+        self._next = self._profile_of(part)
+        self._build = self._start(part, self._next)

@@ -178,13 +178,15 @@ class Build:
             torch.cuda.synchronize(index)  # another CUDA stream may still write the weights
         write_job(path, job)
         command = [sys.executable, "-c", f"import sys, {__name__} as b; sys.exit(b.main(sys.argv[1]))", str(path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-        self._child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+        self._child = subprocess.Popen(command, env=environment, **pipes)
         if self._cancelled:  # before there was a child to stop
             self._child.kill()
-        output, errors = (text.decode(errors="replace").strip() for text in self._child.communicate())
+        output, errors = self._child.communicate()
         if code := self._child.returncode:
-            problem = f"exit code {code}: {errors[-800:] or 'no message'}"
+            problem = f"exit code {code}: {errors.strip()[-800:] or 'no message'}"
             raise BuildError(self.profile.part, "building in a child process", problem, _IN_CHILD)
         return Path(output.splitlines()[-1]).read_bytes()
 

@@ -150,27 +150,21 @@ class Trial:
 
 
 def varied(part: Part, profile: Profile, k: int) -> dict[str, Tensor]:
-    """The inputs of call k: the part's own for 0, else with another batch in the profile, other rows and added noise."""
-    inputs = {}
+    """The inputs of call k: the part's own for 0, else with another batch in the profile, other rows and added noise. One
+    number per row (a time, a weight) is made smaller instead, so that it keeps its meaning."""
+    inputs = dict(part.inputs)
     for i, (name, value) in enumerate(part.inputs.items()):
         if name in part.shared or k == 0:
-            inputs[name] = value
             continue
         batch = (len(value), profile.ranges[name].smallest[0], profile.ranges[name].largest[0])[k % 3]
-        rows = value[(torch.arange(batch, device=value.device) + k) % len(value)]
-        inputs[name] = _perturbed(rows, seed=1000 * i + k)
+        inputs[name] = rows = value[(torch.arange(batch, device=value.device) + k) % len(value)]
+        if value.dim() == 1 and value.is_floating_point():
+            inputs[name] = rows * (1 - k % 8 / 16)
+        elif value.is_floating_point():
+            noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1000 * i + k)).to(rows.device)
+            scale = rows.float().std().nan_to_num(0.0)
+            inputs[name] = (rows.float() + noise * torch.where(scale > 0, scale / 4, 1.0)).to(rows.dtype)
     return inputs
-
-
-def _perturbed(value: Tensor, seed: int) -> Tensor:
-    """One number per row (a time, a weight) is made smaller, so that it keeps its meaning. Other tensors get noise."""
-    if not value.is_floating_point():
-        return value
-    if value.dim() == 1:
-        return value * (1 - seed % 8 / 16)
-    scale = value.float().std().nan_to_num(0.0)
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value.device)
-    return (value.float() + noise * torch.where(scale > 0, scale / 4, 1.0)).to(value.dtype)
 
 
 @torch.no_grad()
