@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamflow.acceleration import bind_arguments
 from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.engine import named
 
 needs_rtx = pytest.mark.skipif(
     bool(library.missing(library.RTX)),
@@ -28,7 +28,7 @@ class Onnx(nn.Module):
         self.names = [value.name for value in self.session.get_inputs()]
 
     def forward(self, *positional: Tensor, **given: Tensor | None) -> Tensor:
-        inputs = named(self.names, positional, given)
+        inputs = bind_arguments(self.names, positional, given)
         (out,) = self.session.run(None, {name: inputs[name].numpy() for name in self.names})
         return torch.from_numpy(out)
 

@@ -171,7 +171,7 @@ def test_regional_compilation_is_undone(own_stream):
         ("fast", {}, ValueError, "unknown acceleration 'fast': choose one of none, auto, cuda-graph, compile, tensorrt"),
         ("none", {"limit": 3}, TypeError, "takes no options, and got limit"),
         ("compile", {"speed": 9}, TypeError, "has no option speed; it has cuda_graph, regional"),
-        ("compile", {"regional": True, "backend": "eager"}, ValueError, "no blocks that repeat"),
+        ("compile", {"regional": True, "backend": "eager"}, ValueError, "no repeated blocks"),
         ("cuda-graph", {"limit": 0}, ValueError, "1 or more, not 0"),
         ("cuda-graph", {}, RuntimeError, "need a CUDA device and this pipe is on cpu"),
         ("compile", {"cuda_graph": True}, RuntimeError, "need a CUDA device and this pipe is on cpu"),
@@ -245,7 +245,7 @@ def test_what_waits_for_its_device_is_never_captured():
     velocity = acceleration.Part("velocity", plain, {"x": torch.zeros(1, 2)}, capturable=False)
     others = (acceleration.Part(name, plain, {"x": torch.zeros(1, 2)}) for name in ("decoder", "encoder"))
     parts = acceleration.Parts(velocity, *others)
-    with pytest.raises(RuntimeError, match="velocity: this Linear waits.*accelerate\\('compile'\\)"):
+    with pytest.raises(RuntimeError, match="velocity: this Linear synchronises.*accelerate\\('compile'\\)"):
         cuda_graph.accelerate(parts, cuda_graph.Options())
     made = compile.accelerate(parts, compile.Options(cuda_graph=True, backend="eager"))
     assert [isinstance(made.modules[part.name], Graphed) for part in parts] == [False, True, True]

@@ -67,7 +67,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_trace(stream_of):
     before = trace(direct), trace(dispatched)
     with pytest.raises(ValueError, match=f"unknown attention 'fast': this diffusers knows {', '.join(backends())}"):
         choose_attention(direct, "fast")
-    with pytest.raises(ValueError, match=r"\(JointAttnProcessor2_0\) calls torch itself: choose .*_native_cudnn"):
+    with pytest.raises(ValueError, match=r"\(JointAttnProcessor2_0\) calls torch directly: choose .*_native_cudnn"):
         choose_attention(direct, "flash")
     with pytest.raises(ValueError, match="finds no attention in Linear"):
         choose_attention(torch.nn.Linear(2, 2), "_native_math")

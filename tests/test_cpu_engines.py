@@ -1,4 +1,4 @@
-"""onnxruntime on a CPU draws the same pictures, follows what changes, and leaves no trace once undone."""
+"""onnxruntime on a CPU gives the same images, follows changes of weights, and can be undone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_same(sessions, part, x):
 
 
 @pytest.mark.slow
-def test_the_same_pictures_until_it_is_undone(stream, picture):
+def test_the_same_images_until_it_is_undone(stream, picture):
     before, encoded = drawn(stream), stream.encode_image(stream.preprocess(picture()))
     stream.accelerate("onnxruntime")
     assert (drawn(stream) - before).abs().max() <= 2 / 255

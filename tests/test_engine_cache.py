@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from streamflow.acceleration import Part
-from streamflow.acceleration.tensorrt import clear_engines, engines, fingerprint, list_engines
-from streamflow.acceleration.tensorrt.build import Target
+from streamflow.acceleration.tensorrt import cache, clear_engines, list_engines
 from streamflow.acceleration.tensorrt.cache import DamagedEngine, entry_for, get_or_build, own_folder
-from streamflow.acceleration.tensorrt.options import Options
-from streamflow.acceleration.tensorrt.profile import profile_of
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import Options, profile_of
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 FACTS = {"part": "velocity", "class": "Tiny", "gpu": {"name": "none"}, "tensorrt": "1.0"}
@@ -368,8 +367,8 @@ def tiny():
 def key_of(module, x=None, options=None, target=None, version="TensorRT 1.0", **part) -> str:
     part = Part("velocity", module, {"x": torch.zeros(2, 4) if x is None else x}, **part)
     options = Options(engine_dir="e") if options is None else options
-    target = target or Target.without()
-    return fingerprint.key(engines.facts(part, profile_of(part, options), options, target, version))
+    target = target or Target()
+    return cache.key(cache.facts(part, profile_of(part, options), options, target, version))
 
 
 def changed(change) -> nn.Module:
@@ -420,7 +419,7 @@ def test_the_key_changes_with_all_that_changes_the_engine(tiny):
         "workspace": key_of(tiny, options=Options(workspace_gb=1)),
         "optimization level": key_of(tiny, options=Options(optimization_level=1)),
         "another GPU": key_of(tiny, target=Target("NVIDIA GeForce RTX 4090", (8, 9))),
-        "another capability": key_of(tiny, target=Target.without((12, 0))),
+        "another capability": key_of(tiny, target=Target(capability=(12, 0))),
         "another TensorRT": key_of(tiny, version="TensorRT 1.1"),
     }
     for name, key in keys.items():
@@ -429,9 +428,9 @@ def test_the_key_changes_with_all_that_changes_the_engine(tiny):
 
 @pytest.mark.parametrize("version", ["streamflow", "torch", "diffusers", "onnxscript"])
 def test_the_key_changes_with_what_exports(tiny, monkeypatch, version):
-    before, found = key_of(tiny), fingerprint.versions()
+    before, found = key_of(tiny), cache.versions()
     assert version in found
-    monkeypatch.setattr(fingerprint, "versions", lambda: {**found, version: "0"})
+    monkeypatch.setattr(cache, "versions", lambda: {**found, version: "0"})
     assert key_of(tiny) != before
 
 

@@ -32,7 +32,7 @@ def test_a_graph_draws_the_same(name, pipes):
     if stream.adapter.capturable:
         stream.accelerate("cuda-graph")
     else:
-        with pytest.raises(RuntimeError, match="waits for its device.*accelerate\\('compile'\\)"):
+        with pytest.raises(RuntimeError, match="synchronises with its device.*accelerate\\('compile'\\)"):
             stream.accelerate("cuda-graph")
     assert relative_error(streamed(stream, latents), plain) < 1e-3
     stream.accelerate("none")

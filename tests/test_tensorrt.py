@@ -24,21 +24,21 @@ from streamflow.acceleration.tensorrt import (
     Options,
     OutsideProfile,
     accelerate_with_tensorrt,
+    build,
     build_options,
-    child,
+    cache,
     default_engine_dir,
-    engines,
     library,
 )
 from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive
-from streamflow.acceleration.tensorrt.background import Build, check_room, write_job
-from streamflow.acceleration.tensorrt.build import Target
+from streamflow.acceleration.tensorrt.build import Build, check_room, load_or_build, write_job
 from streamflow.acceleration.tensorrt.cache import entry_for, list_engines
-from streamflow.acceleration.tensorrt.check import CALLS, Trial, compare, varied
+from streamflow.acceleration.tensorrt.engine import CALLS, Trial, compare, varied
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import export
-from streamflow.acceleration.tensorrt.profile import profile_of
-from streamflow.acceleration.watch import Baked
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import profile_of
+from streamflow.acceleration.watch import WeightWatch
 
 CPU = torch.device("cpu")
 
@@ -70,8 +70,8 @@ def test_engines_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
     ("given", "message"),
     [
         ({"max_batch": 0}, "max_batch must be an integer of 1 or more, not 0"),
-        ({"min_batch": 4, "max_batch": 2}, "must rise: min_batch=4, max_batch=2"),
-        ({"min_height": 64, "opt_height": 32}, "must rise: min_height=64, opt_height=32"),
+        ({"min_batch": 4, "max_batch": 2}, "must ascend: min_batch=4, max_batch=2"),
+        ({"min_height": 64, "opt_height": 32}, "must ascend: min_height=64, opt_height=32"),
         ({"opt_width": True}, "opt_width must be an integer"),
         ({"fallback": "plain"}, "choose None \\(raise\\) or 'eager'"),
         ({"tolerance_db": 0}, "tolerance_db must be above 0"),
@@ -124,7 +124,7 @@ def test_a_size_that_is_no_whole_number_of_latents_is_an_error():
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 8, 8), (1, 4, 8, 9), (1, 4, 8), (1, 3, 8, 8)])
-def test_shapes_outside_of_a_profile_are_told_with_the_numbers(shape):
+def test_shapes_outside_of_a_profile_are_refused_with_the_numbers(shape):
     profile = profile_of(part_with(1), Options(max_batch=4))
     with pytest.raises(OutsideProfile, match="built for \\[1, 4, 8, 8\\] to \\[4, 4, 8, 8\\]"):
         profile.check({"input": torch.zeros(shape)})
@@ -191,7 +191,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
 @pytest.mark.tensorrt
 def test_tensorrt_for_rtx_loads_without_a_gpu_and_polygraphy_knows():
     loaded = library.load(library.RTX)
-    assert loaded.is_rtx and loaded.version[0].isdigit() and library.load(library.RTX) is loaded
+    assert loaded.kind == library.RTX and loaded.trt.__version__[0].isdigit() and library.load(library.RTX) is loaded
     from polygraphy import config
 
     assert config.USE_TENSORRT_RTX
@@ -201,23 +201,23 @@ def test_tensorrt_for_rtx_loads_without_a_gpu_and_polygraphy_knows():
 
 
 class Recorder:
-    """Stands where a stream stands; keeps what it is asked."""
+    """In the place of a stream: records the call of `accelerate`."""
 
     def accelerate(self, kind, **options):
-        self.asked = kind, Options(**options)
+        self.call = kind, Options(**options)
 
 
 def test_streamdiffusions_function_asks_the_stream_and_returns_it(tmp_path):
     stream, given = Recorder(), {"opt_image_height": 512, "opt_batch_size": 2, "force_engine_build": True}
     assert accelerate_with_tensorrt(stream, tmp_path, 4, 2, True, given) is stream
-    kind, options = stream.asked
+    kind, options = stream.call
     assert kind == "tensorrt"
     assert options == Options(
         engine_dir=tmp_path, max_batch=4, min_batch=2, use_cuda_graph=True, opt_height=512, rebuild=True
     )
     assert given == {"opt_image_height": 512, "opt_batch_size": 2, "force_engine_build": True}
     accelerate_with_tensorrt(stream, str(tmp_path))
-    assert stream.asked[1] == Options(engine_dir=tmp_path, max_batch=2, min_batch=1)
+    assert stream.call[1] == Options(engine_dir=tmp_path, max_batch=2, min_batch=1)
 
 
 def test_streamdiffusions_build_options_become_ours():
@@ -242,7 +242,7 @@ def test_fallback_runs_plainly_and_warns_with_the_cause(stream_of, caplog):
     assert torch.equal(stream.txt2img(), before)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     for name in ("velocity", "decoder", "encoder"):
-        assert any(f"{name} runs plainly" in told and "this pipe is on cpu" in told for told in warnings)
+        assert any(f"{name} runs without an engine" in text and "this pipe is on cpu" in text for text in warnings)
     with pytest.raises(NoDevice):
         stream.accelerate("tensorrt")
 
@@ -373,8 +373,8 @@ def test_shapes_that_come_again_get_an_engine_which_is_tried_for_eight_ticks(ada
     module.plain = None  # from here on the engine alone is called
     module(rows(2))
     assert new.calls == CALLS + 1 and len(started) == 1
-    told = " / ".join(record.message for record in caplog.records)
-    assert "building one in a child process" in told and "engine ready" in told and "swapped in, PSNR inf dB" in told
+    text = " / ".join(record.message for record in caplog.records)
+    assert "building one in a child process" in text and "engine ready" in text and "swapped in, PSNR inf dB" in text
 
 
 def test_a_new_engine_that_differs_is_refused_and_not_built_again(adaptive, caplog):
@@ -388,10 +388,10 @@ def test_a_new_engine_that_differs_is_refused_and_not_built_again(adaptive, capl
     for _ in range(3 * CALLS):
         x = rows(2)
         assert torch.equal(module(x), module.plain(x))
-    assert len(started) == 1 and "no new engine, running plainly" in caplog.text and "PSNR 20.0 dB" in caplog.text
+    assert len(started) == 1 and "no new engine, running the plain module" in caplog.text and "PSNR 20.0 dB" in caplog.text
 
 
-def test_a_build_that_fails_is_told_once_and_the_stream_goes_on(adaptive, caplog):
+def test_a_build_that_fails_is_logged_once_and_the_stream_goes_on(adaptive, caplog):
     module, engine = adaptive(lambda part, profile: Made(profile, error=BuildError("decoder", "building", "it", "wait")))
     for _ in range(6):
         x = rows(2)
@@ -446,7 +446,7 @@ def test_adapters_that_are_added_scaled_or_merged_are_seen():
         lambda: layer.unmerge(),
         lambda: layer.enable_adapters(False),
     ):
-        watch = Baked(module)
+        watch = WeightWatch(module)
         assert not watch.changed()
         change()
         assert watch.changed()
@@ -469,7 +469,7 @@ def test_a_lora_that_comes_goes_or_weakens_is_seen(pipes):
         lambda: pipe.transformer.disable_adapters(),
         lambda: pipe.transformer.delete_adapters("red"),
     ):
-        watch = Baked(velocity)
+        watch = WeightWatch(velocity)
         assert not watch.changed()
         change()
         assert watch.changed()
@@ -499,18 +499,18 @@ def test_closing_stops_builds_and_starts_none(adaptive):
 # -- a build in a child process -------------------------------------------------------------------------------------------
 
 
-def test_no_room_is_told_with_the_numbers(tmp_path):
+def test_no_room_is_refused_with_the_numbers(tmp_path):
     huge = nn.Linear(2**20, 2**20, bias=False, device="meta")
     part = Part("velocity", huge, {"input": torch.zeros(1, 4)})
     with pytest.raises(BuildError, match="disk: 13194.1 GB needed, .* GB free"):
-        check_room(part, Options(engine_dir=tmp_path), Target.without())
+        check_room(part, Options(engine_dir=tmp_path), Target())
 
 
 def test_a_module_that_cannot_be_handed_to_a_child_is_refused(tmp_path):
     module = conv()
     module.layout = lambda x: x
     part = part_with(1, module)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target.without(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
     with pytest.raises(BuildError, match="writing the weight snapshot: .*pickle"):
         build.result()
     assert list_engines(tmp_path) == [] and not list(tmp_path.glob("streamflow-snapshot-*"))
@@ -532,7 +532,7 @@ def ticks_until(module: Adaptive, x: torch.Tensor, done, seconds: float = 120.0)
 @pytest.mark.tensorrt
 def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog):
     """The child exports and builds a real TensorRT engine; what is swapped in runs its ONNX, since engines need a GPU."""
-    options, target = Options(engine_dir=tmp_path / "engines", optimization_level=0), Target.without()
+    options, target = Options(engine_dir=tmp_path / "engines", optimization_level=0), Target()
     part = part_with(1)
     loaded = []
 
@@ -561,7 +561,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
     assert ticks > CALLS and "swapped in" in caplog.text and loaded[0] > 1000
     (entry,) = list_engines(options.engine_dir)
     now = part_with(2, part.module)
-    facts = engines.facts(now, wanted(now), options, target, str(library.load(library.RTX)))
+    facts = cache.facts(now, wanted(now), options, target, str(library.load(library.RTX)))
     assert entry == entry_for(options.engine_dir, "decoder", facts) and len(entry.read()) == loaded[0]
 
     with torch.no_grad():
@@ -574,12 +574,12 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
 
 @needs_rtx
 @pytest.mark.tensorrt
-def test_a_childs_last_words_are_the_error(tmp_path, capsys):
+def test_the_error_of_a_child_is_its_last_line(tmp_path, capsys):
     part = Part("decoder", nn.Bilinear(4, 4, 4), {"input1": torch.randn(2, 4), "input2": torch.randn(2, 5)})
     options = Options(engine_dir=tmp_path / "engines")
     job = {"part": part, "profile": profile_of(part, options), "options": options}
-    write_job(tmp_path / "job.pt", {**job, "target": Target.without(), "kind": library.RTX})
-    assert child.main(str(tmp_path / "job.pt"), str(tmp_path / "made.txt")) == 1
+    write_job(tmp_path / "job.pt", {**job, "target": Target(), "kind": library.RTX})
+    assert build.main(str(tmp_path / "job.pt")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "decoder, tracing" in last and "bilinear" in last and "What to do" in last
     assert list_engines(options.engine_dir) == [] and not list(tmp_path.glob("*.*"))
@@ -589,7 +589,7 @@ def test_a_childs_last_words_are_the_error(tmp_path, capsys):
 @needs_rtx
 @pytest.mark.tensorrt
 def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplog):
-    part, options, target = part_with(1), Options(engine_dir=tmp_path, optimization_level=0), Target.without()
+    part, options, target = part_with(1), Options(engine_dir=tmp_path, optimization_level=0), Target()
     profile = profile_of(part, options)
     build = Build(part, profile, options, target, library.RTX, None)
     while not list(tmp_path.glob(".decoder-*.work")):
@@ -599,7 +599,7 @@ def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplo
     with pytest.raises(BuildError, match="exit code -9"):
         build.result()
     assert list_engines(tmp_path) == []
-    entry, data = engines.make(part, profile, options, target, library.RTX)
+    entry, data = load_or_build(part, profile, options, target, library.RTX)
     assert entry.read() == data and not list(tmp_path.glob(".decoder-*"))
 
 
@@ -607,7 +607,7 @@ def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplo
 @pytest.mark.tensorrt
 def test_a_cancelled_build_ends_its_child(tmp_path):
     part = part_with(1)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target.without(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
     while build._child is None:
         time.sleep(0.01)
     build.cancel()
@@ -628,23 +628,25 @@ def self_test(*arguments: str) -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: run the self-test itself")
 def test_the_self_test_without_a_gpu_says_so_in_a_line_and_exits_with_2(capsys):
     assert self_test("--self-test") == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and "no CUDA device" in told.err
+    text = capsys.readouterr()
+    assert text.out == "" and text.err.count("\n") == 1 and "no CUDA device" in text.err
 
 
 def test_the_self_test_without_tensorrt_says_so_in_a_line_and_exits_with_2(capsys, monkeypatch):
     installed(monkeypatch)
     assert self_test("--build-only") == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "env/install.py --tensorrt-rtx" in told
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "env/install.py --tensorrt-rtx" in text
 
 
 @pytest.mark.slow
 @needs_rtx
 @pytest.mark.tensorrt
-def test_build_only_builds_and_ends_with_json(capsys, tmp_path):
-    assert self_test("--build-only", "--models", "flux", "--parts", "encoder", "--engine-dir", str(tmp_path)) == 0
+def test_build_only_builds_and_ends_with_json(capsys, tmp_path, pipes):
+    model, engines = str(tmp_path / "flux"), tmp_path / "engines"
+    pipes("flux").save_pretrained(model)
+    assert self_test("--build-only", "--models", model, "--parts", "encoder", "--engine-dir", str(engines)) == 0
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     (row,) = report["parts"]
-    assert report["ok"] and not report["executed"] and (row["model"], row["part"]) == ("flux", "encoder")
-    assert row["seconds"] > 0 and row["error"] is None and len(list_engines(tmp_path)) == 1
+    assert report["ok"] and not report["executed"] and (row["model"], row["part"]) == (model, "encoder")
+    assert row["seconds"] > 0 and row["error"] is None and len(list_engines(engines)) == 1

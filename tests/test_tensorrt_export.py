@@ -15,12 +15,12 @@ from torch import nn
 
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import ExportError, NotExportable, library
-from streamflow.acceleration.tensorrt.build import Target, build
+from streamflow.acceleration.tensorrt.__main__ import parts_of
+from streamflow.acceleration.tensorrt.build import build
 from streamflow.acceleration.tensorrt.errors import BuildError
 from streamflow.acceleration.tensorrt.export import OUTPUT, export
-from streamflow.acceleration.tensorrt.options import Options
-from streamflow.acceleration.tensorrt.profile import profile_of
-from streamflow.acceleration.tensorrt.samples import parts_of
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.models import load
 from streamflow.models.codec import Codec
 from streamflow.pretrained import embedded, embedded_tiny_vae
@@ -156,7 +156,7 @@ def test_a_module_that_takes_lists_is_refused_by_name(tmp_path):
 @pytest.mark.tensorrt
 def test_an_engine_is_built_without_a_gpu(conv_onnx):
     _, profile, path = conv_onnx
-    engine = build(path, profile, Options(optimization_level=0, workspace_gb=1), library.load(library.RTX), Target.without())
+    engine = build(path, profile, Options(optimization_level=0, workspace_gb=1), library.load(library.RTX), Target())
     assert isinstance(engine, bytes) and len(engine) > 1000
 
 
@@ -167,13 +167,13 @@ def test_a_file_that_is_not_onnx_is_refused_with_the_stage(conv_onnx, tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not an ONNX file")
     with pytest.raises(BuildError, match="reading ONNX") as caught:
-        build(path, profile, Options(), library.load(library.RTX), Target.without())
+        build(path, profile, Options(), library.load(library.RTX), Target())
     assert caught.value.stage == "reading ONNX" and "What to do" in str(caught.value)
 
 
 @needs_rtx
 @pytest.mark.tensorrt
-def test_an_operation_that_tensorrt_lacks_is_told_by_node(conv_onnx, tmp_path):
+def test_an_operation_that_tensorrt_lacks_is_named_by_node(conv_onnx, tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
@@ -185,7 +185,7 @@ def test_an_operation_that_tensorrt_lacks_is_told_by_node(conv_onnx, tmp_path):
     onnx.save(helper.make_model(helper.make_graph([node], "odd", [value], [out]), opset_imports=imports), path)
     _, profile, _ = conv_onnx
     with pytest.raises(BuildError) as caught:
-        build(path, profile, Options(), library.load(library.RTX), Target.without())
+        build(path, profile, Options(), library.load(library.RTX), Target())
     assert caught.value.stage == "reading ONNX" and "the_odd_one" in caught.value.node
 
 
@@ -201,7 +201,7 @@ def test_a_profile_that_does_not_belong_to_the_file_is_a_build_error(conv_onnx):
             dataclasses.replace(profile, ranges={"input": wrong}),
             Options(),
             library.load(library.RTX),
-            Target.without(),
+            Target(),
         )
     assert caught.value.stage == "building the engine"
 
@@ -214,7 +214,7 @@ def tiny_vae_parts(vae: nn.Module, channels: int, factor: int):
     latents = torch.randn(2, channels, 64 // factor, 64 // factor)
     return {
         "decoder": Part("decoder", codec.decoder, {"latents": latents}, free_size=True),
-        "encoder": Part("encoder", codec.encoder, {"pictures": torch.rand(2, 3, 64, 64) * 2 - 1}, free_size=True),
+        "encoder": Part("encoder", codec.encoder, {"images": torch.rand(2, 3, 64, 64) * 2 - 1}, free_size=True),
     }
 
 
@@ -247,14 +247,14 @@ def onnx_of(part_of, tmp_path_factory):
     def get(model: str, name: str):
         if (model, name) not in made:
             part = part_of(model, name)
-            picture = part_of(model, "encoder").inputs["pictures"].shape[-2:]
+            image = part_of(model, "encoder").inputs["images"].shape[-2:]
             own = next(iter(part.inputs.values())).shape[-2:]
-            units = tuple(a // b for a, b in zip(picture, own, strict=True)) if part.free_size else (1, 1)
+            units = tuple(a // b for a, b in zip(image, own, strict=True)) if part.free_size else (1, 1)
             size = {
-                "min_height": picture[0],
-                "max_height": 2 * picture[0],
-                "min_width": picture[1],
-                "max_width": 2 * picture[1],
+                "min_height": image[0],
+                "max_height": 2 * image[0],
+                "min_width": image[1],
+                "max_width": 2 * image[1],
             }
             profile = profile_of(part, Options(min_batch=1, max_batch=4, **size), units)
             made[model, name] = part, profile, export(part, profile, tmp_path_factory.mktemp("onnx"))
@@ -295,7 +295,7 @@ def test_onnxruntime_equals_torch_at_every_batch_and_size(onnx_of, model, name):
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_tensorrt_for_rtx_builds_an_engine(onnx_of, model, name):
     _, profile, path = onnx_of(model, name)
-    engine = build(path, profile, Options(), library.load(library.RTX), Target.without())
+    engine = build(path, profile, Options(), library.load(library.RTX), Target())
     assert len(engine) > 10_000
 
 
@@ -307,4 +307,4 @@ def test_a_strongly_typed_engine_of_half_precision_is_built(tmp_path, dtype):
     part = Part("decoder", Codec(random_tiny_vae(4).to(dtype)).decoder, {"latents": torch.randn(1, 4, 8, 8, dtype=dtype)})
     profile = profile_of(part, Options())
     path = export(part, profile, tmp_path)
-    assert len(build(path, profile, Options(), library.load(library.RTX), Target.without())) > 10_000
+    assert len(build(path, profile, Options(), library.load(library.RTX), Target())) > 10_000

@@ -36,12 +36,10 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from streamflow import StreamFlow, models, pretrained  # noqa: E402
-from streamflow.acceleration import Part  # noqa: E402
+from streamflow.acceleration import Part, bind_arguments  # noqa: E402
 from streamflow.acceleration.compile import channels_last  # noqa: E402
-from streamflow.acceleration.tensorrt.engine import named  # noqa: E402
 from streamflow.acceleration.tensorrt.export import export  # noqa: E402
-from streamflow.acceleration.tensorrt.options import Options  # noqa: E402
-from streamflow.acceleration.tensorrt.profile import profile_of  # noqa: E402
+from streamflow.acceleration.tensorrt.options import Options, profile_of  # noqa: E402
 
 Modules = Mapping[str, nn.Module]
 
@@ -125,7 +123,7 @@ class OnnxRuntime(nn.Module):
         self.names = [value.name for value in self.session.get_inputs()]
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        inputs = named(self.names, args, kwargs)
+        inputs = bind_arguments(self.names, args, kwargs)
         (out,) = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
         return torch.from_numpy(out)
 
@@ -157,7 +155,7 @@ class OpenVino(nn.Module):
         self.names = list(part.inputs)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        inputs = named(self.names, args, kwargs)
+        inputs = bind_arguments(self.names, args, kwargs)
         out = self.request.infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
         return torch.from_numpy(out[0])
 

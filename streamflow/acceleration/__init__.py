@@ -1,14 +1,14 @@
-"""Ways to make a model faster from outside: module in, module out. No file here knows a family or a stream.
+"""Makes the modules of a model faster without changing their code: modules in, modules out. No file here knows a family.
 
-`accelerate` takes the three modules of a model (`Part`: velocity, decoder, encoder) and gives back three that compute the
-same, and how to undo what was done. The kinds are a table; each is one file, imported when it is asked for.
+`accelerate` takes the three modules of a model (`Part`: velocity, decoder, encoder) and returns three that compute the same,
+with a function that undoes all changes. `KINDS` is the table of ways. Each is one file, which is imported on first use.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A module and what it is called with.
+    """A module and its example inputs.
 
     name: "velocity", "decoder" or "encoder".
     inputs: arguments by name, in the shapes, dtypes and on the device of the stream; the batch is the first dimension.
     positional: how many of them, from the first, are passed by position.
     shared: the names of inputs without a batch dimension.
     free_size: the last two dimensions of the first input are a height and a width that may change.
-    exportable: the module takes and gives tensors only.
-    capturable: the module never waits for its device, so that a CUDA graph can hold it.
+    exportable: the module takes and returns tensors only.
+    capturable: the module does not synchronise with its device, so that a CUDA graph can capture it.
     """
 
     name: str
@@ -42,23 +42,26 @@ class Part:
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:
-        """What the module, or another one in its place, gives for `inputs`."""
+        """The output of the module, or of another one in its place, for `inputs`."""
         values = list(self.inputs.values())[: self.positional]
         return (self.module if module is None else module)(*values, **dict(list(self.inputs.items())[self.positional :]))
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A model: all that is accelerated."""
+    """The three modules of a model."""
 
     velocity: Part
     decoder: Part
     encoder: Part
 
     @classmethod
-    def of(cls, adapter: Any, codec: Any, inputs: Mapping[str, Tensor], latents: Tensor, pictures: Tensor) -> Parts:
-        """Those of a family's adapter and of a codec (`streamflow.models`). inputs: the velocity's, x and t first. latents
-        `[F, ...]` go into the decoder, pictures `[F, 3, height, width]` into the encoder."""
+    def of(cls, adapter: Any, codec: Any, inputs: Mapping[str, Tensor], latents: Tensor, images: Tensor) -> Parts:
+        """The parts of an adapter and a codec (`streamflow.models`).
+
+        inputs: of the velocity, x and t first. latents: `[F, ...]`, of the decoder. images: `[F, 3, height, width]`, of the
+            encoder.
+        """
         velocity = Part(
             "velocity",
             adapter.velocity,
@@ -69,12 +72,20 @@ class Parts:
             exportable=adapter.exportable,
             capturable=adapter.capturable,
         )
-        maps = latents.dim() == 4  # packed latents have lost their height and width
-        decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=maps)
-        return cls(velocity, decoder, Part("encoder", codec.encoder, {"pictures": pictures}, free_size=maps))
+        unpacked = latents.dim() == 4  # packed latents have no height and width
+        decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=unpacked)
+        return cls(velocity, decoder, Part("encoder", codec.encoder, {"images": images}, free_size=unpacked))
 
     def __iter__(self) -> Iterator[Part]:
         return iter((self.velocity, self.decoder, self.encoder))
+
+
+def bind_arguments(
+    names: Iterable[str], positional: tuple[Tensor, ...], keyword: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """The arguments of a call by name. Those that are None count as not passed."""
+    arguments = dict(zip(names, positional, strict=False)) | keyword
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _nothing() -> None:
@@ -82,14 +93,19 @@ def _nothing() -> None:
 
 
 def run_backwards(undo: list[Callable[[], None]]) -> None:
-    """Undo the last first; each once."""
+    """Call each function once, the last one first."""
     while undo:
         undo.pop()()
 
 
 @dataclass(frozen=True, eq=False)
 class Accelerated:
-    """The modules to call in place of the parts', ready to run, and `undo`, which leaves the parts' own as they were."""
+    """The result of `accelerate`.
+
+    modules: by the name of the part, to call in place of its own module.
+    undo: restores the parts' own modules to their earlier state.
+    seconds: how long each part took to start.
+    """
 
     modules: Mapping[str, nn.Module]
     undo: Callable[[], None] = _nothing
@@ -105,7 +121,7 @@ KINDS = {
 
 
 def resolve(kind: str, device: torch.device) -> str:
-    """The kind that "auto" stands for on this device; any other known kind as it is. ValueError lists the known."""
+    """The kind that "auto" means on this device, or the given kind. ValueError, with all kinds, if it is unknown."""
     if kind == "auto":
         return "compile" if device.type == "cuda" else "none"
     if kind != "none" and kind not in KINDS:
@@ -114,7 +130,7 @@ def resolve(kind: str, device: torch.device) -> str:
 
 
 def check_options(kind: str, device: torch.device, options: Mapping[str, Any]) -> Any:
-    """The kind's frozen `Options`, made of these; TypeError names those it does not have, and lists its own."""
+    """The frozen `Options` of a kind. TypeError, with the known names, for an option that the kind does not have."""
     if kind == "none":
         if options:
             raise TypeError(f"accelerate('none') takes no options, and got {', '.join(options)}")
@@ -127,8 +143,8 @@ def check_options(kind: str, device: torch.device, options: Mapping[str, Any]) -
 
 
 def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
-    """The parts by this kind (resolved) with its checked options. Velocity and decoder are run once, so that the next call
-    is quick; the encoder starts with the first picture that goes in, since a stream of text alone never needs it."""
+    """Accelerate the parts by a resolved kind with its checked options. Velocity and decoder are called once for warm-up.
+    The encoder is not, since a stream without input images never calls it."""
     if kind == "none":
         return Accelerated({part.name: part.module for part in parts})
     made = import_module(KINDS[kind]).accelerate(parts, options)
@@ -144,7 +160,7 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
 
 
 def first_call(part: Part, call: Callable[[], Any]) -> float:
-    """Run a part for the first time, by `call`; seconds until its device is done."""
+    """Run `call`, the first call of a part. Returns the seconds until its device has finished."""
     began = time.perf_counter()
     call()
     if (device := next(iter(part.inputs.values())).device).type == "cuda":

@@ -1,8 +1,8 @@
-"""Another implementation of attention, by its name in diffusers. Where the network's attention goes through diffusers'
-switch, that is set; where it calls torch's attention itself (UNets, Stable Diffusion 3), torch's own implementations can
-still be chosen, around each attention. Both are seen by torch.compile and by CUDA graphs; neither touches weights.
+"""Selects the implementation of attention by its name in diffusers. Some networks call attention through diffusers'
+dispatcher, where a backend can be set. Others (UNets, Stable Diffusion 3) call torch's attention directly, where one of
+torch's own backends can be set around each attention module. Both work under torch.compile and CUDA graphs.
 
-Which is fastest depends on GPU, shapes and versions: measure (`examples/benchmark/further.py`).
+Which backend is fastest depends on GPU, shapes and versions: measure it (`examples/benchmark/further.py`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TORCH = {
 
 
 def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
-    """Let all attention inside a module be computed by this backend; returns how to put back what there was.
+    """Set the backend of all attention in a module. Returns a function that restores the earlier backends.
 
     Raises:
-        ValueError: diffusers does not know the name, there is no attention, or its attention does not listen to diffusers'
-            switch and the name is none of torch's own. RuntimeError: the backend's library is missing.
-    A backend that cannot compute these shapes or dtypes on this device raises at the first call.
+        ValueError: diffusers does not know the name, the module has no attention, or its attention calls torch directly and
+            the name is not one of torch's backends. RuntimeError: the library of the backend is missing.
+    A backend that does not support the shapes or dtypes on this device raises in the first call.
     """
     from streamflow.models.attention_backend import backends, listens, processor_of
 
@@ -40,14 +40,14 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
     attentions = [m for m in module.modules() if processor_of(m) is not None]
     if not attentions:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")
-    deaf = sorted({type(m.processor).__name__ for m in attentions if not listens(m.processor)})
-    if not deaf:
+    direct = sorted({type(m.processor).__name__ for m in attentions if not listens(m.processor)})
+    if not direct:
         return _switch_all(module, name)
     if name in TORCH:
-        return force(attentions, TORCH[name])
+        return force_backend(attentions, TORCH[name])
     raise ValueError(
-        f"attention={name!r} goes through diffusers' switch, and this network's attention ({', '.join(deaf)}) calls torch "
-        f"itself: choose one of torch's own, {', '.join(TORCH)}"
+        f"attention={name!r} needs diffusers' dispatcher, but this network's attention ({', '.join(direct)}) calls torch "
+        f"directly: choose one of torch's own, {', '.join(TORCH)}"
     )
 
 
@@ -58,12 +58,15 @@ def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
     return partial(run_backwards, undo)
 
 
-def force(attentions: Sequence[nn.Module], backend: SDPBackend) -> Callable[[], None]:
-    """Let these modules find one implementation only when they call `scaled_dot_product_attention`. The choice is made
-    inside their `forward`, where torch.compile sees it: outside, code compiled for another one would be used again."""
+def force_backend(attentions: Sequence[nn.Module], backend: SDPBackend) -> Callable[[], None]:
+    """Restrict `scaled_dot_product_attention` in these modules to one backend. Returns a function that undoes it.
+
+    The backend is set inside `forward`, where torch.compile sees it: a context around the call would not be part of the
+    compiled code's guards. ValueError: a module has a `forward` of its own, such as a hook.
+    """
     if hooked := [m for m in attentions if "forward" in vars(m)]:
         raise ValueError(f"{type(hooked[0]).__name__} has a forward of its own: remove the hooks, or leave attention out")
-    forwards = {kind: within(kind.forward, backend) for kind in {type(m) for m in attentions}}
+    forwards = {kind: with_backend(kind.forward, backend) for kind in {type(m) for m in attentions}}
     for module in attentions:
         module.forward = MethodType(forwards[type(module)], module)
 
@@ -74,8 +77,8 @@ def force(attentions: Sequence[nn.Module], backend: SDPBackend) -> Callable[[], 
     return undo
 
 
-def within(plain: Callable[..., Any], backend: SDPBackend) -> Callable[..., Any]:
-    """A module's forward under one of torch's implementations."""
+def with_backend(plain: Callable[..., Any], backend: SDPBackend) -> Callable[..., Any]:
+    """A module's `forward` with one of torch's backends."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(backend):

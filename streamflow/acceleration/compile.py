@@ -1,8 +1,8 @@
-"""torch.compile, with a CUDA graph on top where there is CUDA: the most that is to be had without TensorRT.
+"""torch.compile, with a CUDA graph on top on CUDA.
 
-A network whose weights lie in a few long lists of like blocks (most transformers) is compiled block by block: one
-compilation serves all of them, so it starts in a fraction of the time. Anything else is compiled whole. What inductor
-generates is kept on disk by torch itself (`TORCHINDUCTOR_CACHE_DIR`), so a second start is quicker.
+A network with most of its weights in repeated blocks (most transformers) is compiled block by block: all blocks share one
+compilation, so it starts in a fraction of the time. Other modules are compiled whole. Torch keeps inductor's output on disk
+(`TORCHINDUCTOR_CACHE_DIR`), so a second start is faster.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
 
 logger = logging.getLogger(__name__)
-RECOMPILATIONS = 64  # shapes a stream may come to have; torch's own limit is 8
-MOST = 0.8  # the share of a network's weights that its repeated blocks must hold to be compiled alone
-REPEATS = 4  # how often a block must come to count as repeated
-HALF_JOINED, JOINED = 0.05, 1e-4  # how far joined projections may be off, relative, in half precision and in single
+RECOMPILATIONS = 64  # the limit of shapes per module; torch's default is 8
+BLOCK_SHARE = 0.8  # the least share of a network's weights in repeated blocks for regional compilation
+REPEATS = 4  # the least length of a list of repeated blocks
+FUSED_HALF, FUSED = 0.05, 1e-4  # the largest relative difference of fused projections, in half precision and in others
 
 
 @dataclass(frozen=True)
 class Options:
-    """cuda_graph: replay what was compiled as a CUDA graph; None: where there is CUDA. A network that waits for its device
-    in every call (Lumina2, Chroma) stays without one, and that is logged.
-    regional: compile repeated blocks, not the whole; None: where they hold 80 % of the weights.
-    fullgraph: an error instead of a graph break. channels_last: convolutions in that layout.
-    fuse_qkv: attention projections as one matrix, where the network has that switch and no adapters (LoRA) are loaded.
-    quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`); the pictures change,
-    beyond the bound of this kind. attention: a backend of diffusers (`attention.choose_attention`).
-    backend, mode, options: torch.compile's own; it takes a mode or options. limit: how many shapes keep a CUDA graph."""
+    """The options of `accelerate("compile", ...)`.
+
+    cuda_graph: replay the compiled code as a CUDA graph. None: on CUDA. A network that synchronises with its device in every
+        call (Lumina2, Chroma) runs without one, which is logged.
+    regional: compile repeated blocks only. None: if they hold 80 % of the weights.
+    fullgraph: raise an error instead of a graph break.
+    channels_last: convolutions in that memory format.
+    fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
+    quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`). The images differ by
+        more than the bound of this kind.
+    attention: a backend of diffusers (`attention.choose_attention`).
+    backend, mode, options: those of torch.compile, which takes either a mode or options.
+    limit: the number of shapes that keep a CUDA graph.
+    """
 
     cuda_graph: bool | None = None
     regional: bool | None = None
@@ -55,7 +61,7 @@ class Options:
             raise ValueError(f"torch.compile takes a mode or options, and got mode={self.mode!r} and {dict(self.options)}")
 
     def for_device(self, device: torch.device) -> Options:
-        """These options with `cuda_graph` decided; RuntimeError where what was asked for cannot be on this device."""
+        """These options with `cuda_graph` True or False. RuntimeError: the device does not support an option."""
         if self.cuda_graph:
             require_cuda(device)
         if self.quantize is not None:
@@ -65,7 +71,7 @@ class Options:
 
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
-    """Each part compiled. What is changed in place (layout, projections, attention, weights) is undone by `undo`."""
+    """Each part compiled. `undo` reverts the changes in place (memory format, projections, attention, weights)."""
     undo: list[Callable[[], None]] = []
     modules = {}
     try:
@@ -73,26 +79,26 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
             if options.channels_last:
                 undo.append(channels_last(part.module))
             if part.name == "velocity":
-                change_network(part, options, undo)
+                modify_network(part, options, undo)
             compiled, undo_compile = compile_part(part, options)
             undo.append(undo_compile)
-            modules[part.name] = graphed(compiled, part, options) if options.cuda_graph else compiled
+            modules[part.name] = with_cuda_graph(compiled, part, options) if options.cuda_graph else compiled
     except BaseException:
         run_backwards(undo)
         raise
     return Accelerated(modules, lambda: run_backwards(undo))
 
 
-def graphed(compiled: nn.Module, part: Part, options: Options) -> nn.Module:
-    """What was compiled behind a CUDA graph, if one can hold it."""
+def with_cuda_graph(compiled: nn.Module, part: Part, options: Options) -> nn.Module:
+    """The compiled module behind a CUDA graph, if the part can be captured."""
     if part.capturable:
         return Graphed(compiled, options.limit)
-    logger.info("%s: compiled without a CUDA graph, since it waits for its device in every call", part.name)
+    logger.info("%s: compiled without a CUDA graph, since it synchronises with its device in every call", part.name)
     return compiled
 
 
-def change_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:
-    """What is done to the network alone, in this order; how to take each back is appended to `undo`."""
+def modify_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:
+    """Change the network by the options for it, in this order. Appends a function to `undo` for each change."""
     if options.fuse_qkv:
         undo.append(fuse_projections(part))
     if options.attention is not None:
@@ -102,7 +108,7 @@ def change_network(part: Part, options: Options, undo: list[Callable[[], None]])
 
 
 class Compiled(nn.Module):
-    """A module whose code is compiled at the first call of each shape, with room for more shapes than torch's default."""
+    """A module that is compiled in the first call with each shape, for up to `RECOMPILATIONS` shapes."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
@@ -122,12 +128,12 @@ class Compiled(nn.Module):
 
 
 def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], None]]:
-    """The part's module compiled whole, or its repeated blocks alone; and how to undo the latter."""
+    """The part's module, compiled whole or by its repeated blocks, and a function that undoes the latter."""
     own = {"backend": options.backend, "mode": options.mode, "options": options.options and dict(options.options)}
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
-        raise ValueError("regional=True, and this network has no blocks that repeat: leave it out to compile it whole")
+        raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
     if not blocks:
         return Compiled(part.module, torch.compile(part.module, **how)), lambda: None
     for block in blocks:
@@ -137,24 +143,24 @@ def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], N
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of like kind, in lists, that hold most of a module's weights; none where they hold less."""
+    """The blocks in lists of one class that hold `BLOCK_SHARE` of a module's weights or more, else an empty list."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) >= REPEATS]
     alike = [m for m in lists if len({type(block) for block in m}) == 1]
     blocks = [block for m in alike for block in m]
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
     outermost = [block for block in blocks if id(block) not in inner]
     held = sum(p.numel() for block in outermost for p in block.parameters())
-    return outermost if held >= MOST * sum(p.numel() for p in module.parameters()) else []
+    return outermost if held >= BLOCK_SHARE * sum(p.numel() for p in module.parameters()) else []
 
 
 def uncompile(blocks: list[nn.Module]) -> None:
-    """Undo `nn.Module.compile`, which has no way back of its own."""
+    """Undo `nn.Module.compile`, for which torch has no function."""
     for block in blocks:
         block._compiled_call_impl = None
 
 
 def channels_last(module: nn.Module) -> Callable[[], None]:
-    """Lay convolutions' weights out channels last, in place; returns how to lay them back. Values stay the same."""
+    """Put the weights of convolutions into channels-last format, in place. Returns a function that restores the format."""
     changed = [p for p in module.parameters() if p.dim() == 4 and p.is_contiguous()]
     for p in changed:
         p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -167,21 +173,21 @@ def channels_last(module: nn.Module) -> Callable[[], None]:
 
 
 def fuse_projections(part: Part) -> Callable[[], None]:
-    """Join the attention projections of the network inside, by diffusers' own switch; returns how to part them.
+    """Fuse the attention projections of the network, by diffusers' own method. Returns a function that undoes it.
 
-    ValueError where the network has adapters, or computes something else once they are joined: diffusers' joined attention
-    of Stable Diffusion 3 leaves the norms of queries and keys out, which SD 3.5 has. Two plain calls find that out."""
+    ValueError: the network has adapters, or computes something else with fused projections, which two calls find out.
+    Diffusers' fused attention of Stable Diffusion 3 omits the norms of queries and keys that SD 3.5 has."""
     networks = [m for m in part.module.modules() if hasattr(m, "fuse_qkv_projections")]
     if any(getattr(network, "peft_config", None) for network in networks):
-        raise ValueError("fuse_qkv cannot join projections that carry adapters (LoRA): fuse_lora() first, or leave it out")
+        raise ValueError("fuse_qkv cannot fuse projections with adapters (LoRA): fuse_lora() first, or leave it out")
     before = part.call()
     for network in networks:
         network.fuse_qkv_projections()
     try:
         off = difference(part.call(), before)
-        if not off <= (HALF_JOINED if before.dtype.itemsize == 2 else JOINED):
+        if not off <= (FUSED_HALF if before.dtype.itemsize == 2 else FUSED):
             raise ValueError(
-                f"fuse_qkv changes what this network computes: diffusers' joined attention makes a difference of {off:.2g} "
+                f"fuse_qkv changes what this network computes: diffusers' fused attention makes a difference of {off:.2g} "
                 f"of the output's norm; leave it out"
             )
     except BaseException:
@@ -196,7 +202,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def unfuse(networks: Sequence[nn.Module]) -> None:
-    """Part joined projections, and remove what diffusers leaves behind."""
+    """Undo fused projections, and remove what diffusers leaves behind."""
     for network in networks:
         network.unfuse_qkv_projections()
         for m in network.modules():

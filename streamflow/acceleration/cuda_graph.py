@@ -1,11 +1,9 @@
-"""CUDA graphs: a module's launches recorded once and replayed as one. The eager network at batch 1 to 4 is bound by its
-launches on a fast GPU, so this comes first and costs seconds, not minutes. A replay gives what the module gives, to the bit.
+"""CUDA graphs: the kernel launches of a module are recorded once and replayed as one. On a fast GPU the launches limit the
+eager network at batch 1 to 4. A capture takes seconds. A replay equals the module bit for bit.
 
-cuDNN's timing (`torch.backends.cudnn.benchmark`) stays as it is set. On an H200 the algorithms that it picks for the UNet
-and the VAEs of Stable Diffusion 1.5 were no faster (within 1 %; the tiny VAE up to 5 % slower) and moved pictures in half
-precision by up to 0.008, differently each time.
-
-Knows modules, tensors and CUDA; no family, no stream.
+`torch.backends.cudnn.benchmark` is not changed. On an H200 the algorithms that it selects for the UNet and the VAEs of
+Stable Diffusion 1.5 were no faster (within 1 %; the tiny VAE up to 5 % slower) and changed images in half precision by up
+to 0.008, differently in each run.
 """
 
 from __future__ import annotations
@@ -25,22 +23,25 @@ from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.watch import Watch
 
 logger = logging.getLogger(__name__)
-# Torch captures one graph at a time in a process. One thread does it for all: some of what CUDA's libraries load for a
-# thread (7 MB on an H200) is never given back.
+# Torch captures one graph at a time in a process. One thread captures for all, since CUDA's libraries never free some of
+# the memory that they allocate for a thread (7 MB on an H200).
 CAPTURING = ThreadPoolExecutor(1, thread_name_prefix="streamflow capture")
-WARM_UP = 3  # calls before a capture: libraries choose their kernels and allocate their workspaces in the first ones
+WARM_UP = 3  # calls before a capture: libraries select kernels and allocate workspaces in the first calls
 
 
 def require_cuda(device: torch.device) -> None:
-    """RuntimeError where there is no CUDA device to capture on."""
+    """Raise RuntimeError if the device is not a CUDA device."""
     if device.type != "cuda":
         raise RuntimeError(f"CUDA graphs need a CUDA device and this pipe is on {device}: move it with pipe.to('cuda')")
 
 
 @dataclass(frozen=True)
 class Options:
-    """limit: how many shapes keep a graph, the longest unused leaving first. attention: a backend of diffusers for the
-    network (`attention.choose_attention`)."""
+    """The options of `accelerate("cuda-graph", ...)`.
+
+    limit: the number of shapes that keep a graph; the least recently used is dropped.
+    attention: a backend of diffusers for the network (`attention.choose_attention`).
+    """
 
     limit: int = 8
     attention: str | None = None
@@ -50,18 +51,18 @@ class Options:
             raise ValueError(f"limit must be an integer of 1 or more, not {self.limit!r}")
 
     def for_device(self, device: torch.device) -> Options:
-        """These options, or RuntimeError where the device has no graphs."""
+        """These options. RuntimeError: the device has no CUDA graphs."""
         require_cuda(device)
         return self
 
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
-    """Each part's module behind a `Graphed`. The modules are not touched, but for the attention where it is chosen."""
+    """Each part's module as a `Graphed`. The modules are not changed, except by the option `attention`."""
     for part in parts:
         if not part.capturable:
             raise RuntimeError(
-                f"{part.name}: this {type(part.module).__name__} waits for its device in every call, so no CUDA graph can "
-                f"hold it: choose accelerate('compile')"
+                f"{part.name}: this {type(part.module).__name__} synchronises with its device in every call, so no CUDA "
+                f"graph can capture it: use accelerate('compile')"
             )
     modules = {part.name: Graphed(part.module, options.limit) for part in parts}
     if options.attention is None or "velocity" not in modules:
@@ -73,7 +74,7 @@ Signature = tuple
 
 
 def signature(inputs: Mapping[str, Tensor | None]) -> Signature:
-    """What a graph is captured for: names, shapes, dtypes and devices. TypeError for anything but tensors and None."""
+    """The key of a graph: names, shapes, dtypes and devices of the inputs. TypeError: an input is no tensor and not None."""
     described = []
     for name, value in inputs.items():
         if value is not None and not isinstance(value, Tensor):
@@ -83,9 +84,9 @@ def signature(inputs: Mapping[str, Tensor | None]) -> Signature:
 
 
 class Capture:
-    """One graph: its own inputs, which calls are copied into, and its output, which calls are copied out of.
+    """One graph with its own input and output tensors. Each call copies its inputs in and the output out.
 
-    current: the stream that has the inputs ready, and on which graphs are replayed. side: where it is captured.
+    current: the CUDA stream on which the inputs were computed and the graph is replayed. side: the one for the capture.
     """
 
     @torch.no_grad()
@@ -107,12 +108,12 @@ class Capture:
                 for _ in range(WARM_UP):
                     module(**self.inputs)
             current.wait_stream(side)
-            # torch's own capture stream belongs to one device for good; this one is on the module's.
+            # torch's default capture stream is on the first device that was used; this one is on the module's device
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.output = module(**self.inputs)
 
     def replay(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        """The module's output for these inputs, the caller's to keep."""
+        """The module's output for these inputs, as a new tensor."""
         for name, value in inputs.items():
             if value is not None and not self._holds(name, value):
                 self.inputs[name].copy_(value)
@@ -120,21 +121,20 @@ class Capture:
         return self.output.clone()
 
     def _holds(self, name: str, value: Tensor) -> bool:
-        """Whether this very tensor, unwritten since, was copied in last time. It is kept alive so that it cannot be another
-        one at the same address."""
+        """Whether the last call copied this same tensor, and it has not been written since. A reference to it is kept, so
+        that its address is not reused."""
         if value.is_inference():
-            return False  # such tensors do not count their changes
+            return False  # torch does not count the writes to such tensors
         last, self._given[name] = self._given.get(name), (value, value._version)
         return last is not None and last[0] is value and last[1] == value._version
 
 
 class Graphed(nn.Module):
-    """A module whose calls replay a CUDA graph, captured at the first call of each signature (`signature`).
+    """A module whose calls replay a CUDA graph, which is captured in the first call with each `signature`.
 
-    The output is a tensor of its own, never overwritten by a later call. All graphs of one module share their working
-    memory, so it must not be called on two CUDA streams at once. Where the module's weights have moved or its adapters
-    have changed since (`Watch`), all is captured anew. Raises what the module raises; a module that waits for the device
-    cannot be captured, and torch says where.
+    The output is a new tensor. All graphs of one module share a memory pool, so it must not be called on two CUDA streams at
+    once. After the module's weights have moved or its adapters have changed (`Watch`), all graphs are captured again. Raises
+    what the module raises; torch raises where a module synchronises with the device.
     """
 
     def __init__(self, module: nn.Module, limit: int = 8):
@@ -147,16 +147,16 @@ class Graphed(nn.Module):
 
     @property
     def captured(self) -> int:
-        """How many signatures have a graph."""
+        """The number of signatures that have a graph."""
         return len(self._captures)
 
     def forget(self) -> None:
-        """Drop all graphs; the next call captures anew."""
+        """Drop all graphs. The next call captures again."""
         self._captures.clear()
         self._pool = None
 
     def replay_last(self) -> None:
-        """Replay the graph of the last call as it is; nothing is copied in or out. RuntimeError before any call."""
+        """Replay the graph of the last call without copies of inputs or output. RuntimeError before the first call."""
         if not self._captures:
             raise RuntimeError("no graph is captured yet: call the module first")
         next(reversed(self._captures.values())).graph.replay()
@@ -165,7 +165,7 @@ class Graphed(nn.Module):
     def forward(self, *positional: Tensor, **named: Tensor | None) -> Tensor:
         inputs = {**{f"{i}": value for i, value in enumerate(positional)}, **named}
         if self._watch.changed():
-            logger.info("%s: weights or adapters changed, capturing anew", type(self.module).__name__)
+            logger.info("%s: weights or adapters changed, capturing again", type(self.module).__name__)
             self.forget()
             self._watch.renew()
         key = signature(inputs)
@@ -191,7 +191,7 @@ class Graphed(nn.Module):
 
 
 class _Numbered:
-    """Calls a module with arguments by name, those named "0", "1", ... by position."""
+    """Calls a module by keyword, and passes the arguments named "0", "1", ... by position."""
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -1,7 +1,5 @@
-"""onnxruntime in torch's place on a CPU: a part is exported to ONNX at the first call of its sizes and run from there.
-
-Knows modules, tensors and onnxruntime's CPU provider; no family, no stream. The modules themselves are not touched.
-"""
+"""Runs parts by onnxruntime on a CPU: a part is exported to ONNX in the first call with new sizes. The modules are not
+changed. Knows modules, tensors and onnxruntime's CPU provider; no family."""
 
 from __future__ import annotations
 
@@ -18,12 +16,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Accelerated, Part, Parts
-from streamflow.acceleration.tensorrt.engine import named
+from streamflow.acceleration import Accelerated, Part, Parts, bind_arguments
 from streamflow.acceleration.tensorrt.export import check_exportable, export
 from streamflow.acceleration.tensorrt.options import Options as Sizes
-from streamflow.acceleration.tensorrt.profile import profile_of
-from streamflow.acceleration.watch import Baked
+from streamflow.acceleration.tensorrt.options import profile_of
+from streamflow.acceleration.watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
@@ -31,8 +28,12 @@ NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Options:
-    """threads: that share one call; None: as many as torch has.
-    limit: how many sizes of a part keep a session, the longest unused leaving first. A row count is no size of its own."""
+    """The options of `accelerate("onnxruntime", ...)`.
+
+    threads: of one call. None: as many as torch has.
+    limit: the number of sizes of a part that keep a session; the least recently used is dropped. All numbers of rows share a
+        session.
+    """
 
     threads: int | None = None
     limit: int = 8
@@ -46,7 +47,7 @@ class Options:
                 raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
 
     def for_device(self, device: torch.device) -> Options:
-        """These options with `threads` decided. RuntimeError off the CPU, ImportError without the packages."""
+        """These options with a number of `threads`. RuntimeError: the device is no CPU. ImportError: no onnxruntime."""
         if device.type != "cpu":
             raise RuntimeError(f"onnxruntime is for CPUs and this pipe is on {device}: use accelerate('auto') there")
         if missing := [name for name in NEEDS if find_spec(name) is None]:
@@ -57,8 +58,8 @@ class Options:
 
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
-    """Each part behind its sessions. NotExportable, by name, for a network that takes more than tensors; ValueError for
-    one in another dtype than float32."""
+    """Each part as a `Sessions` module. NotExportable: the network takes more than tensors. ValueError: the dtype of a part
+    is not float32."""
     for part in parts:
         check_exportable(part)
         dtype = next(iter(part.inputs.values())).dtype
@@ -71,8 +72,8 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
 
 
 class Sessions(nn.Module):
-    """A part run by onnxruntime: exported at the first call of other sizes, row counts aside, and again, which takes
-    seconds, where weights or adapters have changed. The output is a tensor of its own.
+    """A part run by onnxruntime. It is exported in the first call with other sizes (the number of rows does not count), and
+    again, which takes seconds, after weights or adapters have changed. The output is a new tensor.
 
     Raises:
         ExportError: the module cannot be written as ONNX.
@@ -81,19 +82,19 @@ class Sessions(nn.Module):
     def __init__(self, part: Part, options: Options):
         super().__init__()
         self._part, self._options = part, options
-        self._watch = Baked(part.module)
+        self._watch = WeightWatch(part.module)
         self._sessions: OrderedDict[tuple, Session] = OrderedDict()
 
     @property
     def kept(self) -> int:
-        """How many sizes have a session."""
+        """The number of sizes that have a session."""
         return len(self._sessions)
 
     @torch.no_grad()
     def forward(self, *positional: Tensor, **given: Tensor | None) -> Tensor:
-        inputs = named(self._part.inputs, positional, given)
+        inputs = bind_arguments(self._part.inputs, positional, given)
         if self._watch.changed():
-            logger.info("%s: weights or adapters changed, exporting anew", self._part.name)
+            logger.info("%s: weights or adapters changed, exporting again", self._part.name)
             self._sessions.clear()
             self._watch.renew()
         key = self._sizes(inputs)
@@ -119,8 +120,8 @@ class Sessions(nn.Module):
 
 
 class Session:
-    """One ONNX file, loaded. Its threads spin while a call runs and stop with it: torch and the other parts' sessions need
-    the cores in between."""
+    """A session of one ONNX file. Its threads wait for work by spinning during a call only, since torch and the sessions of
+    the other parts need the cores between calls."""
 
     def __init__(self, path: Path, options: Options):
         import onnxruntime

@@ -1,12 +1,11 @@
-"""Matrices of eight bits, by torchao: weights once, activations anew in every call, multiplied in eight bits. For networks
-that fill the GPU with matrix products (large transformers); the pictures change, see `streamflow.acceleration.compile`.
+"""Quantises matrices to eight bits, by torchao: weights once, activations in every call. For networks whose time goes into
+matrix products (large transformers). The images change, see `streamflow.acceleration.compile`.
 
-What is quantised: the Linear layers of the network's repeated blocks that have `FEATURES` or more on both sides and see
-`ROWS` or more rows in a call. Fewer rows, as in modulation, which sees one a picture, leave nothing to gain and cost
-precision; the rows are counted in one plain call. Embeddings and the output layer stay as they are.
+Quantised are the Linear layers of the network's repeated blocks with `FEATURES` or more inputs and outputs and `ROWS` or
+more rows in a call. A layer with fewer rows, as in modulation with one row per image, gains nothing and loses precision.
+The rows are counted in one call. Embeddings and the output layer are not quantised.
 
-A quantised weight stands in the place of the parameter, which is kept and put back: half as much memory is needed again.
-torchao is imported when it is used. Knows parts and matrices; no family, no stream.
+The quantised weight replaces the parameter, which is kept for `undo`, so half as much memory is needed in addition.
 """
 
 from __future__ import annotations
@@ -23,16 +22,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from streamflow.acceleration import Part
 
 logger = logging.getLogger(__name__)
-FEATURES = 512  # the least of a layer's inputs and outputs: the smaller, the more quantising costs beside multiplying
-ROWS = 64  # the least rows that a layer sees in a call
-MULTIPLE = 16  # of features: what the GPU's eight-bit products take
+FEATURES = 512  # the least inputs and outputs of a layer: quantising costs relatively more in small layers
+ROWS = 64  # the least rows of a layer's input in a call
+MULTIPLE = 16  # of the features: a requirement of the GPU's eight-bit matrix products
 REMEDY = 'pip install "streamflow-rf[quantize]"'
 
 
 @dataclass(frozen=True)
 class Kind:
-    """config: makes torchao's own. capability: the least compute capability of a GPU. dtypes: of the weights it takes.
-    cpu: works there too."""
+    """A kind of quantisation.
+
+    config: creates torchao's configuration. capability: the least compute capability of a GPU. dtypes: of the weights that
+    it supports. cpu: whether it works on a CPU.
+    """
 
     config: Callable[[], Any]
     capability: tuple[int, int]
@@ -62,10 +64,11 @@ KINDS = {
 
 
 def require(name: str, device: torch.device) -> None:
-    """That this kind can be had on this device.
+    """Check that this kind works on this device.
 
     Raises:
-        ValueError: unknown, the known are listed. RuntimeError: the device cannot multiply in it. ImportError: no torchao.
+        ValueError: an unknown kind; the message has all. RuntimeError: the device does not support it. ImportError: torchao
+        is missing.
     """
     if name not in KINDS:
         raise ValueError(f"unknown quantize {name!r}: choose one of {', '.join(KINDS)}")
@@ -91,11 +94,11 @@ def _others(capability: tuple[int, int]) -> str:
 
 
 def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[], None]:
-    """Quantise the matrices of a part's repeated blocks; returns how to put the weights back, the same objects as before.
+    """Quantise the matrices of a part's repeated blocks. Returns a function that restores the same parameters.
 
     Raises:
-        ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, weights that
-            are quantised already or of a dtype that the kind does not take; each with what was found.
+        ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, or weights that are
+            quantised already or of a dtype that the kind does not support.
     """
     kind = KINDS[name]
     _refuse_adapters(part.module, name)
@@ -124,19 +127,19 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
 
 
 def quantised(weight: nn.Parameter, config: Any) -> nn.Parameter:
-    """The weight as torchao's config makes it; the one given stays as it is."""
+    """The weight quantised by torchao's configuration. The given one is not changed."""
     from torchao.quantization import quantize_
 
     shell = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
     shell.weight = weight
     quantize_(shell, config)
     if shell.weight is weight:
-        raise RuntimeError(f"torchao left a weight of shape {tuple(weight.shape)} as it was under {config}")
+        raise RuntimeError(f"torchao did not quantise a weight of shape {tuple(weight.shape)} with {config}")
     return shell.weight
 
 
 def matrices(part: Part, blocks: Sequence[nn.Module], name: str) -> list[nn.Linear]:
-    """The layers of the blocks that are worth it (module head). ValueError where there are none, with what there is."""
+    """The layers to quantise (see the head of this file). ValueError, with what was found, if there are none."""
     if not blocks:
         raise ValueError(
             f"quantize={name!r} is for transformers, whose weights lie in repeated blocks: {type(part.module).__name__} has "
@@ -144,31 +147,31 @@ def matrices(part: Part, blocks: Sequence[nn.Module], name: str) -> list[nn.Line
         )
     linears = [m for block in blocks for m in block.modules() if type(m) is nn.Linear]
     large = [m for m in linears if _least(m) >= FEATURES and m.in_features % MULTIPLE == m.out_features % MULTIPLE == 0]
-    rows = rows_seen(part, large)
+    rows = count_rows(part, large)
     chosen = [layer for layer in large if rows.get(layer, 0) >= ROWS]
     if not chosen:
         raise ValueError(
-            f"quantize={name!r} finds no Linear layer of {FEATURES} or more features that sees {ROWS} or more rows: the "
+            f"quantize={name!r} finds no Linear layer of {FEATURES} or more features with {ROWS} or more rows: the "
             f"largest of {len(linears)} has {max(map(_least, linears), default=0)}, and {len(large)} are large enough; "
             f"leave it out"
         )
     return chosen
 
 
-def rows_seen(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
-    """The most rows that each layer gives in one call of the part; layers that are not called are missing."""
-    seen: dict[nn.Module, int] = {}
+def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
+    """The largest number of rows of each layer's output in one call of the part, without layers that are not called."""
+    rows: dict[nn.Module, int] = {}
 
-    def see(layer: nn.Linear, inputs: Any, output: Tensor) -> None:
-        seen[layer] = max(seen.get(layer, 0), output.numel() // layer.out_features)
+    def count(layer: nn.Linear, inputs: Any, output: Tensor) -> None:
+        rows[layer] = max(rows.get(layer, 0), output.numel() // layer.out_features)
 
-    hooks = [layer.register_forward_hook(see) for layer in layers]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         part.call()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return rows
 
 
 def _least(layer: nn.Linear) -> int:
@@ -176,14 +179,14 @@ def _least(layer: nn.Linear) -> int:
 
 
 def _share(module: nn.Module) -> float:
-    """Of a module's weights, those of Linear layers."""
-    held = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-    return held / max(1, sum(p.numel() for p in module.parameters()))
+    """The share of Linear layers in a module's weights."""
+    linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return linear / max(1, sum(p.numel() for p in module.parameters()))
 
 
 def _refuse_adapters(module: nn.Module, name: str) -> None:
     if any(getattr(m, "peft_config", None) for m in module.modules()):
         raise ValueError(
-            f"quantize={name!r} cannot take a network that carries adapters (LoRA): fuse_lora() and unload_lora_weights() "
+            f"quantize={name!r} does not support a network with adapters (LoRA): fuse_lora() and unload_lora_weights() "
             f"first, or leave it out"
         )

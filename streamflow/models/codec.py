@@ -69,8 +69,8 @@ class Encoder(nn.Module):
         self.vae, self.pack = vae, pack
         self.scaling, self.shift = _factors(vae)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        z = _mode(self.vae.encode(pictures.to(self.vae.dtype)))
+    def forward(self, images: Tensor) -> Tensor:
+        z = _mode(self.vae.encode(images.to(self.vae.dtype)))
         z = (z - self.shift) * self.scaling
         return z if self.pack is None else self.pack(z)
 

@@ -1,7 +1,8 @@
-"""`python -m streamflow.acceleration.tensorrt --self-test`: builds engines of tiny models, runs, compares and times them on
-this machine's GPU. `--build-only` builds without a GPU (TensorRT for RTX). The last line is JSON.
+"""`python -m streamflow.acceleration.tensorrt --self-test`: builds engines of the embedded model, or of pipelines in
+diffusers' format, runs them, compares and times them on this machine's GPU. `--build-only` builds without a GPU (TensorRT
+for RTX). The last line is JSON.
 
-Exit codes: 0 all well, 1 an engine failed or differs, 2 this machine cannot do it.
+Exit codes: 0 success, 1 an engine failed or differs, 2 this machine cannot run it.
 """
 
 from __future__ import annotations
@@ -9,140 +10,111 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.benchmark import Timer
 
-from streamflow.acceleration import Part
-from streamflow.acceleration.tensorrt import engines, library
-from streamflow.acceleration.tensorrt.build import Target
-from streamflow.acceleration.tensorrt.check import compare
-from streamflow.acceleration.tensorrt.engine import EngineModule
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT, NoDevice, TensorRTError
-from streamflow.acceleration.tensorrt.options import Options
-from streamflow.acceleration.tensorrt.profile import profile_of
-from streamflow.acceleration.tensorrt.samples import parts_of
+from streamflow.acceleration import Part, Parts
+from streamflow.acceleration.tensorrt import library
+from streamflow.acceleration.tensorrt.build import load_or_build
+from streamflow.acceleration.tensorrt.engine import EngineModule, compare
+from streamflow.acceleration.tensorrt.errors import MissingTensorRT, TensorRTError
+from streamflow.acceleration.tensorrt.library import Library, Target
+from streamflow.acceleration.tensorrt.options import Options, profile_of
+from streamflow.conditioning.prompt import stack
+from streamflow.models import adapter_for, load
 
-TIMED = 30
 PARTS = ("velocity", "decoder", "encoder")
-
-
-def embedded() -> tuple[Any, None]:
-    """The embedded model."""
-    from streamflow.models import load
-    from streamflow.pretrained import embedded as folder
-
-    return load(folder()), None
-
-
-MODELS: dict[str, Callable[[], tuple[Any, str | None]]] = {"embedded": embedded}
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments."""
-    made = argparse.ArgumentParser(prog="python -m streamflow.acceleration.tensorrt", description=__doc__)
-    what = made.add_mutually_exclusive_group(required=True)
-    what.add_argument("--self-test", action="store_true", help="build, run, compare and time on this GPU")
-    what.add_argument("--build-only", action="store_true", help="export and build; needs no GPU with TensorRT for RTX")
-    made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32")
-    made.add_argument("--capability", default="8.9", help="of the GPU to build for without one (default: %(default)s)")
-    made.add_argument("--engine-dir", type=Path, help="keep the engines there (default: a temporary folder)")
-    made.add_argument("--verbose", action="store_true", help="show the log")
-    return made
+COLUMNS = ("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit code."""
-    arguments = parser().parse_args(argv)
+    """Run it. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m streamflow.acceleration.tensorrt", description=__doc__)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--self-test", action="store_true", help="build, run, compare and time on this GPU")
+    mode.add_argument("--build-only", action="store_true", help="export and build; needs no GPU with TensorRT for RTX")
+    parser.add_argument("--models", nargs="+", default=["embedded"], help="folders in diffusers' format (default: embedded)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU, else float32"
+    )
+    parser.add_argument("--capability", default="8.9", help="of the GPU to build for without one (default: %(default)s)")
+    parser.add_argument("--engine-dir", type=Path, help="keep the engines there (default: a temporary folder)")
+    parser.add_argument("--verbose", action="store_true", help="show the log")
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
+    cuda = torch.cuda.is_available() and torch.version.hip is None
+    if arguments.self_test and not cuda:
+        print("there is no CUDA device here: --self-test runs engines, --build-only builds without one", file=sys.stderr)
+        return 2
     try:
-        target = _target(arguments)
-        kind = library.choose(None if target.index is None else target.capability)
-        loaded = library.load(kind)
-    except (NoDevice, MissingTensorRT, ValueError) as error:
+        major, _, minor = arguments.capability.partition(".")
+        target = Target.of(torch.device("cuda")) if cuda else Target(capability=(int(major), int(minor or 0)))
+        loaded = library.load(library.choose(target.capability if cuda else None))
+    except (MissingTensorRT, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{loaded}, for {target}")
+    dtype = arguments.dtype or ("float16" if cuda else "float32")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         options = Options(engine_dir=arguments.engine_dir or folder)
-        rows = [row for name in arguments.models for row in _model(name, arguments, options, target, loaded)]
+        for model in arguments.models:
+            parts = parts_of(load(model).to(torch.device("cuda", target.index) if cuda else "cpu", getattr(torch, dtype)))
+            for part in (part for part in parts if part.name in arguments.parts):
+                row = {"model": model, "part": part.name, "dtype": dtype}
+                row |= _test(part, arguments.self_test, options, target, loaded)
+                print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+                rows.append(row)
     ok = all(row["error"] is None for row in rows)
-    run = arguments.self_test
-    print(json.dumps({"ok": ok, "executed": run, "tensorrt": str(loaded), "gpu": str(target), "parts": rows}))
+    report = {"ok": ok, "executed": arguments.self_test, "tensorrt": str(loaded), "gpu": str(target), "parts": rows}
+    print(json.dumps(report))
     return 0 if ok else 1
 
 
-def _target(arguments: argparse.Namespace) -> Target:
-    if torch.cuda.is_available() and torch.version.hip is None:
-        return Target.of(torch.device("cuda"))
-    if arguments.self_test:
-        raise NoDevice(
-            *("self-test", "start", "there is no CUDA device here, and a self-test runs engines"),
-            "run it on a machine with an NVIDIA GPU; --build-only builds without one",
-        )
-    major, _, minor = arguments.capability.partition(".")
-    return Target.without((int(major), int(minor or 0)))
+def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
+    """The parts of a pipeline, with the inputs of a stream of `rows` rows.
+
+    size: height and width of the images in pixels. None: the default of the pipeline.
+    """
+    adapter = adapter_for(pipe, family)
+    size = adapter.default_size if size is None else size
+    schedule, prompt = adapter.read({"prompt": "a red apple, 3d render"}, 4, size, size, guided=False)
+    device, dtype, shape = pipe.device, adapter.net.dtype, adapter.latent_shape(size, size)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(rows, *shape, generator=generator).to(device, dtype)
+    times = schedule.timesteps[torch.arange(rows) % len(schedule)].to(device, torch.float32)
+    images = torch.rand(rows, 3, size, size, generator=generator).to(device) * 2 - 1
+    inputs = {"x": latents, "t": times, **stack((prompt.cond,) * rows)}
+    return Parts.of(adapter, adapter.codec(pipe.vae, size, size), inputs, latents, images)
 
 
-def _model(
-    name: str, arguments: argparse.Namespace, options: Options, target: Target, loaded: library.Library
-) -> list[dict[str, Any]]:
-    pipe, family = MODELS[name]()
-    device = torch.device("cpu") if target.index is None else torch.device("cuda", target.index)
-    dtype = arguments.dtype or ("float32" if target.index is None else "float16")
-    pipe = pipe.to(device, getattr(torch, dtype))
-    rows = []
-    for part in (part for part in parts_of(pipe, family) if part.name in arguments.parts):
-        row = {"model": name, "part": part.name, "dtype": dtype, **_part(part, arguments.self_test, options, target, loaded)}
-        print("  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
-        rows.append(row)
-    return rows
-
-
-def _part(part: Part, run: bool, options: Options, target: Target, loaded: library.Library) -> dict[str, Any]:
-    """What came of one part. An error of TensorRT's is a result, not an end."""
-    row: dict[str, Any] = dict.fromkeys(("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error"))
+def _test(part: Part, execute: bool, options: Options, target: Target, loaded: Library) -> dict[str, float | str | None]:
+    """The results of one part by `COLUMNS`. An error of TensorRT is a result."""
+    row: dict[str, float | str | None] = dict.fromkeys(COLUMNS)
     profile = profile_of(part, options)
     began = time.perf_counter()
     try:
-        _, data = engines.make(part, profile, options, target, loaded.kind)
-        row.update(seconds=round(time.perf_counter() - began, 1), megabytes=round(len(data) / 1e6, 1))
-        if run:
+        _, data = load_or_build(part, profile, options, target, loaded.kind)
+        row |= {"seconds": round(time.perf_counter() - began, 1), "megabytes": round(len(data) / 1e6, 1)}
+        if execute:
+            from streamflow.acceleration.cuda_graph import Graphed
+
             engine = EngineModule(data, profile, loaded, torch.device("cuda", target.index))
             row["psnr_db"] = round(compare(part, profile, engine, options.tolerance_db), 1)
-            row.update(_times(part, engine))
+            for name, module in {"plain_ms": part.module, "engine_ms": engine, "graph_ms": Graphed(engine)}.items():
+                timer = Timer("call(module)", globals={"call": part.call, "module": module})
+                row[name] = round(1e3 * timer.blocked_autorange().median, 3)
     except TensorRTError as error:
         row["error"] = str(error)
     return row
-
-
-def _times(part: Part, engine: nn.Module) -> dict[str, float]:
-    from streamflow.acceleration.cuda_graph import Graphed
-
-    modules = {"plain_ms": part.module, "engine_ms": engine, "graph_ms": Graphed(engine)}
-    return {name: round(_milliseconds(part, module), 3) for name, module in modules.items()}
-
-
-def _milliseconds(part: Part, module: nn.Module) -> float:
-    """The median of `TIMED` calls, by device events, after as many to warm up."""
-    taken = []
-    for _ in range(2 * TIMED):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        part.call(module)
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end))
-    return statistics.median(taken[TIMED:])
 
 
 if __name__ == "__main__":

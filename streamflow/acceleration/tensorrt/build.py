@@ -1,140 +1,231 @@
-"""ONNX to the bytes of an engine, through polygraphy. For RTX this needs no GPU. Knows files and profiles, no module."""
+"""Builds engines through polygraphy, in this process or, while a stream runs, in a child process."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from streamflow.acceleration.tensorrt.errors import BuildError
-from streamflow.acceleration.tensorrt.library import Library, progress, quiet_polygraphy
-from streamflow.acceleration.tensorrt.options import Options
-from streamflow.acceleration.tensorrt.profile import Profile
+from streamflow._threads import Thread
+from streamflow.acceleration import Part
+from streamflow.acceleration.tensorrt import cache
+from streamflow.acceleration.tensorrt.errors import BuildError, MissingTensorRT, TensorRTError
+from streamflow.acceleration.tensorrt.export import check_exportable, export, size_of
+from streamflow.acceleration.tensorrt.library import RTX, Library, Target, load, quiet_polygraphy
+from streamflow.acceleration.tensorrt.options import Options, Profile
 
 logger = logging.getLogger(__name__)
 
+ROOM = 3  # times the bytes of the weights: module, ONNX file and engine on the disk, and as much memory of the child
+_NODE = re.compile(r"Node name: (\S+)")
+_MEMORY = re.compile(r"out of memory|outofmemory|insufficient memory|bad_alloc", re.IGNORECASE)
+_IN_CHILD = "the stream runs without this engine; call accelerate('tensorrt') again to build it in this process"
+_REMEDIES = {
+    "memory": "close what else uses the GPU, or pass a smaller workspace_gb, max_batch, max_height, max_width",
+    "starting the builder": "see `streamflow doctor`: TensorRT needs a GPU to build, TensorRT for RTX does not",
+    "reading ONNX": "use accelerate('compile') for this model, or fallback='eager' to run this part without an engine",
+    "building the engine": "pass optimization_level=0 or a narrower range, or use accelerate('compile') for this model",
+}
 
-@dataclass(frozen=True)
-class Target:
-    """The GPU that an engine is for. `index`: of the CUDA device, None: built without one."""
 
-    name: str
-    capability: tuple[int, int]
-    index: int | None = None
+def load_or_build(part: Part, profile: Profile, options: Options, target: Target, kind: str) -> tuple[cache.Entry, bytes]:
+    """The engine of a part, out of the cache or new. Raises what export, build and cache raise."""
+    check_exportable(part)
+    library = load(kind)
+    facts = cache.facts(part, profile, options, target, str(library))
+    entry = cache.entry_for(options.engine_dir, part.name, facts)
 
-    @classmethod
-    def of(cls, device: torch.device) -> Target:
-        """The target that a CUDA device is."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
+    def build_in(folder: Path) -> bytes:
+        return build(export(part, profile, folder), profile, options, library, target)
 
-    @classmethod
-    def without(cls, capability: tuple[int, int] = (8, 9)) -> Target:
-        """A build without a GPU, for this compute capability."""
-        return cls("none", tuple(capability))
-
-    def __str__(self) -> str:
-        return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
-
-    @property
-    def current(self) -> contextlib.AbstractContextManager:
-        """Makes the target's device the current one."""
-        return contextlib.nullcontext() if self.index is None else torch.cuda.device(self.index)
+    return entry, cache.get_or_build(entry, facts, build_in, options.rebuild)
 
 
 def build(onnx: Path, profile: Profile, options: Options, library: Library, target: Target) -> bytes:
-    """The serialized engine of an ONNX file, strongly typed, with one profile.
+    """The serialized engine of an ONNX file, strongly typed, with one optimization profile.
 
     Raises:
-        BuildError: with the stage, and the node where TensorRT names one; out of memory with the remedy.
+        BuildError: with the stage, TensorRT's messages, the node if TensorRT names one, and the remedy.
     """
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+
     began = time.perf_counter()
-    library.messages.errors()
-    with target.current, quiet_polygraphy():
-        builder, network, parser = _parse(onnx, profile.part, library)
-        logger.info("%s: %d layers read, building with %s for %s", profile.part, network.num_layers, library, target)
-        engine = _built(builder, network, profile, options, library, target)
-        del parser  # it owns the weights that the network points at
+    typed = hasattr(library.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # later versions have no other networks
+    with contextlib.nullcontext() if target.index is None else torch.cuda.device(target.index):
+        with _stage(profile.part, "reading ONNX", library):
+            network = network_from_onnx_path(str(onnx), strongly_typed=typed)
+        logger.info("%s: %d layers, building with %s for %s", profile.part, network[1].num_layers, library, target)
+        with _stage(profile.part, "building the engine", library):
+            engine = bytes(engine_bytes_from_network(network, _config(profile, options, library, target)))
     took = time.perf_counter() - began
     logger.info("%s: engine of %.1f MB built in %.1f s", profile.part, len(engine) / 1e6, took)
     return engine
 
 
-def _parse(onnx: Path, part: str, library: Library) -> tuple[Any, Any, Any]:
-    trt = library.trt
-    try:
-        builder = trt.Builder(library.messages)
-    except (RuntimeError, TypeError) as error:  # pybind says either where the library gives no builder
-        raise _failure(part, "starting the builder", str(error), library) from error
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, library.messages)
-    if not parser.parse_from_file(str(onnx)):
-        first = parser.get_error(0) if parser.num_errors else None
-        node = first and f"{first.node_operator()} {first.node_name()}".strip()
-        raise _failure(part, "reading ONNX", first.desc() if first else f"{onnx} is not readable", library, node)
-    return builder, network, parser
-
-
-def _built(builder: Any, network: Any, profile: Profile, options: Options, library: Library, target: Target) -> bytes:
-    from polygraphy.backend.trt import EngineBytesFromNetwork
+@contextlib.contextmanager
+def _stage(part: str, stage: str, library: Library) -> Iterator[None]:
+    """Turn the errors of a stage into a BuildError with all that TensorRT logged."""
     from polygraphy.exception import PolygraphyException
 
+    library.messages.errors()
     try:
-        with _bars() as bar:
-            config = _config(profile, options, library, target, progress(library, bar))
-            return bytes(EngineBytesFromNetwork((builder, network), config)())
-    except PolygraphyException as error:
-        raise _failure(profile.part, "building the engine", str(error), library) from error
+        with quiet_polygraphy():
+            yield
+    except (PolygraphyException, RuntimeError, TypeError) as error:
+        if stage == "reading ONNX" and not isinstance(error, PolygraphyException):
+            stage = "starting the builder"  # pybind's error if there is no builder
+        problem = "; ".join([str(error), *library.messages.errors()])
+        node = _NODE.search(problem)
+        remedy = _REMEDIES["memory" if _MEMORY.search(problem) else stage]
+        raise BuildError(part, stage, problem[:1500], remedy, node and node.group(1)) from error
 
 
-def _config(profile: Profile, options: Options, library: Library, target: Target, monitor: Any) -> Any:
-    from polygraphy.backend.trt import CreateConfig, PostprocessConfig
-    from polygraphy.backend.trt import Profile as Ranges
+def _config(profile: Profile, options: Options, library: Library, target: Target) -> Any:
+    """Polygraphy's builder configuration."""
+    from polygraphy.backend import trt
 
-    ranges = Ranges()
+    ranges = trt.Profile()
     for name, r in profile.ranges.items():
         ranges.add(name, min=r.smallest, opt=r.best, max=r.largest)
-    arguments: dict[str, Any] = {"profiles": [ranges], "progress_monitor": monitor}
+    arguments: dict[str, Any] = {"profiles": [ranges], "builder_optimization_level": options.optimization_level}
     if options.workspace_gb is not None:
         pool = library.trt.MemoryPoolType.WORKSPACE
         arguments["memory_pool_limits"] = {pool: int(options.workspace_gb * 2**30)}
-    if options.optimization_level is not None:
-        arguments["builder_optimization_level"] = options.optimization_level
-    if not library.is_rtx:
-        return CreateConfig(tf32=options.tf32, **arguments)
+    if library.kind != RTX:
+        return trt.CreateConfig(tf32=options.tf32, **arguments)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     def set_tf32(builder: Any, network: Any, config: Any) -> None:
         (config.set_flag if options.tf32 else config.clear_flag)(library.trt.BuilderFlag.TF32)
 
-    return PostprocessConfig(CreateConfigRTX(compute_capabilities=[target.capability], **arguments), set_tf32)
+    return trt.PostprocessConfig(CreateConfigRTX(compute_capabilities=[target.capability], **arguments), set_tf32)
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[Any]:
-    from tqdm import tqdm
-
-    yield functools.partial(tqdm, disable=None, leave=False)
+# -- in a child process ---------------------------------------------------------------------------------------------------
 
 
-_REMEDIES = {
-    "memory": "close what else uses the GPU, or set a smaller workspace_gb, max_batch, max_height, max_width",
-    "reading ONNX": "use accelerate('compile') for this model, or fallback='eager' to run this part plainly",
-    "starting the builder": "see `streamflow doctor`; TensorRT needs a GPU to build, TensorRT for RTX does not",
-    "building the engine": "set optimization_level=0 or a narrower profile, or use accelerate('compile') for this model",
-}
+class Build:
+    """One engine in the making. A thread writes the module to a file, waits for a child process that exports and builds, and
+    makes the module of its bytes by `load`. The child is a new interpreter: CUDA forbids a fork, and multiprocessing's spawn
+    would import the user's script again. BuildError, at once, if there is no room.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        profile: Profile,
+        options: Options,
+        target: Target,
+        kind: str,
+        load: Callable[[bytes, Profile], nn.Module],
+    ):
+        check_room(part, options, target)
+        self.profile, self._load = profile, load
+        self._child: subprocess.Popen | None = None
+        self._cancelled = False
+        self._module: Future[nn.Module | None] = Future()
+        self._began = time.perf_counter()
+        options = replace(options, rebuild=False)
+        job = {"part": part, "profile": profile, "options": options, "target": target, "kind": kind}
+        Thread(self._run, f"tensorrt-{part.name}", args=(job,)).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has ended, with an engine or with an error."""
+        return self._module.done()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def result(self) -> nn.Module:
+        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child."""
+        return self._module.result()
+
+    def cancel(self) -> None:
+        """Stop the child and drop its engine, without waiting for either."""
+        self._cancelled = True
+        if self._child is not None:
+            self._child.kill()
+
+    def _run(self, job: dict[str, Any]) -> None:
+        try:
+            folder = cache.own_folder(job["options"].engine_dir)
+            with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=folder) as snapshot:
+                data = self._in_child(job, Path(snapshot) / "job.pt")
+            job.clear()
+            self._module.set_result(None if self._cancelled else self._load(data, self.profile))
+        except Exception as error:  # raised again by `result`, in the thread of the stream
+            self._module.set_exception(error)
+
+    def _in_child(self, job: dict[str, Any], path: Path) -> bytes:
+        if (index := job["target"].index) is not None:
+            torch.cuda.synchronize(index)  # another CUDA stream may still write the weights
+        write_job(path, job)
+        command = [sys.executable, "-c", f"import sys, {__name__} as b; sys.exit(b.main(sys.argv[1]))", str(path)]
+        python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+        self._child = subprocess.Popen(command, env=environment, **pipes)
+        if self._cancelled:  # before there was a child to stop
+            self._child.kill()
+        output, errors = self._child.communicate()
+        if code := self._child.returncode:
+            problem = f"exit code {code}: {errors.strip()[-800:] or 'no message'}"
+            raise BuildError(self.profile.part, "building in a child process", problem, _IN_CHILD)
+        return Path(output.splitlines()[-1]).read_bytes()
 
 
-def _failure(part: str, stage: str, what: str, library: Library, node: str | None = None) -> BuildError:
-    """The error, with all that TensorRT's own logger said, and the remedy for its kind."""
-    said = "; ".join([what, *library.messages.errors()])
-    memory = any(word in said.lower() for word in ("out of memory", "outofmemory", "insufficient memory", "bad_alloc"))
-    return BuildError(part, stage, said[:1500], _REMEDIES["memory" if memory else stage], node)
+def check_room(part: Part, options: Options, target: Target) -> None:
+    """Raise BuildError, with the numbers, if disk, memory or GPU have no room for another engine."""
+    import psutil
+
+    weights = size_of(part.module)
+    needs = [
+        ("disk", ROOM * weights, shutil.disk_usage(cache.own_folder(options.engine_dir)).free),
+        ("memory", ROOM * weights, psutil.virtual_memory().available),
+    ]
+    if target.index is not None:
+        needs.append(("GPU memory", 2 * weights, torch.cuda.mem_get_info(target.index)[0]))
+    for what, need, free in needs:
+        if need > free:
+            problem = f"{what}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+            raise BuildError(part.name, "before a build in a child process", problem, _IN_CHILD)
+
+
+def write_job(path: Path, job: dict[str, Any]) -> None:
+    """Pickle the arguments of `load_or_build`. BuildError if that is not possible, as for a module with a lambda."""
+    try:
+        torch.save(job, path)
+    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:  # what pickling and writing raise
+        problem = f"{type(error).__name__}: {error}"
+        raise BuildError(job["part"].name, "writing the weight snapshot", problem, _IN_CHILD) from error
+
+
+def main(path: str) -> int:
+    """Do a job in the child: build, and print the path of the engine, or the error on stderr and return 1. The job's file,
+    which only this package may have written, since unpickling executes it, is deleted."""
+    job = torch.load(path, map_location="cpu", weights_only=False)
+    Path(path).unlink()
+    try:
+        entry, _ = load_or_build(**job)
+    except (TensorRTError, MissingTensorRT) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(entry.engine)
+    return 0

@@ -1,8 +1,10 @@
-"""Engines on disk. An engine's name is a hash of all that changes its bytes; beside it lies a JSON that says those facts
-and its checksum. Written whole or not at all; one process builds while others wait. Knows bytes and facts, no TensorRT."""
+"""The engine cache. An engine's name is the hash of its facts: everything that changes its bytes. A JSON record beside it
+holds the facts and a checksum. Files are written whole or not at all, and one process builds while others wait for it."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -10,154 +12,226 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from streamflow._files import replacing
-from streamflow.acceleration.tensorrt.fingerprint import DIGEST, digest, key
+from streamflow._version import __version__
+from streamflow.acceleration import Part
+from streamflow.acceleration.tensorrt.library import Target
+from streamflow.acceleration.tensorrt.options import Options, Profile
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_LOCKS = ".locks"
-_STEM = re.compile(rf"[a-z]+-[0-9a-f]{{{2 * DIGEST}}}")
+DIGEST = 20  # bytes
+EXPORT = 1  # increase it when the exported graph changes: older engines are then built again
+_STEM = re.compile(rf"\.?([a-z]+-[0-9a-f]{{{2 * DIGEST}}})")
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.Size)
+_OF_NN_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+# -- the facts ------------------------------------------------------------------------------------------------------------
+
+
+def facts(part: Part, profile: Profile, options: Options, target: Target, version: str) -> dict[str, Any]:
+    """All that changes an engine's bytes, as JSON. version: the name and version of TensorRT."""
+    return {
+        "part": part.name,
+        "class": type(part.module).__qualname__,
+        "weights": weights(part.module),
+        "structure": structure(part.module),
+        "inputs": {name: str(value.dtype).removeprefix("torch.") for name, value in part.inputs.items()},
+        "shared": sorted(part.shared),
+        "profile": {name: asdict(r) for name, r in profile.ranges.items()},
+        "tensorrt": version,
+        "gpu": {"name": target.name, "capability": list(target.capability)},
+        "builder": {name: getattr(options, name) for name in ("tf32", "workspace_gb", "optimization_level")},
+        "export": {"version": EXPORT, **versions()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that take part in an export."""
+    found = {"streamflow": __version__}
+    for name in ("torch", "diffusers", "onnx", "onnxscript"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def key(facts: Mapping[str, Any]) -> str:
+    """The hash of facts, in hex."""
+    return digest(json.dumps(facts, sort_keys=True).encode())
+
+
+def digest(data: Any) -> str:
+    """The hash of bytes, in hex."""
+    return hashlib.blake2b(data, digest_size=DIGEST).hexdigest()
+
+
+def weights(module: nn.Module) -> str:
+    """The hash of names, dtypes, shapes and bytes of the state, adapters (LoRA) included, and of all buffers."""
+    tensors = {**dict(module.named_buffers()), **module.state_dict()}
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+        return digest("\n".join(sorted(pool.map(_tensor, tensors.keys(), tensors.values()))).encode())
+
+
+def structure(module: nn.Module) -> str:
+    """The hash of each submodule's class, code of `forward` and attributes."""
+    lines = []
+    for name, child in module.named_modules():
+        held = {key: value for key, value in vars(child).items() if key not in _OF_NN_MODULE}
+        lines.append(f"{name} {_described(type(child).forward)} {_described(held)} {type(child)}")
+    return digest("\n".join(lines).encode())
+
+
+def _tensor(name: str, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name} {value!r}"
+    flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{name} {value.dtype} {list(value.shape)} {digest(flat.numpy())}"
+
+
+def _described(value: Any, depth: int = 4) -> str:
+    """A text without addresses, the same in every process: plain values by `repr`, functions by code and closure, other
+    objects by class."""
+    inner = functools.partial(_described, depth=depth - 1)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _tensor("tensor", value)
+    if depth and isinstance(value, Mapping):
+        return str(sorted((repr(key), inner(item)) for key, item in value.items()))
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        items = [inner(item) for item in value]
+        return str(sorted(items) if isinstance(value, (set, frozenset)) else items)
+    if depth and isinstance(value, functools.partial):
+        return f"partial {inner([value.func, value.args, value.keywords])}"
+    if (code := getattr(value, "__code__", None)) is None:
+        return str(type(value))
+    constants = [constant for constant in code.co_consts if isinstance(constant, _PLAIN)]
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()] if depth else []
+    return f"{value.__qualname__} {digest(code.co_code + repr((constants, code.co_names)).encode())} {inner(cells)}"
+
+
+# -- the files ------------------------------------------------------------------------------------------------------------
 
 
 class DamagedEngine(RuntimeError):
-    """A file in the cache is not the engine that its record tells of."""
+    """A file in the cache is not the engine that its record describes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
-    """One engine: its file, and beside it the record."""
+    """One engine of a cache folder. `engine`: its file. `record`: the file of its facts and its checksum. `scratch`: a
+    folder for the files of a build, which belongs to the holder of the lock."""
 
     directory: Path
     stem: str
 
-    @property
-    def engine(self) -> Path:
-        """The engine's file."""
-        return self.directory / f"{self.stem}.engine"
-
-    @property
-    def record(self) -> Path:
-        """The file that says what the engine was built from."""
-        return self.directory / f"{self.stem}.json"
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for what a build needs on the way; whoever holds the lock owns it."""
-        return self.directory / f".{self.stem}.work"
+    def __post_init__(self) -> None:
+        self.engine = self.directory / f"{self.stem}.engine"
+        self.record = self.directory / f"{self.stem}.json"
+        self.scratch = self.directory / f".{self.stem}.work"
 
     def read_record(self) -> dict[str, Any]:
-        """The record. DamagedEngine where it is missing, unreadable or of another format."""
+        """The record. DamagedEngine if it is missing, unreadable or of another engine."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DamagedEngine(f"{self.record.name}: {error}") from error
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise DamagedEngine(f"{self.record.name} is not a record of format {FORMAT}")
+            if record["format"] != FORMAT or record["key"] != key(record["facts"]) or not self.stem.endswith(record["key"]):
+                raise ValueError("it describes another engine")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise DamagedEngine(f"{self.record.name}: {type(error).__name__}: {error}") from error
         return record
 
     def read(self) -> bytes:
-        """The engine. DamagedEngine where it is cut short, altered, or another one than its record tells of."""
+        """The engine. DamagedEngine if it is not, byte for byte, the one that the record describes."""
         record = self.read_record()
         try:
             data = self.engine.read_bytes()
         except OSError as error:
             raise DamagedEngine(f"{self.engine.name}: {error}") from error
-        if record.get("key") != key(record.get("facts", {})) or not self.stem.endswith(record["key"]):
-            raise DamagedEngine(f"{self.record.name} tells of another engine")
         if (len(data), digest(data)) != (record.get("bytes"), record.get("checksum")):
             raise DamagedEngine(f"{self.engine.name} has {len(data)} bytes, not those {record.get('bytes')} that were built")
         return data
 
     def write(self, data: bytes, facts: Mapping[str, Any]) -> None:
-        """Put an engine in place: each file under a temporary name first, the record last."""
-        record = {
-            **{"format": FORMAT, "key": key(facts), "bytes": len(data), "checksum": digest(data)},
-            **{"built": datetime.now(UTC).isoformat(timespec="seconds"), "facts": facts},
-        }
+        """Write both files, the record last. The lock must be held."""
+        record = {"format": FORMAT, "key": key(facts), "facts": facts, "bytes": len(data), "checksum": digest(data)}
+        record["built"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.record.unlink(missing_ok=True)
         for path, content in ((self.engine, data), (self.record, json.dumps(record, indent=1, sort_keys=True).encode())):
             with replacing(path) as file:
                 file.write(content)
 
-    def remove(self) -> int:
-        """Delete all of it; how many bytes that freed. The lock must be held."""
-        freed = sum(path.stat().st_size for path in (self.engine, self.record) if path.exists())
-        self.record.unlink(missing_ok=True)
-        self.engine.unlink(missing_ok=True)
-        self.sweep()
-        return freed
-
     def sweep(self) -> None:
-        """Delete what a build that was killed has left. The lock must be held."""
+        """Delete what an interrupted build has left. The lock must be held."""
         if self.scratch.is_symlink() or self.scratch.is_file():
             self.scratch.unlink()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        for left in self.directory.glob(f".{self.stem}.*.tmp"):
-            left.unlink(missing_ok=True)
+        for temporary in self.directory.glob(f".{self.stem}.*.tmp"):
+            temporary.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock that only one process has, and yield whether it is held: always where `wait`."""
+        """Hold the lock of this entry among all processes. Yields whether it is held: always with `wait`."""
         from filelock import FileLock, Timeout
 
-        folder = self.directory / _LOCKS
+        folder = self.directory / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{self.stem}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(folder / f"{self.stem}.lock").acquire(timeout=-1 if wait else 0)
         except Timeout:
-            if not wait:
-                yield False
-                return
-            logger.info("%s: another process builds this engine, waiting for it", self.stem)
-            lock.acquire()
-        try:
+            yield False
+            return
+        with lock:
             yield True
-        finally:
-            lock.release()
 
 
 def own_folder(directory: Path) -> Path:
-    """The folder, made for this user alone where it is missing.
+    """The folder, created for this user only if it is missing.
 
-    PermissionError, on POSIX: others can write to it, and could put an engine there, whose code would run on the GPU.
+    PermissionError, on POSIX, if other users can write to it: they could put an engine there, which runs as code.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix":
-        status, user = directory.stat(), os.geteuid()
+        status, user, problem = directory.stat(), os.geteuid(), None
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode = f"{stat.S_IMODE(status.st_mode):o}"
+            problem = f"other users can write to the engine cache {directory} (mode {mode}): `chmod go-w {directory}`"
         if status.st_uid not in (0, user):
-            raise PermissionError(
-                f"the engine cache {directory} belongs to user {status.st_uid}, and this process runs as user {user}: "
-                f"`chown {user} {directory}`, or give another engine_dir"
-            )
-        if status.st_mode & OTHERS_WRITE:
-            raise PermissionError(
-                f"other users can write to the engine cache {directory} (mode {stat.S_IMODE(status.st_mode):o}): "
-                f"`chmod go-w {directory}`, or give another engine_dir"
-            )
+            owner = f"belongs to user {status.st_uid}, and this process runs as user {user}"
+            problem = f"the engine cache {directory} {owner}: `chown {user} {directory}`"
+        if problem:
+            raise PermissionError(f"{problem}, or pass another engine_dir")
     return directory
 
 
 def entry_for(directory: Path, name: str, facts: Mapping[str, Any]) -> Entry:
-    """Where the engine with these facts is or will be."""
+    """The entry of the engine with these facts, whether it exists or not."""
     return Entry(Path(directory), f"{name}-{key(facts)}")
 
 
 def get_or_build(entry: Entry, facts: Mapping[str, Any], build: Callable[[Path], bytes], rebuild: bool = False) -> bytes:
-    """The engine with these facts, out of the cache, or by `build(scratch folder)`, then kept. Of several processes that
-    want the same one, one builds. A damaged one is told of in the log and built anew. PermissionError: as `own_folder`."""
+    """The engine out of the cache, or from `build(scratch folder)`, which is then kept. A damaged engine is logged and built
+    again. PermissionError: see `own_folder`."""
     own_folder(entry.directory)
     with entry.locked():
-        if not rebuild and (data := _kept(entry)) is not None:
-            return data
+        if not rebuild and (entry.engine.exists() or entry.record.exists()):
+            try:
+                return entry.read()
+            except DamagedEngine as error:
+                logger.warning("engine cache: %s; building anew", error)
         entry.sweep()
         entry.scratch.mkdir()
         try:
@@ -169,38 +243,28 @@ def get_or_build(entry: Entry, facts: Mapping[str, Any], build: Callable[[Path],
         return data
 
 
-def _kept(entry: Entry) -> bytes | None:
-    if not entry.engine.exists() and not entry.record.exists():
-        return None
-    try:
-        data = entry.read()
-    except DamagedEngine as error:
-        logger.warning("engine cache: %s; building anew", error)
-        return None
-    logger.info("%s: taken from %s", entry.stem, entry.directory)
-    return data
-
-
 def list_engines(directory: Path) -> list[Entry]:
-    """All entries of a folder, whole or not, by name. No folder: none."""
-    return _entries(directory, {path.stem for kind in ("engine", "json") for path in Path(directory).glob(f"*-*.{kind}")})
+    """All entries of a folder, damaged ones too, by name. Empty if there is no folder."""
+    return _entries(directory, "*-*.engine", "*-*.json")
 
 
-def _entries(directory: Path, stems: set[str]) -> list[Entry]:
-    return [Entry(Path(directory), stem) for stem in sorted(stems) if _STEM.fullmatch(stem)]
+def _entries(directory: Path, *patterns: str) -> list[Entry]:
+    found = {_STEM.fullmatch(path.stem) for pattern in patterns for path in Path(directory).glob(pattern)}
+    return [Entry(Path(directory), stem) for stem in sorted({match.group(1) for match in found if match})]
 
 
 def clear_engines(directory: Path) -> tuple[int, int, list[str]]:
-    """Delete all engines of a folder: (how many, bytes freed, names of those that a process is building just now). Other
-    files are left alone."""
-    count = freed = 0
-    busy = []
-    abandoned = {path.name[1 : -len(".work")] for path in Path(directory).glob(".*-*.work")}
-    for entry in _entries(directory, abandoned | {entry.stem for entry in list_engines(directory)}):
+    """Delete all engines of a folder. Returns how many, the bytes freed, and the names of those that a process is building
+    at the moment, which stay. Other files stay, too."""
+    count, freed, busy = 0, 0, []
+    for entry in _entries(directory, "*-*.engine", "*-*.json", ".*-*.work"):
         with entry.locked(wait=False) as held:
             if not held:
                 busy.append(entry.stem)
                 continue
-            count += entry.engine.exists()
-            freed += entry.remove()
+            for path in (entry.record, entry.engine):
+                if path.exists():
+                    count, freed = count + (path == entry.engine), freed + path.stat().st_size
+                    path.unlink()
+            entry.sweep()
     return count, freed, busy

@@ -1,114 +1,105 @@
-"""A finished engine as an nn.Module: tensors in, a tensor out, on torch's current stream, without copies where the caller's
-tensors lie as the engine reads them. Needs a GPU; what it computes is not its business (`check` compares)."""
+"""An engine as an nn.Module, and its comparison with the plain module, by PSNR, before it is used.
+
+Polygraphy's TrtRunner is for debugging: it waits for the device in every call, on a CUDA stream of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration.tensorrt.errors import EngineError
+from streamflow.acceleration import Part, bind_arguments
+from streamflow.acceleration.side_streams import side_stream
+from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
 from streamflow.acceleration.tensorrt.export import OUTPUT
-from streamflow.acceleration.tensorrt.library import Library
-from streamflow.acceleration.tensorrt.profile import Profile
+from streamflow.acceleration.tensorrt.library import RTX, Library, quiet_polygraphy
+from streamflow.acceleration.tensorrt.options import Profile
 
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "INT8": torch.int8,
-    "UINT8": torch.uint8,
-    "BOOL": torch.bool,
-}
-ALIGNMENT = 256  # bytes, of addresses that TensorRT takes
-_REBUILD = "give rebuild=True to accelerate('tensorrt'): an engine is for one GPU and one version of TensorRT"
-
-
-def named(names: Iterable[str], positional: tuple[Tensor, ...], given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Arguments by name. Those given as None count as not given."""
-    inputs = dict(zip(names, positional, strict=False))
-    return {**inputs, **{name: value for name, value in given.items() if value is not None}}
+CALLS = 8  # that are compared
+ALIGNMENT = 256  # bytes: the alignment that TensorRT needs
+_REBUILD = "pass rebuild=True to accelerate('tensorrt'): an engine is for one GPU and one version of TensorRT"
 
 
 class EngineModule(nn.Module):
-    """One engine with one execution context, bound to one device; not to be called by two threads at once.
+    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place and runs on torch's
+    current CUDA stream. Not to be called by two threads at once.
 
-    `forward` takes the part's inputs by position or name and returns a new tensor, the caller's to keep.
+    `forward` takes the part's inputs by position or name. Its output is a new tensor.
 
     Raises:
-        EngineError: TensorRT does not load these bytes, or did not run. OutsideProfile: shapes it was not built for.
+        EngineError: TensorRT cannot load or run the engine. OutsideProfile: shapes that it was not built for.
     """
 
     def __init__(self, data: bytes, profile: Profile, library: Library, device: torch.device):
+        from polygraphy.backend.trt import engine_from_bytes
+        from polygraphy.datatype import DataType
+        from polygraphy.exception import PolygraphyException
+
         super().__init__()
         self.profile, self.library, self.device = profile, library, device
         library.messages.errors()
-        with torch.cuda.device(device):
-            self._runtime = library.trt.Runtime(library.messages)
-            self._engine = self._runtime.deserialize_cuda_engine(data)
-            if self._engine is None:
-                raise self._error("loading", "these bytes are not an engine for this GPU", _REBUILD)
-            self._context = self._make_context()
-            if self._context is None:
-                raise self._error("loading", "no execution context", "free memory on the GPU: it needs room for activations")
-            self._side = torch.cuda.Stream(device)
-        there = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        self._reads = [name for name in profile.ranges if name in there]  # TensorRT drops inputs that nothing depends on
-        self.dtypes = {name: self._dtype(name) for name in (*self._reads, OUTPUT)}
+        with torch.cuda.device(device), quiet_polygraphy():
+            try:
+                self._engine = engine_from_bytes(data)
+            except PolygraphyException as error:
+                raise self._error("loading", "these bytes are not an engine for this GPU", _REBUILD) from error
+            if library.kind == RTX:  # compile all kernels before the first call: a CUDA graph must capture the final ones
+                config = self._engine.create_runtime_config()
+                strategy = library.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = strategy
+                self._context = self._engine.create_execution_context(config)
+            else:
+                self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._error("loading", "no execution context", "free memory on the GPU: it needs room for activations")
+        self._side = side_stream(self, device)
+        names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        self._reads = [name for name in profile.ranges if name in names]  # TensorRT drops unused inputs
+        types = {name: DataType.from_dtype(self._engine.get_tensor_dtype(name)) for name in (*self._reads, OUTPUT)}
+        self.dtypes = {name: DataType.to_dtype(dtype, "torch") for name, dtype in types.items()}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._out: tuple[int, ...] = ()
-
-    def _make_context(self) -> Any:
-        """With all kernels made before the first call, so that a CUDA graph captures the final ones."""
-        if not self.library.is_rtx:
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        strategies = self.library.trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        return self._engine.create_execution_context(config)
+        self._output_shape: tuple[int, ...] = ()
 
     @torch.no_grad()
-    def forward(self, *positional: Tensor, **given: Tensor | None) -> Tensor:
-        inputs = named(self.profile.ranges, positional, given)
+    def forward(self, *positional: Tensor, **keyword: Tensor | None) -> Tensor:
+        inputs = bind_arguments(self.profile.ranges, positional, keyword)
         self.profile.check(inputs)
         with torch.cuda.device(self.device):
-            held = {name: self._readable(name, inputs[name]) for name in self._reads}
-            self._set_shapes(held)
-            out = torch.empty(self._out, dtype=self.dtypes[OUTPUT], device=self.device)
-            for name, value in (*held.items(), (OUTPUT, out)):
+            tensors = {name: self._readable(name, inputs[name]) for name in self._reads}
+            self._set_shapes({name: tuple(value.shape) for name, value in tensors.items()})
+            tensors[OUTPUT] = torch.empty(self._output_shape, dtype=self.dtypes[OUTPUT], device=self.device)
+            for name, value in tensors.items():
                 self._context.set_tensor_address(name, value.data_ptr())
             with self._stream() as stream:
                 done = self._context.execute_async_v3(stream.cuda_stream)
         if not done:
             raise self._error("running", "TensorRT refused the call", "use accelerate('compile'), and report this")
-        return out
+        return tensors[OUTPUT]
 
     def _readable(self, name: str, value: Tensor) -> Tensor:
-        """The caller's own tensor where the engine can read it, else a copy."""
+        """The tensor itself if the engine can read it, else a copy."""
         if value.device != self.device:
             raise self._error("running", f"{name} is on {value.device}, the engine on {self.device}", "move it there")
         value = value.to(self.dtypes[name]).contiguous()
         return value.clone() if value.data_ptr() % ALIGNMENT else value
 
-    def _set_shapes(self, inputs: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
             return
         for name, shape in shapes.items():
             self._context.set_input_shape(name, shape)
         if unset := self._context.infer_shapes():
             raise self._error("running", f"no shape for {', '.join(unset)}", _REBUILD)
-        self._shapes, self._out = shapes, tuple(self._context.get_tensor_shape(OUTPUT))
+        self._shapes, self._output_shape = shapes, tuple(self._context.get_tensor_shape(OUTPUT))
 
     @contextmanager
     def _stream(self) -> Iterator[torch.cuda.Stream]:
-        """Torch's current stream; in place of the default one, on which TensorRT would wait for the whole device, one
-        beside it that comes after all before and before all after."""
+        """Torch's current stream. The default stream is replaced by one that is ordered with it, since TensorRT would
+        synchronise the whole device on the default stream."""
         current = torch.cuda.current_stream(self.device)
         if current != torch.cuda.default_stream(self.device):
             yield current
@@ -117,12 +108,70 @@ class EngineModule(nn.Module):
         yield self._side
         current.wait_stream(self._side)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        dtype = self._engine.get_tensor_dtype(name).name
-        if dtype not in _DTYPES:
-            raise self._error("loading", f"{name} is {dtype}, which torch does not have", _REBUILD)
-        return _DTYPES[dtype]
+    def _error(self, stage: str, problem: str, remedy: str) -> EngineError:
+        messages = "; ".join([problem, *self.library.messages.errors()])
+        return EngineError(self.profile.part, stage, messages[:1500], remedy)
 
-    def _error(self, stage: str, what: str, remedy: str) -> EngineError:
-        said = "; ".join([what, *self.library.messages.errors()])
-        return EngineError(self.profile.part, stage, said[:1500], remedy)
+
+# -- comparing -----------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """A comparison by PSNR over `calls` calls. It does not wait for the device before `verdict`."""
+
+    def __init__(self, part: str, tolerance_db: float, calls: int = CALLS):
+        self.part, self.tolerance_db, self.calls = part, tolerance_db, calls
+        self._powers: list[Tensor] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether enough calls have been compared."""
+        return len(self._powers) >= self.calls
+
+    def add(self, got: Tensor, expected: Tensor) -> None:
+        """Compare one call: the mean square error over the squared range (largest minus smallest value) of `expected`.
+        Infinite if the shapes differ or `got` is not finite."""
+        if got.shape != expected.shape:
+            self._powers.append(torch.tensor(math.inf))
+            return
+        got, expected = got.float(), expected.float()
+        peak = (expected.max() - expected.min()).clamp(min=torch.finfo(torch.float32).tiny)
+        self._powers.append(((got - expected) / peak).square().mean().nan_to_num(math.inf, math.inf))
+
+    def verdict(self) -> float:
+        """The lowest PSNR of the calls, in dB. EngineMismatch, with all of them, if it is below the tolerance."""
+        found = [-10 * power.log10().item() for power in self._powers]
+        if (worst := min(found)) < self.tolerance_db:
+            listed = ", ".join(f"{db:.1f}" for db in found)
+            problem = f"PSNR {worst:.1f} dB of {len(found)} calls ({listed}), {self.tolerance_db} wanted"
+            remedy = "use accelerate('compile'), or pass a lower tolerance_db if the difference is acceptable"
+            raise EngineMismatch(part=self.part, stage="comparing", problem=problem, remedy=remedy)
+        return worst
+
+
+def varied(part: Part, profile: Profile, k: int) -> dict[str, Tensor]:
+    """The inputs of call k: the part's own for 0, else with another batch in the profile, other rows and added noise. One
+    number per row (a time, a weight) is made smaller instead, so that it keeps its meaning."""
+    inputs = dict(part.inputs)
+    for i, (name, value) in enumerate(part.inputs.items()):
+        if name in part.shared or k == 0:
+            continue
+        batch = (len(value), profile.ranges[name].smallest[0], profile.ranges[name].largest[0])[k % 3]
+        inputs[name] = rows = value[(torch.arange(batch, device=value.device) + k) % len(value)]
+        if value.dim() == 1 and value.is_floating_point():
+            inputs[name] = rows * (1 - k % 8 / 16)
+        elif value.is_floating_point():
+            noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1000 * i + k)).to(rows.device)
+            scale = rows.float().std().nan_to_num(0.0)
+            inputs[name] = (rows.float() + noise * torch.where(scale > 0, scale / 4, 1.0)).to(rows.dtype)
+    return inputs
+
+
+@torch.no_grad()
+def compare(part: Part, profile: Profile, engine: nn.Module, tolerance_db: float) -> float:
+    """The lowest PSNR of `CALLS` varied calls. EngineMismatch if it is below the tolerance."""
+    trial = Trial(part.name, tolerance_db)
+    for k in range(CALLS):
+        inputs = varied(part, profile, k)
+        trial.add(engine(**inputs), part.module(**inputs))
+    return trial.verdict()

@@ -1,36 +1,35 @@
-"""What can go wrong between a module and its running engine. Each error says the part, the stage, where it is known the
-node, and what to do."""
+"""The errors of this folder. Each names the part, the stage, the node of the graph where it is known, and the remedy."""
 
 from __future__ import annotations
 
 
 class TensorRTError(RuntimeError):
-    """The base. `part`: "velocity", "decoder" or "encoder"; `stage`; `node`: what of the graph, or None; `remedy`."""
+    """Base class. `part`: "velocity", "decoder" or "encoder". `stage`, `remedy`: text. `node`: of the graph, or None."""
 
-    def __init__(self, part: str, stage: str, what: str, remedy: str, node: str | None = None):
+    def __init__(self, part: str, stage: str, problem: str, remedy: str, node: str | None = None):
         self.part, self.stage, self.node, self.remedy = part, stage, node, remedy
         where = f", at {node}" if node else ""
-        super().__init__(f"TensorRT, {part}, {stage}{where}: {what}. What to do: {remedy}")
+        super().__init__(f"TensorRT, {part}, {stage}{where}: {problem}. What to do: {remedy}")
 
 
 class NoDevice(TensorRTError):
-    """There is no GPU that engines run on."""
+    """There is no GPU that can run engines."""
 
 
 class NotExportable(TensorRTError):
-    """The module does not take tensors only."""
+    """The module takes or returns something else than tensors."""
 
 
 class ExportError(TensorRTError):
-    """The module could not be written as ONNX."""
+    """The module could not be exported to ONNX."""
 
 
 class BuildError(TensorRTError):
-    """TensorRT could not read the ONNX file or could not build an engine of it."""
+    """TensorRT could not read the ONNX file or could not build an engine from it."""
 
 
 class EngineError(TensorRTError):
-    """A finished engine could not be loaded, or did not run."""
+    """An engine could not be loaded or run."""
 
 
 class OutsideProfile(TensorRTError):
@@ -38,8 +37,8 @@ class OutsideProfile(TensorRTError):
 
 
 class EngineMismatch(TensorRTError):
-    """An engine draws something else than the plain module."""
+    """The output of an engine differs from the output of the plain module by more than the tolerance."""
 
 
 class MissingTensorRT(ImportError):
-    """TensorRT is not installed, or not the kind that this GPU needs. The message has the command."""
+    """TensorRT, or the kind of TensorRT that this GPU needs, is not installed. The message has the command."""

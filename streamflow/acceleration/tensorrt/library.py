@@ -1,5 +1,5 @@
-"""The one place that knows which TensorRT there is: TensorRT for RTX (`tensorrt_rtx_bindings`, whose libraries lie in
-onnxruntime's execution provider wheel) or TensorRT (`tensorrt`). All is found and loaded at use, nothing at import."""
+"""Finds and loads TensorRT for RTX (`tensorrt_rtx_bindings`, with the shared libraries in onnxruntime's execution provider)
+or TensorRT (`tensorrt`), for use through polygraphy. Nothing is imported before `load`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,22 +18,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from streamflow.acceleration.tensorrt.errors import MissingTensorRT
 
 logger = logging.getLogger(__name__)
 
 RTX, TENSORRT = "tensorrt_rtx", "tensorrt"
-RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # what the RTX runtime executes on
-BUILDING = ("polygraphy", "onnx", "onnxscript")
+RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # the compute capabilities that the RTX runtime supports
 _LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
-_OPTION = {RTX: "tensorrt-rtx", TENSORRT: "tensorrt"}
-_MODULES = {RTX: ("tensorrt_rtx_bindings", _LIBRARIES, *BUILDING), TENSORRT: ("tensorrt", *BUILDING)}
+_COMMON = ("polygraphy", "onnx", "onnxscript")
+_MODULES = {RTX: ("tensorrt_rtx_bindings", _LIBRARIES, *_COMMON), TENSORRT: ("tensorrt", *_COMMON)}
+_EXTRA = {RTX: "tensorrt-rtx", TENSORRT: "tensorrt"}
 _LABEL = {RTX: "TensorRT for RTX", TENSORRT: "TensorRT"}
 
 
 def command(kind: str) -> str:
     """The command that installs a kind."""
-    return f'python env/install.py --{_OPTION[kind]}   (or: pip install "streamflow-rf[{_OPTION[kind]}]")'
+    return f'python env/install.py --{_EXTRA[kind]}   (or: pip install "streamflow-rf[{_EXTRA[kind]}]")'
 
 
 def missing(kind: str) -> tuple[str, ...]:
@@ -42,101 +44,105 @@ def missing(kind: str) -> tuple[str, ...]:
 
 
 def choose(capability: tuple[int, int] | None = None) -> str:
-    """The kind for a GPU of this compute capability, None for a build without one: TensorRT for RTX where it runs and is
-    installed, else TensorRT. MissingTensorRT names the command."""
-    rtx_runs = capability is None or tuple(capability) in RTX_CAPABILITIES
-    if rtx_runs and not missing(RTX):
+    """TensorRT for RTX if it is installed and supports this compute capability, else TensorRT.
+
+    capability: None for a build without a GPU. MissingTensorRT, with the command, if the suitable kind is not installed.
+    """
+    supported = capability is None or tuple(capability) in RTX_CAPABILITIES
+    if supported and not missing(RTX):
         return RTX
     if not missing(TENSORRT):
         return TENSORRT
-    wanted = RTX if rtx_runs else TENSORRT
+    kind = RTX if supported else TENSORRT
     where = f" for compute capability {capability[0]}.{capability[1]}" if capability else ""
-    unfit = "" if rtx_runs or missing(RTX) else "; TensorRT for RTX is installed and does not run on this GPU"
+    unfit = "" if supported or missing(RTX) else "; TensorRT for RTX is installed and does not run on this GPU"
     raise MissingTensorRT(
-        f"{_LABEL[wanted]}{where} is not installed (missing: {', '.join(missing(wanted))}){unfit}. Run {command(wanted)}"
+        f"{_LABEL[kind]}{where} is not installed (missing: {', '.join(missing(kind))}){unfit}. Run {command(kind)}"
     )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that an engine is built for. index: of the CUDA device. None: no device, a build for a compute capability."""
+
+    name: str = "none"
+    capability: tuple[int, int] = (8, 9)
+    index: int | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """A CUDA device of this machine."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
+
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
 
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """A loaded TensorRT. `trt`: its Python module; `messages`: its logger."""
+    """A loaded TensorRT. `trt`: its Python module. `messages`: its logger, whose `errors()` returns and clears them."""
 
     kind: str
     trt: ModuleType
     messages: Any
 
-    @property
-    def is_rtx(self) -> bool:
-        """Whether it is TensorRT for RTX."""
-        return self.kind == RTX
-
-    @property
-    def version(self) -> str:
-        """Its name and version, such as "TensorRT 10.13"."""
-        return self.trt.__version__
-
     def __str__(self) -> str:
-        return f"{_LABEL[self.kind]} {self.version}"
+        return f"{_LABEL[self.kind]} {self.trt.__version__}"
 
 
 @functools.cache
 def load(kind: str) -> Library:
-    """Import a kind and let polygraphy use it. MissingTensorRT where it is not installed or does not load; RuntimeError
-    where polygraphy serves the other kind in this process already."""
-    if lacking := missing(kind):
-        raise MissingTensorRT(f"{_LABEL[kind]} is not installed (missing: {', '.join(lacking)}). Run {command(kind)}")
+    """Import a kind and make polygraphy use it, with its log in Python's logging.
+
+    Raises:
+        MissingTensorRT: it is not installed or cannot be loaded. RuntimeError: polygraphy uses the other kind already.
+    """
+    if absent := missing(kind):
+        raise MissingTensorRT(f"{_LABEL[kind]} is not installed (missing: {', '.join(absent)}). Run {command(kind)}")
     try:
-        trt = _load_rtx() if kind == RTX else importlib.import_module("tensorrt")
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise MissingTensorRT(f"{_LABEL[kind]} is installed and does not load: {error}. Run {command(kind)}") from error
-    _tell_polygraphy(kind, trt)
-    library = Library(kind, trt, _messages(trt))
-    trt.init_libnvinfer_plugins(library.messages, "")
+        trt = _import_rtx() if kind == RTX else importlib.import_module("tensorrt")
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
+        raise MissingTensorRT(f"{_LABEL[kind]} is installed but cannot be loaded: {error}. Run {command(kind)}") from error
+    from polygraphy import config
+
+    if "polygraphy.backend.trt" in sys.modules and bool(config.USE_TENSORRT_RTX) != (kind == RTX):
+        raise RuntimeError(
+            f"polygraphy uses the other TensorRT in this process: start a new one with "
+            f"POLYGRAPHY_USE_TENSORRT_RTX={int(kind == RTX)}"
+        )
+    config.USE_TENSORRT_RTX = kind == RTX
+    sys.modules.setdefault(kind, trt)  # polygraphy imports TensorRT for RTX under this name
+    from polygraphy.backend.trt import util
+
+    util.TRT_LOGGER = _messages(trt)
+    library = Library(kind, trt, util.TRT_LOGGER)
     logger.info("loaded %s", library)
     return library
 
 
-def _load_rtx() -> ModuleType:
-    """The RTX bindings, once their two libraries are there for the linker to find."""
+def _import_rtx() -> ModuleType:
+    """The RTX bindings. They do not find the shared libraries by themselves."""
     folder = Path(next(iter(find_spec(_LIBRARIES).submodule_search_locations)))
-    if sys.platform == "win32":
-        with os.add_dll_directory(str(folder)), _on_path(folder):
-            return importlib.import_module("tensorrt_rtx_bindings")
-    for pattern in ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
-        files = sorted(path for path in folder.glob(pattern))
-        if not files:
-            raise OSError(f"{folder} holds no {pattern}")
-        ctypes.CDLL(str(files[-1]), mode=ctypes.RTLD_GLOBAL)
-    return importlib.import_module("tensorrt_rtx_bindings")
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    """The RTX bindings look for their libraries on PATH, on Windows."""
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
+    if sys.platform != "win32":
+        for pattern in ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
+            files = sorted(folder.glob(pattern))
+            if not files:
+                raise OSError(f"{folder} holds no {pattern}")
+            ctypes.CDLL(str(files[-1]), mode=ctypes.RTLD_GLOBAL)
+        return importlib.import_module("tensorrt_rtx_bindings")
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
     try:
-        yield
+        with os.add_dll_directory(str(folder)):
+            return importlib.import_module("tensorrt_rtx_bindings")
     finally:
-        os.environ["PATH"] = before
-
-
-def _tell_polygraphy(kind: str, trt: ModuleType) -> None:
-    from polygraphy import config
-
-    wanted = kind == RTX
-    if "polygraphy.backend.trt" in sys.modules and bool(config.USE_TENSORRT_RTX) != wanted:
-        raise RuntimeError(
-            f"polygraphy was imported for the other TensorRT in this process: start a new one with "
-            f"POLYGRAPHY_USE_TENSORRT_RTX={int(wanted)}"
-        )
-    config.USE_TENSORRT_RTX = wanted
-    if wanted:
-        sys.modules.setdefault("tensorrt_rtx", trt)  # the name under which polygraphy imports it
+        os.environ["PATH"] = path
 
 
 def _messages(trt: ModuleType) -> Any:
-    """TensorRT's logger: all goes to Python's logging, and errors are kept until `errors` is asked."""
+    severity = trt.ILogger.Severity
+    levels = {severity.INTERNAL_ERROR: logging.ERROR, severity.ERROR: logging.ERROR, severity.WARNING: logging.WARNING}
 
     class Messages(trt.ILogger):
         def __init__(self) -> None:
@@ -145,54 +151,22 @@ def _messages(trt: ModuleType) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
-            if level >= logging.ERROR:
+            if level == logging.ERROR:
                 self._errors.append(message)
             logger.log(level, "%s", message)
 
         def errors(self) -> list[str]:
-            """The errors since the last time."""
-            told, self._errors = self._errors, []
-            return told
+            found, self._errors = self._errors, []
+            return found
 
-    severities = trt.ILogger.Severity
-    levels = {
-        severities.INTERNAL_ERROR: logging.ERROR,
-        severities.ERROR: logging.ERROR,
-        severities.WARNING: logging.WARNING,
-    }
     return Messages()
 
 
 @contextmanager
 def quiet_polygraphy() -> Iterator[None]:
-    """Polygraphy writes to stdout; its warnings and errors reach us as exceptions and through TensorRT's own logger."""
+    """Keep polygraphy from writing to the terminal. Its errors are exceptions, and TensorRT's go to `Library.messages`."""
     from polygraphy.logger import G_LOGGER
 
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # polygraphy sets what RTX no longer reads
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # polygraphy sets what TensorRT for RTX no longer reads
         yield
-
-
-def progress(library: Library, bar: Callable[..., Any]) -> Any:
-    """TensorRT's progress as bars: `bar(desc=, total=)` makes one, as `tqdm` does. Only the outermost phase is shown."""
-    trt = library.trt
-
-    class Progress(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._bars: dict[str, Any] = {}
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            if parent is None:
-                self._bars[name] = bar(desc=name, total=steps)
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if name in self._bars:
-                self._bars[name].update(step + 1 - self._bars[name].n)
-            return True
-
-        def phase_finish(self, name: str) -> None:
-            if name in self._bars:
-                self._bars.pop(name).close()
-
-    return Progress()

@@ -1,19 +1,22 @@
-"""The settings of `accelerate("tensorrt")`, checked where they are made. Knows no TensorRT."""
+"""The options of `accelerate("tensorrt")`, and the shapes that an engine accepts according to them. Knows no TensorRT."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.errors import NoDevice
+from streamflow.acceleration.tensorrt.errors import NoDevice, OutsideProfile
 
-FALLBACKS = (None, "eager")
-_RISING = (
+Shape = tuple[int, ...]
+_ASCENDING = (
     ("min_batch", "max_batch"),
     ("min_height", "opt_height", "max_height"),
     ("min_width", "opt_width", "max_width"),
@@ -21,34 +24,30 @@ _RISING = (
 
 
 def default_engine_dir() -> Path:
-    """Where engines are kept: `streamflow/engines` in the user's cache folder, `XDG_CACHE_HOME` honoured."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(given)
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "streamflow" / "engines"
+    """The default cache of engines: `streamflow/engines` in the user's cache folder (`XDG_CACHE_HOME` is respected)."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "streamflow" / "engines"
+    default = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+    local = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    return Path(local or Path.home() / default) / "streamflow" / "engines"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `accelerate("tensorrt", ...)` takes.
+    """The options of `accelerate("tensorrt", ...)`. ValueError for values out of range.
 
-    engine_dir: where engines are kept between runs.
-    min_batch, max_batch: rows that one engine takes. None: just the stream's. The stream's own rows are always within and
-        are what the engine is tuned for.
-    min_height .. opt_width: pixels, for parts that are free in size (UNets and VAEs). None: just the stream's size.
-    use_cuda_graph: replay each engine's launches as a CUDA graph.
-    fallback: "eager" runs a part plainly where TensorRT fails, with a warning that has the cause. None raises.
-    tolerance_db: the least PSNR against the plain module below which an engine is refused.
-    verify: compare before an engine is used.
-    adaptive: build another engine in a child process where shapes or weights change.
-    tf32: let float32 parts round their factors to TF32.
-    workspace_gb, optimization_level: TensorRT's memory limit while it builds, and how hard it looks (0 to 5).
-    rebuild: do not take engines from the cache.
+    engine_dir: the folder of the engine cache.
+    min_batch, max_batch: the range of rows for one engine. None: only the stream's rows. The stream's own rows are always
+        in the range, and the engine is tuned for them.
+    min_height .. opt_width: pixels, for parts with a free size (UNets and VAEs). None: only the stream's size.
+    use_cuda_graph: replay the launches of each engine as a CUDA graph.
+    fallback: "eager" runs the plain module where TensorRT fails, and logs a warning with the cause. None raises.
+    tolerance_db: an engine with a lower PSNR against the plain module is refused.
+    verify: compare an engine with the plain module before it is used.
+    adaptive: build another engine in a child process after shapes or weights have changed.
+    tf32: allow TF32 in float32 parts.
+    workspace_gb, optimization_level: TensorRT's memory limit during a build, and its effort (0 to 5).
+    rebuild: do not load engines from the cache.
     """
 
     engine_dir: Path = field(default_factory=default_engine_dir)
@@ -72,37 +71,110 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())
-        for names in _RISING:
-            self._check_rising(names)
-        if self.fallback not in FALLBACKS:
+        for names in _ASCENDING:
+            given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+            for name, value in given.items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+            if list(given.values()) != sorted(given.values()):
+                raise ValueError(f"values must ascend: {', '.join(f'{name}={value}' for name, value in given.items())}")
+        if self.fallback not in (None, "eager"):
             raise ValueError(f"unknown fallback {self.fallback!r}: choose None (raise) or 'eager'")
-        if not self.tolerance_db > 0:
-            raise ValueError(f"tolerance_db must be above 0, not {self.tolerance_db!r}")
-        if self.workspace_gb is not None and not self.workspace_gb > 0:
-            raise ValueError(f"workspace_gb must be above 0, not {self.workspace_gb!r}")
+        for name in ("tolerance_db", "workspace_gb"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value!r}")
         if self.optimization_level is not None and self.optimization_level not in range(6):
             raise ValueError(f"optimization_level must be 0 to 5, not {self.optimization_level!r}")
 
-    def _check_rising(self, names: tuple[str, ...]) -> None:
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
-        if list(given.values()) != sorted(given.values()):
-            raise ValueError(f"these must rise: {', '.join(f'{name}={value}' for name, value in given.items())}")
-
     def for_device(self, device: torch.device) -> Options:
-        """These options; what `require` raises, unless there is a `fallback`."""
+        """These options. Raises what `require` raises, except with a `fallback`."""
         if self.fallback is None:
             self.require(device)
         return self
 
     def require(self, device: torch.device) -> None:
-        """NoDevice without a GPU that engines run on, MissingTensorRT without a TensorRT for it."""
+        """Raise NoDevice if the device cannot run engines, MissingTensorRT if there is no TensorRT for it."""
         if device.type != "cuda" or torch.version.hip is not None:
             raise NoDevice(
-                *("all parts", "before export", f"engines run on NVIDIA GPUs and this pipe is on {device}"),
-                "move it with pipe.to('cuda') on such a machine, or use accelerate('auto'), or pass fallback='eager'; "
+                part="all parts",
+                stage="before export",
+                problem=f"engines run on NVIDIA GPUs and this pipe is on {device}",
+                remedy="move it with pipe.to('cuda') on such a machine, or use accelerate('auto') or fallback='eager'; "
                 "`python -m streamflow.acceleration.tensorrt --build-only` builds without a GPU",
             )
         library.choose(torch.cuda.get_device_capability(device))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The shapes of one input: every dimension lies between `smallest` and `largest`, and `best` is what is tuned for."""
+
+    smallest: Shape
+    best: Shape
+    largest: Shape
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """The dimensions that vary."""
+        return tuple(i for i, (low, high) in enumerate(zip(self.smallest, self.largest, strict=True)) if low != high)
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether every dimension of a shape is in the range."""
+        limits = zip(self.smallest, shape, self.largest, strict=False)
+        return len(shape) == len(self.best) and all(low <= n <= high for low, n, high in limits)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The range of each input of a part, in the part's order."""
+
+    part: str
+    ranges: Mapping[str, Range]
+
+    def fits(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether an engine of this profile accepts these inputs."""
+        return inputs.keys() == self.ranges.keys() and all(self.ranges[n].holds(tuple(t.shape)) for n, t in inputs.items())
+
+    def check(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise OutsideProfile, with the numbers, if an engine of this profile does not accept these inputs."""
+        if self.fits(inputs):
+            return
+        problem = f"inputs {', '.join(inputs)} given, {', '.join(self.ranges)} built for"
+        if inputs.keys() == self.ranges.keys():
+            name, value = next((n, t) for n, t in inputs.items() if not self.ranges[n].holds(tuple(t.shape)))
+            low, high = list(self.ranges[name].smallest), list(self.ranges[name].largest)
+            problem = f"{name} is {list(value.shape)}, built for {low} to {high}"
+        remedy = "pass min_batch, max_batch, min_height, ... that include these shapes to accelerate('tensorrt')"
+        raise OutsideProfile(part=self.part, stage="running", problem=problem, remedy=remedy)
+
+
+def profile_of(part: Part, options: Options, units: tuple[int, int] = (1, 1)) -> Profile:
+    """The profile of a part under these options. It always includes the shapes of the part's own inputs.
+
+    units: pixels per row and per column of the part's first input (8 for most latents), since the options count pixels.
+        ValueError for a size that is not a multiple of them.
+    """
+    ranges = {}
+    for i, (name, value) in enumerate(part.inputs.items()):
+        axes = {} if name in part.shared else {0: (options.min_batch, None, options.max_batch)}
+        if i == 0 and part.free_size:
+            axes[-2] = _sizes(part, options, "height", units[0])
+            axes[-1] = _sizes(part, options, "width", units[1])
+        smallest, best, largest = list(value.shape), list(value.shape), list(value.shape)
+        for axis, (low, tuned, high) in axes.items():
+            own = value.shape[axis]
+            smallest[axis] = min(own, low or tuned or own)
+            best[axis] = tuned or own
+            largest[axis] = max(own, high or tuned or own)
+        ranges[name] = Range(tuple(smallest), tuple(best), tuple(largest))
+    return Profile(part.name, ranges)
+
+
+def _sizes(part: Part, options: Options, side: str, unit: int) -> tuple[int | None, ...]:
+    """The smallest, best and largest size on one side, in units."""
+    pixels = [getattr(options, f"{kind}_{side}") for kind in ("min", "opt", "max")]
+    for size in pixels:
+        if size is not None and size % unit:
+            raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {size}")
+    return tuple(size and size // unit for size in pixels)

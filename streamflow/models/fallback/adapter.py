@@ -322,7 +322,7 @@ class _NoEncoder(nn.Module):
         super().__init__()
         self._adapter = adapter
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         self._adapter.check_offers("images")
 
 
