@@ -4,7 +4,7 @@ classes, a posterior). Knows how to walk these, not what they mean."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -56,3 +56,24 @@ def tensors(value: Any) -> list[Tensor]:
 
     mapped(keep, value)
     return found
+
+
+def batch_size(args: tuple) -> int:
+    """The rows of a call's first argument.
+
+    Raises:
+        TypeError, ValueError: the first argument is no tensor with a batch dimension, or it has no rows.
+    """
+    if not args or not isinstance(args[0], Tensor) or not args[0].dim():
+        raise TypeError("the first argument must be a tensor whose first dimension is the batch")
+    if not len(args[0]):
+        raise ValueError(f"the batch is empty, its shape is {list(args[0].shape)}: pass one row or more")
+    return len(args[0])
+
+
+def rows_of_call(args: tuple, kwargs: Mapping[str, Any], rows: range, shared: Collection[str] = ()) -> tuple:
+    """(args, kwargs) of a call with these rows of its batch only. shared: names of arguments that stay whole."""
+    n = len(args[0])
+    return rows_of(args, rows, n), {
+        name: value if name in shared else rows_of(value, rows, n) for name, value in kwargs.items()
+    }
