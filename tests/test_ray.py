@@ -131,7 +131,7 @@ def test_a_batch_goes_on_after_a_kill_and_writes_each_picture_once(example, tmp_
     killed.kill()
     code, output = second.wait()
     assert code == 0, output
-    assert f"10 pictures, {len(there)} are there already" in output
+    assert f"10 images, {len(there)} exist already" in output
     after = pictures(out)
     assert len(after) == 10 and {name: after[name] for name in there} == there
     assert [path.name for path in out.iterdir() if path.suffix != ".png"] == []
@@ -144,7 +144,7 @@ def test_a_folder_of_pictures_is_redrawn(example, tmp_path, picture):
     photos.mkdir()
     for k in range(2):
         picture(k).save(photos / f"photo{k}.png")
-    run = example(BATCH, "--pictures", photos, "--prompt", "a red apple, 3d render", "--output", out, "--workers", 1)
+    run = example(BATCH, "--images", photos, "--prompt", "a red apple, 3d render", "--output", out, "--workers", 1)
     code, output = run.wait()
     assert code == 0, output
     assert sorted(name.split("-")[0] for name in pictures(out)) == ["photo0", "photo1"]
@@ -159,7 +159,7 @@ def test_a_killed_replica_is_replaced_and_every_user_gets_a_picture(example, tmp
     replica.kill()
     code, output = run.wait()
     assert code == 0, output
-    assert "asking again" in output and "40 pictures" in output
+    assert "trying again" in output and "40 images" in output
     assert Image.open(sheet).size == (4 * 128, 10 * 128)
     assert run.left() == []
 

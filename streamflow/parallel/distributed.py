@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from streamflow.parallel.plan import shares
-from streamflow.parallel.trees import batch_size, joined, mapped, rows_of_call, tensors
+from streamflow.parallel.trees import batch_size, join_rows, list_tensors, map_tensors, rows_of_call
 
 
 class RankLost(RuntimeError):
@@ -49,17 +49,17 @@ class _Link:
 
     def send(self, value: Any, rank: int) -> None:
         """Send tensors, in any tuples and dicts, to a rank."""
-        layout = mapped(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), value)
+        layout = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), value)
         _transfer(dist.send_object_list, [layout], rank, self.control)
-        for tensor in tensors(value):
+        for tensor in list_tensors(value):
             _transfer(dist.send, tensor.to(self.device).contiguous(), rank, self.data)
 
     def receive(self, rank: int) -> Any:
         """Wait for the next value from a rank."""
         received: list[Any] = [None]
         _transfer(dist.recv_object_list, received, rank, self.control)
-        value = mapped(lambda t: torch.empty(t.shape, dtype=t.dtype, device=self.device), received[0])
-        for tensor in tensors(value):
+        value = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device=self.device), received[0])
+        for tensor in list_tensors(value):
             _transfer(dist.recv, tensor, rank, self.data)
         return value
 
@@ -90,7 +90,7 @@ class SharedModule(nn.Module):
         for rank in ranks:
             self._link.send((self.name, *rows_of_call(args, kwargs, others[rank - 1], self._shared)), rank)
         args, kwargs = rows_of_call(args, kwargs, own, self._shared)
-        return joined([self.local(*args, **kwargs), *(self._link.receive(rank) for rank in ranks)])
+        return join_rows([self.local(*args, **kwargs), *(self._link.receive(rank) for rank in ranks)])
 
 
 @contextmanager

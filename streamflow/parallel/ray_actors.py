@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from streamflow.parallel.plan import shares
-from streamflow.parallel.replicas import check_whole, copied
-from streamflow.parallel.trees import batch_size, joined, mapped, rows_of_call
+from streamflow.parallel.replicas import check_not_offloaded, copy_to
+from streamflow.parallel.trees import batch_size, join_rows, map_tensors, rows_of_call
 
 
 class _Actor:
@@ -32,8 +32,8 @@ class _Actor:
 
     @torch.no_grad()
     def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = mapped(lambda t: t.to(self.device), (args, kwargs))
-        return mapped(lambda t: t.cpu(), self.module(*args, **kwargs))
+        args, kwargs = map_tensors(lambda t: t.to(self.device), (args, kwargs))
+        return map_tensors(lambda t: t.cpu(), self.module(*args, **kwargs))
 
 
 class RayModule(nn.Module):
@@ -58,7 +58,7 @@ class RayModule(nn.Module):
             import ray
         except ImportError as error:
             raise ImportError("RayModule needs Ray: pip install 'streamflow-rf[ray]'") from error
-        check_whole(module)
+        check_not_offloaded(module)
         gpus, cores = (ray.cluster_resources().get(name, 0) for name in ("GPU", "CPU"))
         if not 1 <= actors <= cores or actors * num_gpus > gpus:
             raise ValueError(
@@ -66,7 +66,7 @@ class RayModule(nn.Module):
                 f"{gpus:g} GPUs. Pass fewer actors, or num_gpus=0 to compute on the CPU"
             )
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts, max_task_retries=restarts)(_Actor)
-        self._module = ray.put(copied(module, torch.device("cpu")))  # kept: an actor that starts again reads it
+        self._module = ray.put(copy_to(module, torch.device("cpu")))  # kept: an actor that starts again reads it
         self._actors = [actor.remote(self._module) for _ in range(actors)]
         self._next, self._shared = cycle(self._actors), shared
         ray.get([one.__ray_ready__.remote() for one in self._actors])
@@ -79,7 +79,7 @@ class RayModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = zip(self._actors, shares(batch_size(args), self.lanes), strict=True)
         pending = [_start(actor, *rows_of_call(args, kwargs, rows, self._shared)) for actor, rows in parts if rows]
-        return mapped(lambda t: t.to(args[0].device), joined([one.result() for one in pending]))
+        return map_tensors(lambda t: t.to(args[0].device), join_rows([one.result() for one in pending]))
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Give a whole call to the next actor in turn, and return at once. The result is on the CPU. It raises the module's
@@ -88,4 +88,4 @@ class RayModule(nn.Module):
 
 
 def _start(actor: Any, args: tuple, kwargs: Mapping[str, Any]) -> Future[Any]:
-    return actor.call.remote(*mapped(lambda t: t.cpu(), (args, kwargs))).future()
+    return actor.call.remote(*map_tensors(lambda t: t.cpu(), (args, kwargs))).future()
