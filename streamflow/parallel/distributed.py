@@ -1,9 +1,9 @@
 """Rank 0 streams, and every rank computes a share of the rows: processes of torchrun, on one machine or several.
 
-    with served({"decoder": stream.codec.decoder}) as remote:  # every rank has loaded the same model
-        if remote is None:                                     # the other ranks, after rank 0 has left its block
+    with served({"velocity": stream.velocity}) as remote:  # every rank has loaded the same model
+        if remote is None:                                 # the other ranks, after rank 0 has left its block
             return
-        stream.codec = Codec.of(remote.decoder, stream.codec.encoder)
+        stream.velocity = remote.velocity
 
 There is no failover: a lost rank ends the run with an error that names it. `streamflow.parallel.ray_actors` has failover.
 """
@@ -149,9 +149,11 @@ def _check(modules: Mapping[str, nn.Module], timeout: float) -> None:
 def _check_same(modules: Mapping[str, nn.Module], group: dist.ProcessGroup) -> None:
     """ValueError where the modules of a rank, or the first values of their weights, are not those of rank 0."""
     every: list[Any] = [None] * dist.get_world_size()
-    weights = {name: [*module.parameters(), *module.buffers()] for name, module in modules.items()}
-    own = {name: str([(t.shape, t.dtype, t.reshape(-1)[:16].tolist()) for t in found]) for name, found in weights.items()}
-    dist.all_gather_object(every, own, group=group)
+    dist.all_gather_object(every, {name: _first_values(module) for name, module in modules.items()}, group=group)
     for rank, found in enumerate(every):
         if other := [name for name in {**every[0], **found} if found.get(name) != every[0].get(name)]:
             raise ValueError(f"{other[0]} on rank {rank} is not as on rank 0: serve the same names, weights and dtype")
+
+
+def _first_values(module: nn.Module) -> str:
+    return str([(t.shape, t.dtype, t.reshape(-1)[:16].float().tolist()) for t in module.state_dict().values()])

@@ -29,9 +29,8 @@ from streamflow.parallel.vae import ShardedVAE, decode_images
 PROBE = 8  # latents per side of the decode that shows the scale of each convolution
 SAMPLE = 24  # latents per side of the decode that measures the memory per latent
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-POINTWISE = (
-    *(nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Hardtanh),
-)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Hardtanh)
+POINTWISE = (nn.Identity, nn.Dropout, *ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,18 @@ def decode_tiled(sharded: ShardedVAE, latents: Tensor, tile: int | str = "auto",
     probe = latents[:1, ..., :1, :1]
     reach = _with_halo(_on_first(sharded, reach_of, probe), halo)
     counts = _counts(sharded, latents, tile, reach)
-    places = tiles(height, width, counts, reach.halo)
     image = _Exact(latents, reach) if reach.local else _Blended(latents, reach)
     target = sharded.settings.target or latents.device
-    pending: deque[tuple[Tile, Pending]] = deque()
     calls = [partial(decode_images, one) for one in sharded.replicas]
-    for place in places:
-        window = latents[..., _slice(place.rows.window), _slice(place.columns.window)]
-        pending.append((place, sharded.pool.submit(calls, (window,), None, len(window), target)))
+    pending: deque[tuple[Tile, Pending]] = deque()
+    for part in tiles(height, width, counts, reach.halo):
         if len(pending) > sharded.lanes:
-            image.put(*_result(pending))
-    while pending:
-        image.put(*_result(pending))
+            image.put(pending.popleft())
+        window = latents[..., _slice(part.rows.window), _slice(part.columns.window)]
+        pending.append((part, sharded.pool.submit(calls, (window,), None, len(window), target)))
+    for decoded in pending:
+        image.put(decoded)
     return image.finished()
-
-
-def _result(pending: deque[tuple[Tile, Pending]]) -> tuple[Tile, Tensor]:
-    place, decoded = pending.popleft()
-    return place, decoded.result()
 
 
 def _with_halo(reach: Reach, halo: int | None) -> Reach:
@@ -227,9 +220,11 @@ class _Exact:
     def __init__(self, latents: Tensor, reach: Reach):
         self.size, self.factor, self.canvas = latents.shape[-2:], reach.factor, None
 
-    def put(self, place: Tile, pixels: Tensor) -> None:
-        core = pixels[..., place.rows.cut(self.factor), place.columns.cut(self.factor)]
-        self.region(self.canvas_for(pixels), place.rows.core, place.columns.core).copy_(core)
+    def put(self, decoded: tuple[Tile, Pending]) -> None:
+        """Wait for the pixels of a tile and write them."""
+        tile, pixels = decoded[0], decoded[1].result()
+        core = pixels[..., tile.rows.cut(self.factor), tile.columns.cut(self.factor)]
+        self.region(self.canvas_for(pixels), tile.rows.core, tile.columns.core).copy_(core)
 
     def canvas_for(self, pixels: Tensor) -> Tensor:
         """The canvas, which is made with the channels, dtype and device of the first tile."""
@@ -252,13 +247,14 @@ class _Blended(_Exact):
         super().__init__(latents, reach)
         self.blend = reach.halo // 2
 
-    def put(self, place: Tile, pixels: Tensor) -> None:
+    def put(self, decoded: tuple[Tile, Pending]) -> None:
+        tile, pixels = decoded[0], decoded[1].result()
         self.dtype = pixels.dtype
-        down = ramp(place.rows, self.size[0], self.blend, self.factor)
-        across = ramp(place.columns, self.size[1], self.blend, self.factor)
+        down = ramp(tile.rows, self.size[0], self.blend, self.factor)
+        across = ramp(tile.columns, self.size[1], self.blend, self.factor)
         weight = torch.outer(torch.tensor(down), torch.tensor(across)).to(pixels.device)
         canvas = self.canvas_for(pixels.float())
-        self.region(canvas, place.rows.window, place.columns.window).add_(pixels.float() * weight)
+        self.region(canvas, tile.rows.window, tile.columns.window).add_(pixels.float() * weight)
 
     def finished(self) -> Tensor:
         return self.canvas.to(self.dtype)
