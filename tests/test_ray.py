@@ -30,7 +30,7 @@ BATCH, SERVE = ROOT / "examples/ray_batch.py", ROOT / "examples/ray_serve.py"
 
 
 class Run:
-    """An example under way, its output in a file; `end` leaves no process of it behind."""
+    """A running example, with its output in a file. `end` ends all of its processes."""
 
     def __init__(self, output: Path, script: Path, *arguments: object):
         self.output, self.deadline = output, time.monotonic() + LIMIT
@@ -41,7 +41,7 @@ class Run:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
     def wait_for(self, condition):
-        """What the condition gives once it is true; an error when the run ends or its time is over before."""
+        """The value of the condition once it is true. It is an error if the run ends, or its time is over, before that."""
         while not (found := condition()):
             self._look()
             assert self.process.poll() is None, f"it ended: {self.output.read_text()}"
@@ -50,7 +50,7 @@ class Run:
         return found
 
     def workers(self, kind: str) -> list[psutil.Process]:
-        """Ray's workers of this run whose name begins so."""
+        """The Ray workers of this run with a name that starts with `kind`."""
         self._look()
         found = []
         for process in self.seen:
@@ -62,7 +62,7 @@ class Run:
         return found
 
     def wait(self) -> tuple[int, str]:
-        """(exit code, output), once it has ended by itself."""
+        """(exit code, output), after it has ended by itself."""
         while self.process.poll() is None and time.monotonic() < self.deadline:
             self._look()
             time.sleep(0.2)
@@ -70,11 +70,11 @@ class Run:
         return self.process.returncode, self.output.read_text()
 
     def left(self) -> list[psutil.Process]:
-        """What is still there of it, a while after its end."""
+        """The processes that still run 30 s after its end."""
         return psutil.wait_procs(self.seen, timeout=30)[1]
 
     def wait_for_end_of(self, kind: str) -> None:
-        """Return when no worker of this kind is left."""
+        """Wait until no worker of this kind is left."""
         while self.workers(kind):
             assert time.monotonic() < self.deadline, f"still there: {self.workers(kind)}"
             time.sleep(0.2)
@@ -84,7 +84,7 @@ class Run:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
-                continue  # which is what is wanted
+                continue  # it has ended already
         self.process.wait()
 
     def _look(self) -> None:
@@ -106,40 +106,40 @@ def example(tmp_path):
         run.end()
 
 
-def pictures(folder: Path) -> dict[str, tuple[int, int]]:
-    """By name, what tells one writing of a file from another."""
+def images(folder: Path) -> dict[str, tuple[int, int]]:
+    """For each file name, the inode and time of writing, which differ if the file was written again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.png")}
 
 
-def test_a_batch_goes_on_after_a_kill_and_writes_each_picture_once(example, tmp_path):
+def test_a_batch_goes_on_after_a_kill_and_writes_each_image_once(example, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("\n".join(f"a fox, 3d render, {k}" for k in range(10)))
     arguments = ("--prompts", prompts, "--output", out, "--batch", 2, "--workers", 2)
     first = example(BATCH, *arguments)
-    first.wait_for(lambda: out.exists() and len(pictures(out)) >= 2)
+    first.wait_for(lambda: out.exists() and len(images(out)) >= 2)
     first.process.send_signal(signal.SIGKILL)
     first.wait()
     # Its workers are gone; of Ray itself two small agents stay until they have noticed, about a minute.
     first.wait_for_end_of("MapWorker")
-    there = pictures(out)
+    there = images(out)
     assert 2 <= len(there) < 10
 
     second = example(BATCH, *arguments)
     # In the second run a worker is killed: its batch is drawn by another one.
-    second.wait_for(lambda: len(pictures(out)) > len(there))
+    second.wait_for(lambda: len(images(out)) > len(there))
     killed = second.workers("MapWorker")[0]
     killed.kill()
     code, output = second.wait()
     assert code == 0, output
     assert f"10 images, {len(there)} exist already" in output
-    after = pictures(out)
+    after = images(out)
     assert len(after) == 10 and {name: after[name] for name in there} == there
     assert [path.name for path in out.iterdir() if path.suffix != ".png"] == []
     assert {Image.open(out / name).size for name in after} == {(128, 128)}
     assert second.left() == []
 
 
-def test_a_folder_of_pictures_is_redrawn(example, tmp_path, picture):
+def test_a_folder_of_images_is_redrawn(example, tmp_path, picture):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for k in range(2):
@@ -147,10 +147,10 @@ def test_a_folder_of_pictures_is_redrawn(example, tmp_path, picture):
     run = example(BATCH, "--images", photos, "--prompt", "a red apple, 3d render", "--output", out, "--workers", 1)
     code, output = run.wait()
     assert code == 0, output
-    assert sorted(name.split("-")[0] for name in pictures(out)) == ["photo0", "photo1"]
+    assert sorted(name.split("-")[0] for name in images(out)) == ["photo0", "photo1"]
 
 
-def test_a_killed_replica_is_replaced_and_every_user_gets_a_picture(example, tmp_path, free_port):
+def test_a_killed_replica_is_replaced_and_every_user_gets_an_image(example, tmp_path, free_port):
     sheet = tmp_path / "sheet.png"
     run = example(SERVE, "--port", free_port, "--requests", 40, "--replicas", 1, "--output", sheet)
     run.wait_for(lambda: "is served by" in run.output.read_text())
