@@ -38,7 +38,7 @@ EXTRAS = {
     "live": "cameras, screens, windows, NDI and recordings",
     "control": "knobs by OSC and MIDI",
     "bench": "plots of the benchmark",
-    "ray": "Ray Serve and Ray Data, for many users or many prompts (0.7 GB)",
+    "ray": "Ray: several machines with failover, many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",
     "docs": "the site of docs/ (mkdocs build)",
     "dev": "the linter, and uv for env/resolve.py",

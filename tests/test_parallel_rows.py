@@ -10,7 +10,7 @@ from torch import nn
 
 from streamflow import StreamFlow
 from streamflow.parallel import shard_denoiser, shard_vae
-from streamflow.parallel.rows import RESIDENT, Resident, ShardedVelocity
+from streamflow.parallel.rows import CACHED_INPUTS, InputCache, ShardedVelocity
 
 GUIDED = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
 
@@ -86,16 +86,16 @@ def test_prompts_guidance_and_steps_change_as_on_one_device(stream_of):
 
 
 def test_what_was_sent_is_not_sent_again():
-    resident, rows = Resident(torch.device("cpu")), (range(0, 2),)
+    cache, rows = InputCache(torch.device("cpu")), (range(0, 2),)
     prompt = torch.zeros(4, 3)
-    first = resident.of(prompt, rows)
-    assert resident.of(prompt, rows) is first
+    first = cache.get(prompt, rows)
+    assert cache.get(prompt, rows) is first
     prompt.add_(1)
-    changed = resident.of(prompt, rows)
+    changed = cache.get(prompt, rows)
     assert changed is not first and torch.equal(changed, torch.ones(2, 3))
-    for _ in range(3 * RESIDENT):
-        resident.of(torch.zeros(1), None)
-    assert len(resident._kept) == RESIDENT
+    for _ in range(3 * CACHED_INPUTS):
+        cache.get(torch.zeros(1), None)
+    assert len(cache._kept) == CACHED_INPUTS
 
 
 def test_weights_written_in_place_reach_every_copy():

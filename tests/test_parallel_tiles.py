@@ -92,7 +92,7 @@ def test_memory_a_latent_is_that_of_the_largest_step(tiny):
 
 @pytest.mark.parametrize("tile", [0, -3, True, 2.5, "large"])
 def test_a_tile_that_cannot_be(tiny, tile):
-    with pytest.raises(ValueError, match="tile is 'auto' or a side of 1 latent or more"):
+    with pytest.raises(ValueError, match="tile must be 'auto' or a side of 1 latent or more"):
         decode(tiny, latents(1, 4, 8, 8), TWO, tile=tile)
     with pytest.raises(ValueError, match="no latents"):
         decode(tiny, latents(0, 4, 8, 8), TWO, tile=4)

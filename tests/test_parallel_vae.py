@@ -429,7 +429,7 @@ def test_ten_thousand_frames_take_no_more_memory():
 
 def test_it_is_a_sharded_vae_by_name(tiny):
     assert isinstance(parallel.shard_vae(tiny, "cpu"), ShardedVAE)
-    with pytest.raises(AttributeError, match="it has ShardedVAE, decode"):
+    with pytest.raises(AttributeError, match="it has RayModule, ShardedVAE, decode"):
         _ = parallel.nothing
 
 

@@ -413,7 +413,7 @@ def serve_rank(run: Run, piece: int) -> Figures | None:
                 "alone_ms": alone,
                 "ms": together,
                 "times_alone": ratio(alone, together),
-                "ranks": len(remote.ranks),
+                "ranks": torch.distributed.get_world_size(),
                 **like,
             }
 

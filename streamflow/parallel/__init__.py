@@ -1,4 +1,4 @@
-"""Any number of GPUs: VAE decoding by row, by frame and by tile, in one process.
+"""Several devices in one process, processes of torchrun, and Ray actors.
 
 from streamflow.parallel import decode, shard_denoiser, shard_vae
 """
@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "RayModule": "streamflow.parallel.ray_actors",
     "ShardedVAE": "streamflow.parallel.vae",
     "decode": "streamflow.parallel.decoding",
     "decode_tiled": "streamflow.parallel.tiles",

@@ -1,8 +1,8 @@
-"""Acceleration of parts that are on several devices: each copy by itself, on its device. What spreads the work (threads,
-copies between devices) is never compiled or captured.
+"""Acceleration of parts that are on several devices: each copy is accelerated on its device. The threads, and the copies
+between devices, are never compiled or captured.
 
-A part is on several devices if its module has `replicas`, `devices`, `inputs_of(index, inputs)` and `over(modules)`, as
-`Sharded` has. Knows parts and kinds; no family, no stream.
+A part is on several devices if its module has `replicas`, `devices`, `inputs_of(index, inputs)` and
+`with_replicas(modules)`, as `Sharded` has. Knows parts and kinds of acceleration; no family, no stream.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class _Some(Parts):
-    """Parts of which a kind is to take these alone."""
+class _SomeParts(Parts):
+    """Parts, of which those with these names are accelerated."""
 
     names: tuple[str, ...] = ()
 
@@ -35,28 +35,27 @@ class _Some(Parts):
         return (part for part in super().__iter__() if part.name in self.names)
 
 
-def is_spread(module: nn.Module) -> bool:
-    """Whether a module is one on several devices."""
-    return all(hasattr(module, name) for name in ("replicas", "devices", "inputs_of", "over"))
+def _is_sharded(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("replicas", "devices", "inputs_of", "with_replicas"))
 
 
 def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
-    """As `acceleration.accelerate`, where parts may be on several devices; without such it is the same call."""
-    spread = [part for part in parts if is_spread(part.module)]
-    if kind == "none" or not spread:
+    """As `acceleration.accelerate`, for parts of which some are on several devices."""
+    sharded = [part for part in parts if _is_sharded(part.module)]
+    if kind == "none" or not sharded:
         return acceleration.accelerate(kind, parts, options)
     undo: list[Callable[[], None]] = []
     modules: dict[str, nn.Module] = {}
     seconds: dict[str, float] = {}
     try:
-        single = tuple(part.name for part in parts if part not in spread)
+        single = tuple(part.name for part in parts if part not in sharded)
         made = _by_kind(kind, parts, single, options)
         undo.append(made.undo)
         modules.update(made.modules)
         for part in (one for one in parts if one.name in single and one.name != "encoder"):
             seconds[part.name] = first_call(part, partial(part.call, modules[part.name]))
-        for part in spread:
-            modules[part.name] = part.module.over(_copies(kind, parts, part, options, undo))
+        for part in sharded:
+            modules[part.name] = part.module.with_replicas(_accelerate_copies(kind, parts, part, options, undo))
             if part.name != "encoder":
                 seconds[part.name] = first_call(part, partial(_start, modules[part.name], part))
     except BaseException:
@@ -65,14 +64,15 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
     return Accelerated(modules, partial(run_backwards, undo), seconds)
 
 
-def _copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callable[[], None]]) -> list[nn.Module]:
-    """A part's copies, each accelerated on its device; those that the kind cannot serve stay plain, and that is logged."""
+def _accelerate_copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callable[[], None]]) -> list[nn.Module]:
+    """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
+    which is logged."""
     made = []
     for index, (module, device) in enumerate(zip(part.module.replicas, part.module.devices, strict=True)):
         here = replace(part, module=module, inputs=part.module.inputs_of(index, part.inputs))
         fitting = _for_device(options, device)
         if fitting is None:
-            logger.info("%s on %s stays as it is: %s needs a CUDA device", part.name, device, kind)
+            logger.info("%s on %s is not accelerated: %s needs a CUDA device", part.name, device, kind)
             made.append(module)
             continue
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -83,12 +83,12 @@ def _copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callab
 
 
 def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: Any) -> Accelerated:
-    some = _Some(parts.velocity, parts.decoder, parts.encoder, names)
+    some = _SomeParts(parts.velocity, parts.decoder, parts.encoder, names)
     return import_module(KINDS[kind]).accelerate(some, options)
 
 
 def _for_device(options: Any, device: torch.device) -> Any:
-    """The options as this device can have them: without a CUDA graph on a CPU; None where it cannot have the kind."""
+    """The options for this device, without a CUDA graph on a CPU; None where it does not support the kind."""
     if device.type != "cuda" and getattr(options, "cuda_graph", None):
         options = dataclasses.replace(options, cuda_graph=False)
     try:
@@ -98,7 +98,7 @@ def _for_device(options: Any, device: torch.device) -> Any:
 
 
 def _start(module: nn.Module, part: Part) -> None:
-    """Run every copy once: what has a thread for each device in that thread, anything else as it is."""
+    """Run every copy once, in the thread of its device where it has one."""
     if not hasattr(module, "start"):
         part.call(module)
         return

@@ -1,4 +1,4 @@
-"""Who decodes what: shares of rows, chunks of a share, tiles of a picture. Pure geometry; knows no tensor and no device."""
+"""The geometry of parallel work: shares of rows, chunks of a share, tiles of an image. Knows no tensor and no device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 
 def shares(n: int, k: int) -> tuple[range, ...]:
-    """n rows over k workers: k contiguous ranges in order, of sizes that differ by one at most, the larger first. With fewer
-    rows than workers the last ranges are empty.
+    """n rows for k workers: k contiguous ranges in order. Their sizes differ by one at most, and the larger come first. With
+    fewer rows than workers, the last ranges are empty.
 
     Raises:
         ValueError: n < 0 or k < 1.
@@ -18,7 +18,11 @@ def shares(n: int, k: int) -> tuple[range, ...]:
 
 
 def shares_by(n: int, weights: Sequence[float]) -> tuple[range, ...]:
-    """n rows in contiguous ranges as near to these weights as whole rows allow (largest remainders, the earlier first)."""
+    """n rows in contiguous ranges, whose sizes are as near to these weights as whole rows allow (largest remainder method).
+
+    Raises:
+        ValueError: n < 0, or the weights are negative or all 0.
+    """
     _check_counts(n, len(weights))
     if min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(f"weights must be 0 or more and not all 0, not {list(weights)}")
@@ -32,52 +36,56 @@ def shares_by(n: int, weights: Sequence[float]) -> tuple[range, ...]:
 
 
 def chunks(rows: range, limit: int | None) -> Iterator[range]:
-    """A range in pieces of `limit` at most, the first ones full; an empty range has none. None: in one piece."""
+    """A range in pieces of `limit` rows at most. limit None: one piece. An empty range has no pieces."""
     step = len(rows) if limit is None else limit
     return (rows[start : start + step] for start in range(0, len(rows), max(step, 1)))
 
 
 def row_shares(n: int, k: int, pairs: bool = False) -> tuple[tuple[range, ...], ...]:
-    """For each of k workers the ranges of its rows of n, none where it has no row. pairs: the first half of the rows are the
-    twins of the second, and a twin stays with its row. ValueError: pairs of an odd number of rows."""
+    """For each of k workers, the ranges of its rows out of n; a worker without rows has none. pairs: row i and row n / 2 + i
+    are a pair, which stays on one worker. ValueError: pairs of an odd number of rows."""
     if not pairs:
         return tuple((share,) if share else () for share in shares(n, k))
     half, odd = divmod(n, 2)
     if odd:
-        raise ValueError(f"{n} rows are no pairs: as many twins as rows are needed")
+        raise ValueError(f"{n} rows are no pairs: an even number of rows is needed")
     return tuple((share, range(half + share.start, half + share.stop)) if share else () for share in shares(half, k))
 
 
 def _check_counts(n: int, k: int) -> None:
     if n < 0 or k < 1:
-        raise ValueError(f"{n} rows cannot be shared by {k} workers: 0 rows or more, 1 worker or more")
+        raise ValueError(f"{n} rows cannot be shared by {k} workers: pass 0 rows or more and 1 worker or more")
 
 
 @dataclass(frozen=True)
 class Span:
-    """One side of a tile, in latents. `core`: what this tile alone answers for; the cores of all tiles cover the picture
-    once. `window`: what is decoded, the core and its halo, as long for every tile of a picture."""
+    """One side of a tile, in latents. core: the part of the image that this tile provides; the cores of all tiles cover the
+    image once. window: the part that is decoded, which is the core and its halo, of one length for all tiles of an image."""
 
     core: range
     window: range
 
     def cut(self, factor: int) -> slice:
-        """Where the core lies in the decoded window, in pixels of which a latent has `factor`."""
+        """The core as a slice of the decoded window, in pixels. factor: pixels per latent."""
         start = self.core.start - self.window.start
         return slice(start * factor, (start + len(self.core)) * factor)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a picture: its rows and its columns."""
+    """The rows and the columns of a tile."""
 
     rows: Span
     columns: Span
 
 
 def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
-    """A side of `size` latents in `count` cores as equal as can be, each with `halo` latents around it where the picture
-    goes on. Windows are of one length: at an edge the window moves inwards and the halo on the other side is longer."""
+    """A side of `size` latents as `count` spans, whose cores are as equal as possible, with `halo` latents around each. All
+    windows have one length: at the edge of the image the window moves inwards, so the halo on its other side is longer.
+
+    Raises:
+        ValueError: not 1 <= count <= size, or halo < 0.
+    """
     if not 1 <= count <= size or halo < 0:
         raise ValueError(f"{size} latents cannot be cut in {count} tiles with a halo of {halo}")
     cores = shares(size, count)
@@ -87,16 +95,16 @@ def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
 
 
 def tiles(height: int, width: int, counts: tuple[int, int], halo: int) -> tuple[Tile, ...]:
-    """A picture of `height` x `width` latents in `counts` (down, across) tiles, row by row."""
+    """An image of `height` x `width` latents as `counts` (down, across) tiles, row by row."""
     down, across = spans(height, counts[0], halo), spans(width, counts[1], halo)
     return tuple(Tile(rows, columns) for rows in down for columns in across)
 
 
 def ramp(span: Span, size: int, blend: int, factor: int) -> list[float]:
     """The weight of each pixel of a decoded window, `[len(window) * factor]`, in 0..1. It falls from 1 to 0 over the
-    `2 * blend` latents around each end of the core, but for the picture's own ends; neighbours' weights add up to 1."""
+    `2 * blend` latents around each end of the core, except at the edges of the image. The weights of neighbours sum to 1."""
 
-    def rises(pixel: float, at: int) -> float:
+    def rise(pixel: float, at: int) -> float:
         if not blend:
             return float(pixel > at * factor)
         return min(max((pixel - (at - blend) * factor) / (2 * blend * factor), 0.0), 1.0)
@@ -104,48 +112,43 @@ def ramp(span: Span, size: int, blend: int, factor: int) -> list[float]:
     weights = []
     for i in range(len(span.window) * factor):
         pixel = span.window.start * factor + i + 0.5
-        left = 1.0 if span.core.start == 0 else rises(pixel, span.core.start)
-        right = 0.0 if span.core.stop == size else rises(pixel, span.core.stop)
+        left = 1.0 if span.core.start == 0 else rise(pixel, span.core.start)
+        right = 0.0 if span.core.stop == size else rise(pixel, span.core.stop)
         weights.append(left - right)
     return weights
 
 
 def window_area(height: int, width: int, counts: tuple[int, int], halo: int) -> int:
-    """How many latents one tile decodes."""
+    """The number of latents in the window of one tile."""
     sides = (min(size, -(-size // count) + 2 * halo) for size, count in zip((height, width), counts, strict=True))
     return next(sides) * next(sides)
 
 
 def grid(height: int, width: int, workers: int, halo: int, room: int) -> tuple[int, int]:
-    """How many tiles (down, across) a picture of `height` x `width` latents is best cut in: as few as a multiple of the
-    workers allows whose windows hold `room` latents or fewer, and of those counts the one with the least in its halos.
+    """The number of tiles (down, across) for an image of `height` x `width` latents: the smallest multiple of `workers` for
+    which each window holds `room` latents or fewer, in the layout with the smallest windows.
 
     Raises:
-        ValueError: not even tiles of one latent and its halo fit, with the numbers.
+        ValueError: tiles of one latent and its halo do not fit either.
     """
     least = window_area(height, width, (height, width), halo)
     if least > room:
         raise ValueError(
             f"a tile of one latent and its halo of {halo} holds {least} latents, and memory has room for {room}: "
-            f"free memory on the device or take fewer rows at once"
+            f"free memory on the device or decode fewer rows at once"
         )
-    for wanted in _multiples(workers, height * width):
-        fitting = [
-            (window_area(height, width, (down, wanted // down), halo), abs(down - wanted // down), down)
-            for down in range(1, wanted + 1)
-            if wanted % down == 0 and down <= height and wanted // down <= width
+    for count in range(workers, height * width + 1, workers):
+        layouts = [
+            (window_area(height, width, (down, count // down), halo), abs(down - count // down), down)
+            for down in range(1, count + 1)
+            if count % down == 0 and down <= height and count // down <= width
         ]
-        if fitting and min(fitting)[0] <= room:
-            down = min(fitting)[2]
-            return down, wanted // down
+        if layouts and min(layouts)[0] <= room:
+            down = min(layouts)[2]
+            return down, count // down
     return height, width
 
 
-def _multiples(workers: int, limit: int) -> Iterator[int]:
-    return iter(range(workers, limit + 1, workers)) if workers <= limit else iter(())
-
-
 def room_for(free: int, bytes_per_latent: float, share: float = 0.8) -> int:
-    """How many latents a window may hold where `free` bytes are free and decoding takes so many bytes a latent; `share` of
-    the free bytes are used."""
+    """The number of latents that a window may hold, with `share` of the `free` bytes."""
     return int(free * share / bytes_per_latent)

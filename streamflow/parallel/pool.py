@@ -1,7 +1,7 @@
-"""Threads, one a device, and the jobs they take. Knows devices and calls; not what a call computes.
+"""One thread for each device, and their jobs. Knows devices and calls, and not what a call computes.
 
-A job goes to one device. If that fails it goes to the others, and a device that failed what another could do is dropped. A
-job that fails on every device raises, and no device is dropped for it: the job itself may be at fault.
+A job runs on one device. If it fails there, it runs on the others, and a device that failed at a job that another device
+completed is dropped. A job that fails on every device raises, and no device is dropped, since the job itself may be wrong.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from typing import Any
 import torch
 
 from streamflow._threads import Thread
-from streamflow.parallel.lanes import Events, Lane, caller_events, received
+from streamflow.parallel.lanes import Events, Lane, current_events, on_current_streams
 
 logger = logging.getLogger(__name__)
 
 
 class DecodeError(RuntimeError):
-    """A job failed on every device; the message names each device and its cause."""
+    """A job failed on every device. The message names each device and its error."""
 
 
 class Pending:
-    """A result on its way. `latency_s`: host seconds from submission to the result, on CUDA to its last launch."""
+    """The result of a job. latency_s: host seconds from submission to the result, on CUDA to the last launch."""
 
     def __init__(self) -> None:
-        self._over = threading.Event()
-        self._since = time.perf_counter()
+        self._finished = threading.Event()
+        self._started = time.perf_counter()
         self._value: Any = None
         self._events: Events = {}
         self._error: Exception | None = None
         self.latency_s: float | None = None
 
     def done(self) -> bool:
-        """Whether the device has finished it, or it has failed. Never waits."""
-        return self._over.is_set() and all(event.query() for event in self._events.values())
+        """Whether the device has finished the job, or the job has failed. Never waits."""
+        return self._finished.is_set() and all(event.query() for event in self._events.values())
 
     def result(self) -> Any:
-        """The result, for the caller's current streams. The host waits until it is launched, never for a GPU to finish.
+        """The result, ready for the caller's current CUDA streams. The host waits for the launch, and not for the GPU.
 
         Raises:
             DecodeError: every device failed.
         """
-        self._over.wait()
+        self._finished.wait()
         if self._error is not None:
             raise self._error
-        return received(self._value, self._events)
+        return on_current_streams(self._value, self._events)
 
     def _finish(self, value: Any = None, events: Events | None = None, error: Exception | None = None) -> None:
         self._value, self._events, self._error = value, events or {}, error
-        self.latency_s = time.perf_counter() - self._since
-        self._over.set()
+        self.latency_s = time.perf_counter() - self._started
+        self._finished.set()
 
 
 @dataclass(eq=False)
 class _Job:
-    calls: Sequence[Callable]  # one a worker
+    calls: Sequence[Callable]  # one for each worker
     args: tuple
     kwargs: Mapping[str, Any]
     rows: int
@@ -87,8 +87,8 @@ class _Worker:
 
 
 class _State:
-    """What the threads share; all of it is touched under `lock` only. Each worker waits for its own condition and callers
-    for `room`, so that a job wakes one thread."""
+    """What the threads share, used under `lock` only. Each worker waits for its own condition, and callers wait for `room`,
+    so that a job wakes one thread."""
 
     def __init__(self, devices: Sequence[torch.device], depth: int):
         self.depth = depth
@@ -107,14 +107,14 @@ class _State:
 
 
 class Pool:
-    """One thread a device, each with a queue of at most `depth` jobs. `close()`, or `with Pool(...)`; a pool that is dropped
-    or outlives the interpreter closes itself."""
+    """One thread for each device, with a queue of at most `depth` jobs. End it with `close()` or `with Pool(...)`; it also
+    ends when it is deleted, and when the interpreter ends."""
 
     def __init__(self, devices: Sequence[torch.device], depth: int = 2):
         self._state = _State(devices, depth)
         names = [f"streamflow-{worker.lane.device}-{worker.index}" for worker in self._state.workers]
         self._threads = [
-            Thread(_serve, name, (self._state, worker)) for worker, name in zip(self._state.workers, names, strict=True)
+            Thread(_run, name, (self._state, worker)) for worker, name in zip(self._state.workers, names, strict=True)
         ]
         for thread in self._threads:
             thread.start()
@@ -122,33 +122,28 @@ class Pool:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Every worker's device, dropped ones too."""
+        """The device of every worker, dropped ones too."""
         return tuple(worker.lane.device for worker in self._state.workers)
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The numbers of the workers that take jobs."""
+        """The indices of the workers that are not dropped."""
         return tuple(worker.index for worker in self._state.alive())
 
     @property
     def dropped(self) -> dict[str, str]:
-        """The devices that were dropped, and why."""
+        """The devices that were dropped, with the error of each."""
         return {worker.name: worker.cause or "" for worker in self._state.workers if not worker.alive}
 
     @property
     def queued(self) -> int:
-        """How many jobs wait for a device."""
+        """How many jobs wait in queues."""
         return sum(len(worker.queue) for worker in self._state.workers)
 
     @property
     def seconds_per_row(self) -> tuple[float | None, ...]:
-        """Each worker's median seconds a row; None before its first job is over."""
+        """The median seconds per row of each worker; None before its first job has ended."""
         return tuple(worker.lane.seconds_per_row for worker in self._state.workers)
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._state.closing
 
     def submit(
         self,
@@ -161,26 +156,31 @@ class Pool:
     ) -> Pending:
         """Queue one job, `calls[worker](*args, **kwargs)`, and return at once; if every queue is full, wait for room.
 
-        worker: which one is to do it; None: the next in turn that has room. target: where the result is to lie; None: where
-        it was computed. The arguments must not be written into until the result is there.
+        Args:
+            calls: one for each worker.
+            rows: of the batch, for `seconds_per_row`.
+            target: the device of the result; None: where it was computed.
+            worker: the index of the worker; None: the next in turn that has room.
+
+        The arguments must not be written to until the result is there.
 
         Raises:
             RuntimeError: the pool is closed.
         """
-        job = _Job(calls, args, kwargs or {}, rows, target, caller_events((args, dict(kwargs or {}))))
+        job = _Job(calls, args, kwargs or {}, rows, target, current_events((args, dict(kwargs or {}))))
         state = self._state
         with state.lock:
-            while not state.closing and (taker := _taker(state, worker)) is None:
+            while not state.closing and (chosen := _choose_worker(state, worker)) is None:
                 state.room.wait()
             if state.closing:
-                raise RuntimeError("these replicas were closed: shard the VAE anew")
-            taker.queue.append(job)
-            state.turn = taker.index + 1 if worker is None else state.turn
-            taker.wake.notify()
+                raise RuntimeError("these devices are closed: call shard_vae(vae, devices) again")
+            chosen.queue.append(job)
+            state.turn = chosen.index + 1 if worker is None else state.turn
+            chosen.wake.notify()
         return job.pending
 
     def close(self) -> None:
-        """Finish what is queued, then end the threads. Again is nothing."""
+        """Finish the queued jobs, then end the threads. A second call does nothing."""
         self._finalizer()
 
     def __enter__(self) -> Pool:
@@ -190,38 +190,38 @@ class Pool:
         self.close()
 
 
-def _taker(state: _State, wanted: int | None) -> _Worker | None:
-    """Who takes the next job: the one asked for while it is alive, else the next in turn; None where there is no room."""
-    if wanted is not None and state.workers[wanted].alive:
-        chosen = [state.workers[wanted]]
+def _choose_worker(state: _State, index: int | None) -> _Worker | None:
+    """The worker for the next job: the one of this index if it is alive, else the next in turn; None: its queue is full."""
+    if index is not None and state.workers[index].alive:
+        candidates = [state.workers[index]]
     else:
         count = len(state.workers)
-        chosen = sorted(state.alive(), key=lambda worker: (worker.index - state.turn) % count)
-    return next((worker for worker in chosen if len(worker.queue) < state.depth), None)
+        candidates = sorted(state.alive(), key=lambda worker: (worker.index - state.turn) % count)
+    return next((worker for worker in candidates if len(worker.queue) < state.depth), None)
 
 
-def _serve(state: _State, worker: _Worker) -> None:
-    """A worker's thread."""
-    while _do_next(state, worker):
+def _run(state: _State, worker: _Worker) -> None:
+    """The thread of a worker."""
+    while _run_next(state, worker):
         pass
 
 
-def _do_next(state: _State, worker: _Worker) -> bool:
-    """Do one job; False when there will be no more. A function of its own, so that nothing of a job outlives it."""
+def _run_next(state: _State, worker: _Worker) -> bool:
+    """Run one job; False when no more will come. This is a function, so that no tensor of a job outlives the job."""
     job = _next_job(state, worker)
     if job is None:
         return False
     try:
         value, events = worker.lane.run(job.calls[worker.index], job.args, job.kwargs, job.rows, job.ready, job.target)
-    except Exception as error:  # whatever a device raises is reported, here or by the job's result
-        _failed(state, worker, job, error)
+    except Exception as error:  # every error of a device is reported: by a warning, or by the job's result
+        _retry(state, worker, job, error)
     else:
-        _succeeded(state, job, value, events)
+        _finish(state, job, value, events)
     return True
 
 
 def _next_job(state: _State, worker: _Worker) -> _Job | None:
-    """The next in this worker's queue; None once the pool is closing and no worker has anything left to hand over."""
+    """The next job of this worker; None once the pool is closing and no job is left that another worker could hand over."""
     with state.lock:
         worker.running = False
         while not worker.queue:
@@ -234,8 +234,8 @@ def _next_job(state: _State, worker: _Worker) -> _Job | None:
         return worker.queue.popleft()
 
 
-def _succeeded(state: _State, job: _Job, value: Any, events: Events) -> None:
-    """Hand the result out, and drop the workers that failed the job; never the last one."""
+def _finish(state: _State, job: _Job, value: Any, events: Events) -> None:
+    """Deliver the result, and drop the workers that failed at the job, but never the last one."""
     job.pending._finish(value, events)
     if not job.causes:
         return
@@ -243,20 +243,18 @@ def _succeeded(state: _State, job: _Job, value: Any, events: Events) -> None:
     with state.lock:
         for worker in (state.workers[index] for index in job.causes):
             if worker.alive and len(state.alive()) > 1:
-                worker.alive, worker.cause = False, _said(job.causes[worker.index])
+                worker.alive, worker.cause = False, _describe(job.causes[worker.index])
                 dropped.append(worker)
                 while worker.queue:
                     _hand_over(worker.queue.popleft(), state.alive())
         state.wake_all()
     for worker in dropped:
-        logger.warning(
-            "%s is dropped, and the other devices do its work: %s. %d of %d devices are left",
-            *(worker.name, worker.cause, len(state.alive()), len(state.workers)),
-        )
+        left = f"{len(state.alive())} of {len(state.workers)} devices are left"
+        logger.warning("%s is dropped, and the other devices do its work: %s. %s", worker.name, worker.cause, left)
 
 
-def _failed(state: _State, worker: _Worker, job: _Job, error: Exception) -> None:
-    """Give the job to a worker that has not tried it; if all have, it fails."""
+def _retry(state: _State, worker: _Worker, job: _Job, error: Exception) -> None:
+    """Give the job to a worker that has not failed at it. If all have, the job fails."""
     with state.lock:
         job.causes[worker.index] = error
         others = [other for other in state.alive() if other.index not in job.causes]
@@ -264,21 +262,21 @@ def _failed(state: _State, worker: _Worker, job: _Job, error: Exception) -> None
             _hand_over(job, others)
             return
         causes = {w.name: w.cause for w in state.workers if w.cause}
-    causes |= {state.workers[index].name: _said(cause) for index, cause in job.causes.items()}
-    failure = DecodeError("no device could do it. " + "; ".join(f"{name}: {causes[name]}" for name in sorted(causes)))
+    causes |= {state.workers[index].name: _describe(cause) for index, cause in job.causes.items()}
+    failure = DecodeError("every device failed. " + "; ".join(f"{name}: {causes[name]}" for name in sorted(causes)))
     failure.__cause__ = error
     job.pending._finish(error=failure)
 
 
 def _hand_over(job: _Job, workers: list[_Worker]) -> None:
-    """To the one with the shortest queue, of those that have not failed it where there are such."""
+    """Queue the job for the worker with the shortest queue, if possible one that has not failed at it."""
     fit = [worker for worker in workers if worker.index not in job.causes] or workers
-    taker = min(fit, key=lambda worker: len(worker.queue))
-    taker.queue.append(job)
-    taker.wake.notify()
+    chosen = min(fit, key=lambda worker: len(worker.queue))
+    chosen.queue.append(job)
+    chosen.wake.notify()
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Copies of a module on devices: which devices, whether they have the memory, and the copying. Knows no VAE."""
+"""Copies of a module: the choice of devices, the check of their memory, and the copying. Knows no VAE."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Devices = str | int | torch.device | Sequence[str | int | torch.device]
 
 
 def resolve_devices(devices: Devices, home: torch.device) -> tuple[torch.device, ...]:
-    """The devices meant, in order, repeated ones kept. "all": every CUDA device, or `home` where there is none. A number is
-    that CUDA device.
+    """The torch devices for a setting, in order, with repetitions. "all": every CUDA device, or `home` where there is none.
+    An integer is the index of a CUDA device.
 
     Raises:
-        TypeError, ValueError: nothing in the list; a device that torch does not know or that is not there.
+        TypeError, ValueError: the list is empty, or a device is unknown or missing.
     """
     if isinstance(devices, str) and devices == "all":
         return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())) or (home,)
     listed = [devices] if isinstance(devices, (str, int, torch.device)) else list(devices)
     if not listed:
-        raise ValueError("devices is empty: name one at least, such as ['cuda:0'], or 'all'")
+        raise ValueError("devices is empty: pass one or more, such as ['cuda:0'], or 'all'")
     return tuple(resolve_device(one) for one in listed)
 
 
 def resolve_device(one: str | int | torch.device) -> torch.device:
-    """One device, with its number where it is a GPU."""
+    """The torch device for a name, an index or a device, with its index where it is a GPU."""
     if isinstance(one, bool) or not isinstance(one, (str, int, torch.device)):
-        raise TypeError(f"a device is a name, a number or a torch.device, not {one!r}")
+        raise TypeError(f"a device is a name, an index or a torch.device, not {one!r}")
     try:
         device = torch.device("cuda", one) if isinstance(one, int) else torch.device(one)
     except RuntimeError as error:
@@ -43,17 +43,12 @@ def resolve_device(one: str | int | torch.device) -> torch.device:
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None and count else device.index or 0
     if not 0 <= index < count:
-        raise ValueError(f"device {one!r} is not there: torch sees {count} CUDA device{'s' * (count != 1)}")
+        raise ValueError(f"device {one!r} does not exist: torch sees {count} CUDA device{'s' * (count != 1)}")
     return torch.device("cuda", index)
 
 
-def size_in_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights and buffers, shared ones once."""
-    return sum(t.numel() * t.element_size() for t in _stored(module).values())
-
-
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had on a device, what torch holds unused there included."""
+    """The free bytes of a device, with those that torch's allocator holds there and does not use."""
     if device.type == "cpu":
         import psutil
 
@@ -63,17 +58,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_memory(module: nn.Module, devices: Sequence[torch.device]) -> None:
-    """MemoryError, with the numbers, where a device has no room for its copies' weights."""
-    each = size_in_bytes(module)
+    """MemoryError, with the numbers, where the free memory of a device is too small for the weights of its copies."""
+    each = sum(t.nbytes for t in _stored(module).values())
     for device, count in Counter(devices).items():
         if count * each > (free := free_bytes(device)):
             raise MemoryError(
                 f"{count} x {type(module).__name__} on {device} needs {count * each:,} bytes for weights alone, "
-                f"and {free:,} are free: free memory there, or leave {device} out"
+                f"and {free:,} are free: free memory there, or omit {device}"
             )
 
 
-def check_whole(module: nn.Module) -> None:
+def check_not_offloaded(module: nn.Module) -> None:
     """ValueError for a module that moves its weights by hooks (CPU offload, device_map)."""
     if any(hasattr(part, "_hf_hook") for part in module.modules()):
         raise ValueError(
@@ -83,23 +78,23 @@ def check_whole(module: nn.Module) -> None:
 
 
 def replicate(module: nn.Module, devices: Sequence[torch.device]) -> tuple[nn.Module, ...]:
-    """One copy a device, which shares nothing with the module or with another copy; the module stays as it is.
+    """One copy for each device, which shares no tensor with the module or with another copy.
 
     Raises:
-        ValueError: the module is offloaded. MemoryError: a device has no room.
+        ValueError: the module is offloaded. MemoryError: a device has too little free memory.
     """
-    check_whole(module)
+    check_not_offloaded(module)
     check_memory(module, devices)
-    return tuple(copied(module, device) for device in devices)
+    return tuple(copy_to(module, device) for device in devices)
 
 
-def copied(module: nn.Module, device: torch.device) -> nn.Module:
-    """A deep copy on a device; weights go there straight, without a second copy beside the first."""
-    memo = {key: _moved(tensor, device) for key, tensor in _stored(module).items()}
+def copy_to(module: nn.Module, device: torch.device) -> nn.Module:
+    """A deep copy on a device. Weights are copied straight to it, without a copy on the module's own device."""
+    memo = {key: _copy_tensor(tensor, device) for key, tensor in _stored(module).items()}
     return copy.deepcopy(module, memo)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _copy_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     data = tensor.detach().to(device, copy=True)
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 

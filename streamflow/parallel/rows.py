@@ -1,11 +1,11 @@
-"""The denoising batch over devices: each has a copy of the network and takes its share of the rows in every tick. Rows do
-not depend on one another within a tick, so the result is that of one device; only latents cross.
+"""The denoising batch on several devices: each has a copy of the network and computes its share of the rows in every step.
+Rows do not depend on one another within a step, so the result is that of one device, and only latents cross.
 
     shard_denoiser(stream, ["cuda:0", "cuda:1"])
 
-All is launched from the caller's thread, in this order: inputs cross, the other devices' work, the home device's own,
-results come back. Launching a network takes about as long as running it unless it is a CUDA graph, so on GPUs this pays
-behind `stream.accelerate`. Knows modules, rows and devices; no family. What it knows of a stream is in `shard_denoiser`.
+Everything is launched from the caller's thread, in this order: copies of the inputs, the networks of the other devices, the
+network of the home device, copies of the results. To launch a network takes about as long as to run it, unless it is a CUDA
+graph, so on GPUs use it with `stream.accelerate`. Knows modules, rows and devices; of a stream, what `shard_denoiser` uses.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from torch import Tensor, nn
 
 from streamflow.acceleration.watch import Watch, version_of
 from streamflow.parallel.plan import row_shares
-from streamflow.parallel.replicas import Devices, check_memory, check_whole, copied, resolve_devices
+from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, resolve_devices
 
 Rows = tuple[range, ...]
-RESIDENT = 16  # inputs that a device keeps: times, and what the prompts became
+CACHED_INPUTS = 16  # inputs that a device keeps: timesteps and prompt embeddings
 
 
 class ShardedVelocity(nn.Module):
-    """A velocity module, `forward(x, t, **cond)`, on several devices; x and the result lie on the stream's own.
+    """A velocity module, `forward(x, t, **cond)`, on several devices. Made by `shard_denoiser`.
 
-    source: the module that is copied. It is itself the copy of the first device that it lies on. Where its weights are
-    written in place the copies are given the new values before the next tick; where its adapters (LoRA) come, go or change,
-    RuntimeError asks to shard anew. Writes through `.data` are not seen.
-    replicas: one a device. shared: inputs without a batch dimension. pairs: the first half of the rows are the negative
-    twins of the second, and a twin stays with its row. Made by `shard_denoiser`.
+    Weights of `source` that are written in place are copied to the replicas before the next step, except by writes through
+    `.data`, which torch does not count. After a change of its adapters (LoRA), a call raises RuntimeError.
+
+    Args:
+        source: the module that was copied. It is also the replica of the first device that equals its own.
+        replicas: one for each device.
+        devices: x and the result are on the stream's device, and rows are copied to these.
+        shared: names of inputs without a batch dimension.
+        pairs: the first half of the rows are the negative prompts of the second half. Such a pair stays on one device.
     """
 
     def __init__(
@@ -49,51 +53,51 @@ class ShardedVelocity(nn.Module):
         self.source = source
         self.replicas = nn.ModuleList(replicas)
         self.devices, self.shared, self.pairs = tuple(devices), shared, pairs
-        self._resident = [Resident(device) for device in self.devices]
-        self._follow = Follow(source, [one for one in replicas if one is not source])
+        self._inputs = [InputCache(device) for device in self.devices]
+        self._weights = WeightSync(source, [one for one in replicas if one is not source])
 
-    def over(self, modules: Sequence[nn.Module]) -> nn.Module:
-        """The same with these modules called in the copies' place, such as accelerated ones."""
-        return _Over(self, modules)
+    def with_replicas(self, modules: Sequence[nn.Module]) -> nn.Module:
+        """The same, with these modules in the place of the replicas, such as accelerated ones."""
+        return _WithReplicas(self, modules)
 
     def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What one device is given when the whole is called with these inputs, x first; where it would get no row, what the
-        first gets, so that every copy can be started."""
+        """The inputs of one device, on it, for a call with these inputs, x first. A device without rows gets those of the
+        first one, so that every copy can be compiled."""
         shares = self._shares(len(next(iter(inputs.values()))))
         rows = shares[index] or shares[0]
-        return {name: self._there(index, value, name, rows) for name, value in inputs.items()}
+        return {name: self._input(index, value, name, rows) for name, value in inputs.items()}
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self.call(self.replicas, x, t, cond)
 
     @torch.no_grad()
     def call(self, modules: Sequence[nn.Module], x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The velocity of all rows, each device's share by its module of these."""
-        self._follow.update()
+        """The velocity of all rows. modules: one for each device, which computes its share."""
+        self._weights.update()
         shares = self._shares(len(x))
         busy = [i for i, rows in enumerate(shares) if rows]
-        busy.sort(key=lambda i: self.devices[i] == x.device)  # the home device last: its stream carries the others' inputs
-        given = {i: _cut(x, shares[i]).to(self.devices[i]) for i in busy}
+        busy.sort(key=lambda i: self.devices[i] == x.device)  # the home device last: its stream copies the others' inputs
+        latents = {i: _cut(x, shares[i]).to(self.devices[i]) for i in busy}
         parts = {}
         for i in busy:
-            resident = {name: self._there(i, value, name, shares[i]) for name, value in cond.items()}
+            inputs = {name: self._input(i, value, name, shares[i]) for name, value in cond.items()}
             with _current(self.devices[i]):
-                parts[i] = modules[i](given[i], self._there(i, t, "t", shares[i]), **resident)
+                parts[i] = modules[i](latents[i], self._input(i, t, "t", shares[i]), **inputs)
         v = torch.empty_like(x, dtype=parts[busy[0]].dtype)
         for i in reversed(busy):
             _put(v, shares[i], parts[i])
         return v
 
     def _shares(self, n: int) -> tuple[Rows, ...]:
-        twins = self.pairs and n % 2 == 0  # prompts of several lengths make calls of some of the rows
-        return row_shares(n, len(self.devices), twins)
+        pairs = self.pairs and n % 2 == 0  # with prompts of several lengths, a call has some of the rows only
+        return row_shares(n, len(self.devices), pairs)
 
-    def _there(self, index: int, value: Tensor, name: str, rows: Rows) -> Tensor:
-        return self._resident[index].of(value, None if name in self.shared else rows)
+    def _input(self, index: int, value: Tensor, name: str, rows: Rows) -> Tensor:
+        return self._inputs[index].get(value, None if name in self.shared else rows)
 
 
-class _Over(nn.Module):
-    """A `ShardedVelocity` with other modules in its copies' place."""
+class _WithReplicas(nn.Module):
+    """A `ShardedVelocity` with other modules in the place of its replicas."""
 
     def __init__(self, sharded: ShardedVelocity, modules: Sequence[nn.Module]):
         super().__init__()
@@ -103,33 +107,33 @@ class _Over(nn.Module):
         return self.sharded.call(self.replicas, x, t, cond)
 
 
-class Resident:
-    """Inputs as they lie on one device: a tensor that was sent before, unwritten since, is not sent again."""
+class InputCache:
+    """Inputs on one device. A tensor that was copied there before, and not written to since, is not copied again."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._kept: OrderedDict[tuple, tuple[Tensor, int, Tensor]] = OrderedDict()
 
-    def of(self, value: Tensor, rows: Rows | None) -> Tensor:
-        """These rows of a tensor, or all of it, on the device. The tensor is kept with its copy, so that no other one can
-        come to have its identity."""
+    def get(self, value: Tensor, rows: Rows | None) -> Tensor:
+        """These rows of a tensor, or all of it, on the device. The tensor is kept with its copy, so that its `id` stays its
+        own."""
         if value.is_inference():
-            return self._sent(value, rows)  # such tensors do not count their changes
+            return self._copy(value, rows)  # such tensors have no version
         key = id(value), rows
-        _, version, sent = self._kept.pop(key, (value, None, None))
+        _, version, copied = self._kept.pop(key, (value, None, None))
         if version != value._version:
-            version, sent = value._version, self._sent(value, rows)
-        self._kept[key] = value, version, sent
-        if len(self._kept) > RESIDENT:
+            version, copied = value._version, self._copy(value, rows)
+        self._kept[key] = value, version, copied
+        if len(self._kept) > CACHED_INPUTS:
             self._kept.popitem(last=False)
-        return sent
+        return copied
 
-    def _sent(self, value: Tensor, rows: Rows | None) -> Tensor:
+    def _copy(self, value: Tensor, rows: Rows | None) -> Tensor:
         return (value if rows is None else _cut(value, rows)).to(self.device)
 
 
-class Follow:
-    """Keeps copies of a module equal to it. Asked before every tick: two list comparisons."""
+class WeightSync:
+    """Keeps copies of a module equal to it. It runs before every step, and costs two list comparisons."""
 
     def __init__(self, source: nn.Module, copies: Sequence[nn.Module]):
         self._source, self._copies = source, copies
@@ -143,7 +147,7 @@ class Follow:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Give the copies the values that were written since. RuntimeError where it is not the module that was copied."""
+        """Copy the weights that were written to. RuntimeError where the adapters of the module have changed."""
         if self._watch.adapters() != self._adapters:
             raise RuntimeError(
                 f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other "
@@ -161,24 +165,26 @@ class Follow:
 
 
 def shard_denoiser(stream: Any, devices: Devices = "all") -> ShardedVelocity:
-    """Spread a stream's denoising batch over devices, in place; called again, over others. `stream.velocity =
-    sharded.source` ends it, and so does assigning `stream.unet`. What accelerates the stream accelerates every copy.
+    """Share the rows of a stream's denoising batch between devices, in place. `stream.accelerate` then accelerates every
+    copy. Call it again for other devices; `stream.velocity = sharded.source`, or assigning `stream.unet`, ends it.
 
-    stream: a `StreamFlow`. devices: "all" (every GPU, or the stream's own device where there is none), or a list such as
-        `["cuda:0", "cuda:1"]`, in which a device may come several times.
+    Args:
+        stream: a `StreamFlow`.
+        devices: "all" (every GPU, or the stream's own device where there is none), or a list such as `["cuda:0", "cuda:1"]`.
+            A device may occur several times.
 
     Raises:
-        TypeError, ValueError: a device that cannot be, an offloaded network. MemoryError: a device has no room, with the
-        numbers; the stream is as it was.
+        TypeError, ValueError: a device is unknown or missing, or the network is offloaded.
+        MemoryError: a device has too little free memory, with the numbers. The stream stays as it was.
     """
     stream.adapter.check_offers("shard_denoiser")
     plain = stream.adapter.velocity
     source = plain.source if isinstance(plain, ShardedVelocity) else plain
     chosen = resolve_devices(devices, stream.device)
-    check_whole(source)
+    check_not_offloaded(source)
     first = chosen.index(stream.device) if stream.device in chosen else None
     check_memory(source, [device for i, device in enumerate(chosen) if i != first])
-    replicas = [source if i == first else copied(source, device) for i, device in enumerate(chosen)]
+    replicas = [source if i == first else copy_to(source, device) for i, device in enumerate(chosen)]
     shared = frozenset(stream.adapter.shared_inputs)
     stream.velocity = sharded = ShardedVelocity(source, replicas, chosen, shared, pairs=stream.cfg_type == "full")
     return sharded

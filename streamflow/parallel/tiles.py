@@ -1,21 +1,22 @@
-"""One large picture by tiles, on the devices of a `ShardedVAE`. Knows convolutions, and how far a decoder sees; no family.
+"""Decoding one large image by tiles, on the devices of a `ShardedVAE`. Knows receptive fields of decoders; no family.
 
-A decoder of convolutions and pointwise functions (AutoencoderTiny) sees as far as its convolutions reach. Tiles with so wide
-a halo, cut back to their cores, are the whole decode: the same sums, in the order that the kernels for the tile's size take.
+A decoder of convolutions and pointwise functions (AutoencoderTiny) has a finite receptive field. Tiles with a halo of that
+width, cropped to their cores, equal the whole decode up to the order of sums.
 
-A decoder with GroupNorm or attention (AutoencoderKL) looks at the whole picture, and a tile takes its own mean and variance.
-There tiles are blended over half their halo, and the result is near the whole decode, not equal. How near depends on how
-alike the tiles are: `psnr(decode(vae, z, devices, tile=32), vae.decode(z).sample)` says it for a picture (`psnr`, below).
+A decoder with GroupNorm or attention (AutoencoderKL) depends on the whole image, and a tile has its own mean and variance.
+There, tiles are blended over half their halo, and the result approximates the whole decode. Measure it for an image with
+`psnr(decode(vae, z, devices, tile=32), vae.decode(z).sample)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,19 @@ from torch import Tensor, nn
 from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
 from streamflow.parallel.replicas import free_bytes
-from streamflow.parallel.vae import ShardedVAE
+from streamflow.parallel.vae import ShardedVAE, decode_images
 
-PROBE = 8  # latents on a side: a decode that shows at which scale each convolution works
-SAMPLE = 24  # latents on a side: a decode that shows how much memory a latent takes
+PROBE = 8  # latents per side of the decode that shows the scale of each convolution
+SAMPLE = 24  # latents per side of the decode that measures the memory per latent
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-POINTWISE = (
-    *(nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Hardtanh),
-)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Hardtanh)
+POINTWISE = (nn.Identity, nn.Dropout, *ACTIVATIONS)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How a decoder looks at its latents. factor: pixels a latent. halo: how many latents away its convolutions see.
-    local: it sees nothing beyond, so that haloed tiles are exact."""
+    """The receptive field of a decoder. factor: pixels per latent. halo: how many latents to each side its convolutions
+    reach. local: nothing beyond the halo has an effect, so that tiles with this halo are exact."""
 
     factor: int
     halo: int
@@ -45,34 +45,38 @@ class Reach:
 
 @torch.no_grad()
 def decode_tiled(sharded: ShardedVAE, latents: Tensor, tile: int | str = "auto", halo: int | None = None) -> Tensor:
-    """Pictures of latents `[N, ..., h, w]`, decoded in haloed tiles that go round the devices, on the device asked for.
+    """Images of latents `[N, ..., h, w]`, decoded in tiles with halos that go to the devices in turn. They are on the
+    `output_device` of the sharded VAE, by default on the device of the latents. Exact up to the order of sums where the
+    decoder is local, otherwise blended (see the head of this file).
 
-    tile: a tile's side without its halo, in latents; "auto": as few tiles as occupy every device and fit its free memory.
-    halo: latents around each tile; None: as far as the decoder's convolutions see. Fewer is quicker and no longer exact.
-
-    Exact (up to the order of sums) where the decoder is local; otherwise blended (see the head of this file).
+    Args:
+        sharded: made by `shard_vae`.
+        tile: the side of a tile without its halo, in latents; "auto": the fewest tiles that occupy every device and fit into
+            its free memory.
+        halo: latents around each tile; None: the reach of the decoder's convolutions. A smaller halo is not exact.
 
     Raises:
-        TypeError, ValueError: a bad tile or no latents; memory holds not even the smallest tile. DecodeError: all devices
-        failed.
+        ValueError: a bad tile or halo, there are no latents, or the smallest tile does not fit into memory.
+        DecodeError: all devices failed.
     """
     if not latents.numel():
-        raise ValueError(f"there are no latents to decode, {list(latents.shape)}")
+        raise ValueError(f"there are no latents to decode, {list(latents.shape)}: pass one row or more")
     height, width = latents.shape[-2:]
     probe = latents[:1, ..., :1, :1]
     reach = _with_halo(_on_first(sharded, reach_of, probe), halo)
     counts = _counts(sharded, latents, tile, reach)
-    places = tiles(height, width, counts, reach.halo)
-    picture = _Exact(latents, reach) if reach.local else _Blended(latents, reach)
-    waiting: deque[tuple[Tile, Pending]] = deque()
-    for place in places:
-        window = latents[..., _slice(place.rows.window), _slice(place.columns.window)]
-        waiting.append((place, _submit(sharded, window, latents.device)))
-        if len(waiting) > sharded.lanes:
-            _put(picture, waiting.popleft())
-    while waiting:
-        _put(picture, waiting.popleft())
-    return picture.finished()
+    image = _Exact(latents, reach) if reach.local else _Blended(latents, reach)
+    target = sharded.settings.target or latents.device
+    calls = [partial(decode_images, one) for one in sharded.replicas]
+    pending: deque[tuple[Tile, Pending]] = deque()
+    for part in tiles(height, width, counts, reach.halo):
+        if len(pending) > sharded.lanes:
+            image.put(pending.popleft())
+        window = latents[..., _slice(part.rows.window), _slice(part.columns.window)]
+        pending.append((part, sharded.pool.submit(calls, (window,), None, len(window), target)))
+    for decoded in pending:
+        image.put(decoded)
+    return image.finished()
 
 
 def _with_halo(reach: Reach, halo: int | None) -> Reach:
@@ -84,20 +88,20 @@ def _with_halo(reach: Reach, halo: int | None) -> Reach:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]; infinite where they are equal."""
+    """The peak signal-to-noise ratio in dB of images in [-1, 1]; infinite where they are equal."""
     error = (a.double() - b.double()).square().mean().item()
     return 10 * math.log10(4 / error) if error else math.inf
 
 
-# -- how far a decoder sees --------------------------------------------------------------------------------------------
+# -- the receptive field of a decoder ----------------------------------------------------------------------------------
 
 
 def reach_of(vae: nn.Module, like: Tensor) -> Reach:
-    """Read off a decode of a few latents: which modules ran, at which scale. like: latents of one position, for their
-    channels, dtype and device."""
-    channels = like.expand(*like.shape[:-2], PROBE, PROBE)
-    ran, pictures = _watched(vae, torch.zeros_like(channels, memory_format=torch.contiguous_format))
-    factor, rest = divmod(pictures.shape[-1], PROBE)
+    """The reach of a decoder, measured by a decode of a few latents. like: latents of one position, `[1, ..., 1, 1]`, which
+    set the channels, dtype and device."""
+    small = like.expand(*like.shape[:-2], PROBE, PROBE)
+    ran, images = _record_modules(vae, torch.zeros_like(small, memory_format=torch.contiguous_format))
+    factor, rest = divmod(images.shape[-1], PROBE)
     pixels: dict[int, int] = defaultdict(int)
     local = not rest
     for module, size in ran:
@@ -105,11 +109,11 @@ def reach_of(vae: nn.Module, like: Tensor) -> Reach:
             pixels[size // PROBE] += _conv_reach(module)
         local = local and _is_local(module, size)
     halo = _in_latents(pixels)
-    return Reach(factor, halo, local and _sees_no_farther(vae, like, halo, factor))
+    return Reach(factor, halo, local and _is_confined(vae, like, halo, factor))
 
 
-def _watched(vae: nn.Module, latents: Tensor) -> tuple[list[tuple[nn.Module, int]], Tensor]:
-    """(modules without children that ran in a decode, each with its input's width; the pictures)."""
+def _record_modules(vae: nn.Module, latents: Tensor) -> tuple[list[tuple[nn.Module, int]], Tensor]:
+    """(the modules without children that ran in a decode, each with the width of its input; the images)."""
     ran: list[tuple[nn.Module, int]] = []
 
     def note(module: nn.Module, args: tuple) -> None:
@@ -119,26 +123,26 @@ def _watched(vae: nn.Module, latents: Tensor) -> tuple[list[tuple[nn.Module, int
         for module in vae.modules():
             if not any(True for _ in module.children()):
                 stack.callback(module.register_forward_pre_hook(note).remove)
-        return ran, _decoded(vae, latents)
+        return ran, decode_images(vae, latents)
 
 
 def _is_local(module: nn.Module, size: int) -> bool:
     if isinstance(module, CONVOLUTIONS):
-        square = all(step == 1 for step in module.stride) and module.padding_mode == "zeros"
-        return square and size > 0 and size % PROBE == 0
+        keeps_size = all(step == 1 for step in module.stride) and module.padding_mode == "zeros"
+        return keeps_size and size > 0 and size % PROBE == 0
     if isinstance(module, nn.Upsample):
         return module.mode == "nearest"
     return isinstance(module, POINTWISE) or type(module).__module__.endswith("activations")
 
 
 def _conv_reach(module: nn.Module) -> int:
-    """Pixels to each side that a convolution sees, the more of the two sides."""
+    """How many pixels to each side a convolution reaches, the larger of the two axes."""
     return max(step * (size - 1) // 2 for step, size in zip(module.dilation[-2:], module.kernel_size[-2:], strict=True))
 
 
 def _in_latents(pixels: dict[int, int]) -> int:
-    """The reach of all convolutions, given the sum at each scale: from the finest scale down to the latents', rounded up to
-    whole pixels at every change of scale."""
+    """The reach of all convolutions in latents. pixels: their sum at each scale, in pixels of that scale. It is accumulated
+    from the finest scale to that of the latents, and rounded up at every change of scale."""
     reach, last = 0, 1
     for scale in sorted(pixels, reverse=True):
         reach = math.ceil(reach * scale / last) + pixels[scale] if reach else pixels[scale]
@@ -146,22 +150,22 @@ def _in_latents(pixels: dict[int, int]) -> int:
     return math.ceil(reach / last)
 
 
-def _sees_no_farther(vae: nn.Module, like: Tensor, halo: int, factor: int) -> bool:
-    """Whether a change of one latent stays within the halo; what acts on the whole picture outside of modules shows here."""
+def _is_confined(vae: nn.Module, like: Tensor, halo: int, factor: int) -> bool:
+    """Whether a change of one latent stays within the halo. This finds global operations outside of modules."""
     side = halo + 3
     generator = torch.Generator().manual_seed(0)
     shape = (*like.shape[:-2], side, side)
     plain = torch.randn(shape, generator=generator).to(like.device, like.dtype)
     changed = plain.clone()
     changed[..., 0, 0] += 3
-    before, after = _decoded(vae, plain), _decoded(vae, changed)
+    before, after = decode_images(vae, plain), decode_images(vae, changed)
     start = (halo + 1) * factor
     far = [(before[..., start:, :], after[..., start:, :]), (before[..., start:], after[..., start:])]
     tolerance = 1e3 * torch.finfo(before.dtype).eps
     return all(torch.allclose(a, b, atol=tolerance, rtol=0) for a, b in far)
 
 
-# -- how large a tile may be -------------------------------------------------------------------------------------------
+# -- the size of a tile -------------------------------------------------------------------------------------------------
 
 
 def _counts(sharded: ShardedVAE, latents: Tensor, tile: int | str, reach: Reach) -> tuple[int, int]:
@@ -169,12 +173,12 @@ def _counts(sharded: ShardedVAE, latents: Tensor, tile: int | str, reach: Reach)
     if tile == "auto":
         return grid(height, width, sharded.lanes, reach.halo, _room(sharded, latents))
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"tile is 'auto' or a side of 1 latent or more, not {tile!r}")
+        raise ValueError(f"tile must be 'auto' or a side of 1 latent or more, not {tile!r}")
     return -(-height // tile), -(-width // tile)
 
 
 def _room(sharded: ShardedVAE, latents: Tensor) -> int:
-    """How many latents a tile may hold on the device with the least room."""
+    """How many latents a tile may hold on the device with the least free memory."""
     like = latents[:1, ..., :1, :1]
     each = _on_first(sharded, bytes_per_latent, like) * len(latents)
     free = [free_bytes(device) // sharded.devices.count(device) for device in sharded.devices]
@@ -182,46 +186,48 @@ def _room(sharded: ShardedVAE, latents: Tensor) -> int:
 
 
 def bytes_per_latent(vae: nn.Module, like: Tensor) -> float:
-    """Bytes that decoding takes a latent, from a decode of a few: on CUDA the peak that torch's allocator saw (whose
-    peak statistics this resets); on a CPU twice what the largest module takes in and gives out."""
+    """The memory of a decode in bytes per latent, measured on a few latents. On CUDA it is the peak of torch's allocator,
+    whose peak statistics are reset; on a CPU, twice the inputs and outputs of the largest module."""
     latents = torch.zeros(*like.shape[:-2], SAMPLE, SAMPLE, device=like.device, dtype=like.dtype)
     if like.is_cuda:
         torch.cuda.reset_peak_memory_stats(like.device)
         before = torch.cuda.memory_allocated(like.device)
-        _decoded(vae, latents)
+        decode_images(vae, latents)
         return (torch.cuda.max_memory_allocated(like.device) - before) / SAMPLE**2
-    return 2 * _largest_step(vae, latents) / SAMPLE**2
+    return 2 * _largest_module(vae, latents) / SAMPLE**2
 
 
-def _largest_step(vae: nn.Module, latents: Tensor) -> int:
-    steps = [0]
+def _largest_module(vae: nn.Module, latents: Tensor) -> int:
+    """The largest sum of inputs and outputs of one module in a decode, in bytes."""
+    sizes = [0]
 
     def note(module: nn.Module, args: tuple, output: object) -> None:
-        held = [t for t in (*args, output) if isinstance(t, Tensor)]
-        steps.append(sum(t.numel() * t.element_size() for t in held))
+        sizes.append(sum(t.nbytes for t in (*args, output) if isinstance(t, Tensor)))
 
     with ExitStack() as stack:
         for module in vae.modules():
             stack.callback(module.register_forward_hook(note).remove)
-        _decoded(vae, latents)
-    return max(steps)
+        decode_images(vae, latents)
+    return max(sizes)
 
 
-# -- putting tiles together --------------------------------------------------------------------------------------------
+# -- joining tiles ------------------------------------------------------------------------------------------------------
 
 
 class _Exact:
-    """Cores side by side."""
+    """An image made of the cores of its tiles."""
 
     def __init__(self, latents: Tensor, reach: Reach):
         self.size, self.factor, self.canvas = latents.shape[-2:], reach.factor, None
 
-    def put(self, place: Tile, pixels: Tensor) -> None:
-        core = pixels[..., place.rows.cut(self.factor), place.columns.cut(self.factor)]
-        self.region(self.made(pixels), place.rows.core, place.columns.core).copy_(core)
+    def put(self, decoded: tuple[Tile, Pending]) -> None:
+        """Wait for the pixels of a tile and write them."""
+        tile, pixels = decoded[0], decoded[1].result()
+        core = pixels[..., tile.rows.cut(self.factor), tile.columns.cut(self.factor)]
+        self.region(self.canvas_for(pixels), tile.rows.core, tile.columns.core).copy_(core)
 
-    def made(self, pixels: Tensor) -> Tensor:
-        """The canvas, made when the first tile says of which channels and kind it is."""
+    def canvas_for(self, pixels: Tensor) -> Tensor:
+        """The canvas, which is made with the channels, dtype and device of the first tile."""
         if self.canvas is None:
             self.canvas = pixels.new_zeros((*pixels.shape[:-2], *(side * self.factor for side in self.size)))
         return self.canvas
@@ -235,48 +241,32 @@ class _Exact:
 
 
 class _Blended(_Exact):
-    """Windows that fade into each other around the ends of their cores."""
+    """An image made of the windows of its tiles, which are blended around the ends of their cores."""
 
     def __init__(self, latents: Tensor, reach: Reach):
         super().__init__(latents, reach)
         self.blend = reach.halo // 2
 
-    def put(self, place: Tile, pixels: Tensor) -> None:
+    def put(self, decoded: tuple[Tile, Pending]) -> None:
+        tile, pixels = decoded[0], decoded[1].result()
         self.dtype = pixels.dtype
-        down = ramp(place.rows, self.size[0], self.blend, self.factor)
-        across = ramp(place.columns, self.size[1], self.blend, self.factor)
+        down = ramp(tile.rows, self.size[0], self.blend, self.factor)
+        across = ramp(tile.columns, self.size[1], self.blend, self.factor)
         weight = torch.outer(torch.tensor(down), torch.tensor(across)).to(pixels.device)
-        canvas = self.made(pixels.float())
-        self.region(canvas, place.rows.window, place.columns.window).add_(pixels.float() * weight)
+        canvas = self.canvas_for(pixels.float())
+        self.region(canvas, tile.rows.window, tile.columns.window).add_(pixels.float() * weight)
 
     def finished(self) -> Tensor:
         return self.canvas.to(self.dtype)
 
 
-def _put(picture: _Exact, decoded: tuple[Tile, Pending]) -> None:
-    place, pending = decoded
-    picture.put(place, pending.result())
-
-
 # -- on the devices ----------------------------------------------------------------------------------------------------
 
 
-def _decoded(vae: nn.Module, latents: Tensor) -> Tensor:
-    return vae.decode(latents, return_dict=False)[0]
-
-
-def _submit(sharded: ShardedVAE, window: Tensor, home: torch.device) -> Pending:
-    calls = _each(sharded, _decoded)
-    return sharded.pool.submit(calls, (window,), None, len(window), sharded.settings.target or home)
-
-
-def _on_first(sharded: ShardedVAE, act: Callable, like: Tensor):
-    """What a function of (VAE, latents) gives on the first device that works, in that device's own thread."""
-    return sharded.pool.submit(_each(sharded, act), (like,), worker=sharded.pool.alive[0]).result()
-
-
-def _each(sharded: ShardedVAE, act: Callable) -> Sequence[Callable]:
-    return [partial(act, one) for one in sharded.replicas]
+def _on_first(sharded: ShardedVAE, function: Callable, like: Tensor) -> Any:
+    """The result of a function of (VAE, latents) on the first device that works, computed in its own thread."""
+    calls = [partial(function, one) for one in sharded.replicas]
+    return sharded.pool.submit(calls, (like,), worker=sharded.pool.alive[0]).result()
 
 
 def _slice(span: range) -> slice:
