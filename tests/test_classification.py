@@ -14,7 +14,7 @@ from streamflow.models.pipeline_kinds import CLASSES
 
 EXPORTED = {name for names in diffusers._import_structure.values() for name in names}
 PIPES = {name for name in EXPORTED if name.endswith("Pipeline")}
-KINDS = ("adapter", "rendezvous", "not a flow", "refused")
+KINDS = ("adapter", "fallback", "not a flow", "refused")
 
 
 def _sources() -> dict[str, tuple[ast.ClassDef, str]]:
@@ -48,9 +48,9 @@ def test_every_pipeline_class_of_diffusers_is_classified_and_no_other():
 
 
 def test_the_family_table_and_the_classification_agree():
-    adapters = {name for name, family in PIPELINES.items() if family != "rendezvous" and name in PIPES}
+    adapters = {name for name, family in PIPELINES.items() if family != "fallback" and name in PIPES}
     assert adapters == set(_of("adapter"))
-    assert {name for name, family in PIPELINES.items() if family == "rendezvous"} <= set(_of("rendezvous"))
+    assert {name for name, family in PIPELINES.items() if family == "fallback"} <= set(_of("fallback"))
 
 
 def test_no_class_that_is_made_with_a_flow_scheduler_is_said_to_be_no_flow():
@@ -63,8 +63,8 @@ def test_no_class_that_is_made_with_a_flow_scheduler_is_said_to_be_no_flow():
         assert "FlowM" not in (ast.unparse(init) if init else ""), name
 
 
-def test_every_class_for_the_rendezvous_takes_what_it_sets():
-    for name in _of("rendezvous"):
+def test_every_class_for_the_fallback_takes_what_it_sets():
+    for name in _of("fallback"):
         assert {"prompt", "latents", "output_type", "height", "width"} <= _arguments(name), name
         assert "Flow" in SOURCES[name][1], name
 
@@ -80,16 +80,16 @@ def _pipe(name: str):
 
 def test_a_refused_class_is_refused_with_its_reason_by_either_way():
     for name in _of("refused"):
-        for family in (None, "rendezvous"):
+        for family in (None, "fallback"):
             with pytest.raises(ValueError) as error:
                 adapter_for(_pipe(name), family)
             assert str(error.value) == f"{name} {CLASSES[name][1]}"
 
 
 def test_other_classes_are_told_what_to_do():
-    with pytest.raises(ValueError, match="family='rendezvous'"):
+    with pytest.raises(ValueError, match="family='fallback'"):
         adapter_for(_pipe("Krea2Pipeline"))
-    with pytest.raises(ValueError, match="family='rendezvous'") as error:
+    with pytest.raises(ValueError, match="family='fallback'") as error:
         StreamFlow(_pipe("SomethingNewPipeline"))
     assert all(family in str(error.value) for family in FAMILIES)
     with pytest.raises(ValueError, match="not a flow"):

@@ -440,7 +440,7 @@ def test_copies_are_compiled_each_by_itself_and_put_back(latents):
     sharded = shard_vae(random_tiny_vae(4, blocks=2).requires_grad_(False), ["cpu"] * 2)
     codec = sharded.codec_of(Codec)
     velocity = Part("velocity", nn.Linear(4, 4).requires_grad_(False), {"x": torch.zeros(2, 4)})
-    encoder = Part("encoder", codec.encoder, {"pictures": torch.zeros(2, 3, 8, 8)})
+    encoder = Part("encoder", codec.encoder, {"images": torch.zeros(2, 3, 8, 8)})
     parts = Parts(velocity, Part("decoder", codec.decoder, {"latents": latents[:2]}), encoder)
     before = [{k: v.clone() for k, v in one.state_dict().items()} for one in sharded.replicas]
     expected = codec.decode(latents)

@@ -214,7 +214,7 @@ def tiny_vae_parts(vae: nn.Module, channels: int, factor: int):
     latents = torch.randn(2, channels, 64 // factor, 64 // factor)
     return {
         "decoder": Part("decoder", codec.decoder, {"latents": latents}, free_size=True),
-        "encoder": Part("encoder", codec.encoder, {"pictures": torch.rand(2, 3, 64, 64) * 2 - 1}, free_size=True),
+        "encoder": Part("encoder", codec.encoder, {"images": torch.rand(2, 3, 64, 64) * 2 - 1}, free_size=True),
     }
 
 
@@ -247,7 +247,7 @@ def onnx_of(part_of, tmp_path_factory):
     def get(model: str, name: str):
         if (model, name) not in made:
             part = part_of(model, name)
-            picture = part_of(model, "encoder").inputs["pictures"].shape[-2:]
+            picture = part_of(model, "encoder").inputs["images"].shape[-2:]
             own = next(iter(part.inputs.values())).shape[-2:]
             units = tuple(a // b for a, b in zip(picture, own, strict=True)) if part.free_size else (1, 1)
             size = {

@@ -71,7 +71,7 @@ class Parts:
         )
         maps = latents.dim() == 4  # packed latents have lost their height and width
         decoder = Part("decoder", codec.decoder, {"latents": latents}, free_size=maps)
-        return cls(velocity, decoder, Part("encoder", codec.encoder, {"pictures": pictures}, free_size=maps))
+        return cls(velocity, decoder, Part("encoder", codec.encoder, {"images": pictures}, free_size=maps))
 
     def __iter__(self) -> Iterator[Part]:
         return iter((self.velocity, self.decoder, self.encoder))

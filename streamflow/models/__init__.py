@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamflow.models.adapter import FlowAdapter
+    from streamflow.models.protocols import Pipeline
 
 FAMILIES: dict[str, Any] = {
     "sd3": "streamflow.models.families.sd3:StableDiffusion3",
@@ -27,7 +28,7 @@ FAMILIES: dict[str, Any] = {
     "perflow": "streamflow.models.families.perflow:PeRFlow",
     "perflow-sdxl": "streamflow.models.families.perflow:PeRFlowSDXL",
     "zimage": "streamflow.models.families.zimage:ZImage",
-    "rendezvous": "streamflow.models.fallback.adapter:Rendezvous",
+    "fallback": "streamflow.models.fallback.adapter:Fallback",
 }
 
 PIPELINES = {
@@ -57,17 +58,17 @@ PIPELINES = {
     "ZImagePipeline": "zimage",
     "ZImageImg2ImgPipeline": "zimage",
     "ZImageInpaintPipeline": "zimage",
-    "AuraFlowPipeline": "rendezvous",
-    "BriaPipeline": "rendezvous",
-    "CogView4Pipeline": "rendezvous",
-    "ErnieImagePipeline": "rendezvous",
-    "HiDreamImagePipeline": "rendezvous",
-    "HunyuanImagePipeline": "rendezvous",
-    "Kandinsky5T2IPipeline": "rendezvous",
-    "LuminaPipeline": "rendezvous",
-    "OmniGenPipeline": "rendezvous",
-    "OvisImagePipeline": "rendezvous",
-    "PRXPipeline": "rendezvous",
+    "AuraFlowPipeline": "fallback",
+    "BriaPipeline": "fallback",
+    "CogView4Pipeline": "fallback",
+    "ErnieImagePipeline": "fallback",
+    "HiDreamImagePipeline": "fallback",
+    "HunyuanImagePipeline": "fallback",
+    "Kandinsky5T2IPipeline": "fallback",
+    "LuminaPipeline": "fallback",
+    "OmniGenPipeline": "fallback",
+    "OvisImagePipeline": "fallback",
+    "PRXPipeline": "fallback",
 }
 
 # Diffusion pipelines, by the start of their class's name, and the family of the same network once rectified.
@@ -88,7 +89,7 @@ def register(family: str, adapter: Any, pipelines: tuple[str, ...] = ()) -> None
     PIPELINES.update(dict.fromkeys(pipelines, family))
 
 
-def adapter_for(pipe: Any, family: str | None = None) -> FlowAdapter:
+def adapter_for(pipe: Pipeline, family: str | None = None) -> FlowAdapter:
     """The adapter of a loaded diffusers pipeline, by `family` or by the name of the pipeline's class or its bases.
 
     Raises:
@@ -98,7 +99,7 @@ def adapter_for(pipe: Any, family: str | None = None) -> FlowAdapter:
     return adapter_class(family or _family_of(pipe))(pipe)
 
 
-def _family_of(pipe: Any) -> str:
+def _family_of(pipe: Pipeline) -> str:
     names = [cls.__name__ for cls in type(pipe).__mro__]
     known = next((PIPELINES[name] for name in names if name in PIPELINES), None)
     if known:
@@ -117,7 +118,7 @@ def _family_of(pipe: Any) -> str:
         raise ValueError(f"{names[0]} is a diffusion or consistency model, not a flow")
     raise ValueError(
         f"no family is known for {names[0]}. Known pipelines: {', '.join(sorted(PIPELINES))}. "
-        f"Pass family='rendezvous', which draws with whole calls of any pipeline, or another family= (one of "
+        f"Pass family='fallback', which draws with whole calls of any pipeline, or another family= (one of "
         f"{', '.join(sorted(FAMILIES))}), or streamflow.models.register() an adapter"
     )
 

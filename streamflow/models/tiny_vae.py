@@ -17,6 +17,8 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
 
+from streamflow.models.protocols import VAE, Pipeline
+
 UPSTREAM = "https://github.com/madebyollin/taesd"
 
 
@@ -141,7 +143,7 @@ def load(where: str) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(where)
 
 
-def known_place(pipe: Any, known: str | None) -> str | None:
+def known_place(pipe: Pipeline, known: str | None) -> str | None:
     """Where the tiny VAE of a pipe can be loaded from: the folder `vae_tiny` beside its own, or the hub id of its
     family's."""
     own = Path(str(getattr(pipe, "name_or_path", None) or "")) / "vae_tiny"
@@ -150,7 +152,7 @@ def known_place(pipe: Any, known: str | None) -> str | None:
     return known if known is not None and "/" in known else None
 
 
-def find(pipe: Any, known: str | None) -> str:
+def find(pipe: Pipeline, known: str | None) -> str:
     """As `known_place`.
 
     Raises:
@@ -170,7 +172,7 @@ def find(pipe: Any, known: str | None) -> str:
     )
 
 
-def check_scale(vae: Any, factor: int) -> None:
+def check_scale(vae: VAE, factor: int) -> None:
     """Raise ValueError unless a latent of this VAE is `factor` pixels wide."""
     pixels = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
     if pixels != factor:

@@ -1,9 +1,9 @@
 """What a family gains by an adapter over the universal fallback, and what the fallback gains over plain diffusers.
 
-    python examples/benchmark/rendezvous.py --model sd3-medium --output static/benchmarks/rendezvous-sd3.json
+    python examples/benchmark/fallback.py --model sd3-medium --output static/benchmarks/fallback-sd3.json
 
-The same pipeline draws in three ways, in turns within one run: its own call, picture after picture; the rendezvous, whose
-frames are whole calls that meet at the network; and the family's adapter, unaccelerated, since the rendezvous cannot be
+The same pipeline draws in three ways, in turns within one run: its own call, picture after picture; the fallback, whose
+frames are whole calls that meet at the network; and the family's adapter, unaccelerated, since the fallback cannot be
 accelerated. `accelerated` is the adapter under `accelerate("auto")`. Networks have their true size and random weights, or
 are the embedded model's. The last line is JSON.
 """
@@ -43,7 +43,7 @@ def drawn(stream: StreamFlow) -> torch.Tensor:
 
 
 def tell(pipe: Any, texts: Mapping[str, Any]) -> None:
-    """Let a pipeline that has no text encoders answer every prompt with these embeddings: the rendezvous calls it with an
+    """Let a pipeline that has no text encoders answer every prompt with these embeddings: the fallback calls it with an
     empty prompt too, to see what its latents look like."""
     own = pipe.encode_prompt
     known = {name: x for name, x in texts.items() if name in signature(own).parameters}
@@ -52,12 +52,12 @@ def tell(pipe: Any, texts: Mapping[str, Any]) -> None:
 
 def measure(subject: Subject) -> dict[str, Any]:
     """Pictures a second by each way, and each way's share of the pipeline's own."""
-    s, fallback = subject.settings, replace(subject, family="rendezvous")
+    s, fallback = subject.settings, replace(subject, family="fallback")
     rates: dict[str, list[float]] = {}
     with ExitStack() as opened:
         ways = {
             "plain": opened.enter_context(plain(subject, False)),
-            "rendezvous": Way(partial(drawn, opened.enter_context(fallback.stream(False)))),
+            "fallback": Way(partial(drawn, opened.enter_context(fallback.stream(False)))),
             "adapter": opened.enter_context(streamed(subject, "none", False, True)),
         }
         counts = {name: warm(subject, way) for name, way in ways.items()}
@@ -72,7 +72,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     return {"pictures_per_s": found, "times": times, "clocks": clocks(subject.device)}
 
 
-PAIRS = (("rendezvous", "plain"), ("adapter", "rendezvous"), ("accelerated", "rendezvous"))
+PAIRS = (("fallback", "plain"), ("adapter", "fallback"), ("accelerated", "fallback"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
