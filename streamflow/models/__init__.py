@@ -114,7 +114,8 @@ def _family_of(pipe: Pipeline) -> str:
     from streamflow.models.pipeline_kinds import check_drawable, kind_of
 
     check_drawable(type(pipe))
-    if kind_of(type(pipe)) == "not a flow":
+    kind = kind_of(type(pipe))
+    if kind is not None and kind.name == "not a flow":
         raise ValueError(f"{names[0]} is a diffusion or consistency model, not a flow")
     raise ValueError(
         f"no family is known for {names[0]}. Known pipelines: {', '.join(sorted(PIPELINES))}. "
