@@ -127,14 +127,14 @@ def test_the_probe_sees_what_the_network_is_given(pipes):
 @pytest.mark.parametrize(
     "model,network,vae,tiny", [("sdxl", 2567.46e6, 83.65e6, 2.445e6), ("sana", 1604.46e6, 312.25e6, 3.95e6)]
 )
-def test_the_true_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
-    from streamflow.benchmark import true_size as sizes
+def test_the_full_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
+    from streamflow.benchmark import full_size as sizes
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    pipe = sizes.true_size(model, "meta")
+    pipe = sizes.full_size(model, "meta")
     adapter = models.adapter_for(pipe, sizes.size_of(model).family)
-    found = count(adapter.net), count(pipe.vae), count(sizes.true_tiny_vae(model, "meta"))
+    found = count(adapter.net), count(pipe.vae), count(sizes.full_size_tiny_vae(model, "meta"))
     assert found == pytest.approx((network, vae, tiny), rel=2e-3)
     assert set(sizes.prompt_arguments(model, "cpu")) <= set(adapter._parameters())

@@ -33,6 +33,7 @@ from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.timing import Spread, timed
 from streamflow.benchmark.ways import Way, plain, streamed
 from streamflow.image_utils import denormalize
+from streamflow.models.loading import default_device
 
 SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "embedded": 128}
 
@@ -69,7 +70,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         rates["accelerated"] = [way.frames / timed(way.tick, count, subject.device).mean for _ in range(s.rounds)]
     found = {name: vars(Spread.of(each)) for name, each in rates.items()}
     times = {f"{a} over {b}": ratio(found[a], found[b]) for a, b in PAIRS}
-    return {"pictures_per_s": found, "times": times, "clocks": clocks(subject.device)}
+    return {"images_per_s": found, "times": times, "clocks": clocks(subject.device)}
 
 
 PAIRS = (("fallback", "plain"), ("adapter", "fallback"), ("accelerated", "fallback"))
@@ -81,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=at_least(1), default=4, help="default 4")
     p.add_argument("--size", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--rounds", type=at_least(1), default=5, help="default 5")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--output", type=Path, help="also write the JSON here")
     return p.parse_args(argv)
 

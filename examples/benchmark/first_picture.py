@@ -56,10 +56,10 @@ def start(model: str, kind: str, device: str) -> dict[str, float]:
     """Seconds of the imports, of making the model, and from there to the first picture on the host."""
     began = time.perf_counter()
     from streamflow import StreamFlow
-    from streamflow.benchmark.true_size import prompt_arguments, size_of, true_size
+    from streamflow.benchmark.full_size import full_size, prompt_arguments, size_of
 
     imported = time.perf_counter()
-    pipe = true_size(model, device)
+    pipe = full_size(model, device)
     loaded = time.perf_counter()
     stream = StreamFlow(pipe, range(4), width=512, height=512, cfg_type="none", family=size_of(model).family)
     stream.prepare(num_inference_steps=4, **prompt_arguments(model, pipe.device, pipe.dtype, guided=False))

@@ -35,6 +35,7 @@ from streamflow.benchmark.subject import COMPARED, Subject, load
 from streamflow.benchmark.timing import Spread, timed, wait
 from streamflow.benchmark.ways import Way, by_hand
 from streamflow.image_utils import denormalize
+from streamflow.models.loading import default_device
 
 logger = logging.getLogger(__name__)
 SIZES = {"flux-schnell": 512, "sd3-medium": 512, "sd15": 512, "embedded": 128}
@@ -152,7 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
     p.add_argument("--round-seconds", type=above(0), default=0.5, help="a slow variant takes fewer ticks (default 0.5)")
     p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     p.add_argument("--backend", default="inductor", help="torch.compile's (default: %(default)s)")
     p.add_argument("--output", type=Path, help="also write the JSON here")

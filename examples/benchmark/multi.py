@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             if pictures.is_cuda:
                 torch.cuda.synchronize()
             rates[size] = round(size * a.iterations / (time.perf_counter() - begun), 2)
-    print(json.dumps({"pictures_per_second": rates}))
+    print(json.dumps({"images_per_second": rates}))
     return 0
 
 

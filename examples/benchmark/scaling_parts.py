@@ -136,7 +136,7 @@ def _decode_row(run: Run, stream: StreamFlow, z: Tensor, k: int, kept: dict[int,
             kept[1] = drawn
         ms = run.timed(lambda: some(z))
         check_alive(some.pool)
-    return {"ms": ms, "pictures_per_s": 1e3 * len(drawn) / ms["median"], **like}
+    return {"ms": ms, "images_per_s": 1e3 * len(drawn) / ms["median"], **like}
 
 
 # -- decoding by frame -------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _streamed(run: Run, stream: StreamFlow, kept: dict[int, Tensor]) -> Figures:
     like = likeness(drawn, kept.get(1))
     kept.setdefault(1, drawn)
     ms = _frame_times(run, stream)
-    figures = {"ms": ms, "pictures_per_s": 1e3 / ms["median"], **like}
+    figures = {"ms": ms, "images_per_s": 1e3 / ms["median"], **like}
     eager = run.found["parts"]["decode_frames"]["eager"]["1"]
     return {**figures, "times_eager": ratio(eager["ms"], ms)} if "ms" in eager else figures
 

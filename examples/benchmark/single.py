@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             if picture.is_cuda:
                 torch.cuda.synchronize()
             rates[name] = round(a.iterations / (time.perf_counter() - begun), 2)
-    print(json.dumps({"pictures_per_second": rates, "ratio": round(rates["batch"] / rates["one_after_another"], 3)}))
+    print(json.dumps({"images_per_second": rates, "ratio": round(rates["batch"] / rates["one_after_another"], 3)}))
     return 0
 
 

@@ -321,7 +321,7 @@ class FlowAdapter:
         parameters.pop("self", None)
         return parameters
 
-    def _text_to_image(self, pipe: Pipeline) -> Any:
+    def _text_to_image(self, pipe: Pipeline) -> Pipeline:
         """The pipe itself, or a text-to-image pipeline of the same parts if it starts from an image or has control nets.
         Prompts are encoded by the pipe's own method, which a subclass may override."""
         if "strength" not in inspect.signature(type(pipe).__call__).parameters and not hasattr(pipe, "controlnet"):

@@ -106,7 +106,7 @@ def once(function: Function, known: Texts) -> Function:
     clone."""
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         if tree_any(lambda leaf: isinstance(leaf, Tensor), (args, kwargs)):
             return function(*args, **kwargs)
         key = repr((args, kwargs))

@@ -3,6 +3,8 @@ concepts. Knows images in [-1, 1]; no stream."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import PIL.Image
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -22,11 +24,12 @@ def load(pipe: Pipeline) -> tuple[nn.Module, Function]:
     Raises:
         OSError: the hub cannot be reached, with how to pass them.
     """
-    checker, features = (getattr(pipe, name, None) for name in ("safety_checker", "feature_extractor"))
+    checker: Any = getattr(pipe, "safety_checker", None)
+    features: Any = getattr(pipe, "feature_extractor", None)
     if checker and features:
         return checker, features
     try:
-        checker: nn.Module = StableDiffusionSafetyChecker.from_pretrained(CHECKER)
+        checker = StableDiffusionSafetyChecker.from_pretrained(CHECKER)
         return checker.to(pipe.device), CLIPImageProcessor.from_pretrained(FEATURES)
     except OSError as error:
         raise OSError(

@@ -257,7 +257,7 @@ def _instaflow(**changes: Any) -> StableDiffusionPipeline:
 
 
 def _sdxl(**changes: Any) -> StableDiffusionXLPipeline:
-    from streamflow.benchmark.true_size import RectifiedFlowScheduler
+    from streamflow.benchmark.full_size import RectifiedFlowScheduler
 
     config = {
         "cross_attention_dim": 48,

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from streamflow._decibels import decibels
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt.errors import EngineMismatch
 from streamflow.acceleration.tensorrt.profile import Profile
@@ -23,11 +24,6 @@ def noise_power(got: Tensor, want: Tensor) -> Tensor:
     got, want = got.float(), want.float()
     peak = (want.max() - want.min()).clamp(min=torch.finfo(torch.float32).tiny)
     return ((got - want) / peak).square().mean().nan_to_num(math.inf, math.inf)
-
-
-def decibels(power: float) -> float:
-    """PSNR of a noise power, infinite for equal tensors."""
-    return math.inf if power == 0 else -10 * math.log10(power) if math.isfinite(power) else -math.inf
 
 
 class Trial:

@@ -261,7 +261,7 @@ class Fallback(FlowAdapter):
         copied = self._copy(prompt.texts, self.net)
         own = signature(copied.scheduler.step)
 
-        def stop(*args: Any, **kwargs: Any) -> NoReturn:
+        def stop(*args: object, **kwargs: object) -> NoReturn:
             raise _FirstStep(copied.scheduler, own.bind(*args, **kwargs).arguments["sample"])
 
         copied.scheduler.step = stop
@@ -277,7 +277,7 @@ class Fallback(FlowAdapter):
         scheduler, own = copied.scheduler, copied.scheduler.set_timesteps
 
         @wraps(own)  # pipelines inspect its signature
-        def set_no_timesteps(*args: Any, **kwargs: Any) -> None:
+        def set_no_timesteps(*args: object, **kwargs: object) -> None:
             own(*args, **kwargs)
             scheduler.timesteps = scheduler.timesteps[:0]
 
@@ -322,7 +322,7 @@ def _locked(function: Function, pipe: Pipeline) -> Function:
     """The function, called by one thread at a time."""
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         with encoding(pipe):
             return function(*args, **kwargs)
 

@@ -4,15 +4,13 @@ denoising loop). The pipeline's own scheduler is not used."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Network
+from streamflow.models.protocols import Call, Network
 
 # The pipeline's default, which every scheduler supports; the schedule is not read from it.
 PIPELINE_STEPS = 50
@@ -50,8 +48,8 @@ class InstaFlow(FlowAdapter):
     def default_size(self) -> int:
         return self.base.config.sample_size * self.factor
 
-    def _record(self, arguments: dict[str, Any], steps: int, *size_and_guided: Any) -> Recording:
-        return super()._record(arguments, PIPELINE_STEPS, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        return super()._record(arguments, PIPELINE_STEPS, height, width, guided)
 
     def schedule(self, recording: Recording, steps: int) -> Schedule:
         sigmas = torch.tensor([1.0 - i / steps for i in range(steps + 1)])

@@ -4,8 +4,6 @@ second call, rescaled along the width to the length of the prompt's own velocity
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from streamflow.flow.convention import guide
@@ -13,7 +11,7 @@ from streamflow.flow.guidance import ALWAYS, NEVER, Weight, renormalized
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Arguments, Network
+from streamflow.models.protocols import Arguments, Call, Network
 
 
 class Lumina2Velocity(nn.Module):
@@ -60,6 +58,6 @@ class Lumina2(FlowAdapter):
         until = schedule.sigmas[guided - 1].item() if guided else NEVER
         return Weight(scale, renormalized if normalize else guide, until if guided < len(schedule) else ALWAYS)
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
         arguments.pop("cfg_trunc_ratio", None)  # else the first step might not use the negative prompt
-        return super()._record(arguments, *size_and_guided)
+        return super()._record(arguments, steps, height, width, guided)

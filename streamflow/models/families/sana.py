@@ -8,14 +8,12 @@ number of steps draws a somewhat coarser image. Images have the requested size; 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Network
+from streamflow.models.protocols import Call, Network
 
 MULTIPLE = 32  # the pipeline takes sizes divisible by this, whatever the VAE
 
@@ -62,5 +60,5 @@ class Sana(FlowAdapter):
     def default_size(self) -> int:
         return self.default("height")
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
-        return super()._record({**arguments, "use_resolution_binning": False}, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        return super()._record({**arguments, "use_resolution_binning": False}, steps, height, width, guided)

@@ -5,7 +5,6 @@ lists of latents and prompts of any length, and latents stay in float32 (diffuse
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from streamflow.flow.guidance import ALWAYS, NEVER, Weight
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Arguments, Network
+from streamflow.models.protocols import Arguments, Call, Network
 
 EMBEDS = "encoder_hidden_states"  # the network's cap_feats, under the name of all other families
 
@@ -75,9 +74,9 @@ class ZImage(FlowAdapter):
         rule = partial(_guide, scale=scale, cap=cap)
         return Weight(1.0 + scale, rule, _until(schedule, arguments.get("cfg_truncation", 1.0)))
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
         arguments.pop("cfg_truncation", None)  # else the first step might not use the negative prompt
-        return super()._record(arguments, *size_and_guided)
+        return super()._record(arguments, steps, height, width, guided)
 
     def _prompt(self, recording: Recording, guided: bool) -> Prompt:
         """The pipeline calls its network with [prompt, negative]."""
