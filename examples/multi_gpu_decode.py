@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
-    p.add_argument("--count", type=int, default=8, help="pictures (default: %(default)s)")
+    p.add_argument("--count", type=int, default=8, help="images (default: %(default)s)")
     p.add_argument("--output", type=Path, default=Path("outputs/decode.png"), help="all of them (default: %(default)s)")
     a = p.parse_args(argv)
 
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     with StreamFlowWrapper(a.model, mode="txt2img", cfg_type="none", warmup=0) as wrapper:
         wrapper.stream.vae = shard_vae(wrapper.stream.vae, devices)
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
-        pictures = []
+        images = []
         for frame in wrapper.stream.frames([None] * a.count):
             print(f"frame {frame.id} was decoded on {frame.image.device}")
-            pictures.append(postprocess_image(frame.wait().image[None])[0])
+            images.append(postprocess_image(frame.wait().image[None])[0])
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pictures).save(a.output)
+    image_grid(images).save(a.output)
     return 0
 
 

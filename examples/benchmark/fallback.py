@@ -1,11 +1,11 @@
-"""What a family gains by an adapter over the universal fallback, and what the fallback gains over plain diffusers.
+"""Speed of a family's adapter, of the fallback for any pipeline, and of plain diffusers.
 
     python examples/benchmark/fallback.py --model sd3-medium --output static/benchmarks/fallback-sd3.json
 
-The same pipeline draws in three ways, in turns within one run: its own call, picture after picture; the fallback, whose
-frames are whole calls that meet at the network; and the family's adapter, unaccelerated, since the fallback cannot be
-accelerated. `accelerated` is the adapter under `accelerate("auto")`. Networks have their true size and random weights, or
-are the embedded model's. The last line is JSON.
+The same pipeline draws in three ways, in turns within one run: its own call, one image after another; the fallback, whose
+frames are calls of the pipeline that share the network; and the family's adapter, without acceleration, which the fallback
+does not have. `accelerated` is the adapter under `accelerate("auto")`. Networks have their published size and random weights,
+or are the embedded model's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from streamflow.models.loading import default_device
 SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "embedded": 128}
 
 
-def drawn(stream: StreamFlow) -> torch.Tensor:
-    """The next picture, [0, 1]."""
+def next_image(stream: StreamFlow) -> torch.Tensor:
+    """The next image, [0, 1]."""
     return denormalize(stream.txt2img())
 
 
-def tell(pipe: Any, texts: Mapping[str, Any]) -> None:
-    """Let a pipeline that has no text encoders answer every prompt with these embeddings: the fallback calls it with an
-    empty prompt too, to see what its latents look like."""
+def set_embeddings(pipe: Any, texts: Mapping[str, Any]) -> None:
+    """Make a pipeline without text encoders encode every prompt as these embeddings: the fallback also calls it with an
+    empty prompt, to find the shape of its latents."""
     own = pipe.encode_prompt
     known = {name: x for name, x in texts.items() if name in signature(own).parameters}
-    pipe.encode_prompt = lambda *args, **asked: own(*args, **asked | known)
+    pipe.encode_prompt = lambda *args, **given: own(*args, **given | known)
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Pictures a second by each way, and each way's share of the pipeline's own."""
+    """Images a second by each way, and each way's share of the pipeline's own."""
     s, fallback = subject.settings, replace(subject, family="fallback")
     rates: dict[str, list[float]] = {}
     with ExitStack() as opened:
         ways = {
             "plain": opened.enter_context(plain(subject, False)),
-            "fallback": Way(partial(drawn, opened.enter_context(fallback.stream(False)))),
+            "fallback": Way(partial(next_image, opened.enter_context(fallback.stream(False)))),
             "adapter": opened.enter_context(streamed(subject, "none", False, True)),
         }
         counts = {name: warm(subject, way) for name, way in ways.items()}
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     subject = load(settings)
     if settings.random_weights:
-        tell(subject.pipe, subject.arguments)
+        set_embeddings(subject.pipe, subject.arguments)
     about = {"command": " ".join(["python", *sys.argv]), "model": a.model, "size": size, "steps": a.steps}
     result = rounded({**about, "machine": machine(subject.device), **measure(subject)})
     if a.output:

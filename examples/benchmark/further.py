@@ -7,7 +7,7 @@ projections, inductor's own options; what does not pay is in the table too.
 Each variant compiles the same network of true size with random weights anew, so they are measured one after another, the
 baseline first and again at the end: what differs between these two is drift, and no variant's gain below it counts. A tick
 is the network and the decoder alone, their graphs replayed where there are graphs; `times` is the baseline's tick over the
-variant's (least and most from the spreads of both). Differences are between the pictures, in [0, 1], and the baseline's;
+variant's (least and most from the spreads of both). Differences are between the images, in [0, 1], and the baseline's;
 with random weights they say how large the errors are, not what they look like. A variant that cannot run is a row with its
 error. The last line is JSON.
 """
@@ -61,8 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], pictures: Compared) -> dict[str, Any]:
-    """One variant's figures. pictures: takes the first it draws, and gives those to compare them with."""
+def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], images: Compared) -> dict[str, Any]:
+    """One variant's figures. images: takes the first it draws, and gives those to compare them with."""
     device, s = subject.device, subject.settings
     torch.compiler.reset()
     clean(device)
@@ -73,7 +73,7 @@ def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], pictures: 
         wait(device)
         start_up = time.perf_counter() - began
         drawn = [denormalize(first), *(denormalize(stream.txt2img()) for _ in range(COMPARED - 1))]
-        difference = differences(torch.cat(drawn), pictures(torch.cat(drawn).float().cpu()))
+        difference = differences(torch.cat(drawn), images(torch.cat(drawn).float().cpu()))
         way = Way(by_hand(stream))
         count = warm(subject, way)
         rounds = [timed(way.tick, count, device).mean for _ in range(s.rounds)]
@@ -95,7 +95,7 @@ def measure_all(subject: Subject, tiny: bool, names: tuple[str, ...], common: Ma
     that has been found, so that a run that is cut short leaves what it has."""
     kept: list[Tensor] = []
 
-    def pictures(drawn: Tensor) -> Tensor:
+    def images(drawn: Tensor) -> Tensor:
         if not kept:
             kept.append(drawn)
         return kept[0]
@@ -105,7 +105,7 @@ def measure_all(subject: Subject, tiny: bool, names: tuple[str, ...], common: Ma
         logger.info("%s %s", name, own)
         options = {**common, **own}
         try:
-            figures = measure(subject, tiny, options, pictures)
+            figures = measure(subject, tiny, options, images)
         except FAILURES as error:
             if name == BASELINE:
                 raise
