@@ -1,6 +1,7 @@
 """The family table: who speaks for whom, what is refused, and how a family is added."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def test_every_entry_of_the_table_names_a_diffusers_class_and_an_adapter():
         if family == "fallback":  # of any pipeline
             continue
         assert issubclass(adapter, FlowAdapter), family
+        kinds = {parameter.kind for parameter in inspect.signature(adapter.Velocity.forward).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD in kinds, f"{family} passes no extra arguments to its network"
         assert hasattr(diffusers, adapter.text_pipeline) and hasattr(diffusers, adapter.image_pipeline)
     elsewhere = {"RectifiedFlowPipeline"}  # InstaFlow's own repository
     assert {name for name in models.PIPELINES if not hasattr(diffusers, name)} <= elsewhere

@@ -4,8 +4,8 @@
 
 The same pipeline draws in three ways, in turns within one run: its own call, one image after another; the fallback, whose
 frames are calls of the pipeline that share the network; and the family's adapter, without acceleration, which the fallback
-does not have. `accelerated` is the adapter under `accelerate("auto")`. Networks have their published size and random weights,
-or are the embedded model's. The last line is JSON.
+does not have. `accelerated` is the adapter under `accelerate("auto")`. Networks have their published size and random
+weights, or are the embedded model's. The last line is JSON.
 """
 
 from __future__ import annotations
