@@ -1,4 +1,4 @@
-"""The benchmark: every way draws the same pictures, figures are complete and multiply up, sizes are the published ones."""
+"""The benchmark: every way draws the same images, figures are complete and multiply up, sizes are the published ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def subject_of():
 
 
 @pytest.mark.parametrize("family,cfg_type,frames", [("sd3", "full", 2), ("instaflow", "self", 2)])
-def test_every_way_draws_the_pictures_of_the_plain_pipeline(subject_of, family, cfg_type, frames):
+def test_every_way_draws_the_images_of_the_plain_pipeline(subject_of, family, cfg_type, frames):
     subject = subject_of(family, cfg_type=cfg_type, frame_buffer_size=frames)
     found = measure_all(subject)
     assert list(found) == list(VARIANTS)
@@ -286,7 +286,7 @@ def test_the_command_writes_table_and_json(tmp_path, capsys, monkeypatch):
     known = {"command", "import_cpu_s", "compile_cache_before", "load_s"}
     assert known | {"machine", "variants", "factors", "ratios", "dtype"} <= set(result)
     assert [p["value"] for p in result["sweeps"]["steps"]] == [2] and len(result["latency"]["rows"]) == 3
-    assert "| steps a picture |" in out and "| guidance |" in out and "| input frames/s |" in out
+    assert "| steps an image |" in out and "| guidance |" in out and "| input frames/s |" in out
     assert {"device", "packages", "python", "threads"} <= set(result["machine"])
     assert set(result["variants"]) == set(VARIANTS)
     for name in ON_CPU:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -308,9 +309,9 @@ print(stream._engine.in_flight)
 
 @pytest.mark.slow
 def test_an_interpreter_ends_with_frames_in_flight():
-    run = subprocess.run(
-        [sys.executable, "-c", LEFT], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", LEFT], env=env, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
 
 
