@@ -35,8 +35,8 @@ from tqdm import tqdm  # noqa: E402
 from streamflow import StreamFlow, acceleration, models, pretrained  # noqa: E402
 from streamflow._command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
+from streamflow.models.loading import DTYPES, default_device, prompt_defaults  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime")
 # How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst picture.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -54,7 +54,7 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     p.add_argument("--rounds", type=at_least(1), default=1, help="repeat both ways, to see the spread (default 1)")
     p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
-    p.add_argument("--device", default=_best_device(), help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, float16 elsewhere")
     p.add_argument("--seed", type=int, default=2, help="default 2")
     p.add_argument("--cfg-type", default="none", help="none, full, self or initialize (default none)")
@@ -73,12 +73,6 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     if a.dtype is None:
         a.dtype = "float32" if a.device == "cpu" else "float16"
     return p, a
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass
@@ -108,12 +102,6 @@ def load(a: argparse.Namespace) -> Any:
     return pipe.to(a.device)
 
 
-def pipeline_arguments(a: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    """What both ways pass on: without a T5, Stable Diffusion 3 would append 256 empty tokens to every text."""
-    no_t5 = getattr(pipe, "text_encoder_3", pipe) is None
-    return {"max_sequence_length": 0} if no_t5 else {}
-
-
 def make_stream(a: argparse.Namespace, pipe: Any, batched: bool = True) -> StreamFlow:
     """A prepared stream; `batched=False` draws frame by frame."""
     stream = StreamFlow(
@@ -132,7 +120,7 @@ def make_stream(a: argparse.Namespace, pipe: Any, batched: bool = True) -> Strea
         guidance_scale=a.guidance_scale,
         seed=a.seed,
         **start,
-        **pipeline_arguments(a, pipe),
+        **prompt_defaults(pipe),
     )
     return stream
 
@@ -152,7 +140,7 @@ def draw_streamed(a: argparse.Namespace, stream: StreamFlow, title: str) -> Run:
 
 def draw_with_pipeline(a: argparse.Namespace, pipe: Any, stream: StreamFlow, title: str) -> Run:
     """Every frame with the plain diffusers pipeline, from the noise that the stream takes."""
-    target, fixed = pipe, {"output_type": "pt", "num_inference_steps": a.steps, **pipeline_arguments(a, pipe)}
+    target, fixed = pipe, {"output_type": "pt", "num_inference_steps": a.steps, **prompt_defaults(pipe)}
     fixed |= {"height": stream.height, "width": stream.width}
     parameters = inspect.signature(type(pipe).__call__).parameters
     if a.cfg_type == "full":
@@ -251,8 +239,8 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
         "cfg_type": a.cfg_type,
         "accelerate": a.accelerate,
         "reference": reference,
-        "sequential_pictures_per_s": round(median(p.rate for p, _ in rounds), 3),
-        "streamed_pictures_per_s": round(median(s.rate for _, s in rounds), 3),
+        "sequential_images_per_s": round(median(p.rate for p, _ in rounds), 3),
+        "streamed_images_per_s": round(median(s.rate for _, s in rounds), 3),
         "ratio": round(median(ratios), 3),
         "ratio_spread": [round(min(ratios), 3), round(max(ratios), 3)],
         "ratio_with_fill_and_drain": round(median(p.total / s.total for p, s in rounds), 3),
@@ -266,8 +254,8 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
         "output": str(a.output),
     }
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)" if len(ratios) > 1 else ""
-    print(f"\none after another, {reference}: {result['sequential_pictures_per_s']:.2f} pictures/s")
-    print(f"streamed: {result['streamed_pictures_per_s']:.2f} pictures/s, {result['ratio']:.2f} times{spread}")
+    print(f"\none after another, {reference}: {result['sequential_images_per_s']:.2f} pictures/s")
+    print(f"streamed: {result['streamed_images_per_s']:.2f} pictures/s, {result['ratio']:.2f} times{spread}")
     print(f"with filling and draining the ring, {a.frames} pictures: {result['ratio_with_fill_and_drain']:.2f} times")
     print(f"latency {result['latency_streamed_s']:.3f} s streamed, {result['latency_sequential_s']:.3f} s one by one")
     verdict = "they agree" if result["agree"] else f"THEY DISAGREE: the bound is {tolerance:g}"

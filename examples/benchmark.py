@@ -5,7 +5,7 @@
     python examples/benchmark.py --variants none --sweep steps=1,2,4,8 --latency
 
 The first measures the embedded model, the second a network of Stable Diffusion 1.5's size with random weights, on a GPU;
-the third how rates go with the number of steps, and how old a picture is when it is finished.
+the third how rates go with the number of steps, and how old an image is when it is finished.
 `--help` lists the rest. The last line is JSON.
 """
 

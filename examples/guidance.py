@@ -24,15 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output", type=Path, default=Path("outputs/guidance.png"), help="default: %(default)s")
     a = p.parse_args(argv)
 
-    pictures = []
+    images = []
     for kind, cost in KINDS.items():
         with StreamFlowWrapper(a.model, mode="txt2img", cfg_type=kind, warmup=0) as wrapper:
             guided = {} if kind == "none" else {"negative_prompt": a.negative_prompt, "guidance_scale": a.scale}
             wrapper.prepare(a.prompt, num_inference_steps=a.steps, **guided)
-            pictures.append(wrapper())
+            images.append(wrapper())
         print(f"{kind}: {cost}")
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pictures, columns=len(pictures)).save(a.output)
+    image_grid(images, columns=len(images)).save(a.output)
     return 0
 
 

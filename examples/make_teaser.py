@@ -3,7 +3,7 @@
     python examples/make_teaser.py --output static/videos/StreamFlow_teaser.gif
 
 The upper row shows what the batch holds after each call of the network, decoded: four frames at four noise levels, each with
-a prompt of its own. The large picture is the frame that has just left.
+a prompt of its own. The large image is the frame that has just left.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ def animate(stream: StreamFlow, prompts: list[str]) -> list[Image.Image]:
         inside.insert(0, prompt)
         finished = stream.predict_x0_batch(noise)
         rows = torch.cat((noise, stream.x_t_latent_buffer[: min(k + 1, stages - 1)]))
-        pictures = postprocess_image(stream.decode_image(rows))
+        images = postprocess_image(stream.decode_image(rows))
         done = None if finished is None else postprocess_image(stream.decode_image(finished))[0]
         leaving = inside.pop() if finished is not None else ""
-        boards.append(board(pictures, sigmas, done, leaving))
+        boards.append(board(images, sigmas, done, leaving))
     return boards[stages - 1 :]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--output", type=Path, default=Path("outputs/teaser.gif"), help="default: %(default)s")
-    p.add_argument("--seconds", type=float, default=0.9, help="a picture is shown for, default 0.9")
+    p.add_argument("--seconds", type=float, default=0.9, help="an image is shown for, default 0.9")
     a = p.parse_args()
     boards = animate(make_stream(), list(EXAMPLE_PROMPTS))
     a.output.parent.mkdir(parents=True, exist_ok=True)

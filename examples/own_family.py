@@ -1,4 +1,4 @@
-"""A family of your own in one class: here Stable Diffusion 3 written anew, and streamed as what it is.
+"""A family of your own in one class: here Stable Diffusion 3 written again.
 
     python examples/own_family.py --output outputs/own_family.png
 
@@ -19,8 +19,8 @@ class MyVelocity(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x, t, encoder_hidden_states, pooled_projections):
-        return self.transformer(x, encoder_hidden_states, pooled_projections, t, return_dict=False)[0]
+    def forward(self, x, t, encoder_hidden_states, pooled_projections, **extra):
+        return self.transformer(x, encoder_hidden_states, pooled_projections, t, return_dict=False, **extra)[0]
 
 
 class MyFamily(FlowAdapter):

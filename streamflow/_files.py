@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from yaml.composer import ComposerError
 
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 32  # levels of lists and mappings
@@ -60,7 +61,8 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from error
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{position}{error.problem}") from error
     except yaml.YAMLError as error:  # of characters that YAML does not allow
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -91,16 +93,16 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "an alias (*name) is not allowed: write the value itself", mark)
+            raise ComposerError(None, None, "an alias (*name) is not allowed: write the value itself", mark)
         if self.peek_event().tag is not None:
-            raise yaml.composer.ComposerError(None, None, "a tag (!name) is not allowed: leave it out", mark)
+            raise ComposerError(None, None, "a tag (!name) is not allowed: leave it out", mark)
         if self._depth == DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"there are more than {DEEPEST} levels", mark)
+            raise ComposerError(None, None, f"there are more than {DEEPEST} levels", mark)
         self._depth += 1
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST:
-            raise yaml.composer.ComposerError(None, None, f"a number has more than {LONGEST} characters", mark)
+            raise ComposerError(None, None, f"a number has more than {LONGEST} characters", mark)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

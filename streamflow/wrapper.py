@@ -19,6 +19,7 @@ from torch import Tensor
 from streamflow import models, pretrained
 from streamflow.conditioning.blending import METHODS, parts
 from streamflow.image_utils import as_rgb, open_image, postprocess_image
+from streamflow.models.loading import default_device, prompt_defaults
 from streamflow.pipeline import StreamFlow
 from streamflow.stream.planner import Planner
 
@@ -179,13 +180,13 @@ class StreamFlowWrapper:
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._mode, self._output_type, self._seed, self.warmup = mode, output_type, Planner.seed(seed), warmup
         self.skip_diffusion = skip_diffusion
-        self.device = device or _first_device()
+        self.device = device or default_device()
         dtype = dtype or (torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16)
         pipe = models.load(model_id_or_path, device=self.device, dtype=dtype, family=family)
         if like is not None and width is None and height is None:
             width, height = models.adapter_for(pipe, family).size_like(*like)
         self._model = str(model_id_or_path)
-        self._defaults = {"max_sequence_length": 0} if _is_embedded(self._model) else {}  # it has no T5
+        self._defaults = prompt_defaults(pipe) if _is_embedded(self._model) else {}
         self.stream = StreamFlow(
             pipe,
             t_index_list,
@@ -600,12 +601,6 @@ def _mixed_seeds(seed_list: Sequence[tuple[int, float]], method: str) -> list[tu
 
 def _is_embedded(model: str) -> bool:
     return model == "embedded" or Path(model).expanduser().resolve() == pretrained.FOLDER.resolve()
-
-
-def _first_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _opened(image: Any) -> Any:

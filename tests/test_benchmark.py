@@ -1,4 +1,4 @@
-"""The benchmark: every way draws the same pictures, figures are complete and multiply up, sizes are the published ones."""
+"""The benchmark: every way draws the same images, figures are complete and multiply up, sizes are the published ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
+from streamflow.benchmark import full_size as sizes
 from streamflow.benchmark import latency, main, plot, roofline, sweep, ways
-from streamflow.benchmark import true_size as sizes
 from streamflow.benchmark.command import check, sized
 from streamflow.benchmark.measure import differences, measure_all
 from streamflow.benchmark.report import factors, failures, ratios, table
@@ -26,7 +26,7 @@ QUICK = Settings(width=64, height=64, rounds=1, frames=1, round_seconds=0.01, wa
 ON_CPU = ("1", "1t", "3", "6")
 CPU = torch.device("cpu")
 FIGURES = {
-    *("title", "vae", "frames_per_tick", "ticks_per_picture", "start_up_s", "ticks_per_round", "pictures_per_s"),
+    *("title", "vae", "frames_per_tick", "ticks_per_image", "start_up_s", "ticks_per_round", "images_per_s"),
     *("tick_ms", "latency_ms", "clocks", "memory_mib", "difference"),
 }
 
@@ -49,11 +49,11 @@ def subject_of():
 
 
 @pytest.mark.parametrize("family,cfg_type,frames", [("sd3", "full", 2), ("instaflow", "self", 2)])
-def test_every_way_draws_the_pictures_of_the_plain_pipeline(subject_of, family, cfg_type, frames):
+def test_every_way_draws_the_images_of_the_plain_pipeline(subject_of, family, cfg_type, frames):
     subject = subject_of(family, cfg_type=cfg_type, frame_buffer_size=frames)
     found = measure_all(subject)
     assert list(found) == list(VARIANTS)
-    assert {name for name, f in found.items() if "pictures_per_s" in f} == set(ON_CPU)
+    assert {name for name, f in found.items() if "images_per_s" in f} == set(ON_CPU)
     for name in ON_CPU:
         difference = found[name]["difference"]
         assert difference["largest"] <= 1e-4, name
@@ -97,14 +97,13 @@ def test_a_failure_is_a_row_of_its_own(subject_of):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, "3", replace(VARIANTS["3"], open=broken))
         found = measure_all(subject)
-    assert "no such luck" in found["3"]["failed"] and "pictures_per_s" in found["1"]
+    assert "no such luck" in found["3"]["failed"] and "images_per_s" in found["1"]
 
 
 def test_factors_multiply_to_the_total_and_shares_to_a_hundred():
     rates = dict(zip(CHAIN[:5], (2.0, 3.0, 5.0, 4.0, 20.0), strict=True)) | {"1t": 2.5}
     found = {
-        name: {"title": name, "pictures_per_s": {"median": r, "least": 0.9 * r, "most": 1.1 * r}}
-        for name, r in rates.items()
+        name: {"title": name, "images_per_s": {"median": r, "least": 0.9 * r, "most": 1.1 * r}} for name, r in rates.items()
     }
     found["7"] = {"title": "7", "skipped": "not here"}
     made = factors(found)
@@ -127,7 +126,7 @@ def test_a_sweep_measures_each_setting_once_and_keeps_the_others(monkeypatch):
         if s.width == 100:
             raise torch.OutOfMemoryError("too large\nby far")
         median = s.frame_buffer_size * (10.0 if batched else 8.0 / s.steps)
-        return {"pictures_per_s": {"median": median, "least": 0.9 * median, "most": 1.1 * median}, "network_rows": 1}
+        return {"images_per_s": {"median": median, "least": 0.9 * median, "most": 1.1 * median}, "network_rows": 1}
 
     monkeypatch.setattr(sweep, "rate_of", rate_of)
     monkeypatch.setattr(sweep, "flops", lambda subject, tiny: {"network": 10.0 * subject.settings.steps, "decoder": 10.0})
@@ -143,8 +142,8 @@ def test_a_sweep_measures_each_setting_once_and_keeps_the_others(monkeypatch):
     first, fourth = found["steps"]
     assert (first["ratio"]["median"], fourth["ratio"]["median"]) == (1.25, 5.0)
     assert fourth["ratio"]["least"] == pytest.approx(5 * 0.9 / 1.1)
-    assert first["roofline"] == {"network_pictures_per_s": 400.0, "with_decoder_pictures_per_s": 200.0}
-    assert fourth["roofline"] == {"network_pictures_per_s": 100.0, "with_decoder_pictures_per_s": 80.0}
+    assert first["roofline"] == {"network_images_per_s": 400.0, "with_decoder_images_per_s": 200.0}
+    assert fourth["roofline"] == {"network_images_per_s": 100.0, "with_decoder_images_per_s": 80.0}
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "instaflow"])
@@ -179,15 +178,15 @@ def test_latency_of_all_modes_at_all_rates(subject_of, monkeypatch):
     assert [(row["stages"], row["input_rate"]) for row in found["rows"]] == [(s, r) for s in (1, 3) for r in (24, 30, 60)]
     for row in found["rows"]:
         assert set(row["modes"]) == {"fed", "free", "sequential"} and row["auto"] in row["modes"]
-        assert all(m["pictures"] >= 2 and 0 < m["p50_ms"] <= m["p95_ms"] for m in row["modes"].values())
+        assert all(m["images"] >= 2 and 0 < m["p50_ms"] <= m["p95_ms"] for m in row["modes"].values())
 
 
 def point(value, ring: float = 3.0) -> dict:
     def spread(x: float) -> dict:
         return {"median": x, "least": 0.9 * x, "most": 1.1 * x}
 
-    roof = {"network_pictures_per_s": 40.0, "with_decoder_pictures_per_s": 30.0}
-    rates = {"ring": {"pictures_per_s": spread(ring)}, "sequential": {"pictures_per_s": spread(2.0)}}
+    roof = {"network_images_per_s": 40.0, "with_decoder_images_per_s": 30.0}
+    rates = {"ring": {"images_per_s": spread(ring)}, "sequential": {"images_per_s": spread(2.0)}}
     return {"value": value, **rates, "ratio": spread(ring / 2), "roofline": roof}
 
 
@@ -215,7 +214,7 @@ def test_guidance_is_the_pipelines_own(subject_of):
     for family, name in (("sd3", "guidance_scale"), ("flux", "true_cfg_scale")):
         subject = subject_of(family, cfg_type="full")
         with subject.stream(tiny=False) as stream:
-            assert subject._guidance(stream, stream_call=False) == {name: GUIDANCE}
+            assert subject.call(stream)[name] == GUIDANCE
             assert stream._denoiser.state.weight == GUIDANCE
 
 
@@ -244,24 +243,24 @@ def test_timing_counts_what_it_calls():
         ("flux-schnell", 11.89e9, 83.82e6),
     ],
 )
-def test_true_sizes_are_the_published_ones(model, parameters, vae):
-    pipe = sizes.true_size(model, "meta")
+def test_full_sizes_are_the_published_ones(model, parameters, vae):
+    pipe = sizes.full_size(model, "meta")
     network = getattr(pipe, "unet", None) or pipe.transformer
     assert math.isclose(sum(p.numel() for p in network.parameters()), parameters, rel_tol=1e-3)
     assert math.isclose(sum(p.numel() for p in pipe.vae.parameters()), vae, rel_tol=1e-3)
     assert {p.dtype for part in (network, pipe.vae) for p in part.parameters()} == {sizes.size_of(model).dtype}
-    tiny = sizes.true_tiny_vae(model, "meta")
+    tiny = sizes.full_size_tiny_vae(model, "meta")
     assert math.isclose(sum(p.numel() for p in tiny.parameters()), 2.45e6, rel_tol=1e-2)
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_a_small_true_size_streams(monkeypatch):
+def test_a_small_network_with_random_weights_streams(monkeypatch):
     """The path of `--random-weights`, embeddings in place of prompts, with fewer and narrower layers."""
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    monkeypatch.setattr(sizes, "_kl", lambda latent_channels, **_: random_pipeline("flux").vae)
     flux = sizes.SIZES["flux-schnell"]
     config = {**flux.config, **small, "axes_dims_rope": (4, 4, 8)}
-    monkeypatch.setitem(sizes.SIZES, "flux-schnell", replace(flux, config=config))
+    size = replace(flux, config=config, make_vae=lambda **_: random_pipeline("flux").vae)
+    monkeypatch.setitem(sizes.SIZES, "flux-schnell", size)
     state = torch.get_rng_state()
     settings = replace(QUICK, model="flux-schnell", random_weights=True, variants=("1t", "6"))
     found = measure_all(load(settings))
@@ -287,7 +286,7 @@ def test_the_command_writes_table_and_json(tmp_path, capsys, monkeypatch):
     known = {"command", "import_cpu_s", "compile_cache_before", "load_s"}
     assert known | {"machine", "variants", "factors", "ratios", "dtype"} <= set(result)
     assert [p["value"] for p in result["sweeps"]["steps"]] == [2] and len(result["latency"]["rows"]) == 3
-    assert "| steps a picture |" in out and "| guidance |" in out and "| input frames/s |" in out
+    assert "| steps an image |" in out and "| guidance |" in out and "| input frames/s |" in out
     assert {"device", "packages", "python", "threads"} <= set(result["machine"])
     assert set(result["variants"]) == set(VARIANTS)
     for name in ON_CPU:

@@ -1,8 +1,10 @@
-"""Every pipeline class of the installed diffusers is classified, and the classes say of themselves what their kind says."""
+"""Every pipeline class of the installed diffusers has a kind, the same as in tests/data/pipeline_kinds.json, and its source
+agrees with it."""
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import diffusers
@@ -10,11 +12,12 @@ import pytest
 
 from streamflow import StreamFlow
 from streamflow.models import FAMILIES, PIPELINES, adapter_for
-from streamflow.models.pipeline_kinds import CLASSES
+from streamflow.models.pipeline_kinds import Kind, kind_of
 
 EXPORTED = {name for names in diffusers._import_structure.values() for name in names}
 PIPES = {name for name in EXPORTED if name.endswith("Pipeline")}
-KINDS = ("adapter", "rendezvous", "not a flow", "refused")
+SNAPSHOT = json.loads((Path(__file__).parent / "data" / "pipeline_kinds.json").read_text(encoding="utf-8"))
+ADAPTERS = {name for name, family in PIPELINES.items() if family != "fallback" and name in PIPES}
 
 
 def _sources() -> dict[str, tuple[ast.ClassDef, str]]:
@@ -31,8 +34,11 @@ def _sources() -> dict[str, tuple[ast.ClassDef, str]]:
 SOURCES = _sources()
 
 
+KINDS = {name: kind_of(getattr(diffusers, name)) for name in PIPES}
+
+
 def _of(kind: str) -> list[str]:
-    return [name for name, (own, _) in CLASSES.items() if own == kind]
+    return [name for name, own in KINDS.items() if own.name == kind and name not in ADAPTERS]
 
 
 def _arguments(name: str) -> set[str]:
@@ -41,16 +47,18 @@ def _arguments(name: str) -> set[str]:
     return {argument.arg for argument in (*call.args.args, *call.args.kwonlyargs)}
 
 
-def test_every_pipeline_class_of_diffusers_is_classified_and_no_other():
-    assert set(CLASSES) == PIPES, "decide what becomes of new classes in streamflow/models/pipeline_kinds.py"
-    assert {kind for kind, _ in CLASSES.values()} == set(KINDS)
-    assert all(bool(reason) == (kind == "refused") for kind, reason in CLASSES.values())
+def test_every_pipeline_class_of_diffusers_has_the_kind_of_the_snapshot():
+    """The snapshot lists the classes of each kind or reason for refusal, without "Pipeline" at the end of their names."""
+    listed = {f"{name}Pipeline": kind for kind, names in SNAPSHOT.items() for name in names.split()}
+    assert set(listed) == PIPES, "check the kinds of new classes, and add them to tests/data/pipeline_kinds.json"
+    found = {name: kind.reason or kind.name for name, kind in KINDS.items()}
+    assert {**found, **dict.fromkeys(ADAPTERS, "adapter")} == listed
+    assert all(bool(kind.reason) == (kind.name == "refused") for kind in KINDS.values())
 
 
-def test_the_family_table_and_the_classification_agree():
-    adapters = {name for name, family in PIPELINES.items() if family != "rendezvous" and name in PIPES}
-    assert adapters == set(_of("adapter"))
-    assert {name for name, family in PIPELINES.items() if family == "rendezvous"} <= set(_of("rendezvous"))
+def test_the_family_table_and_the_kinds_agree():
+    assert not ADAPTERS & {name for name, kind in KINDS.items() if kind.name == "not a flow"}
+    assert {name for name, family in PIPELINES.items() if family == "fallback"} <= set(_of("fallback"))
 
 
 def test_no_class_that_is_made_with_a_flow_scheduler_is_said_to_be_no_flow():
@@ -63,36 +71,40 @@ def test_no_class_that_is_made_with_a_flow_scheduler_is_said_to_be_no_flow():
         assert "FlowM" not in (ast.unparse(init) if init else ""), name
 
 
-def test_every_class_for_the_rendezvous_takes_what_it_sets():
-    for name in _of("rendezvous"):
+def test_every_class_for_the_fallback_takes_what_it_sets():
+    for name in _of("fallback"):
         assert {"prompt", "latents", "output_type", "height", "width"} <= _arguments(name), name
         assert "Flow" in SOURCES[name][1], name
 
 
-class OfNobody:
-    """A pipeline class that diffusers does not have."""
-
-
-def _pipe(name: str):
-    """Of a class of that name, which is all that is looked at."""
-    return type(name, (OfNobody,), {"scheduler": None, "components": {}, "hf_device_map": None})()
+def _pipe(cls: type):
+    """A pipeline of this class without parts."""
+    pipe = object.__new__(cls)
+    vars(pipe).update(scheduler=None, hf_device_map=None)
+    return pipe
 
 
 def test_a_refused_class_is_refused_with_its_reason_by_either_way():
     for name in _of("refused"):
-        for family in (None, "rendezvous"):
+        for family in (None, "fallback"):
             with pytest.raises(ValueError) as error:
-                adapter_for(_pipe(name), family)
-            assert str(error.value) == f"{name} {CLASSES[name][1]}"
+                adapter_for(_pipe(getattr(diffusers, name)), family)
+            assert str(error.value) == f"{name} {KINDS[name].reason}"
 
 
-def test_other_classes_are_told_what_to_do():
-    with pytest.raises(ValueError, match="family='rendezvous'"):
-        adapter_for(_pipe("Krea2Pipeline"))
-    with pytest.raises(ValueError, match="family='rendezvous'") as error:
-        StreamFlow(_pipe("SomethingNewPipeline"))
+def test_a_class_of_no_known_kind_has_none():
+    assert kind_of(type("SomethingNewPipeline", (), {})) is None
+    assert kind_of(type("MyPipeline", (diffusers.DiffusionPipeline,), {})) is None
+    assert kind_of(type("MyFlux", (diffusers.FluxPipeline,), {})) == Kind("fallback")
+
+
+def test_the_errors_for_other_classes_name_a_remedy():
+    with pytest.raises(ValueError, match="family='fallback'"):
+        adapter_for(_pipe(diffusers.Krea2Pipeline))
+    with pytest.raises(ValueError, match="family='fallback'") as error:
+        StreamFlow(_pipe(type("SomethingNewPipeline", (), {})))
     assert all(family in str(error.value) for family in FAMILIES)
     with pytest.raises(ValueError, match="not a flow"):
-        adapter_for(_pipe("PixArtSigmaPipeline"))
-    with pytest.raises(ValueError, match="WanPipeline draws films"):
-        adapter_for(type("MyWan", (type(_pipe("WanPipeline")),), {})())
+        adapter_for(_pipe(diffusers.PixArtSigmaPipeline))
+    with pytest.raises(ValueError, match="WanPipeline draws videos"):
+        adapter_for(_pipe(type("MyWan", (diffusers.WanPipeline,), {})))

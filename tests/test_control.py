@@ -14,7 +14,7 @@ from random_pipelines import random_tiny_vae
 from random_pipelines.control import random_control
 
 from streamflow import StreamFlow
-from streamflow.benchmark.true_size import SCHEDULERS
+from streamflow.benchmark.full_size import SCHEDULERS
 from streamflow.stream.frames import Input
 
 FRAMES = 4

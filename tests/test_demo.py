@@ -32,7 +32,7 @@ def test_it_draws_with_the_embedded_model_and_agrees_with_plain_diffusers(demo, 
     assert code == 0
     assert result["agree"] and result["relative_error"] <= 1e-4
     assert result["reference"] == "plain diffusers"
-    assert result["streamed_pictures_per_s"] > 0 and result["ratio"] > 0
+    assert result["streamed_images_per_s"] > 0 and result["ratio"] > 0
     sheet = Image.open(output)
     assert sheet.width > 4 * 128 and sheet.getextrema()[0][0] < 128
 

@@ -163,7 +163,7 @@ def test_benchmarks_end_with_json_and_tensorrt_says_what_it_needs(capsys, tmp_pa
     assert loaded("benchmark/single.py").main(["--iterations", "2", "--steps", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] > 0
     assert loaded("benchmark/multi.py").main(["--iterations", "2", "--steps", "2", "--frame-buffer-sizes", "1", "2"]) == 0
-    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])["pictures_per_second"]) == {"1", "2"}
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_second"]) == {"1", "2"}
     import torch
 
     if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from torch import Tensor
 from streamflow import StreamFlow, models
 
 FRAMES = 6
-ELSEWHERE = {"rendezvous", "perflow", "perflow-sdxl", "sana-sprint"}  # tests/test_rendezvous.py, tests/test_rules.py
+ELSEWHERE = {"fallback", "perflow", "perflow-sdxl", "sana-sprint"}  # tests/test_fallback.py, tests/test_rules.py
 FAMILIES = [family for family in models.FAMILIES if family not in ELSEWHERE]
 
 

@@ -23,7 +23,10 @@ ROOT = Path(streamflow.__file__).parent
 
 # The entries of the package's folder: a row imports only its own and the rows above it. A folder orders its own files.
 ROWS = (
-    ("_version", "_environment", "_files", "_grad_mode", "_threads", "_validation", "_command_line", "pretrained"),
+    (
+        *("_version", "_environment", "_files", "_grad_mode", "_threads", "_validation", "_decibels", "_command_line"),
+        "pretrained",
+    ),
     ("flow", "image_utils", "image_filter", "io"),
     ("conditioning",),
     ("models",),
@@ -39,7 +42,7 @@ ROWS = (
 ACCELERATION = 5  # imported by later rows inside functions only
 OWNERS = {
     "streamdiffusion": ("pipeline",),
-    "diffusers": ("models", "benchmark.true_size"),
+    "diffusers": ("models", "benchmark.full_size"),
     "tensorrt": ("acceleration",),
     "onnx": ("acceleration",),
     "onnxruntime": ("acceleration",),

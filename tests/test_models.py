@@ -1,6 +1,7 @@
 """The family table: who speaks for whom, what is refused, and how a family is added."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ def test_every_entry_of_the_table_names_a_diffusers_class_and_an_adapter():
 
     for family in models.FAMILIES:
         adapter = models.adapter_class(family)
-        if family == "rendezvous":  # of any pipeline
+        if family == "fallback":  # of any pipeline
             continue
         assert issubclass(adapter, FlowAdapter), family
+        kinds = {parameter.kind for parameter in inspect.signature(adapter.Velocity.forward).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD in kinds, f"{family} passes no extra arguments to its network"
         assert hasattr(diffusers, adapter.text_pipeline) and hasattr(diffusers, adapter.image_pipeline)
     elsewhere = {"RectifiedFlowPipeline"}  # InstaFlow's own repository
     assert {name for name in models.PIPELINES if not hasattr(diffusers, name)} <= elsewhere
@@ -127,14 +130,14 @@ def test_the_probe_sees_what_the_network_is_given(pipes):
 @pytest.mark.parametrize(
     "model,network,vae,tiny", [("sdxl", 2567.46e6, 83.65e6, 2.445e6), ("sana", 1604.46e6, 312.25e6, 3.95e6)]
 )
-def test_the_true_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
-    from streamflow.benchmark import true_size as sizes
+def test_the_full_sizes_of_further_families_are_the_published_ones(model, network, vae, tiny):
+    from streamflow.benchmark import full_size as sizes
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    pipe = sizes.true_size(model, "meta")
+    pipe = sizes.full_size(model, "meta")
     adapter = models.adapter_for(pipe, sizes.size_of(model).family)
-    found = count(adapter.net), count(pipe.vae), count(sizes.true_tiny_vae(model, "meta"))
+    found = count(adapter.net), count(pipe.vae), count(sizes.full_size_tiny_vae(model, "meta"))
     assert found == pytest.approx((network, vae, tiny), rel=2e-3)
     assert set(sizes.prompt_arguments(model, "cpu")) <= set(adapter._parameters())

@@ -310,7 +310,7 @@ def test_a_hook_of_the_network_and_a_step_of_the_pipelines_own_are_inside_too(st
     with pytest.raises(RuntimeError, match=r"reset\(\) was called inside a step"):
         stream.txt2img()
     hook.remove()
-    own = StreamFlow(pipes("cogview4"), cfg_type="none", family="rendezvous", width=64, height=64)
+    own = StreamFlow(pipes("cogview4"), cfg_type="none", family="fallback", width=64, height=64)
     with own:
         own.prepare(PROMPT, num_inference_steps=2, callback_on_step_end=lambda *_: own.reset() or {})
         with pytest.raises(RuntimeError, match=r"reset\(\) was called inside a step"):
@@ -320,7 +320,7 @@ def test_a_hook_of_the_network_and_a_step_of_the_pipelines_own_are_inside_too(st
 @pytest.mark.parametrize("call", ["close", "flush", "next", "collect"])
 def test_the_pipelines_own_callback_waits_for_no_lock_of_the_thread_it_works_for(call, pipes):
     """It runs in a thread of its own, for which the drawing thread waits. Python collects garbage in any thread."""
-    own, armed = StreamFlow(pipes("cogview4"), cfg_type="none", family="rendezvous", width=64, height=64), []
+    own, armed = StreamFlow(pipes("cogview4"), cfg_type="none", family="fallback", width=64, height=64), []
 
     def callback(*_):
         for act in armed:

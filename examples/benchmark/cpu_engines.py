@@ -1,4 +1,4 @@
-"""What draws a picture soonest on a CPU: torch as it is, torch.compile, onnxruntime or OpenVINO.
+"""What draws an image soonest on a CPU: torch as it is, torch.compile, onnxruntime or OpenVINO.
 
     python examples/benchmark/cpu_engines.py --output static/benchmarks/cpu_engines.json
     python examples/benchmark/cpu_engines.py --engines eager compile onnxruntime --rounds 3
@@ -6,7 +6,7 @@
 One tick of a 4-stage stream of the embedded model at its own size: the network on four rows, then the decoder on one. Each
 engine has a process of its own, so that none waits for another one's threads; rounds go from engine to engine, so that
 drift meets all alike, and only one runs at a time. OpenVINO is no dependency: `pip install openvino`, or leave it out.
-The largest difference is of whole ticks' pictures, on [0, 1], from eager torch. The last line is JSON.
+The largest difference is of whole ticks' images, on [0, 1], from eager torch. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def worker(pipe: Connection, name: str, size: int | None, stages: int) -> None:
         modules = ENGINES[name](stream)
         v = modules["velocity"](**inputs)
         clean = x[-1:] - (inputs["t"][-1] / 1000) * v[-1:]
-        picture = (modules["decoder"](clean) + 1) / 2
-        pipe.send((time.perf_counter() - start, picture.numpy()))
+        image = (modules["decoder"](clean) + 1) / 2
+        pipe.send((time.perf_counter() - start, image.numpy()))
         calls = {
             "velocity": lambda: modules["velocity"](**inputs),
             "decoder": lambda: modules["decoder"](clean),
@@ -221,16 +221,16 @@ def worker(pipe: Connection, name: str, size: int | None, stages: int) -> None:
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of every engine, round by round, and how its picture differs from the first engine's."""
+    """Milliseconds of every engine, round by round, and how its image differs from the first engine's."""
     context = get_context("spawn")
-    running, found, pictures = {}, {}, {}
+    running, found, images = {}, {}, {}
     for name in tqdm(a.engines, desc="start", unit="engine"):
         near, far = context.Pipe()
         process = context.Process(target=worker, args=(far, name, a.size, a.stages), daemon=True)
         process.start()
         far.close()
-        start_up, pictures[name] = near.recv()
-        difference = float(abs(pictures[name] - pictures[a.engines[0]]).max())
+        start_up, images[name] = near.recv()
+        difference = float(abs(images[name] - images[a.engines[0]]).max())
         found[name] = {"start_s": round(start_up, 2), "largest_difference": difference}
         running[name] = process, near
     raw: dict[str, list[dict[str, float]]] = {name: [] for name in running}

@@ -1,9 +1,9 @@
-"""From a loaded model to its first streamed picture: with a CUDA graph, and compiled with an empty and a full cache.
+"""From a loaded model to its first streamed image: with a CUDA graph, and compiled with an empty and a full cache.
 
     python examples/benchmark/first_picture.py --output static/benchmarks/first_picture.json
 
 Every start is a process of its own, so that nothing is warm that would not be; all of them share one compile cache, which is
-empty at first. 512x512 pictures in 4 steps, by a network of true size with random weights. The last line is JSON: seconds
+empty at first. 512x512 images in 4 steps, by a network of true size with random weights. The last line is JSON: seconds
 that each part of a start took, in the order of the starts.
 """
 
@@ -53,13 +53,13 @@ def in_new_process(a: argparse.Namespace, kind: str, cache: str) -> dict[str, fl
 
 
 def start(model: str, kind: str, device: str) -> dict[str, float]:
-    """Seconds of the imports, of making the model, and from there to the first picture on the host."""
+    """Seconds of the imports, of making the model, and from there to the first image on the host."""
     began = time.perf_counter()
     from streamflow import StreamFlow
-    from streamflow.benchmark.true_size import prompt_arguments, size_of, true_size
+    from streamflow.benchmark.full_size import full_size, prompt_arguments, size_of
 
     imported = time.perf_counter()
-    pipe = true_size(model, device)
+    pipe = full_size(model, device)
     loaded = time.perf_counter()
     stream = StreamFlow(pipe, range(4), width=512, height=512, cfg_type="none", family=size_of(model).family)
     stream.prepare(num_inference_steps=4, **prompt_arguments(model, pipe.device, pipe.dtype, guided=False))

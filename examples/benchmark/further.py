@@ -7,7 +7,7 @@ projections, inductor's own options; what does not pay is in the table too.
 Each variant compiles the same network of true size with random weights anew, so they are measured one after another, the
 baseline first and again at the end: what differs between these two is drift, and no variant's gain below it counts. A tick
 is the network and the decoder alone, their graphs replayed where there are graphs; `times` is the baseline's tick over the
-variant's (least and most from the spreads of both). Differences are between the pictures, in [0, 1], and the baseline's;
+variant's (least and most from the spreads of both). Differences are between the images, in [0, 1], and the baseline's;
 with random weights they say how large the errors are, not what they look like. A variant that cannot run is a row with its
 error. The last line is JSON.
 """
@@ -35,6 +35,7 @@ from streamflow.benchmark.subject import COMPARED, Subject, load
 from streamflow.benchmark.timing import Spread, timed, wait
 from streamflow.benchmark.ways import Way, by_hand
 from streamflow.image_utils import denormalize
+from streamflow.models.loading import default_device
 
 logger = logging.getLogger(__name__)
 SIZES = {"flux-schnell": 512, "sd3-medium": 512, "sd15": 512, "embedded": 128}
@@ -60,8 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], pictures: Compared) -> dict[str, Any]:
-    """One variant's figures. pictures: takes the first it draws, and gives those to compare them with."""
+def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], images: Compared) -> dict[str, Any]:
+    """One variant's figures. images: takes the first it draws, and gives those to compare them with."""
     device, s = subject.device, subject.settings
     torch.compiler.reset()
     clean(device)
@@ -72,7 +73,7 @@ def measure(subject: Subject, tiny: bool, options: Mapping[str, Any], pictures: 
         wait(device)
         start_up = time.perf_counter() - began
         drawn = [denormalize(first), *(denormalize(stream.txt2img()) for _ in range(COMPARED - 1))]
-        difference = differences(torch.cat(drawn), pictures(torch.cat(drawn).float().cpu()))
+        difference = differences(torch.cat(drawn), images(torch.cat(drawn).float().cpu()))
         way = Way(by_hand(stream))
         count = warm(subject, way)
         rounds = [timed(way.tick, count, device).mean for _ in range(s.rounds)]
@@ -94,7 +95,7 @@ def measure_all(subject: Subject, tiny: bool, names: tuple[str, ...], common: Ma
     that has been found, so that a run that is cut short leaves what it has."""
     kept: list[Tensor] = []
 
-    def pictures(drawn: Tensor) -> Tensor:
+    def images(drawn: Tensor) -> Tensor:
         if not kept:
             kept.append(drawn)
         return kept[0]
@@ -104,7 +105,7 @@ def measure_all(subject: Subject, tiny: bool, names: tuple[str, ...], common: Ma
         logger.info("%s %s", name, own)
         options = {**common, **own}
         try:
-            figures = measure(subject, tiny, options, pictures)
+            figures = measure(subject, tiny, options, images)
         except FAILURES as error:
             if name == BASELINE:
                 raise
@@ -152,7 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
     p.add_argument("--round-seconds", type=above(0), default=0.5, help="a slow variant takes fewer ticks (default 0.5)")
     p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     p.add_argument("--backend", default="inductor", help="torch.compile's (default: %(default)s)")
     p.add_argument("--output", type=Path, help="also write the JSON here")

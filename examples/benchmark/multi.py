@@ -2,7 +2,7 @@
 
     python examples/benchmark/multi.py --frame-buffer-sizes 1 2 4 8
 
-The last line is JSON: pictures a second by frame buffer size.
+The last line is JSON: images a second by frame buffer size.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
             stream.txt2img()  # fills the batch
             begun = time.perf_counter()
             for _ in range(a.iterations):
-                pictures = stream.txt2img()
-            if pictures.is_cuda:
+                images = stream.txt2img()
+            if images.is_cuda:
                 torch.cuda.synchronize()
             rates[size] = round(size * a.iterations / (time.perf_counter() - begun), 2)
-    print(json.dumps({"pictures_per_second": rates}))
+    print(json.dumps({"images_per_second": rates}))
     return 0
 
 

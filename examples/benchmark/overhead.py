@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamflow import StreamFlow, models
-from streamflow.benchmark.true_size import prompt_arguments, true_size
+from streamflow.benchmark.full_size import full_size, prompt_arguments
 from streamflow.conditioning.prompt import stack
+from streamflow.models.loading import default_device
 
 
 class Nothing(nn.Module):
@@ -40,7 +41,7 @@ class Nothing(nn.Module):
 
 def load(device: str, dtype: torch.dtype, embedded: bool) -> Any:
     """The pipeline that is measured."""
-    return models.load(device=device, dtype=dtype) if embedded else true_size("sd15", device, dtype)
+    return models.load(device=device, dtype=dtype) if embedded else full_size("sd15", device, dtype)
 
 
 def make_stream(pipe: Any, cfg_type: str, embedded: bool) -> StreamFlow:
@@ -105,7 +106,7 @@ def memory(stream: StreamFlow, device: str, ticks: int) -> dict[str, int] | None
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--rounds", type=int, default=9, help="default 9")
     p.add_argument("--calls", type=int, default=20, help="calls a round, default 20")
     p.add_argument("--ticks", type=int, default=2000, help="calls of the memory measure, default 2000")

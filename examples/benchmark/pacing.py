@@ -1,4 +1,4 @@
-"""How even the pictures of a live stream come: the embedded model at half of what this machine can draw.
+"""How even the images of a live stream come: the embedded model at half of what this machine can draw.
 
     python examples/benchmark/pacing.py --minutes 5 --output static/benchmarks/pacing-cpu.json
 
@@ -7,7 +7,7 @@
 First the stream draws as fast as it can for a while, which gives its capacity; then it plays live, from a source that moves,
 at half that rate (`StreamFlow.live`, policy "newest"), and every interval from one showing to the next is kept. A figure of
 the intervals goes beside the JSON, which is the last line too. With --switch a second scene is loaded and warmed at a third
-of the time and shown at two thirds, and what counts are the intervals from one new picture to the next, around the switch.
+of the time and shown at two thirds, and what counts are the intervals from one new image to the next, around the switch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WITHIN = 0.2  # of the period
 
 
 class Moving:
-    """A red square that goes from side to side, 30 pictures a second."""
+    """A red square that goes from side to side, 30 images a second."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -58,7 +58,7 @@ class Moving:
 
 
 class News:
-    """A sink that notes when a picture came that was not the last one again."""
+    """A sink that notes when an image came that was not the last one again."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -67,22 +67,22 @@ class News:
     def open(self) -> None:
         pass
 
-    def write(self, picture: Picture) -> None:
-        if picture.pixels is not self._last:
-            self.times.append(picture.time)
-        self._last = picture.pixels
+    def write(self, image: Picture) -> None:
+        if image.pixels is not self._last:
+            self.times.append(image.time)
+        self._last = image.pixels
 
     def close(self) -> None:
         pass
 
 
 def capacity(stream: Any, seconds: float) -> float:
-    """Pictures a second that the stream draws when nothing else is asked of it."""
-    picture = np.zeros((stream.height, stream.width, 3), np.uint8)
-    stream(picture)
+    """Images a second that the stream draws when nothing else is asked of it."""
+    image = np.zeros((stream.height, stream.width, 3), np.uint8)
+    stream(image)
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
-        stream(picture)
+        stream(image)
         count += 1
     found = count / (time.perf_counter() - begun)
     stream.reset()
@@ -106,7 +106,7 @@ def play(stream: Any, rate: float, seconds: float) -> dict[str, Any]:
 
 
 def switch(wrapper: StreamFlowWrapper, settings: Settings, rate: float, seconds: float) -> dict[str, Any]:
-    """So many seconds live with another scene in the middle; the longest waits for a new picture, in periods."""
+    """So many seconds live with another scene in the middle; the longest waits for a new image, in periods."""
     stream, news = wrapper.stream, News()
     with stream.live(Moving(stream.width, stream.height), news, target_fps=rate, mode="fed") as show:
         show.wait(seconds / 3)
@@ -147,7 +147,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axes = figure.subplots()
     axes.axhspan(0.8 * period, 1.2 * period, color="#dfe9f3", label="period ± 20 %")
     axes.plot(np.cumsum(each) / 1e3, each, ".", markersize=3, color="#1f5fa8", label="interval")
-    axes.set(xlabel="seconds", ylabel="ms from one picture to the next", ylim=(0, max(1.5 * period, 1.05 * max(each))))
+    axes.set(xlabel="seconds", ylabel="ms from one image to the next", ylim=(0, max(1.5 * period, 1.05 * max(each))))
     share = 100 * result["share_within_20_percent"]
     axes.set_title(f"{share:.2f} % of {len(each)} intervals within ± 20 % of {period:.0f} ms", fontsize=10)
     axes.legend(loc="lower right")

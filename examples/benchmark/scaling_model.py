@@ -3,7 +3,7 @@ number of GPUs come out. Knows numbers; no torch, no package.
 
 Three shapes of work, each with `seconds(gpus)`:
 - `Tick`: rows of a denoising batch (`shard_denoiser`). Copies leave and enter the home GPU one after another on its stream.
-- `Batch`: rows or tiles decoded in pieces (`shard_vae`, `decode_tiled`). Pieces go round the GPUs; pictures come home over
+- `Batch`: rows or tiles decoded in pieces (`shard_vae`, `decode_tiled`). Pieces go round the GPUs; images come home over
   one link, one after another.
 - `Stream`: a frame a tick, decoded on the other GPUs in turn (`stream.frames`); a full queue holds the stream.
 
@@ -90,8 +90,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Batch:
-    """`rows` rows, each GPU's share in pieces of at most `piece`. bytes_in, bytes_out: of a row's latents and picture.
-    around: what is done once, such as putting pictures together. host: to launch one piece."""
+    """`rows` rows, each GPU's share in pieces of at most `piece`. bytes_in, bytes_out: of a row's latents and image.
+    around: what is done once, such as putting images together. host: to launch one piece."""
 
     rows: int
     piece: int
@@ -103,7 +103,7 @@ class Batch:
     host: float = 0.0
 
     def seconds(self, gpus: int) -> float:
-        """Until all pictures are at home."""
+        """Until all images are at home."""
         free = [0.0] * gpus
         host = road = 0.0
         for gpu, rows in self._pieces(gpus):
@@ -128,7 +128,7 @@ class Batch:
 @dataclass(frozen=True)
 class Stream:
     """A frame every `tick` seconds on the first GPU, decoded in `decode` seconds on the others in turn, or there where it is
-    alone. bytes_in: of a frame's latents; its picture stays where it was decoded. host: of one frame."""
+    alone. bytes_in: of a frame's latents; its image stays where it was decoded. host: of one frame."""
 
     tick: float
     decode: float

@@ -29,7 +29,7 @@ from streamflow.parallel.vae import Sharded
 
 SMALL, LARGE = 2**12, 2**26  # bytes of the copies that give a link's latency and its rate
 NAP = 1_500_000  # GPU cycles, about 1 ms
-COMPARED = 4  # frames of a stream whose pictures are compared
+COMPARED = 4  # frames of a stream whose images are compared
 
 
 class Halved(nn.Module):
@@ -105,12 +105,12 @@ def _piece_costs(run: Run, stream: StreamFlow, z: Tensor) -> Figures:
     with torch.cuda.device(s.home) if s.cuda else nullcontext():
         for rows in sorted({1, s.piece}):
             took[str(rows)] = run.timed(partial(decoder.replicas[0], z[:rows]))["median"]
-        picture = decoder.replicas[0](z[:1])
+        image = decoder.replicas[0](z[:1])
     # A CPU computes in the thread that hands out, so its host time is in piece_ms already.
     host = run.host(lambda: decoder.submit(z[: s.piece]).result(), burst=1)["median"] if s.cuda else 0.0
     return {
         **{"rows": len(z), "piece": s.piece, "piece_ms": took, "host_job_ms": host},
-        **{"bytes_in": z[:1].nbytes, "bytes_out": picture.nbytes, "most_gpus": len(z)},
+        **{"bytes_in": z[:1].nbytes, "bytes_out": image.nbytes, "most_gpus": len(z)},
     }
 
 
@@ -136,7 +136,7 @@ def _decode_row(run: Run, stream: StreamFlow, z: Tensor, k: int, kept: dict[int,
             kept[1] = drawn
         ms = run.timed(lambda: some(z))
         check_alive(some.pool)
-    return {"ms": ms, "pictures_per_s": 1e3 * len(drawn) / ms["median"], **like}
+    return {"ms": ms, "images_per_s": 1e3 * len(drawn) / ms["median"], **like}
 
 
 # -- decoding by frame -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _decode_row(run: Run, stream: StreamFlow, z: Tensor, k: int, kept: dict[int,
 
 def decode_frames(run: Run) -> None:
     """A stream, its decode on the other devices: with the network, then with one that takes no time, so that the decode is
-    the slower part. First the plain pipeline, one picture after another."""
+    the slower part. First the plain pipeline, one image after another."""
     subject = run.subject(run.setup.decoding, steps=run.setup.stages[0])
     with subject.stream(False) as stream:
         noise = stream.frame_noise(0)
@@ -187,12 +187,12 @@ def _decode_elsewhere(run: Run, stream: StreamFlow, plain: nn.Module, k: int, ke
 def _streamed(run: Run, stream: StreamFlow, kept: dict[int, Tensor]) -> Figures:
     run.accelerate(stream, run.setup.kind)
     stream.reset()
-    pictures = [frame.wait().image.to(run.setup.home) for frame in stream.frames([None] * COMPARED)]
-    drawn = torch.stack(pictures)
+    images = [frame.wait().image.to(run.setup.home) for frame in stream.frames([None] * COMPARED)]
+    drawn = torch.stack(images)
     like = likeness(drawn, kept.get(1))
     kept.setdefault(1, drawn)
     ms = _frame_times(run, stream)
-    figures = {"ms": ms, "pictures_per_s": 1e3 / ms["median"], **like}
+    figures = {"ms": ms, "images_per_s": 1e3 / ms["median"], **like}
     eager = run.found["parts"]["decode_frames"]["eager"]["1"]
     return {**figures, "times_eager": ratio(eager["ms"], ms)} if "ms" in eager else figures
 
@@ -239,7 +239,7 @@ def _finish(run: Run, stream: StreamFlow) -> None:
 
 
 def decode_tiles(run: Run) -> None:
-    """One large picture in tiles of one size, on 1, 2, 4, ... devices; in as few tiles as there is room for; and whole."""
+    """One large image in tiles of one size, on 1, 2, 4, ... devices; in as few tiles as there is room for; and whole."""
     s = run.setup
     with run.subject(s.decoding, steps=1).stream(False) as stream:
         vae, like = stream.vae, latents_for(stream, 1)

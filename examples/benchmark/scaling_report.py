@@ -12,8 +12,8 @@ from streamflow.benchmark.plot import figure, save
 
 Result = Mapping[str, Any]
 PANELS = {
-    "decode_rows": "pictures decoded by row",
-    "decode_tiles": "one large picture by tile",
+    "decode_rows": "images decoded by row",
+    "decode_tiles": "one large image by tile",
     "decode_frames": "a stream, decoded by frame",
     "denoise_rows": "rows of the denoising batch",
 }
@@ -49,7 +49,7 @@ ROWS = "latents through the KL VAE by row"
 FLUX = "Flux-schnell, 4 stages, rows"
 TARGETS = (
     *(_times("decode_rows", "kl", k, least, ROWS) for k, least in ((2, 1.9), (4, 3.7), (8, 7.0))),
-    _times("decode_tiles", "tiles", 2, 1.8, "a large picture by tiles, KL"),
+    _times("decode_tiles", "tiles", 2, 1.8, "a large image by tiles, KL"),
     _times("decode_frames", "network", 2, 12.0, "denoise on GPU 0, decode on GPU 1, against eager diffusers", "times_eager"),
     *(_times("denoise_rows", "flux-schnell, 4 stages", k, least, FLUX) for k, least in ((2, 1.9), (4, 3.6))),
     Target("host time that sharding over 2 adds to a tick, ms", ("parts", "host", "tick", "2", "added_ms"), most=0.3),

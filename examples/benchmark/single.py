@@ -1,4 +1,4 @@
-"""How fast one picture a tick is drawn: the denoising batch, and the same pictures one after another.
+"""How fast one image a tick is drawn: the denoising batch, and the same images one after another.
 
     python examples/benchmark/single.py --model stabilityai/stable-diffusion-3.5-medium --steps 4
 
@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
             wrapper()  # fills the batch
             begun = time.perf_counter()
             for _ in tqdm(range(a.iterations), desc=name, unit="image"):
-                picture = wrapper()
-            if picture.is_cuda:
+                image = wrapper()
+            if image.is_cuda:
                 torch.cuda.synchronize()
             rates[name] = round(a.iterations / (time.perf_counter() - begun), 2)
-    print(json.dumps({"pictures_per_second": rates, "ratio": round(rates["batch"] / rates["one_after_another"], 3)}))
+    print(json.dumps({"images_per_second": rates, "ratio": round(rates["batch"] / rates["one_after_another"], 3)}))
     return 0
 
 

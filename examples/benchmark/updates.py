@@ -17,13 +17,13 @@ import torch
 
 from streamflow import StreamFlow
 from streamflow.benchmark.machine import machine
-from streamflow.models.loading import load
+from streamflow.models.loading import default_device, load
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", default="embedded", help="as `streamflow --model` (default: %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--threads", type=int, default=8, help="that update (default: %(default)s)")
     p.add_argument("--per-second", type=float, default=20.0, help="updates of each thread (default: %(default)s)")
     p.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""All pictures of a folder restyled, streamed: each enters the denoising batch as the one before it moves on.
+"""All images of a folder restyled, streamed: each enters the denoising batch as the one before it moves on.
 
 python examples/img2img/multi.py --input photos --prompt "a fox, flat vector" --output outputs/restyled
 """
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     a.output.mkdir(parents=True, exist_ok=True)
     with StreamFlowWrapper(a.model, cfg_type="none", warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
-        pictures = (as_rgb(open_image(file)) for file in files)
-        for file, frame in zip(files, wrapper.stream.frames(pictures), strict=True):
+        images = (as_rgb(open_image(file)) for file in files)
+        for file, frame in zip(files, wrapper.stream.frames(images), strict=True):
             postprocess_image(frame.wait().image[None])[0].save(a.output / f"{file.stem}.png")
     return 0
 

@@ -1,4 +1,4 @@
-"""A picture restyled. What is given is noised to a level in the middle and drawn from there: low strength keeps more of it.
+"""An image restyled. What is given is noised to a level in the middle and drawn from there: low strength keeps more of it.
 
 python examples/img2img/single.py --input picture.png --prompt "a fox, flat vector" --strength 0.6
 """
@@ -11,7 +11,7 @@ from streamflow import StreamFlowWrapper
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="a picture")
+    p.add_argument("--input", type=Path, required=True, help="an image")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     a.output.parent.mkdir(parents=True, exist_ok=True)
     with StreamFlowWrapper(a.model, cfg_type="none", warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
-        wrapper(a.input).save(a.output)  # the first call fills the batch with this picture
+        wrapper(a.input).save(a.output)  # the first call fills the batch with this image
     return 0
 
 

@@ -1,4 +1,4 @@
-"""As fast as one GPU draws: a tiny VAE, compilation and CUDA graphs, one picture a tick, shown in a window.
+"""As fast as one GPU draws: a tiny VAE, compilation and CUDA graphs, one image a tick, shown in a window.
 
     python examples/optimal-performance/single.py --model stabilityai/stable-diffusion-3.5-medium --steps 4
     python examples/optimal-performance/single.py --sink null --seconds 10
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     p.add_argument("--acceleration", default="auto", help="auto: compile with CUDA graphs on a GPU (default: %(default)s)")
     p.add_argument("--sink", default="window", help="default: %(default)s")
-    p.add_argument("--fps", type=float, default=120, help="pictures a second at most (default: %(default)s)")
+    p.add_argument("--fps", type=float, default=120, help="images a second at most (default: %(default)s)")
     p.add_argument("--seconds", type=float, help="end after so long (default: when the window is closed)")
     a = p.parse_args(argv)
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         with wrapper.stream.live(None, a.sink, target_fps=a.fps) as show:
             found = show.wait(a.seconds)
-    print(f"{found.drawn_per_second:.1f} pictures a second drawn, {found.shown} shown")
+    print(f"{found.drawn_per_second:.1f} images a second drawn, {found.shown} shown")
     return 0
 
 

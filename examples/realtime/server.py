@@ -1,4 +1,4 @@
-"""The page, on http://127.0.0.1:7860: pictures that follow a prompt as it is typed, or a camera restyled live.
+"""The page, on http://127.0.0.1:7860: images that follow a prompt as it is typed, or a camera restyled live.
 
     python examples/realtime/server.py
     python examples/realtime/server.py --model stabilityai/stable-diffusion-3.5-medium --device cuda --port 8000

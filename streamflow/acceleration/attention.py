@@ -33,14 +33,14 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
             the name is not one of torch's backends. RuntimeError: the library of the backend is missing.
     A backend that does not support the shapes or dtypes on this device raises in the first call.
     """
-    from streamflow.models.attention_backend import backends, listens, processor_of
+    from streamflow.models.attention_backend import backends, has_backend, processor_of
 
     if name not in backends():
         raise ValueError(f"unknown attention {name!r}: this diffusers knows {', '.join(backends())}")
     attentions = [m for m in module.modules() if processor_of(m) is not None]
     if not attentions:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")
-    direct = sorted({type(m.processor).__name__ for m in attentions if not listens(m.processor)})
+    direct = sorted({type(m.processor).__name__ for m in attentions if not has_backend(m.processor)})
     if not direct:
         return _switch_all(module, name)
     if name in TORCH:
@@ -52,9 +52,9 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
 
 
 def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
-    from streamflow.models.attention_backend import switch
+    from streamflow.models.attention_backend import set_backend
 
-    undo = [switch(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
+    undo = [set_backend(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
     return partial(run_backwards, undo)
 
 

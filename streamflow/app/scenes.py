@@ -12,6 +12,7 @@ from streamflow._threads import aside
 from streamflow.app.config import Settings
 from streamflow.live.draw import Scene
 from streamflow.live.show import Live
+from streamflow.models.loading import default_device
 from streamflow.wrapper import StreamFlowWrapper
 
 
@@ -21,7 +22,7 @@ def open_scene(settings: Settings) -> StreamFlowWrapper:
     Raises:
         MemoryError: it does not fit beside them, with the numbers. Otherwise as `StreamFlowWrapper.from_settings`.
     """
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(settings.device or default_device())
     free = _free(device)
     if (needed := weights_on_disk(settings.model)) > free:
         raise MemoryError(_no_room(settings, device, free, f"its files alone have {needed:,}"))

@@ -8,9 +8,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -21,11 +20,12 @@ from streamflow.benchmark.measure import measure_all
 from streamflow.benchmark.settings import parse
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.sweep import measure_sweeps, points
+from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import VARIANTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit code: 0, 1 where a variant failed, 2 for an argument that cannot be."""
+    """Run the command. Returns the exit code: 0, 1 where a variant failed, 2 for an invalid argument."""
     imported = time.process_time()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, settings = parse(argv, list(VARIANTS))
@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sized(subject: Subject) -> Subject:
-    """The subject under settings that say the size, the model's own where none was given."""
+    """The subject with the image size in its settings, the model's own where none was given."""
     with subject.stream(tiny=False) as stream:
         return subject.under(replace(subject.settings, width=stream.width, height=stream.height))
 
 
 def check(subject: Subject) -> None:
-    """ValueError for what the model cannot do of what is asked for, before anything is measured."""
+    """Raise ValueError for settings that the model does not support, before anything is measured."""
     s = subject.settings
     if s.sweep and s.sweep_vae == "tiny" and subject.tiny is None:
         raise ValueError("--sweep-vae tiny: no tiny VAE was given: --tiny-vae")
@@ -68,8 +68,8 @@ def check(subject: Subject) -> None:
             raise ValueError(f"--sweep {name}={value}: {error}") from error
 
 
-def run(subject: Subject, known: dict[str, Any]) -> dict[str, Any]:
-    """All that was asked for, measured; the result, with what is known beforehand, as JSON takes it."""
+def run(subject: Subject, known: Json) -> Json:
+    """Measure what the settings name. Returns the result as JSON, with the entries of `known` first."""
     s = subject.settings
     before = clocks(subject.device)
     found = measure_all(subject)
@@ -99,14 +99,14 @@ def run(subject: Subject, known: dict[str, Any]) -> dict[str, Any]:
     return report.rounded(result)
 
 
-def current(device: torch.device) -> Any:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """A context in which this CUDA device is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Shows what this package logs, while it lasts; stdout is for the results."""
+    """Shows the log messages of this package on stderr; stdout is for the results."""
     logger, handler = logging.getLogger("streamflow"), logging.StreamHandler()
     before = logger.level
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,5 +1,5 @@
-"""Latency against rate: how old a picture is when it is finished, for cameras of several rates, in the ways there are to
-feed a stream (`streamflow.live.latency_modes`)."""
+"""Latency against rate: the age of an image when it is finished, for cameras of several rates and for each mode of feeding
+a stream (`streamflow.live.latency_modes`)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from streamflow.benchmark.measure import attempt, clean
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import wait
+from streamflow.benchmark.timing import Json, wait
 from streamflow.live.latency_modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
 from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
 INPUT_RATES = (24, 30, 60)  # camera frames a second
 STAGES = (1, 2, 4)
-PICTURES = 8  # that the camera shows in turn
+IMAGES = 8  # different images of the camera
 
 
-def measure_latency(subject: Subject) -> dict[str, Any]:
-    """For every number of stages and input rate: rate and latency of each mode, and the mode that `auto` takes. Pictures
-    are drawn one at a time, image-to-image, with the tiny VAE where there is one."""
+def measure_latency(subject: Subject) -> Json:
+    """Rate and latency of each mode, and the mode that `auto` takes, for every number of stages and input rate. Images are
+    drawn one at a time, image-to-image, with the tiny VAE where there is one."""
     s, tiny = subject.settings, subject.tiny is not None
     rows = []
     for stages in STAGES:
@@ -37,8 +36,8 @@ def measure_latency(subject: Subject) -> dict[str, Any]:
     return {"vae": vae, "acceleration": s.kind, "seconds": s.latency_seconds, "rows": rows}
 
 
-def measure_rates(subject: Subject, tiny: bool) -> list[dict[str, Any]]:
-    """One row an input rate."""
+def measure_rates(subject: Subject, tiny: bool) -> list[Json]:
+    """One row for each input rate."""
     s = subject.settings
     found: dict[int, list[Measured]] = {rate: [] for rate in INPUT_RATES}
     for batched in (True, False):
@@ -56,26 +55,25 @@ def measure_rates(subject: Subject, tiny: bool) -> list[dict[str, Any]]:
 
 
 def measured(mode: Mode, rate: float, seconds: float) -> Measured:
-    """One mode at one input rate, by the real clock."""
+    """One mode at one input rate, with the real clock."""
     return play(mode, RealClock(), 1 / rate, seconds)
 
 
 def ticking(stream: StreamFlow) -> Callable[[int], None]:
-    """A tick of the stream: a picture as a camera gives it goes in, and what comes out is finished on the device."""
+    """A tick of the stream on a camera image, which waits until the device has finished."""
     random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (PICTURES, stream.height, stream.width, 3), dtype=np.uint8)
+    images = random.integers(0, 256, (IMAGES, stream.height, stream.width, 3), dtype=np.uint8)
 
     def tick(frame: int) -> None:
-        stream(pictures[frame % PICTURES])
+        stream(images[frame % IMAGES])
         wait(stream.device)
 
     return tick
 
 
-def row(rate: int, modes: list[Measured]) -> dict[str, Any]:
+def row(rate: int, modes: list[Measured]) -> Json:
     """The modes at one input rate, times in milliseconds."""
     figures = {
-        m.name: {"pictures_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "pictures": m.pictures}
-        for m in modes
+        m.name: {"images_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "images": m.pictures} for m in modes
     }
     return {"input_rate": rate, "modes": figures, "auto": choose_mode(modes, rate).name}

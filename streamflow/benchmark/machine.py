@@ -1,4 +1,4 @@
-"""What a measurement ran on: hardware, versions, clocks."""
+"""The machine of a measurement: hardware, versions, clocks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from streamflow.benchmark.timing import Json
 
 PACKAGES = ("streamflow-rf", "torch", "diffusers", "transformers", "triton", "torchao", "tensorrt", "numpy")
 QUERY = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "driver_version")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, as JSON takes them."""
+def machine(device: torch.device) -> Json:
+    """Hardware and versions, as JSON."""
     found = {
         "device": device_name(device),
         "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -47,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 
 def compile_cache() -> str:
-    """ "warm" where torch's compiler finds code on disk that it generated earlier, else "cold"."""
+    """The state of the compiler's cache: "warm" where torch finds generated code on disk, else "cold"."""
     from torch._inductor.runtime.runtime_utils import default_cache_dir
 
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
@@ -55,8 +56,8 @@ def compile_cache() -> str:
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """What nvidia-smi says of the GPU's clocks (MHz), power (W) and temperature now; None where there is no nvidia-smi, or
-    it does not answer for this GPU."""
+    """The GPU's clocks (MHz), power (W) and temperature from nvidia-smi; None where there is no nvidia-smi, or it does not
+    answer for this GPU."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -1,41 +1,39 @@
-"""One way of drawing, measured: rates, times, latency, memory, start-up, and how far its pictures are from the plain
+"""Measures one variant: rates, times, latency, memory, start-up, and the difference of its images from the plain
 pipeline's."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamflow._decibels import decibels
 from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.subject import COMPARED, Subject
-from streamflow.benchmark.timing import Spread, latencies, ticks_within, timed, wait
+from streamflow.benchmark.timing import Json, Spread, latencies, ticks_within, timed, wait
 from streamflow.benchmark.ways import VARIANTS, Way, problem
 from streamflow.live.latency_modes import percentile
 
 logger = logging.getLogger(__name__)
-# What models, compilers and drivers raise where they cannot: torch's errors, its compiler's and out of memory among them,
-# and those of engines are RuntimeErrors; what a model does not draw is a ValueError; a missing library or compiler is an
-# ImportError or an OSError; pictures that are not finite are an ArithmeticError. Anything else is a mistake of ours.
+# The errors of models, compilers and drivers. torch, its compiler and engines raise RuntimeErrors, and out of memory is one;
+# settings that a model does not support are ValueErrors, a missing library or compiler is an ImportError or an OSError, and
+# images that are not finite are an ArithmeticError. Any other error is a bug of this package.
 FAILURES = (RuntimeError, ValueError, ArithmeticError, ImportError, OSError)
 
 
-def measure_all(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Every variant that was asked for, by name; {"title", "skipped": why} where one cannot be measured here, {"title",
-    "failed": what} where it raised: a failure is a result too, and does not take the others along."""
-    asked = subject.settings.variants
-    wanted = tuple(VARIANTS) if asked is None else asked
+def measure_all(subject: Subject) -> dict[str, Json]:
+    """Every variant of the settings, by name: its figures, {"title", "skipped": reason} where it cannot be measured here, or
+    {"title", "failed": error} where it raised. A failure does not end the others."""
+    chosen = subject.settings.variants
     found = {}
-    for name in wanted:
+    for name in VARIANTS if chosen is None else chosen:
         variant = VARIANTS[name]
-        if why := problem(name, subject.settings, subject):
-            found[name] = {"title": variant.title, "skipped": why}
+        if reason := problem(name, subject.settings, subject):
+            found[name] = {"title": variant.title, "skipped": reason}
             continue
         subject.reference(variant.tiny)
         logger.info("(%s) %s", name, variant.title)
@@ -45,28 +43,28 @@ def measure_all(subject: Subject) -> dict[str, dict[str, Any]]:
     return found
 
 
-def attempt(what: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the call gives, or {"failed": why} where it raised one of `FAILURES`, which is logged in full."""
+def attempt(label: str, call: Callable[[], Json]) -> Json:
+    """The result of the call, or {"failed": error} where it raised one of `FAILURES`, which is logged in full."""
     try:
         return call()
     except FAILURES as error:
-        logger.exception("%s failed", what)
+        logger.exception("%s failed", label)
         return {"failed": cause(error)}
 
 
 def cause(error: BaseException, most: int = 600) -> str:
-    """An error's kind and the beginning of what it says, in one line; compilers put the cause into the later lines."""
+    """An error's type and the beginning of its message, in one line; compilers put the cause into the later lines."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
 
 
-def in_short(figures: dict[str, Any]) -> str:
+def in_short(figures: Json) -> str:
     """A variant's figures in one line."""
-    rate, tick = figures["pictures_per_s"]["median"], figures["tick_ms"]["median"]
-    return f"{rate:.2f} pictures/s, {tick:.2f} ms a tick, start-up {figures['start_up_s']:.1f} s"
+    rate, tick = figures["images_per_s"]["median"], figures["tick_ms"]["median"]
+    return f"{rate:.2f} images/s, {tick:.2f} ms a tick, start-up {figures['start_up_s']:.1f} s"
 
 
-def measure(subject: Subject, name: str) -> dict[str, Any]:
-    """One variant's figures, as JSON takes them."""
+def measure(subject: Subject, name: str) -> Json:
+    """One variant's figures, as JSON."""
     variant, device = VARIANTS[name], subject.device
     clean(device)
     began = time.perf_counter()
@@ -83,15 +81,15 @@ def measure(subject: Subject, name: str) -> dict[str, Any]:
         "vae": "tiny" if variant.tiny else type(subject.pipe.vae).__name__,
         **way.details,
         "frames_per_tick": way.frames,
-        "ticks_per_picture": way.depth,
+        "ticks_per_image": way.depth,
         "start_up_s": start_up,
         **figures,
         "difference": difference,
     }
 
 
-def times(subject: Subject, way: Way) -> dict[str, Any]:
-    """Rates, ticks, latency, and what is around the network and the decoder, over the settings' rounds."""
+def times(subject: Subject, way: Way) -> Json:
+    """Rates, ticks, latency, and the time around the network and the decoder, over the settings' rounds."""
     s, device = subject.settings, subject.device
     count = warm(subject, way)
     rounds, bare, waits = [], [], []
@@ -103,7 +101,7 @@ def times(subject: Subject, way: Way) -> dict[str, Any]:
     rates = Spread.of([way.frames / r.mean for r in rounds])
     found = {
         "ticks_per_round": count,
-        "pictures_per_s": vars(rates),
+        "images_per_s": vars(rates),
         "tick_ms": milliseconds([seconds for r in rounds for seconds in r.each]),
         "latency_ms": milliseconds(waits),
     }
@@ -113,7 +111,7 @@ def times(subject: Subject, way: Way) -> dict[str, Any]:
 
 
 def warm(subject: Subject, way: Way) -> int:
-    """Take the ticks before the first round; how many a round takes then."""
+    """Run the ticks before the first round. Returns the number of ticks of a round."""
     s = subject.settings
     for _ in range(s.warmup):
         way.tick()
@@ -121,7 +119,7 @@ def warm(subject: Subject, way: Way) -> int:
 
 
 def steady_rate(subject: Subject, way: Way) -> Spread:
-    """Pictures a second over the settings' rounds, and nothing else."""
+    """Images a second over the settings' rounds."""
     count = warm(subject, way)
     rounds = [timed(way.tick, count, subject.device) for _ in range(subject.settings.rounds)]
     return Spread.of([way.frames / r.mean for r in rounds])
@@ -133,8 +131,8 @@ def milliseconds(values: list[float]) -> dict[str, float]:
     return {**vars(Spread.of(in_ms)), "p95": percentile(in_ms, 0.95)}
 
 
-def overhead(ticks: list[float], bare: list[float]) -> dict[str, Any]:
-    """Ticks against the network's and decoder's calls alone, seconds, in pairs that followed one another."""
+def overhead(ticks: list[float], bare: list[float]) -> Json:
+    """Ticks against the network's and decoder's calls alone, in seconds, by pairs of consecutive rounds."""
     shares = [100 * (tick / alone - 1) for tick, alone in zip(ticks, bare, strict=True)]
     return {
         "tick_ms": 1e3 * Spread.of(ticks).median,
@@ -144,23 +142,23 @@ def overhead(ticks: list[float], bare: list[float]) -> dict[str, Any]:
 
 
 def differences(drawn: Tensor, reference: Tensor) -> dict[str, float | None]:
-    """Between pictures in [0, 1]: the largest and the mean difference, and PSNR in dB of the worst picture, None where they
-    are equal. `contrast` is the reference's standard deviation: without contrast no difference could show. Raises
-    FloatingPointError where a picture is not finite."""
+    """Between images in [0, 1]: the largest and the mean difference, and PSNR in dB of the worst image, None where they
+    are equal. `contrast` is the reference's standard deviation: images without contrast show no difference. Raises
+    FloatingPointError where an image is not finite."""
     error = (drawn.float().cpu() - reference).abs()
     if not error.isfinite().all():
-        raise FloatingPointError("the pictures are not finite")
+        raise FloatingPointError("the images are not finite")
     worst = error.square().flatten(1).mean(1).max().item()
     return {
         "largest": error.max().item(),
         "mean": error.mean().item(),
-        "psnr_db": -10 * math.log10(worst) if worst else None,
+        "psnr_db": decibels(worst) if worst else None,
         "contrast": reference.std().item(),
     }
 
 
 def clean(device: torch.device) -> None:
-    """Give back the GPU memory that earlier ways left, and measure its peak from here."""
+    """Free the GPU memory of earlier variants, and reset its peak."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
@@ -169,8 +167,8 @@ def clean(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> dict[str, float] | None:
-    """The most that tensors held, and the most that torch took from the GPU, CUDA graphs' pools included."""
+    """The peak of the tensors' memory and of torch's GPU memory, with CUDA graphs' pools; None on other devices."""
     if device.type != "cuda":
         return None
-    most = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
-    return {name: value / 2**20 for name, value in most.items()}
+    peak = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {name: value / 2**20 for name, value in peak.items()}

@@ -1,5 +1,5 @@
-"""What was measured, as a table for people and as JSON: each factor, its share of the whole, and the ratios that compare
-like with like. Knows figures only."""
+"""The results as a table and as JSON: the factor of each optimisation, its share of the total, and ratios of variants with
+the same VAE."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from streamflow.benchmark.settings import SWEEPS
+from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import CHAIN, SAME_VAE
 
-Figures = Mapping[str, Mapping[str, Any]]
+Result = Mapping[str, Any]
+Figures = Mapping[str, Result]  # of variants, by name
 
 
-def rate(figures: Mapping[str, Any]) -> float:
-    """Pictures a second, the median over rounds."""
-    return figures["pictures_per_s"]["median"]
+def rate(figures: Result) -> float:
+    """Images a second, the median over rounds."""
+    return figures["images_per_s"]["median"]
 
 
 def measured(found: Figures, names: Sequence[str]) -> list[str]:
-    """Those of the names that have figures."""
-    return [name for name in names if "pictures_per_s" in found.get(name, {})]
+    """The names that have figures."""
+    return [name for name in names if "images_per_s" in found.get(name, {})]
 
 
-def factors(found: Figures) -> dict[str, Any]:
-    """How much faster each variant of the chain is than the one before it; the factors multiply to `total`. `share` is a
+def factors(found: Figures) -> Json:
+    """The speed-up of each variant of the chain over the one before it; the factors multiply to `total`. `share` is a
     factor's part of the total on the logarithmic scale, in per cent (None where the total is 1)."""
     chain = measured(found, CHAIN)
     if len(chain) < 2:
@@ -45,28 +47,28 @@ def ratios(found: Figures) -> dict[str, dict[str, float]]:
     made = {}
     for fast, slow in SAME_VAE:
         if len(measured(found, (fast, slow))) == 2:
-            made[f"{fast}/{slow}"] = ratio(found[fast]["pictures_per_s"], found[slow]["pictures_per_s"])
+            made[f"{fast}/{slow}"] = ratio(found[fast]["images_per_s"], found[slow]["images_per_s"])
     return made
 
 
 def ratio(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    """One figure with a spread over another one; `least` and `most` are as far apart as both spreads allow."""
+    """One figure with a spread over another one; `least` and `most` are the extremes of both spreads."""
     return {"median": a["median"] / b["median"], "least": a["least"] / b["most"], "most": a["most"] / b["least"]}
 
 
-def swept(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+def swept(result: Result) -> dict[str, list[Result]]:
     """The sweeps' points by the setting's name."""
     return {name: points for name, points in result.get("sweeps", {}).items() if name in SWEEPS}
 
 
-def failures(result: Mapping[str, Any]) -> list[str]:
-    """Why things that were to be measured failed."""
+def failures(result: Result) -> list[str]:
+    """The errors of all failed measurements."""
     points = [point for points in swept(result).values() for point in points]
     all_figures = [*result["variants"].values(), *points, *result.get("latency", {}).get("rows", [])]
     return [figures["failed"] for figures in all_figures if "failed" in figures]
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Result) -> str:
     """The result as Markdown."""
     found = result["variants"]
     lines = [
@@ -83,18 +85,18 @@ def _variant_lines(found: Figures) -> list[str]:
         return []
     return [
         "",
-        "| | way | pictures/s (least, most) | ms a tick (p95) | latency ms (p95) | memory MiB | start-up s | largest, mean "
-        "difference, PSNR |",
+        "| | variant | images/s (least, most) | ms a tick (p95) | latency ms (p95) | memory MiB | start-up s | largest, "
+        "mean difference, PSNR |",
         "|---|---|---|---|---|---|---|---|",
         *(_row(name, figures) for name, figures in found.items()),
     ]
 
 
-def _row(name: str, f: Mapping[str, Any]) -> str:
-    if "pictures_per_s" not in f:
-        why = f"skipped: {f['skipped']}" if "skipped" in f else f"failed: {f['failed']}"
-        return f"| {name} | {f['title']} | {why} | | | | | |"
-    r, t, wait, d = f["pictures_per_s"], f["tick_ms"], f["latency_ms"], f["difference"]
+def _row(name: str, f: Result) -> str:
+    if "images_per_s" not in f:
+        reason = f"skipped: {f['skipped']}" if "skipped" in f else f"failed: {f['failed']}"
+        return f"| {name} | {f['title']} | {reason} | | | | | |"
+    r, t, wait, d = f["images_per_s"], f["tick_ms"], f["latency_ms"], f["difference"]
     memory = f"{f['memory_mib']['reserved']:.0f}" if f["memory_mib"] else ""
     psnr = "equal" if d["psnr_db"] is None else f"{d['psnr_db']:.1f} dB"
     cells = (
@@ -108,7 +110,7 @@ def _row(name: str, f: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _factor_lines(found: Mapping[str, Any]) -> list[str]:
+def _factor_lines(found: Result) -> list[str]:
     if not found["steps"]:
         return []
     lines = ["", "| factor | times | share |", "|---|---|---|"]
@@ -131,7 +133,7 @@ def _around_lines(found: Figures) -> list[str]:
         return []
     lines = [
         "",
-        "| what is around the network and the decode | ms a tick | called by hand | per cent |",
+        "| time around the network and the decode | ms a tick | called alone | per cent |",
         "|---|---|---|---|",
     ]
     for name, a in rows:
@@ -141,13 +143,13 @@ def _around_lines(found: Figures) -> list[str]:
     return lines
 
 
-def _sweep_lines(result: Mapping[str, Any]) -> list[str]:
+def _sweep_lines(result: Result) -> list[str]:
     lines = []
     for name, points in swept(result).items():
         lines += [
             "",
-            f"| {SWEEPS[name].label} | sequential, pictures/s | ring, pictures/s (least, most) | ring over sequential "
-            "(least, most) | roofline of the network, pictures/s | with the decoder |",
+            f"| {SWEEPS[name].label} | sequential, images/s | ring, images/s (least, most) | ring over sequential "
+            "(least, most) | roofline of the network, images/s | with the decoder |",
             "|---|---|---|---|---|---|",
             *(_point(point) for point in points),
         ]
@@ -163,22 +165,22 @@ def _sweep_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _point(p: Mapping[str, Any]) -> str:
+def _point(p: Result) -> str:
     if "failed" in p:
         return f"| {p['value']} | failed: {p['failed']} | | | | |"
-    ring, times, roof = p["ring"]["pictures_per_s"], p["ratio"], p["roofline"]
+    ring, times, roof = p["ring"]["images_per_s"], p["ratio"], p["roofline"]
     cells = (
         str(p["value"]),
-        f"{p['sequential']['pictures_per_s']['median']:.2f}",
+        f"{p['sequential']['images_per_s']['median']:.2f}",
         f"{ring['median']:.2f} ({ring['least']:.2f}, {ring['most']:.2f})",
         f"{times['median']:.2f} ({times['least']:.2f}, {times['most']:.2f})",
-        f"{roof['network_pictures_per_s']:.2f}",
-        f"{roof['with_decoder_pictures_per_s']:.2f}",
+        f"{roof['network_images_per_s']:.2f}",
+        f"{roof['with_decoder_images_per_s']:.2f}",
     )
     return f"| {' | '.join(cells)} |"
 
 
-def _latency_lines(found: Mapping[str, Any] | None) -> list[str]:
+def _latency_lines(found: Result | None) -> list[str]:
     if found is None:
         return []
     lines = [
@@ -195,27 +197,27 @@ def _latency_lines(found: Mapping[str, Any] | None) -> list[str]:
     return [
         *lines,
         "",
-        "Latency in ms from an input frame to its finished picture, p50 (p95), and input frames drawn a second; "
+        "Latency in ms from an input frame to its finished image, p50 (p95), and input frames drawn a second; "
         f"acceleration {found['acceleration']}, {found['vae']} VAE, image-to-image, one frame a tick. auto: the lowest "
         "latency that holds the input rate, else the fastest.",
     ]
 
 
 def _mode(m: Mapping[str, float]) -> str:
-    return f"{m['p50_ms']:.1f} ({m['p95_ms']:.1f}), {m['pictures_per_s']:.1f}/s"
+    return f"{m['p50_ms']:.1f} ({m['p95_ms']:.1f}), {m['images_per_s']:.1f}/s"
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """The same with floats of so many significant digits."""
+    """The value with its floats rounded to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {name: rounded(one, digits) for name, one in value.items()}
-    return [rounded(one, digits) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: rounded(entry, digits) for name, entry in value.items()}
+    return [rounded(entry, digits) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def write(result: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """The JSON and the table, side by side; what was written."""
+def write(result: Result, folder: Path, name: str) -> list[Path]:
+    """Write the JSON and the table. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,22 +1,19 @@
-"""The roofline: how many pictures a second there would be if the device did nothing but multiply matrices for them, at the
-rate that it reaches on large ones."""
+"""The roofline: the images a second of a device that only multiplies matrices, at the rate that it reaches on large ones."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Spread, timed, wait
+from streamflow.benchmark.timing import Json, Spread, timed, wait
 
-SIDE = {"cuda": 8192}  # of the matrices; large enough that launches and edges do not count
+SIDE = {"cuda": 8192}  # of the matrices, so large that launches and edges are negligible
 SIDE_ELSEWHERE = 1024
 ROUNDS, CALLS = 7, 5
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> Json:
     """Floating-point operations a second of a square matrix product, warm: median, least and most over rounds."""
     side = SIDE.get(device.type, SIDE_ELSEWHERE)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -33,8 +30,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def flops(subject: Subject, tiny: bool) -> dict[str, float]:
-    """What one picture of the denoising batch takes of the network and of the decoder. Counted from shapes: nothing is
-    computed, attention counts as its two matrix products, and what is not a matrix product or a convolution as nothing."""
+    """The operations of one image of the denoising batch in the network and in the decoder. They are counted from shapes,
+    without computing: matrix products, convolutions, and the two matrix products of attention."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 

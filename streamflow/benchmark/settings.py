@@ -1,4 +1,4 @@
-"""What is to be measured, as the command line says it."""
+"""The settings of a measurement, and its command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streamflow._command_line import Parser, above, at_least
-from streamflow.models.loading import DTYPES
+from streamflow.models.loading import DTYPES, default_device
 
 CFG_TYPES = ("none", "self", "full")
 VAES = ("own", "tiny")
@@ -20,17 +20,17 @@ EXAMPLE = """examples:
   python -m streamflow.benchmark --model sd15 --random-weights --width 512 --height 512 --steps 4 --output outputs/benchmark
   python -m streamflow.benchmark --variants none --sweep steps=1,2,4,8 --sweep cfg=none,self,full --latency
 
-The last line is JSON. Exit code 2 for an argument that cannot be."""
+The last line is JSON. The exit code is 2 for an invalid argument."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. model: a true size (`streamflow.benchmark.true_size.SIZES`, with `random_weights`), "embedded", a hub id or a
-    folder. width, height in pixels, None: the model's own. frames: most ticks a round. rounds: how often each figure is
-    taken. round_seconds: how long a round may last, so that slow ways take fewer ticks. warmup: ticks before the first
-    round. variants None: all that there are. compile None: on CUDA. sweep: by the names of `SWEEPS`, values that one
-    setting takes while the others stay; sweep_vae: "own" or "tiny". latency: modes are measured too (`latency`), each
-    for `latency_seconds`. json: the table is not printed."""
+    """One run. model: a key of `streamflow.benchmark.full_size.SIZES` with `random_weights`, "embedded", a hub id or a
+    folder. width, height: in pixels, None: the model's own. frames: most ticks of a round. rounds: measurements of each
+    figure. round_seconds: the time of a round, so that slow variants take fewer ticks. warmup: ticks before the first round.
+    variants: None: all. compile: None: on CUDA. sweep: by the names of `SWEEPS`, values that one setting takes while the
+    others stay. sweep_vae: "own" or "tiny". latency: the modes of `latency` are measured too, each for `latency_seconds`.
+    json: the table is not printed."""
 
     model: str = "embedded"
     random_weights: bool = False
@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as torch names it."""
+        """The device."""
         return torch.device(self.device)
 
     @property
@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile is used: as asked, otherwise on CUDA."""
+        """Whether torch.compile is used."""
         return self.cuda if self.compile is None else self.compile
 
     @property
@@ -79,28 +79,30 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """A file name for the results, without an ending."""
+        """The name of the result files, without a suffix."""
         model = Path(self.model).name if Path(self.model).exists() else self.model
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}-{self.width}x{self.height}-{self.steps}steps"
 
 
 class OncePerName(argparse.Action):
-    """Gathers (name, values) of an option that may be given once for each name."""
+    """Collects (name, values) of an option that can be given once for each name."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        name, given = values
-        gathered = getattr(namespace, self.dest)
-        if name in gathered:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name, values = values
+        collected = getattr(namespace, self.dest)
+        if name in collected:
             raise argparse.ArgumentError(self, f"{name} is given twice")
-        setattr(namespace, self.dest, {**gathered, name: given})
+        setattr(namespace, self.dest, {**collected, name: values})
 
 
 def parser(variants: Sequence[str]) -> Parser:
-    """The command line; `variants` are the known ones."""
+    """The parser of the command line; variants: the names of all variants."""
     known = ", ".join(variants)
     p = Parser(
         prog="streamflow benchmark",
-        description="Measures one model on one machine: where each factor of the speed comes from.",
+        description="Measures one model on one machine: the speed of plain diffusers and of each optimisation.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,21 +111,19 @@ def parser(variants: Sequence[str]) -> Parser:
         default="embedded",
         help="sd15, sdxl, sd3-medium, flux-schnell, sana (with --random-weights), embedded, a hub id or a folder",
     )
-    p.add_argument(
-        "--random-weights", action="store_true", help="a network of the named size with random weights: no download"
-    )
-    p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not tell")
-    p.add_argument("--steps", type=at_least(1), default=4, help="steps a picture (default 4)")
+    p.add_argument("--random-weights", action="store_true", help="a network of this size with random weights: no download")
+    p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not determine it")
+    p.add_argument("--steps", type=at_least(1), default=4, help="steps an image (default 4)")
     p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
-    p.add_argument("--frames", type=at_least(1), default=30, help="most ticks a round (default 30)")
-    p.add_argument("--rounds", type=at_least(1), default=5, help="how often each figure is taken (default 5)")
-    p.add_argument("--round-seconds", type=above(0), default=0.4, help="a slow way takes fewer ticks a round (default 0.4)")
+    p.add_argument("--frames", type=at_least(1), default=30, help="most ticks of a round (default 30)")
+    p.add_argument("--rounds", type=at_least(1), default=5, help="measurements of each figure (default 5)")
+    p.add_argument("--round-seconds", type=above(0), default=0.4, help="time of a round (default 0.4)")
     p.add_argument("--warmup", type=at_least(0), default=3, help="ticks before the first round (default 3)")
     p.add_argument("--variants", type=chosen(variants), help=f"comma-separated, of {known}; or none (default: all)")
     p.add_argument("--tiny-vae", help="hub id or folder of an AutoencoderTiny of the model's latents")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, the model's own elsewhere")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--cfg-type", choices=CFG_TYPES, default="none", help="guidance (default none)")
     p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
     p.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
@@ -147,7 +147,7 @@ def parser(variants: Sequence[str]) -> Parser:
 
 
 def parse(argv: Sequence[str] | None, variants: Sequence[str]) -> tuple[Parser, Settings]:
-    """The settings that a command line asks for; it ends with 2 and one line where it cannot be."""
+    """The parser, and the settings of this command line. An invalid one ends the process with 2 and one line."""
     p = parser(variants)
     a = p.parse_args(argv)
     if (a.width is None) != (a.height is None):
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str] | None, variants: Sequence[str]) -> tuple[Parser, 
 
 
 def unusable(device: str) -> str | None:
-    """Why torch cannot use this device; None where it can."""
+    """The reason why torch cannot use this device, or None."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -168,21 +168,21 @@ def unusable(device: str) -> str | None:
 
 
 def chosen(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: some of the known names, in their order."""
+    """An argparse type: comma-separated known names, returned in the order of `known`; "none" is no name."""
 
     def names(text: str) -> tuple[str, ...]:
-        asked = [name.strip() for name in text.split(",")]
-        if asked == ["none"]:
+        given = [name.strip() for name in text.split(",")]
+        if given == ["none"]:
             return ()
-        if unknown := [name for name in asked if name not in known]:
+        if unknown := [name for name in given if name not in known]:
             raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}: choose of {', '.join(known)}")
-        return tuple(name for name in known if name in asked)
+        return tuple(name for name in known if name in given)
 
     return names
 
 
 def one_of(known: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: a known name."""
+    """An argparse type: one of the known names."""
 
     def name(text: str) -> str:
         if text not in known:
@@ -194,7 +194,8 @@ def one_of(known: Sequence[str]) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A setting that can be swept. label: what its values are. value: reads one. fields: those of `Settings` set by it."""
+    """A setting that can be swept. label: of its values. value: parses one. fields: the fields of `Settings` that it
+    sets."""
 
     label: str
     value: Callable[[str], int | str]
@@ -202,7 +203,7 @@ class Sweep:
 
 
 SWEEPS = {
-    "steps": Sweep("steps a picture", at_least(1), ("steps",)),
+    "steps": Sweep("steps an image", at_least(1), ("steps",)),
     "size": Sweep("pixels a side", at_least(1), ("width", "height")),
     "buffer": Sweep("frames a tick", at_least(1), ("frame_buffer_size",)),
     "cfg": Sweep("guidance", one_of(CFG_TYPES), ("cfg_type",)),
@@ -210,7 +211,7 @@ SWEEPS = {
 
 
 def with_value(settings: Settings, name: str, value: int | str) -> Settings:
-    """The settings with one swept setting at a value."""
+    """The settings with this value of one swept setting."""
     return replace(settings, **dict.fromkeys(SWEEPS[name].fields, value))
 
 

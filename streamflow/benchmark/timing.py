@@ -1,4 +1,4 @@
-"""Clocks: how long calls take, by device events on CUDA, and how far figures spread. Knows calls, no streams."""
+"""Measures how long calls take, by device events on CUDA, and the spread of figures."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
+Json = dict[str, Any]  # figures and results, as JSON
 
 
 def wait(device: torch.device) -> None:
-    """Until the device, and every other GPU that is in use, has done all it was given."""
+    """Wait until the device, and every other GPU in use, has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         for other in range(torch.cuda.device_count()):
@@ -25,8 +27,8 @@ def wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Round:
-    """A batch of calls: `total` seconds of host time until the device was done, and `each` call's seconds, from the end of
-    the one before to its own, by device events on CUDA."""
+    """Consecutive calls: `total` seconds of host time until the device had finished, and the seconds of `each` call, from
+    the end of the call before to its own, by device events on CUDA."""
 
     total: float
     each: tuple[float, ...]
@@ -38,7 +40,7 @@ class Round:
 
 
 def timed(call: Call, count: int, device: torch.device) -> Round:
-    """`count` calls back to back, the device waited for once, at the end."""
+    """`count` calls back to back; the host waits for the device once, at the end."""
     return (_timed_by_events if device.type == "cuda" else _timed_by_host)(call, count, device)
 
 
@@ -68,8 +70,8 @@ def _timed_by_host(call: Call, count: int, device: torch.device) -> Round:
 
 
 def latencies(call: Call, depth: int, count: int, device: torch.device) -> list[float]:
-    """Seconds from the start of the call that takes a picture in to the finished end of the call that gives it back,
-    `depth` calls later counting itself, each call waited for, as one who shows every picture does."""
+    """Seconds from the start of the call that takes an image to the end of the call that returns it, which is call number
+    `depth` from there. The host waits for every call, as a program does that shows every image."""
     starts, ends = [], []
     wait(device)
     for _ in range(count + depth - 1):
@@ -81,14 +83,14 @@ def latencies(call: Call, depth: int, count: int, device: torch.device) -> list[
 
 
 def ticks_within(seconds: float, call: Call, most: int, device: torch.device) -> int:
-    """How many calls fit in so many seconds: at least 3 if `most` allows, and not more than `most`."""
+    """The number of calls that fit in so many seconds: at least 3, and at most `most`."""
     once = timed(call, min(2, most), device).mean
     return min(most, max(3, int(seconds / max(once, 1e-9))))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure with its spread: median, least and most over the rounds."""
+    """A figure and its spread: median, least and most over the rounds."""
 
     median: float
     least: float
@@ -96,5 +98,5 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Median, least and most of these."""
+        """The spread of these values."""
         return cls(median(values), min(values), max(values))

@@ -1,20 +1,20 @@
-"""The ways of drawing that are compared: a table of small functions. Each opens a `Way`, which gives pictures tick by tick,
-the same frames from the same noise in every way, and leaves the model as it was when closed."""
+"""The variants that are compared, as a table of small functions. Each opens a `Way`, which returns images tick by tick. The
+frames and their noise are the same in every variant, and the model does not change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject
-from streamflow.image_utils import denormalize
+from streamflow.benchmark.timing import Json
 from streamflow.pipeline import StreamFlow
 
 if TYPE_CHECKING:
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """tick: the next `frames` pictures, `[frames, 3, H, W]` in [0, 1], of frame 0 on. depth: how many ticks a picture
-    passes through. by_hand: the network's and the decoder's calls of one tick with nothing around them. details: what is
-    known of how it was made."""
+    """tick: returns the next `frames` images, `[frames, 3, H, W]` in [0, 1], from frame 0 on. depth: the ticks of an image.
+    by_hand: makes the network's and the decoder's calls of one tick and nothing else. details: for the result."""
 
     tick: Callable[[], Tensor]
     frames: int = 1
     depth: int = 1
     by_hand: Callable[[], object] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Json = field(default_factory=dict)
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to [0, 1], clamped."""
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 @contextmanager
 def plain(subject: Subject, tiny: bool) -> Iterator[Way]:
-    """The diffusers pipeline's own call, one picture after another."""
+    """The diffusers pipeline's own call, one image after another."""
     with subject.stream(tiny) as stream:
         pipe, ids = subject.with_vae(tiny), count()
         yield Way(lambda: subject.draw(pipe, stream.frame_noise(next(ids)), stream))
@@ -44,49 +48,49 @@ def plain(subject: Subject, tiny: bool) -> Iterator[Way]:
 
 @contextmanager
 def streamed(subject: Subject, kind: str, tiny: bool, batched: bool, anchored: bool = False) -> Iterator[Way]:
-    """Our stream, accelerated by `kind`; not `batched`, its network runs at batch 1, step by step. `anchored`: under
-    `cfg_type="self"` frames carry an anchor, without which that guidance does nothing."""
+    """The stream, accelerated by `kind`. batched: with the denoising batch; otherwise the network runs at batch 1, step by
+    step. anchored: under `cfg_type="self"` frames have an anchor, without which that guidance has no effect."""
     with subject.stream(tiny, batched) as stream:
         stream.accelerate(kind)
         yield Way(
-            with_anchors(stream) if anchored and stream.cfg_type == "self" else lambda: denormalize(stream.txt2img()),
-            stream.frame_bff_size,
-            subject.settings.steps if batched else 1,
-            by_hand(stream),
-            {"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
+            tick=with_anchors(stream) if anchored and stream.cfg_type == "self" else lambda: unit_range(stream.txt2img()),
+            frames=stream.frame_bff_size,
+            depth=subject.settings.steps if batched else 1,
+            by_hand=by_hand(stream),
+            details={"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
         )
 
 
 @contextmanager
 def decoded_elsewhere(subject: Subject, kind: str, devices: Devices = "all") -> Iterator[Way]:
-    """Our stream, accelerated by `kind`, whose pictures are decoded frame by frame on these devices while the next ones are
-    denoised; as many decodes as devices are under way."""
+    """The stream, accelerated by `kind`, whose images are decoded frame by frame on these devices while the next ones are
+    denoised, one decode on each device."""
     from streamflow.parallel import shard_vae
 
     with subject.stream(tiny=False) as stream, shard_vae(stream.vae, devices) as vae:
         stream.vae = vae
         stream.accelerate(kind)
         yield Way(
-            frame_by_frame(stream),
-            stream.frame_bff_size,
-            subject.settings.steps + vae.lanes,
+            tick=frame_by_frame(stream),
+            frames=stream.frame_bff_size,
+            depth=subject.settings.steps + vae.lanes,
             details={"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size, "decoders": vae.lanes},
         )
 
 
 def frame_by_frame(stream: StreamFlow) -> Callable[[], Tensor]:
-    """A tick of frames drawn from noise, wherever they were decoded."""
+    """A tick of frames drawn from noise, which any device may decode."""
     frames = stream.frames(repeat(None))
 
     def tick() -> Tensor:
         images = [next(frames).image.to(stream.device) for _ in range(stream.frame_bff_size)]
-        return denormalize(torch.stack(images))
+        return unit_range(torch.stack(images))
 
     return tick
 
 
 def with_anchors(stream: StreamFlow) -> Callable[[], Tensor]:
-    """A tick of frames from noise that carry an anchor; what it holds does not change the speed."""
+    """A tick of frames from noise that have an anchor. Its values do not change the speed."""
     ids, frames = count(), stream.frame_bff_size
 
     def tick() -> Tensor:
@@ -94,43 +98,43 @@ def with_anchors(stream: StreamFlow) -> Callable[[], Tensor]:
         while x0 is None:  # the ring fills
             noise = torch.cat([stream.frame_noise(next(ids)) for _ in range(frames)])
             x0 = stream.predict_x0_batch(noise, torch.zeros_like(noise))
-        return denormalize(stream.decode_image(x0))
+        return unit_range(stream.decode_image(x0))
 
     return tick
 
 
 def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
-    """One tick's network and decoder called with nothing around them; their graphs replayed where there are graphs. None
-    without a denoising batch."""
+    """The calls of one tick's network and decoder, or the replays of their CUDA graphs. None without a denoising batch."""
     from streamflow.acceleration.cuda_graph import Graphed
 
     if not stream.use_denoising_batch:
         return None
     parts = stream.parts()
     calls = ((parts.velocity, stream.velocity), (parts.decoder, stream.codec.decoder))
+    graphs = [module for _, module in calls if isinstance(module, Graphed)]
 
     def call() -> None:
         for part, module in calls:
             part.call(module)
 
-    if not all(isinstance(module, Graphed) for _, module in calls):
+    if len(graphs) < len(calls):
         return call
     call()
 
     def replay() -> None:
-        for _, module in calls:
-            module.replay_last()
+        for graph in graphs:
+            graph.replay_last()
 
     return replay
 
 
-Open = Callable[[Subject], Any]
+Open = Callable[[Subject], AbstractContextManager[Way]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. title: what it is. tiny: with the tiny VAE. open: a context manager that gives its `Way`.
-    problem: why it cannot be measured under these settings, or None."""
+    """One row of the table. tiny: whether it uses the tiny VAE. open: a context manager with its `Way`. problem: the reason
+    why it cannot be measured under these settings, or None."""
 
     title: str
     tiny: bool
@@ -139,27 +143,27 @@ class Variant:
 
 
 def best(subject: Subject) -> str:
-    """The strongest acceleration that the settings allow."""
+    """The best acceleration that the settings allow."""
     return subject.settings.kind
 
 
 def no_graphs(s: Settings) -> str | None:
-    """Why there are no CUDA graphs here."""
+    """The reason why there are no CUDA graphs, or None."""
     return None if s.cuda else "CUDA graphs need a CUDA device"
 
 
 def no_compile(s: Settings) -> str | None:
-    """Why nothing is compiled here."""
-    return None if s.compiles else "torch.compile was not asked for: --compile"
+    """The reason why nothing is compiled, or None."""
+    return None if s.compiles else "torch.compile is off: --compile"
 
 
 def nothing_faster(s: Settings) -> str | None:
-    """Why there is neither."""
+    """The reason why there is no acceleration at all, or None."""
     return no_compile(s) if s.kind == "none" else None
 
 
 def no_tensorrt(s: Settings) -> str | None:
-    """Why there is no TensorRT here."""
+    """The reason why there is no TensorRT, or None."""
     from importlib.util import find_spec
 
     if not s.cuda:
@@ -174,9 +178,9 @@ def no_tensorrt(s: Settings) -> str | None:
 
 
 def one_device(s: Settings) -> str | None:
-    """Why nothing can be spread."""
+    """The reason why decoding cannot be sharded, or None."""
     found = torch.cuda.device_count() if s.cuda else 0
-    return None if found > 1 else f"there are {found} GPUs, and sharded decoding takes two or more"
+    return None if found > 1 else f"there are {found} GPUs, and sharded decoding needs two or more"
 
 
 VARIANTS: dict[str, Variant] = {
@@ -201,7 +205,7 @@ SAME_VAE = (
 
 
 def problem(name: str, settings: Settings, subject: Subject | None = None) -> str | None:
-    """Why this variant cannot be measured, or None."""
+    """The reason why this variant cannot be measured, or None."""
     variant = VARIANTS[name]
     if subject is not None and variant.tiny and subject.tiny is None:
         return "no tiny VAE was given: --tiny-vae"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from streamflow._validation import check_number
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.convention import per_row
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import VAE, Network
 
 PREFIX = "control_"
 LEVELS, LENT = f"{PREFIX}levels", f"{PREFIX}of_"
@@ -38,7 +41,7 @@ class Control:
     """
 
     name: str
-    net: nn.Module
+    net: Network
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -87,14 +90,14 @@ class ControlRule:
         """The net's residuals of rows x `[rows, ...]` at times t `[rows]`, as arguments of the network."""
         raise NotImplementedError
 
-    def image(self, item: Control, images: Tensor, encode: Callable[[Tensor], Tensor], vae: nn.Module) -> Tensor:
+    def image(self, item: Control, images: Tensor, encode: Callable[[Tensor], Tensor], vae: VAE) -> Tensor:
         """What the net sees of images `[n, 3, H, W]` in [-1, 1]; by default their latents in the network's form."""
         return encode(images)
 
-    def ready(self, item: Control, network: nn.Module) -> None:
+    def ready(self, item: Control, network: Network) -> None:
         """Give the net what its pipeline gives it."""
 
-    def check(self, item: Control, network: nn.Module, others: Sequence[Control]) -> None:
+    def check(self, item: Control, network: Network, others: Sequence[Control]) -> None:
         """Raise TypeError or ValueError for a net that does not belong to this network, or not beside the others."""
         net = item.net
         if self.model not in [one.__name__ for one in type(net).__mro__]:
@@ -172,7 +175,7 @@ class ControlledVelocity(nn.Module):
             one = self.controls.rule.call(item, x, t, cond[image_name(i)], seen)
             one = {name: _times(value, by_row) for name, value in one.items()}
             total = {name: _plus(total[name], value) for name, value in one.items()} if total else one
-        return self.velocity(x, t, residuals=total, **plain)
+        return self.velocity(x, t, **plain, **total)
 
 
 def _plus(a: Any, b: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The family table: which adapter speaks for which diffusers pipeline. Adapters are imported when they are used.
+"""The family table: the adapter of each diffusers pipeline class. Adapters are imported when they are used.
 
-A family is one file with one class, a `FlowAdapter` (models/adapter.py). `register` adds one from outside.
+A family is one file with one class, a `FlowAdapter` (models/adapter.py). `register` adds one from outside the package.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamflow.models.adapter import FlowAdapter
+    import torch
+    from diffusers import AutoencoderTiny
 
-FAMILIES: dict[str, Any] = {
+    from streamflow.conditioning.controlnet import ControlRule
+    from streamflow.models.adapter import FlowAdapter
+    from streamflow.models.protocols import Pipeline
+
+FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "sd3": "streamflow.models.families.sd3:StableDiffusion3",
     "flux": "streamflow.models.families.flux:Flux",
     "instaflow": "streamflow.models.families.instaflow:InstaFlow",
@@ -27,7 +32,7 @@ FAMILIES: dict[str, Any] = {
     "perflow": "streamflow.models.families.perflow:PeRFlow",
     "perflow-sdxl": "streamflow.models.families.perflow:PeRFlowSDXL",
     "zimage": "streamflow.models.families.zimage:ZImage",
-    "rendezvous": "streamflow.models.fallback.adapter:Rendezvous",
+    "fallback": "streamflow.models.fallback.adapter:Fallback",
 }
 
 PIPELINES = {
@@ -57,20 +62,20 @@ PIPELINES = {
     "ZImagePipeline": "zimage",
     "ZImageImg2ImgPipeline": "zimage",
     "ZImageInpaintPipeline": "zimage",
-    "AuraFlowPipeline": "rendezvous",
-    "BriaPipeline": "rendezvous",
-    "CogView4Pipeline": "rendezvous",
-    "ErnieImagePipeline": "rendezvous",
-    "HiDreamImagePipeline": "rendezvous",
-    "HunyuanImagePipeline": "rendezvous",
-    "Kandinsky5T2IPipeline": "rendezvous",
-    "LuminaPipeline": "rendezvous",
-    "OmniGenPipeline": "rendezvous",
-    "OvisImagePipeline": "rendezvous",
-    "PRXPipeline": "rendezvous",
+    "AuraFlowPipeline": "fallback",
+    "BriaPipeline": "fallback",
+    "CogView4Pipeline": "fallback",
+    "ErnieImagePipeline": "fallback",
+    "HiDreamImagePipeline": "fallback",
+    "HunyuanImagePipeline": "fallback",
+    "Kandinsky5T2IPipeline": "fallback",
+    "LuminaPipeline": "fallback",
+    "OmniGenPipeline": "fallback",
+    "OvisImagePipeline": "fallback",
+    "PRXPipeline": "fallback",
 }
 
-# Diffusion pipelines, by the start of their class's name, and the family of the same network once rectified.
+# Diffusion pipelines by the start of their class's name: the family of the rectified network, and published models.
 RECTIFIED = {
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusionXLImg2Img": ("sdxl", "SDXL"),
@@ -81,24 +86,24 @@ RECTIFIED = {
 }
 
 
-def register(family: str, adapter: Any, pipelines: tuple[str, ...] = ()) -> None:
-    """Add a family: `adapter` is a `FlowAdapter` subclass or `"module:Class"`, `pipelines` the names of the pipeline
-    classes it speaks for. A known name is replaced."""
+def register(family: str, adapter: str | type[FlowAdapter], pipelines: tuple[str, ...] = ()) -> None:
+    """Add a family: `adapter` is a `FlowAdapter` subclass or `"module:Class"`, `pipelines` the names of its
+    pipeline classes. A known name is replaced."""
     FAMILIES[family] = adapter
     PIPELINES.update(dict.fromkeys(pipelines, family))
 
 
-def adapter_for(pipe: Any, family: str | None = None) -> FlowAdapter:
-    """The adapter of a loaded diffusers pipeline, by `family` or by the name of the pipeline's class or its bases.
+def adapter_for(pipe: Pipeline, family: str | None = None) -> FlowAdapter:
+    """The adapter of a loaded diffusers pipeline, by `family` or by the names of the pipeline's class and its bases.
 
     Raises:
-        ValueError: the family is unknown, or the class is; both messages list what is known. A diffusion pipeline is
-            refused with what to pass if its weights are rectified.
+        ValueError: the family or the class is unknown; both messages list the known ones. For a diffusion pipeline the
+            message names the family to pass if its weights are rectified.
     """
     return adapter_class(family or _family_of(pipe))(pipe)
 
 
-def _family_of(pipe: Any) -> str:
+def _family_of(pipe: Pipeline) -> str:
     names = [cls.__name__ for cls in type(pipe).__mro__]
     known = next((PIPELINES[name] for name in names if name in PIPELINES), None)
     if known:
@@ -113,17 +118,18 @@ def _family_of(pipe: Any) -> str:
     from streamflow.models.pipeline_kinds import check_drawable, kind_of
 
     check_drawable(type(pipe))
-    if kind_of(type(pipe)) == "not a flow":
+    kind = kind_of(type(pipe))
+    if kind is not None and kind.name == "not a flow":
         raise ValueError(f"{names[0]} is a diffusion or consistency model, not a flow")
     raise ValueError(
         f"no family is known for {names[0]}. Known pipelines: {', '.join(sorted(PIPELINES))}. "
-        f"Pass family='rendezvous', which draws with whole calls of any pipeline, or another family= (one of "
+        f"Pass family='fallback', which draws with whole calls of any pipeline, or another family= (one of "
         f"{', '.join(sorted(FAMILIES))}), or streamflow.models.register() an adapter"
     )
 
 
 def adapter_class(family: str) -> type[FlowAdapter]:
-    """The adapter of a family. ValueError lists the known ones; ImportError: diffusers is too old for this one."""
+    """The adapter class of a family. ValueError lists the known families; ImportError: diffusers is too old for this one."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: choose one of {', '.join(sorted(FAMILIES))}, or register() yours")
     adapter = FAMILIES[family]
@@ -138,21 +144,22 @@ def adapter_class(family: str) -> type[FlowAdapter]:
         ) from error
 
 
-def control_rule(adapter: FlowAdapter) -> Any:
-    """What control nets of this family are like, a `control.ControlRule`. NotImplementedError where diffusers has none."""
+def control_rule(adapter: FlowAdapter) -> ControlRule:
+    """The rule of this family's control nets. NotImplementedError where diffusers has none."""
     if adapter.control is None:
         raise NotImplementedError(f"diffusers has no control nets that {type(adapter).__name__} streams")
     module, _, name = adapter.control.partition(":")
     return getattr(import_module(module), name)()
 
 
-def load(model: str = "embedded", **kwargs: Any) -> Any:
+def load(model: str = "embedded", **kwargs: Any) -> Pipeline:
     """A diffusers pipeline: the embedded one, or from a hub id, a folder or a file (`streamflow.models.loading.load`)."""
     return import_module("streamflow.models.loading").load(model, **kwargs)
 
 
-def load_tiny_vae(model: str, device: Any, dtype: Any) -> Any:
+def load_tiny_vae(model: str, device: torch.device | str, dtype: torch.dtype) -> AutoencoderTiny:
     """A tiny VAE from a hub id or a folder (`streamflow.models.tiny_vae.load`), on the device in the dtype."""
     from streamflow.models.tiny_vae import load
 
-    return load(model).to(device, dtype).eval().requires_grad_(False)
+    vae: Any = load(model)
+    return vae.to(device, dtype).eval().requires_grad_(False)

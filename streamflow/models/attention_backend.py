@@ -1,5 +1,5 @@
-"""diffusers' own switch between implementations of attention (`ModelMixin.set_attention_backend`): which there are, which
-attention listens to it, and how to set it for one network and nothing else."""
+"""diffusers' attention backends (`ModelMixin.set_attention_backend`): their names, the attention processors that support
+them, and how to set one for a single network."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
+from streamflow.models.protocols import Network
+
 
 def backends() -> tuple[str, ...]:
-    """The names that this diffusers knows; whether the library that one stands for is installed is another matter."""
+    """The names that this diffusers has, whether or not the backend's library is installed."""
     return tuple(backend.value for backend in AttentionBackendName)
 
 
-def listens(processor: Any) -> bool:
-    """Whether the switch reaches this attention processor; others call torch's attention themselves."""
+def has_backend(processor: object) -> bool:
+    """Whether this attention processor has a backend that can be set; others call torch's attention themselves."""
     return hasattr(processor, "_attention_backend")
 
 
-def switch(network: nn.Module, name: str) -> Callable[[], None]:
-    """Set a network's attention to this backend; returns how to set it back. diffusers would also make it the default of
-    the whole process; here that stays as it was. RuntimeError where the backend's library is missing or too old."""
-    before = [(m.processor, m.processor._attention_backend) for m in network.modules() if listens(processor_of(m))]
+def set_backend(network: Network, name: str) -> Callable[[], None]:
+    """Set a network's attention to this backend; returns a function that restores the earlier one. The default backend of
+    the process, which diffusers would change too, stays. RuntimeError where the backend's library is missing or too old."""
+    processors = [processor_of(module) for module in network.modules()]
+    before = [(p, p._attention_backend) for p in processors if has_backend(p)]
     default, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         network.set_attention_backend(name)
@@ -38,5 +41,5 @@ def switch(network: nn.Module, name: str) -> Callable[[], None]:
 
 
 def processor_of(module: nn.Module) -> Any:
-    """An attention module's processor; None of any other module."""
+    """An attention module's processor; None for any other module."""
     return getattr(module, "processor", None) if hasattr(module, "set_processor") else None

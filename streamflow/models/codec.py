@@ -1,25 +1,28 @@
-"""The VAE as two modules: pictures `[n, 3, H, W]` in [-1, 1] to latents in the pipeline's own `latents=` form, and back.
+"""The VAE as two modules: images `[n, 3, H, W]` in [-1, 1] to latents in the pipeline's own `latents=` form, and back.
 
-Scaling and shift come from the VAE's config; a family whose pipeline packs its latents, or normalises them in another way,
-hands in how. What is compiled, graphed, exported or spread over devices is `decoder` and `encoder`: tensor in, tensor out.
+Scaling and shift come from the VAE's config. A family whose pipeline packs its latents, or normalises them in another way,
+passes functions that do it. `decoder` and `encoder` take a tensor and return a tensor, so they can be compiled, graphed,
+exported and spread over devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor, nn
 
+from streamflow.models.protocols import VAE, Config
+
 Layout = Callable[[Tensor], Tensor]
 
 
-def _factors(vae: nn.Module) -> tuple[float, float]:
-    """(scaling, shift); 1 and 0 for VAEs whose normalisation is the family's layout's."""
-    return getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
+def _factors(config: Config) -> tuple[float, float]:
+    """(scaling, shift); 1 and 0 for VAEs whose latents the family's layout normalises."""
+    return getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
 
 
 def _mode(encoded: Any) -> Tensor:
@@ -28,7 +31,10 @@ def _mode(encoded: Any) -> Tensor:
 
 class Normalized(nn.Module):
     """Latents with a mean and a standard deviation per channel, `[channels, ...]` broadcast against `[n, channels, ...]`.
-    In the dtype of what it is given, as the pipelines do."""
+    Computes in the dtype of its input, as the pipelines do."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
@@ -48,10 +54,10 @@ class Decoder(nn.Module):
     """In the VAE's dtype `z / scaling_factor + shift_factor`, the VAE's decode, a clamp (pipelines/stable_diffusion_3/
     pipeline_stable_diffusion_3.py, the end of `__call__`)."""
 
-    def __init__(self, vae: nn.Module, unpack: Layout | None = None):
+    def __init__(self, vae: VAE, unpack: Layout | None = None):
         super().__init__()
         self.vae, self.unpack = vae, unpack
-        self.scaling, self.shift = _factors(vae)
+        self.scaling, self.shift = _factors(vae.config)
 
     def forward(self, latents: Tensor) -> Tensor:
         z = latents.to(self.vae.dtype)
@@ -62,12 +68,12 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The way back; of a posterior its mode, so that a still picture stays still."""
+    """Images to latents. Takes the mode of a posterior, so that the latents of a still image stay the same."""
 
-    def __init__(self, vae: nn.Module, pack: Layout | None = None):
+    def __init__(self, vae: VAE, pack: Layout | None = None):
         super().__init__()
         self.vae, self.pack = vae, pack
-        self.scaling, self.shift = _factors(vae)
+        self.scaling, self.shift = _factors(vae.config)
 
     def forward(self, images: Tensor) -> Tensor:
         z = _mode(self.vae.encode(images.to(self.vae.dtype)))
@@ -75,26 +81,38 @@ class Encoder(nn.Module):
         return z if self.pack is None else self.pack(z)
 
 
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """Pictures that are there already, in the form of those that are on their way."""
-
-    pictures: Tensor
+class Decode(Protocol):
+    """A decode that may still run, on another device or in another process."""
 
     def done(self) -> bool:
-        """Whether it is there: always."""
+        """Whether the images are ready."""
+        ...
+
+    def result(self) -> Tensor:
+        """The images `[n, 3, H, W]` in [-1, 1]; waits for them."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A finished decode."""
+
+    images: Tensor
+
+    def done(self) -> bool:
+        """Always True."""
         return True
 
     def result(self) -> Tensor:
-        """The pictures."""
-        return self.pictures
+        """The images."""
+        return self.images
 
 
 class Codec:
     """A VAE's decoder and encoder. `Codec(vae)`, or made of two modules with `of`."""
 
-    def __init__(self, vae: nn.Module, pack: Layout | None = None, unpack: Layout | None = None):
-        self.decoder: nn.Module = Decoder(vae, unpack)
+    def __init__(self, vae: VAE, pack: Layout | None = None, unpack: Layout | None = None):
+        self.decoder: Any = Decoder(vae, unpack)  # replaced by compiled, sharded and graphed modules
         self.encoder: nn.Module = Encoder(vae, pack)
 
     @classmethod
@@ -106,19 +124,19 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents, as the pipeline's `output_type="latent"` gives them, to pictures in [-1, 1]."""
+        """Latents, as the pipeline's `output_type="latent"` gives them, to images in [-1, 1]."""
         return self.decoder(latents)
 
     @property
     def lanes(self) -> int:
-        """How many decodes can be under way beside the stream, on other devices or in other processes; 0: none."""
+        """How many decodes can run beside the stream, on other devices or in other processes; 0: none."""
         return getattr(self.decoder, "lanes", 0)
 
-    def decode_later(self, latents: Tensor) -> Any:
-        """Start decoding. What comes back has `result()`, which gives the pictures, and `done()`."""
+    def decode_later(self, latents: Tensor) -> Decode:
+        """Start decoding, beside the stream where the decoder has `lanes`; otherwise the decode is done on return."""
         return self.decoder.submit(latents) if self.lanes else Decoded(self.decode(latents))
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures in [-1, 1] to clean latents."""
-        return self.encoder(pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] to clean latents."""
+        return self.encoder(images)

@@ -1,17 +1,23 @@
-"""What a loaded pipeline must be before it can be streamed, and how StreamDiffusion's constructor is shown it."""
+"""Checks that a loaded pipeline can be streamed, and the view of it that StreamDiffusion's constructor reads."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
+
+from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
+
+TEXT_PACKAGES = {"PRXPipeline": "ftfy"}  # packages that a pipeline's module uses for prompts, where they are installed
 
 
-def base_view(pipe: Any, network: torch.nn.Module, factor: int) -> SimpleNamespace:
-    """What StreamDiffusion's constructor looks at, with the network under the name it knows."""
+def base_view(pipe: Pipeline, network: nn.Module, factor: int) -> SimpleNamespace:
+    """The attributes that StreamDiffusion's constructor reads, with the network under the name `unet`."""
     return SimpleNamespace(
         device=pipe.device,
         vae_scale_factor=factor,
@@ -22,23 +28,24 @@ def base_view(pipe: Any, network: torch.nn.Module, factor: int) -> SimpleNamespa
     )
 
 
-def base_network(network: Any) -> Any:
+def base_network(network: Any) -> Network:
     """The network inside `torch.compile`, peft and torch's wrappers for several devices."""
     while True:
         if hasattr(network, "_orig_mod"):
             network = network._orig_mod
         elif hasattr(network, "get_base_model"):
             network = network.get_base_model()
-        elif isinstance(network, torch.nn.DataParallel):
+        elif isinstance(network, nn.DataParallel):
             network = network.module
         else:
             return network
 
 
 def check_network(network: Any) -> None:
-    """Raise ValueError for a network that remembers the step before, which rows at different steps do not share."""
+    """Raise TypeError for what cannot be called, and ValueError for a network with a cache of the step before, which rows at
+    different steps cannot share."""
     if not callable(network):
-        raise TypeError(f"a network is a module that can be called, not {network!r}")
+        raise TypeError(f"a network must be a module that can be called, not {network!r}")
     if getattr(base_network(network), "is_cache_enabled", False):
         raise ValueError(
             f"this {type(base_network(network)).__name__} has a cache (enable_cache) that holds results of the step before, "
@@ -48,34 +55,37 @@ def check_network(network: Any) -> None:
 
 @dataclass(frozen=True)
 class PipeParts:
-    """The parts of a pipe that a stream is made of, and where they are; of the scheduler, which one and how it is set."""
+    """The parts of a pipe that a stream uses. scheduler: its id and its settings. placement: the dtype and the devices."""
 
-    network: Any
-    vae: Any
-    controlnet: Any
+    network: Network
+    vae: VAE | None
+    controlnet: nn.Module | None
     scheduler: tuple[int, str]
     placement: str
 
     @classmethod
-    def of(cls, pipe: Any, network: str) -> PipeParts:
-        """The parts of this pipe now; `network` is the attribute that holds its network. Raises ValueError where a stream
-        cannot use them: offloaded, or without a network."""
+    def of(cls, pipe: Pipeline, network: str) -> PipeParts:
+        """The current parts of this pipe; `network` is the attribute that holds its network. Raises ValueError where parts
+        are offloaded, or where the network or the scheduler is missing."""
         check_placement(pipe)
-        net = getattr(pipe, network, None)
         for name in (network, "scheduler"):
             if getattr(pipe, name, None) is None:
                 raise ValueError(f"this {type(pipe).__name__} has no {name}: assign pipe.{name} first")
+        net = getattr(pipe, network)
         check_network(net)
         scheduler = id(pipe.scheduler), f"{dict(pipe.scheduler.config)} {getattr(pipe.scheduler, '_shift', None)}"
-        parts = (getattr(pipe, name, None) for name in ("vae", "controlnet"))
-        vae = getattr(pipe, "vae", None)
-        own = base_network(net)
-        apart = f", its VAE on {vae.device}" if vae is not None and vae.device != own.device else ""
-        return cls(net, *parts, scheduler, f"{own.dtype} on {own.device}{apart}")
+        vae, base = getattr(pipe, "vae", None), base_network(net)
+        apart = f", its VAE on {vae.device}" if vae is not None and vae.device != base.device else ""
+        return cls(
+            network=net,
+            vae=vae,
+            controlnet=getattr(pipe, "controlnet", None),
+            scheduler=scheduler,
+            placement=f"{base.dtype} on {base.device}{apart}",
+        )
 
-    def check_same_place(self, seen: PipeParts, controls: Sequence[Any]) -> None:
-        """Raise ValueError where the pipe has got other control nets than the stream has, or is elsewhere or in another
-        dtype."""
+    def check_same_place(self, seen: PipeParts, controls: Sequence[nn.Module]) -> None:
+        """Raise ValueError where the pipe has other control nets than the stream, or another device or dtype than before."""
         nets = getattr(self.controlnet, "nets", [self.controlnet] if self.controlnet is not None else [])
         if self.controlnet is not seen.controlnet and [id(net) for net in nets] != [id(net) for net in controls]:
             raise ValueError(
@@ -89,8 +99,28 @@ class PipeParts:
             )
 
 
-def check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: torch.device) -> torch.dtype:
-    """The network's dtype; TypeError, ValueError or RuntimeError where another one is wanted or it cannot be had."""
+def missing_text_parts(pipe: Pipeline) -> list[str]:
+    """What this pipeline lacks to encode prompts: text encoders and tokenizers that are None, and packages."""
+    parts = pipe.components.items()
+    missing = [name for name, part in parts if part is None and name.startswith(("text_encoder", "tokenizer"))]
+    for cls in type(pipe).__mro__:
+        package = TEXT_PACKAGES.get(cls.__name__)
+        if package is not None and not hasattr(sys.modules[cls.__module__], package):
+            missing.append(f"the package {package}")
+    return missing
+
+
+def cannot_encode(pipe: Pipeline, missing: Sequence[str]) -> ValueError:
+    """The error for a prompt that this pipeline cannot encode without these parts."""
+    return ValueError(
+        f"this {type(pipe).__name__} cannot encode a prompt without {' and '.join(missing)}: put that back, or pass "
+        f"prompt_embeds and what else its call takes instead of prompts"
+    )
+
+
+def check_dtype(wanted: torch.dtype | None, network: nn.Module, device: torch.device) -> torch.dtype:
+    """The network's dtype. TypeError for what is no floating dtype, ValueError where `wanted` differs from the network's
+    dtype, RuntimeError where the device cannot compute in it."""
     dtype = base_network(network).dtype
     if wanted is not None and (not isinstance(wanted, torch.dtype) or not wanted.is_floating_point):
         raise TypeError(f"torch_dtype must be a floating torch.dtype such as torch.float32, not {wanted!r}")
@@ -102,40 +132,40 @@ def check_dtype(wanted: torch.dtype | None, network: torch.nn.Module, device: to
 
 
 def _check_half_on_cpu() -> None:
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float16)
     try:
-        torch.nn.functional.conv2d(one, one)
-        torch.nn.functional.scaled_dot_product_attention(one, one, one)
+        nn.functional.conv2d(x, x)
+        nn.functional.scaled_dot_product_attention(x, x, x)
     except RuntimeError as error:
         raise RuntimeError(
             "this CPU build of torch cannot compute in float16: use pipe.to(dtype=torch.float32) or torch.bfloat16"
         ) from error
 
 
-def check_placement(pipe: Any) -> None:
+def check_placement(pipe: Pipeline) -> None:
     """Raise ValueError with the remedy for a pipe that is spread over devices or offloaded, in any of diffusers' ways."""
     if getattr(pipe, "hf_device_map", None):
         raise ValueError(
             "this pipe was loaded with a device_map: load it without one and move it, pipe.to('cuda'), after "
             "pipe.reset_device_map() if it is loaded already"
         )
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    for moved, remedy in _OFFLOADED:
-        if names := [name for name, part in parts.items() if any(moved(module) for module in part.modules())]:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for is_offloaded, remedy in _OFFLOADED:
+        if names := [name for name, part in parts.items() if any(is_offloaded(module) for module in part.modules())]:
             raise ValueError(
                 f"{', '.join(names)} of this pipe are offloaded, so a stream would move them at every frame: {remedy}"
             )
 
 
-def _by_accelerate(module: torch.nn.Module) -> bool:
+def _by_accelerate(module: nn.Module) -> bool:
     return getattr(module, "_hf_hook", None) is not None
 
 
-def _by_groups(module: torch.nn.Module) -> bool:
+def _by_groups(module: nn.Module) -> bool:
     return any("offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
 
 
-def _by_device_map(module: torch.nn.Module) -> bool:
+def _by_device_map(module: nn.Module) -> bool:
     devices = getattr(module, "hf_device_map", None) or {}
     return len({str(device) for device in devices.values()}) > 1
 
@@ -146,16 +176,16 @@ _OFFLOADED = (
         _by_accelerate,
         "call pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()",
     ),
-    (_by_groups, "load the pipe without enable_group_offload(), which nothing takes back, and pipe.to(device)"),
+    (_by_groups, "load the pipe without enable_group_offload(), which cannot be undone, and pipe.to(device)"),
 )
 
 
-def check_sampling(scheduler: Any) -> None:
+def check_sampling(scheduler: Scheduler) -> None:
     """Raise TypeError for what is no scheduler, ValueError for one that changes the size of latents from step to step."""
     if not hasattr(scheduler, "config") or not hasattr(scheduler, "set_timesteps"):
-        raise TypeError(f"a scheduler of diffusers is needed, not {scheduler!r}")
+        raise TypeError(f"a scheduler must be one of diffusers, not {scheduler!r}")
     if scheduler.config.get("scale_factors") or getattr(scheduler, "_scale_factors", None):
         raise ValueError(
             f"this pipe's {type(scheduler).__name__} has scale_factors, which enlarge the latents step by step, and the "
-            f"rows of a stream are of one size: make it with scale_factors=None"
+            f"rows of a stream have one size: make it with scale_factors=None"
         )

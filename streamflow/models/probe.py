@@ -1,8 +1,8 @@
-"""Read off a pipeline what it would hand its network: run its own code, on a copy, up to the first scheduler step.
+"""Records what a pipeline passes to its network, by running a copy of the pipeline up to its first scheduler step.
 
-The copy has a deep-copied scheduler and a stand-in for the network that writes down its arguments and returns zeros,
-so prompts, embeddings, masks, ids, shifts and custom sigmas are all the pipeline's own doing, and the pipeline, its
-scheduler and the global random state stay as they were.
+The copy has a deep-copied scheduler and a stand-in for the network that records its arguments and returns zeros. So the
+pipeline itself makes prompts, embeddings, masks, ids, shifts and custom sigmas, and the pipeline, its scheduler and the
+global random state do not change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from streamflow.flow.schedule import Schedule
 from streamflow.models.pipe_parts import base_network
+from streamflow.models.protocols import Arguments, Function, Pipeline, Scheduler
 
 KNOWN = 64  # encoded prompts that are kept
+Texts = dict[str, Any]  # results of `encode_prompt` by its arguments, newest last
 
 
 class _Done(Exception):
@@ -33,10 +35,10 @@ class _Done(Exception):
 
 @dataclass(frozen=True)
 class Recording:
-    """What the network was called with in the first step, one dict a call, and the scheduler after set_timesteps."""
+    """The arguments of the network's calls in the first step, and the scheduler after `set_timesteps`."""
 
-    calls: tuple[dict[str, Any], ...]
-    scheduler: Any
+    calls: tuple[Arguments, ...]
+    scheduler: Scheduler
 
     @property
     def schedule(self) -> Schedule:
@@ -46,7 +48,7 @@ class Recording:
 
 
 class _StandIn(nn.Module):
-    """Looks like the network to a pipeline (config, dtype, device, cache_context, ...), and records its calls."""
+    """Has the network's attributes (config, dtype, device, cache_context, ...), and records its calls."""
 
     def __init__(self, network: nn.Module, sample: str):
         super().__init__()
@@ -58,7 +60,7 @@ class _StandIn(nn.Module):
                 f"{type(network).__name__} hides the arguments of its network, of which {sample!r} is one: pass the network "
                 f"itself"
             )
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Arguments] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_network"), name)
@@ -67,18 +69,23 @@ class _StandIn(nn.Module):
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.calls.append(arguments)
         x = arguments[self._sample]
-        return ([torch.zeros_like(one) for one in x] if isinstance(x, list) else torch.zeros_like(x),)
+        return ([torch.zeros_like(row) for row in x] if isinstance(x, list) else torch.zeros_like(x),)
 
 
 @torch.no_grad()
 def record(
-    pipe: Any, network: str, sample: str, scheduler: Any = None, texts: dict[str, Any] | None = None, **arguments: Any
+    pipe: Pipeline,
+    network: str,
+    sample: str,
+    scheduler: Scheduler | None = None,
+    texts: Texts | None = None,
+    **arguments: Any,
 ) -> Recording:
     """Call a copy of `pipe` with `arguments` up to its first scheduler step, and return what its network was given.
 
-    network: the pipe's attribute that holds the network. sample: the network's first argument by name. scheduler: in the
-        place of the pipe's own. texts: what prompts were encoded to before (`once`).
-    Whatever the pipeline raises about its arguments is passed on as it is.
+    network: the pipe's attribute that holds the network. sample: the name of the network's first argument. scheduler:
+        replaces the pipe's own. texts: prompts encoded earlier (`once`).
+    Errors that the pipeline raises about its arguments are passed on.
     """
     twin = copy.copy(pipe)
     if texts is not None and hasattr(pipe, "encode_prompt"):
@@ -90,17 +97,17 @@ def record(
     try:
         twin(**arguments, output_type="latent")
     except _Done:
-        return Recording(tuple(stand_in.calls), scheduler)
+        return Recording(calls=tuple(stand_in.calls), scheduler=scheduler)
     raise RuntimeError(f"{type(pipe).__name__} ended without a scheduler step: its schedule cannot be read off")
 
 
-def once(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
-    """The function, run once for the same plain arguments, of which the last `KNOWN` are kept; what it returned is cloned
-    every time."""
+def once(function: Function, known: Texts) -> Function:
+    """The function, run once for equal arguments without tensors. The last `KNOWN` results are kept, and a call returns a
+    clone."""
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if tree_any(lambda one: isinstance(one, Tensor), (args, kwargs)):
+    def call(*args: object, **kwargs: object) -> Any:
+        if tree_any(lambda leaf: isinstance(leaf, Tensor), (args, kwargs)):
             return function(*args, **kwargs)
         key = repr((args, kwargs))
         if key not in known:
@@ -112,23 +119,22 @@ def once(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., A
     return call
 
 
-_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_making = threading.Lock()
+_locks: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
 
 
 @contextmanager
-def encoding(pipe: Any) -> Iterator[None]:
-    """Inside, no other thread uses the tokenizers of this pipe, which keep settings of a call on themselves; pipes may share
-    them."""
+def encoding(pipe: Pipeline) -> Iterator[None]:
+    """Holds the locks of this pipe's tokenizers, which are not thread-safe and which several pipes may share."""
     components = getattr(pipe, "components", {})
     shared = [part for name, part in components.items() if part is not None and name.startswith(("tokenizer", "processor"))]
-    with _making:
+    with _locks_lock:
         locks = {id(part): _locks.setdefault(part, threading.RLock()) for part in shared or [pipe]}
     with ExitStack() as held:
-        for _, lock in sorted(locks.items()):  # in one order, so that two threads never wait for each other
+        for _, lock in sorted(locks.items()):  # sorted, so that two threads never wait for each other
             held.enter_context(lock)
         yield
 
 
-def _stop(*args: Any, **kwargs: Any) -> None:
+def _stop(*args: object, **kwargs: object) -> None:
     raise _Done

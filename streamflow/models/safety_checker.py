@@ -8,24 +8,26 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
 from streamflow.image_utils import normalize_image, postprocess_image
+from streamflow.models.protocols import Function, Pipeline
 
 CHECKER = "CompVis/stable-diffusion-safety-checker"
 FEATURES = "openai/clip-vit-base-patch32"
 
 
-def load(pipe: Any) -> tuple[Any, Any]:
-    """(checker, feature extractor): the pipe's own where it has both, else the hub's that StreamDiffusionWrapper loads.
+def load(pipe: Pipeline) -> tuple[nn.Module, Function]:
+    """(checker, feature extractor): the pipe's own where it has both, else those that StreamDiffusionWrapper loads.
 
     Raises:
         OSError: the hub cannot be reached, with how to pass them.
     """
-    own = getattr(pipe, "safety_checker", None), getattr(pipe, "feature_extractor", None)
-    if all(own):
-        return own
+    checker: Any = getattr(pipe, "safety_checker", None)
+    features: Any = getattr(pipe, "feature_extractor", None)
+    if checker and features:
+        return checker, features
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(CHECKER)
         return checker.to(pipe.device), CLIPImageProcessor.from_pretrained(FEATURES)
@@ -38,14 +40,14 @@ def load(pipe: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def replace_unsafe(images: Tensor, checker: Any, features: Any, fallback: PIL.Image.Image) -> Tensor:
-    """Images `[n, 3, H, W]` in [-1, 1], each of them that the checker objects to replaced by `fallback`, stretched to
-    them."""
+def replace_unsafe(images: Tensor, checker: nn.Module, features: Function, fallback: PIL.Image.Image) -> Tensor:
+    """Images `[n, 3, H, W]` in [-1, 1]; those that the checker finds unsafe are replaced by `fallback`, resized to them."""
     parameter = next(checker.parameters())
-    given = features(postprocess_image(images), return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
-    _, unsafe = checker(clip_input=given, images=images.clone())
+    pixels = features(postprocess_image(images), return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
+    _, unsafe = checker(clip_input=pixels, images=images.clone())
     if not any(unsafe):
         return images
-    instead = normalize_image(fallback, *images.shape[-2:]).as_subclass(Tensor).to(images.device, images.dtype)
+    height, width = images.shape[-2:]
+    replacement = normalize_image(fallback, height, width).as_subclass(Tensor).to(images.device, images.dtype)
     mask = torch.tensor(unsafe, device=images.device).reshape(-1, 1, 1, 1)
-    return torch.where(mask, instead, images)
+    return torch.where(mask, replacement, images)

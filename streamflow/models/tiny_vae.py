@@ -1,27 +1,27 @@
-"""Tiny VAEs: small autoencoders that take a model's own latents, from https://github.com/madebyollin/taesd.
+"""Tiny VAEs: small autoencoders for a model's own latents, from https://github.com/madebyollin/taesd.
 
 Most are `AutoencoderTiny` folders of diffusers. Those of Flux.2 and Sana have another architecture and are published as bare
-weights; they are built here, so that the codec finds on them what it finds on an `AutoencoderTiny`. All take the latents in
-the scale in which the network draws them. Which family takes which is said in the families' files (`tiny_vae`).
-"""
+weights; they are subclasses of `AutoencoderTiny` here. All take latents in the network's scale. A family names its tiny VAE
+in `tiny_vae`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
 
+from streamflow.models.protocols import VAE, Pipeline
+
 UPSTREAM = "https://github.com/madebyollin/taesd"
 
 
-def _conv(given: int, made: int, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(given, made, 3, padding=1, **options)
+def _conv(channels_in: int, channels_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
 
 
 def _blocks(width: int, count: int, kind: Callable[..., nn.Module] = AutoencoderTinyBlock) -> list[nn.Module]:
@@ -29,13 +29,16 @@ def _blocks(width: int, count: int, kind: Callable[..., nn.Module] = Autoencoder
 
 
 class PooledBlock(AutoencoderTinyBlock):
-    """A block that first adds what a group norm over the whole picture says."""
+    """A block that first adds a group norm over the whole image."""
 
-    def __init__(self, given: int, made: int, activation: str):
-        super().__init__(given, made, activation)
-        wide = 4 * given
+    def __init__(self, channels_in: int, channels_out: int, activation: str):
+        super().__init__(channels_in, channels_out, activation)
+        wide = 4 * channels_in
         self.pool = nn.Sequential(
-            nn.Conv2d(given, wide, 1, bias=False), nn.GroupNorm(4, wide), nn.ReLU(), nn.Conv2d(wide, given, 1, bias=False)
+            nn.Conv2d(channels_in, wide, 1, bias=False),
+            nn.GroupNorm(4, wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, channels_in, 1, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,8 +46,8 @@ class PooledBlock(AutoencoderTinyBlock):
 
 
 class TinyFlux2(AutoencoderTiny):
-    """taef2: as `AutoencoderTiny`, with pooled blocks where the picture is smallest. Its latents are normalised already, so
-    the batch norm, whose statistics the codec of Flux.2 undoes, is the identity."""
+    """taef2: as `AutoencoderTiny`, with pooled blocks at the lowest resolution. Its latents are normalised already, so the
+    batch norm, whose statistics the codec of Flux.2 uses, is the identity."""
 
     def __init__(self, width: int = 64):
         super().__init__(
@@ -58,7 +61,7 @@ class TinyFlux2(AutoencoderTiny):
 
 
 class TinySana(AutoencoderTiny):
-    """taesana: 32 pixels a latent, wider where the picture is smallest."""
+    """taesana: a latent is 32 pixels wide, and low resolutions have more channels."""
 
     def __init__(self, width: int = 64):
         widths = (4 * width, 2 * width, width, width, width, width)
@@ -75,22 +78,22 @@ class TinySana(AutoencoderTiny):
             encoder += [_conv(width, width, stride=2, bias=False), *_blocks(width, 3)]
         self.encoder.layers = nn.Sequential(*encoder, _conv(width, 32))
         decoder = [_conv(32, widths[0]), nn.ReLU()]
-        for given, made in zip(widths, widths[1:], strict=False):
-            decoder += [*_blocks(given, 3), nn.Upsample(scale_factor=2), _conv(given, made, bias=False)]
+        for wide, narrow in zip(widths, widths[1:], strict=False):
+            decoder += [*_blocks(wide, 3), nn.Upsample(scale_factor=2), _conv(wide, narrow, bias=False)]
         self.decoder.layers = nn.Sequential(*decoder, *_blocks(width, 1), _conv(width, 3))
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """Weights as upstream publishes them. files: their names; make: the model; rename: from (file's number, key) to a key of
-    the model's."""
+    """Weights in upstream's own format. files: their names. make: makes the model. rename: (index of the file, key) to a key
+    of the model."""
 
     files: tuple[str, ...]
     make: Callable[[], AutoencoderTiny]
     rename: Callable[[int, str], str]
 
     def read(self, folder: Path) -> AutoencoderTiny:
-        """The model, with the weights in this folder."""
+        """The model with the weights in this folder."""
         vae = self.make()
         weights = {self.rename(i, key): value for i, file in enumerate(self.files) for key, value in _read(folder / file)}
         statistics = {key: value for key, value in vae.state_dict().items() if key.startswith("bn.")}
@@ -98,7 +101,7 @@ class Upstream:
         return vae
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -111,7 +114,7 @@ def _as_is(_: int, key: str) -> str:
 
 
 def _sequential(file: int, key: str) -> str:
-    """Upstream's decoder begins with a clamp, which here is no layer."""
+    """Layers are numbered from 0 in both files, and upstream's decoder begins with a clamp, which is no layer here."""
     index, _, rest = key.partition(".")
     return f"encoder.layers.{index}.{rest}" if file == 0 else f"decoder.layers.{int(index) - 1}.{rest}"
 
@@ -122,39 +125,38 @@ PUBLISHED: Mapping[str, Upstream] = {
 }
 
 
-def load(where: str) -> AutoencoderTiny:
-    """A tiny VAE from a hub id or a folder: of diffusers, or upstream's own weights of a kind in `PUBLISHED`.
+def load(model: str) -> AutoencoderTiny:
+    """A tiny VAE from a hub id or a folder, in diffusers' format or one of `PUBLISHED`.
 
     Raises:
-        OSError: there is none, or the hub cannot be reached. RuntimeError: weights of another architecture.
+        OSError: there is none, or the hub cannot be reached. RuntimeError: the weights are of another architecture.
     """
-    here = Path(where)
+    here = Path(model)
     if here.is_dir():
         for upstream in PUBLISHED.values():
             if all((here / file).is_file() for file in upstream.files):
                 return upstream.read(here)
-    kind = PUBLISHED.get(where.rpartition("/")[2])
+    kind = PUBLISHED.get(model.rpartition("/")[2])
     if kind is not None and not here.exists():
         from huggingface_hub import hf_hub_download
 
-        return kind.read(Path(hf_hub_download(where, kind.files[0])).parent)
-    return AutoencoderTiny.from_pretrained(where)
+        return kind.read(Path(hf_hub_download(model, kind.files[0])).parent)
+    return AutoencoderTiny.from_pretrained(model)
 
 
-def known_place(pipe: Any, known: str | None) -> str | None:
-    """Where the tiny VAE of a pipe can be loaded from: the folder `vae_tiny` beside its own, or the hub id of its
-    family's."""
+def known_place(pipe: Pipeline, known: str | None) -> str | None:
+    """The folder or the hub id of a pipe's tiny VAE: the folder `vae_tiny` next to its own, or its family's hub id."""
     own = Path(str(getattr(pipe, "name_or_path", None) or "")) / "vae_tiny"
     if own.is_dir():
         return str(own)
     return known if known is not None and "/" in known else None
 
 
-def find(pipe: Any, known: str | None) -> str:
-    """As `known_place`.
+def find(pipe: Pipeline, known: str | None) -> str:
+    """The folder or the hub id of a pipe's tiny VAE.
 
     Raises:
-        ValueError: none is known, or it is not on the hub; with where to get it, if anywhere.
+        ValueError: none is known, or it is not on the hub; the message says where it is published.
     """
     place = known_place(pipe, known)
     if place is not None:
@@ -170,7 +172,7 @@ def find(pipe: Any, known: str | None) -> str:
     )
 
 
-def check_scale(vae: Any, factor: int) -> None:
+def check_scale(vae: VAE, factor: int) -> None:
     """Raise ValueError unless a latent of this VAE is `factor` pixels wide."""
     pixels = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
     if pixels != factor:

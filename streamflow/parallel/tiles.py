@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamflow._decibels import decibels
 from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
 from streamflow.parallel.replicas import free_bytes
@@ -89,8 +90,7 @@ def _with_halo(reach: Reach, halo: int | None) -> Reach:
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """The peak signal-to-noise ratio in dB of images in [-1, 1]; infinite where they are equal."""
-    error = (a.double() - b.double()).square().mean().item()
-    return 10 * math.log10(4 / error) if error else math.inf
+    return decibels((a.double() - b.double()).square().mean().item() / 4)
 
 
 # -- the receptive field of a decoder ----------------------------------------------------------------------------------

@@ -1,82 +1,85 @@
-"""A function that runs in a thread of its own and can stop in the middle to ask its owner something, as a coroutine does.
-It runs only while the owner waits for it: never two strands at once, so what they share needs no locks, and the order in
-which they draw, read and write is always the same. Nothing here knows what is asked."""
+"""A coroutine for functions that are not written as one: the function runs in its own thread and can stop in the middle to
+wait for an answer from its owner. It runs only while the owner waits for it. So the two never run at once, shared state
+needs no locks, and the order of draws, reads and writes is always the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from streamflow._threads import Thread, acting_thread
 
-STOP_SECONDS = 60.0  # how long a strand may take to end once it is stopped
+STOP_SECONDS = 60.0  # how long a stopped coroutine may take to end
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 
 class Stopped(BaseException):
-    """Raised inside a strand where it asks, once its owner has stopped it; no `except Exception` catches it."""
+    """Raised inside a stopped coroutine where it waits; no `except Exception` catches it."""
 
 
-class Strand:
-    """`function(ask)`, which the first `answer`, an empty one, begins: `ask(question)` returns the owner's next.
+class Coroutine(Generic[Request, Result]):
+    """Runs `function(ask)`. `ask(request)` stops the function until `resume(answer)`, and returns the answer. The first
+    `resume`, without an answer, starts the function.
 
-    question: what it waits to have answered. over: it has ended, with a `result` or with an `error`.
-    Its CUDA stream and its inference mode are its owner's. Its thread ends with it; whoever drops a strand that is not over
-    calls `stop`.
+    request: the request that the function waits with. done: the function has returned `result` or raised `error`.
+    The function runs on its owner's CUDA stream and in its owner's inference mode. Its thread ends with it. The owner of a
+    coroutine that is not done must call `stop` before dropping it.
     """
 
-    def __init__(self, function: Callable[[Callable[[Any], Any]], Any], device: torch.device):
-        self.question: Any = None
-        self.over = False
-        self.result: Any = None
+    def __init__(self, function: Callable[[Callable[[Request], Any]], Result], device: torch.device):
+        self.request: Request | None = None
+        self.done = False
+        self.result: Result  # set once the function has returned
         self.error: BaseException | None = None
         self._device = device
         self._stopped = False
-        self._said: SimpleQueue = SimpleQueue()
-        self._heard: SimpleQueue = SimpleQueue()
-        arguments = (function, torch.is_inference_mode_enabled())
-        self._thread = Thread(self._run, "streamflow frame", arguments)
+        self._requests: SimpleQueue[tuple[bool, Request | None]] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Any, torch.cuda.Stream | None]] = SimpleQueue()
+        self._thread = Thread(self._run, "streamflow frame", (function, torch.is_inference_mode_enabled()))
         self._thread.start()
 
-    def answer(self, answer: Any = None) -> None:
-        """Answer its question, and wait until it asks the next one or is over."""
+    def resume(self, answer: Any = None) -> None:
+        """Answer its request, and wait for its next request or its end."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        self.question = None
+        self.request = None
         self._thread.acts_for = acting_thread()
-        self._heard.put((answer, stream))
-        self.over, self.question = self._said.get()
-        if self.over:
+        self._answers.put((answer, stream))
+        self.done, self.request = self._requests.get()
+        if self.done:
             self._thread.join()
 
     def stop(self) -> None:
-        """End it where it waits, and its thread with it. RuntimeError if it goes on for `STOP_SECONDS`."""
+        """End the function where it waits, and its thread. RuntimeError if that takes more than `STOP_SECONDS`."""
         self._stopped = True
-        self._heard.put((None, None))
+        self._answers.put((None, None))
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             raise RuntimeError(f"a frame's pipeline still runs {STOP_SECONDS:.0f} s after it was stopped")
-        self.over, self.question = True, None
+        self.done, self.request = True, None
 
-    def _run(self, function: Callable[[Callable[[Any], Any]], Any], inference_mode: bool) -> None:
+    def _run(self, function: Callable[[Callable[[Request], Any]], Result], inference_mode: bool) -> None:
         try:
-            self._hear()
+            self._wait()
             with torch.inference_mode(inference_mode):
                 self.result = function(self._ask)
-        except BaseException as error:  # whatever it is, the owner gets it
+        except BaseException as error:  # passed on to the owner, whatever it is
             self.error = error
         finally:
-            self._said.put((True, None))
+            self._requests.put((True, None))
 
-    def _ask(self, question: Any) -> Any:
+    def _ask(self, request: Request) -> Any:
         if self._stopped:
             raise Stopped
-        self._said.put((False, question))
-        return self._hear()
+        self._requests.put((False, request))
+        return self._wait()
 
-    def _hear(self) -> Any:
-        answer, stream = self._heard.get()
+    def _wait(self) -> Any:
+        answer, stream = self._answers.get()
         if self._stopped:
             raise Stopped
         if stream is not None:

@@ -288,7 +288,7 @@ def test_prompt_embeds_take_one_prompt_of_any_length(stream_of):
     assert not stream.prompt_embeds.any(), "the caller's tensor stays the caller's"
 
 
-QUICK = ("sd3", "flux", "instaflow", "rendezvous")
+QUICK = ("sd3", "flux", "instaflow", "fallback")
 STREAMED = sorted(set(models.FAMILIES) & set(MAKERS))
 
 
@@ -538,7 +538,7 @@ def test_a_cache_of_the_step_before_is_refused_wherever_it_comes_in(cache):
         lambda: stream.prepare(PROMPT, num_inference_steps=4),
         lambda: setattr(stream, "unet", pipe.transformer),
         lambda: prepared(pipe),
-        lambda: prepared(pipe, family="rendezvous", cfg_type="full"),
+        lambda: prepared(pipe, family="fallback", cfg_type="full"),
     )
     for call in calls:
         with pytest.raises(ValueError, match="FluxTransformer2DModel has a cache .enable_cache. .*call its disable_cache"):

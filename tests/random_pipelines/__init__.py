@@ -1,5 +1,4 @@
-"""Whole pipelines with small random weights: real diffusers classes, real tokenizers, nothing to download. For tests, for
-benchmarks (speed does not depend on weights) and to try code out without a model."""
+"""Small pipelines of diffusers with random weights and real tokenizers, for tests: nothing to download."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from transformers import (
 TOKENS = 77
 CHAT = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
 
-# Which function makes the pipeline of a family; those of other files are imported when they are used.
+# The function that makes the pipeline of a family. Other files are imported when they are used.
 MAKERS = {
     "sd3": f"{__name__}:_sd3",
     "flux": f"{__name__}:_flux",
@@ -66,7 +65,7 @@ MAKERS = {
 
 
 def random_pipeline(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A pipeline of this family, float32 on the CPU, whose weights are a function of `seed` alone.
+    """A pipeline of this family, float32 on the CPU, whose weights depend on `seed` alone.
 
     family: a key of `MAKERS`; "schnell" is flux without guidance embedding, at shift 1.
     changes: entries of the network's config to replace; `scheduler`, a dict, replaces entries of the scheduler's.
@@ -100,7 +99,7 @@ def random_tiny_vae(channels: int, blocks: int = 4, seed: int = 0) -> Autoencode
 
 
 def wake(part: torch.nn.Module) -> torch.nn.Module:
-    """The network, ready to draw. Layers that start at zero would hide faults: every zero weight gets a small value."""
+    """The network in inference mode. Parameters that are zero, which would hide faults, get small random values."""
     part.eval().requires_grad_(False)
     for parameter in part.parameters():
         if not parameter.any():
@@ -109,7 +108,7 @@ def wake(part: torch.nn.Module) -> torch.nn.Module:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, so any text works; a chat is its texts one after another."""
+    """A tokenizer of bytes, so any text works. A chat is encoded as its texts in order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|start|>", "<|end|>", *alphabet])}
     encoder = Tokenizer(models.BPE(vocabulary, [], unk_token="<|end|>"))
@@ -257,7 +256,7 @@ def _instaflow(**changes: Any) -> StableDiffusionPipeline:
 
 
 def _sdxl(**changes: Any) -> StableDiffusionXLPipeline:
-    from streamflow.benchmark.true_size import RectifiedFlowScheduler
+    from streamflow.benchmark.full_size import RectifiedFlowScheduler
 
     config = {
         "cross_attention_dim": 48,

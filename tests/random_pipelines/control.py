@@ -1,4 +1,4 @@
-"""Small control nets with random weights, for the networks of the small random pipelines. Real diffusers classes."""
+"""Small control nets of diffusers with random weights, for the networks of the random pipelines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from random_pipelines import wake
 
 ATTENTION = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
 
-# By the network's class: that of its control nets, the entries of the network's config that they share, and their own.
+# By the network's class: the class of its control nets, the config entries that both share, and the control nets' own.
 KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...], dict[str, Any]]] = {
     "SD3Transformer2DModel": (
         SD3ControlNetModel,
@@ -49,5 +49,5 @@ def random_control(network: nn.Module, seed: int = 0, **changes: Any) -> nn.Modu
     cls, shared, own = KINDS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = wake(cls(**{**{one: network.config[one] for one in shared}, **own, **changes}))
+        net = wake(cls(**{**{key: network.config[key] for key in shared}, **own, **changes}))
     return net.to(network.device, network.dtype)

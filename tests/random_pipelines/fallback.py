@@ -1,5 +1,4 @@
-"""The small random pipelines that stream without an adapter. Knows what each class needs to be made;
-`random_weights.random_pipeline` seeds and finishes them."""
+"""Small random pipelines without an adapter, for `random_pipelines.random_pipeline`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random-weight pipelines of the families that step by a rule of their own, for `random_pipelines`."""
+"""Small random pipelines of the families with their own solver, for `random_pipelines.random_pipeline`."""
 
 from __future__ import annotations
 

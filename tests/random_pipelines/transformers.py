@@ -1,5 +1,5 @@
-"""The small random pipelines of the transformer families that read their prompts with a language model. Knows what each
-class needs to be made; `random_weights.random_pipeline` seeds and finishes them."""
+"""Small random pipelines of the transformer families whose text encoder is a language model, for
+`random_pipelines.random_pipeline`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WIDTH = 16  # of the language models
 
 
 def _language_model(layers: int = 2, **config: Any) -> dict[str, Any]:
-    """What the configs of small language models share."""
+    """The config of a small language model."""
     return {
         "vocab_size": 300,
         "hidden_size": WIDTH,

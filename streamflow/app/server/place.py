@@ -16,7 +16,7 @@ from streamflow import models
 from streamflow.app.config import Settings
 from streamflow.app.server.wishes import Wish
 from streamflow.image_utils import uint8_pixels
-from streamflow.models.loading import DTYPES
+from streamflow.models.loading import DTYPES, default_device, prompt_defaults
 from streamflow.pipeline import StreamFlow
 
 PERIOD = 24  # frames of drift from one noise to the next
@@ -37,7 +37,7 @@ class Drawn:
 
 def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
     """A loaded pipe, on its device, with its LoRA. Only safetensors are read."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or default_device()
     dtype = DTYPES[settings.dtype] if settings.dtype else torch.float32 if device == "cpu" else torch.bfloat16
     single = model.endswith(".safetensors")
     pipe = models.load(
@@ -170,7 +170,7 @@ def open_places(settings: Settings) -> dict[str, list[Place]]:
     places = {}
     for name, (model, lora) in wanted.items():
         pipe = open_pipe(settings, model, lora)
-        extras = {"max_sequence_length": 0} if model == "embedded" else {}  # it has no T5
+        extras = prompt_defaults(pipe) if model == "embedded" else {}
         places[name] = [Place(pipe, settings, extras) for _ in range(server.max_viewers)]
         for place in places[name]:
             warm(place, first_wish(settings, name))

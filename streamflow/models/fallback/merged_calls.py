@@ -1,5 +1,5 @@
-"""Several calls of one network as one call. Nothing is known of the network: which of its arguments have a batch dimension
-is read off their shapes, and whether that reading was right is tried out, once for every form of call, on the network."""
+"""Merges several calls of one network into one. It works for any network: the arguments with a batch dimension are found by
+their shapes, and the first merged call of every form is compared with the separate ones."""
 
 from __future__ import annotations
 
@@ -13,99 +13,93 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-logger = logging.getLogger(__name__)
+from streamflow.models.protocols import Arguments, Network
 
-# Where shapes mislead. Arguments that calls share though a dimension may be as long as the batch, and the batch dimension
-# of those that have another than the first.
+logger = logging.getLogger(__name__)
+Outputs = list[Any]  # the network's output for each call
+
+# Exceptions from the shapes: arguments that calls share although a dimension may be as long as the batch, and arguments
+# whose batch dimension is not the first.
 SHARED = frozenset({"visual_rope_pos", "text_rope_pos"})
 BATCH_DIMENSION = {"encoder_hidden_states_llama3": 1}
-# The largest relative error at which one call is taken for several; an argument joined wrongly makes it 0.1 and more.
+# The largest relative error of a merged call; a wrongly joined argument makes it 0.1 and more.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 HALF_TOLERANCE = 5e-2
-REMEMBERED = 64  # forms of call
-Arguments = Mapping[str, Any]
+REMEMBERED = 64  # forms of calls whose comparison is kept
 
 
-class _Apart(Exception):
-    """These calls cannot be one."""
+class _CannotMerge(Exception):
+    """These calls cannot be merged."""
 
 
-class OneByOne(nn.Module):
-    """The reference: every call by itself, as it came."""
+class SeparateCalls(nn.Module):
+    """The reference: every call by itself, with its own arguments."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
         self._signature = inspect.signature(network.forward)
 
-    def bind(self, *args: Any, **kwargs: Any) -> Arguments:
-        """The arguments of a call of the network, by name."""
-        return self._signature.bind(*args, **kwargs).arguments
-
-    def forward(self, calls: Sequence[Arguments]) -> list[Any]:
+    def forward(self, calls: Sequence[Arguments]) -> Outputs:
         return [self.call(arguments) for arguments in calls]
 
     def call(self, arguments: Arguments) -> Any:
-        """One call of the network a row."""
+        """One call of the network."""
         bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
         return self.network(*bound.args, **bound.kwargs)
 
 
-class Together(OneByOne):
-    """Calls of one form, which is names, shapes, dtypes and plain values, go as one; those of other forms as another one.
+class MergedCalls(SeparateCalls):
+    """Merges the calls of one form, that is with the same names, shapes, dtypes and plain values.
 
-    The first time that several calls of a form come, the network is called for each and then for all: where the answers
-    differ by more than rounding, or the network refuses, calls of that form always go one by one, and a warning says so.
+    The first time, calls of a form are made separately and merged. Where the outputs differ by more than rounding, or the
+    merged call raises, a warning is logged and calls of that form stay separate.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Network):
         super().__init__(network)
-        self._tried: OrderedDict[Any, bool] = OrderedDict()
-        self._same = _Same()
+        self._mergeable: OrderedDict[str, bool] = OrderedDict()
+        self._joiner = _Joiner()
 
-    def forward(self, calls: Sequence[Arguments]) -> list[Any]:
-        answers: list[Any] = [None] * len(calls)
-        for numbers in _by_form(calls):
-            for number, answer in zip(numbers, self._answers([calls[i] for i in numbers]), strict=True):
-                answers[number] = answer
-        return answers
+    def forward(self, calls: Sequence[Arguments]) -> Outputs:
+        outputs: list[Any] = [None] * len(calls)
+        for indices in _by_form(calls):
+            for index, output in zip(indices, self._outputs([calls[i] for i in indices]), strict=True):
+                outputs[index] = output
+        return outputs
 
-    def _answers(self, calls: list[Arguments]) -> list[Any]:
+    def _outputs(self, calls: list[Arguments]) -> Outputs:
         if len(calls) == 1:
             return super().forward(calls)
         form = repr(_form(calls[0]))
-        if form not in self._tried:
-            return self._try(form, calls)
-        return self._at_once(calls) if self._tried[form] else super().forward(calls)
+        if form not in self._mergeable:
+            return self._compare(form, calls)
+        return self._merge(calls) if self._mergeable[form] else super().forward(calls)
 
-    def _at_once(self, calls: list[Arguments]) -> list[Any]:
+    def _merge(self, calls: list[Arguments]) -> Outputs:
         rows = _rows(calls[0])
-        joined = {name: self._same.join(name, [call[name] for call in calls], rows) for name in calls[0]}
+        joined = {name: self._joiner.join(name, [call[name] for call in calls], rows) for name in calls[0]}
         return _split(self.call(joined), len(calls), rows)
 
-    def _try(self, form: str, calls: list[Arguments]) -> list[Any]:
-        """The calls one by one; what comes of them at once is compared, and remembered."""
-        alone = super().forward(calls)
+    def _compare(self, form: str, calls: list[Arguments]) -> Outputs:
+        """The outputs of separate calls, after recording whether a merged call gives the same."""
+        separate = super().forward(calls)
         try:
-            reason = _difference(self._at_once(calls), alone)
+            reason = _difference(self._merge(calls), separate)
         except torch.OutOfMemoryError:
             raise
-        except (_Apart, RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (_CannotMerge, RuntimeError, ValueError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
-            logger.warning("calls of %s go one by one, since one call for all of them fails: %s", self._name, reason)
-        self._tried[form] = not reason
-        if len(self._tried) > REMEMBERED:
-            self._tried.popitem(last=False)
-        return alone
-
-    @property
-    def _name(self) -> str:
-        return type(self.network).__name__
+            logger.warning("calls of %s stay separate, since a merged call fails: %s", type(self.network).__name__, reason)
+        self._mergeable[form] = not reason
+        if len(self._mergeable) > REMEMBERED:
+            self._mergeable.popitem(last=False)
+        return separate
 
 
-class _Same:
-    """Joins one argument of several calls. A tensor that calls share is compared once, not at every step."""
+class _Joiner:
+    """Joins one argument of several calls. The bytes of shared tensors are read once, not at every step."""
 
     def __init__(self) -> None:
         self._bytes = WeakTensorKeyDictionary()
@@ -115,12 +109,12 @@ class _Same:
         if isinstance(first, Tensor):
             return self._tensors(name, values, rows)
         if isinstance(first, list) and len(first) == rows and name not in SHARED:
-            return [one for value in values for one in value]
+            return [row for value in values for row in value]
         if isinstance(first, (list, tuple)):
-            return type(first)(self.join(name, list(ones), rows) for ones in zip(*values, strict=True))
+            return type(first)(self.join(name, list(entries), rows) for entries in zip(*values, strict=True))
         if isinstance(first, Mapping):
             return {key: self.join(key, [value[key] for value in values], rows) for key in first}
-        return first  # plain values: equal, since they are part of the form
+        return first  # a plain value, which is part of the form and so equal
 
     def _tensors(self, name: str, values: list[Tensor], rows: int) -> Tensor:
         dimension = BATCH_DIMENSION.get(name, 0)
@@ -129,11 +123,11 @@ class _Same:
             return torch.cat([value.expand(rows) for value in values])
         if name not in SHARED and len(shape) > dimension and shape[dimension] == rows:
             return torch.cat(values, dimension)
-        if any(self._of(value) != self._of(values[0]) for value in values[1:]):
-            raise _Apart(f"{name} {list(shape)} has no batch dimension of {rows} and differs from call to call")
+        if any(self._read(value) != self._read(values[0]) for value in values[1:]):
+            raise _CannotMerge(f"{name} {list(shape)} has no batch dimension of {rows} and differs from call to call")
         return values[0]
 
-    def _of(self, tensor: Tensor) -> bytes:
+    def _read(self, tensor: Tensor) -> bytes:
         version = None if tensor.is_inference() else tensor._version
         known = self._bytes.get(tensor)
         if known is None or version is None or known[0] != version:
@@ -143,64 +137,65 @@ class _Same:
 
 
 def _by_form(calls: Sequence[Arguments]) -> list[list[int]]:
-    groups: list[tuple[Any, list[int]]] = []
-    for number, call in enumerate(calls):
+    """The indices of the calls, grouped by form."""
+    groups: list[tuple[object, list[int]]] = []
+    for index, call in enumerate(calls):
         form = _form(call)
-        same = next((numbers for other, numbers in groups if (other == form) is True), None)
-        if same is None:
-            groups.append((form, [number]))
+        group = next((indices for other, indices in groups if (other == form) is True), None)
+        if group is None:
+            groups.append((form, [index]))
         else:
-            same.append(number)
-    return [numbers for _, numbers in groups]
+            group.append(index)
+    return [indices for _, indices in groups]
 
 
-def _form(value: Any) -> Any:
+def _form(value: object) -> object:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device
     if isinstance(value, Mapping):
-        return {key: _form(one) for key, one in value.items()}
+        return {key: _form(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_form(one) for one in value]
+        return type(value).__name__, [_form(entry) for entry in value]
     return value
 
 
 def _rows(arguments: Arguments) -> int:
-    """How many rows a call has: the length of the first argument that is a tensor or a list of them."""
+    """The number of rows of a call: the length of the first argument that is a tensor or a list."""
     first = next((v for v in arguments.values() if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)), None)
     if first is None:
-        raise _Apart("no argument has rows")
+        raise _CannotMerge("no argument has rows")
     return len(first)
 
 
-def _split(answer: Any, calls: int, rows: int) -> list[Any]:
-    """What all calls got, a share each."""
-    if isinstance(answer, Tensor) or (isinstance(answer, list) and len(answer) == calls * rows):
-        if len(answer) != calls * rows:
-            raise _Apart(f"the answer to {calls * rows} rows has {len(answer)}")
-        return [answer[i * rows : (i + 1) * rows] for i in range(calls)]
-    if isinstance(answer, (list, tuple)) and answer:
-        return [type(answer)(parts) for parts in zip(*(_split(one, calls, rows) for one in answer), strict=True)]
-    if isinstance(answer, Mapping):  # diffusers' outputs are both
-        parts = {key: _split(one, calls, rows) for key, one in answer.items()}
-        return [type(answer)(**{key: part[i] for key, part in parts.items()}) for i in range(calls)]
-    return [answer] * calls
+def _split(output: Any, calls: int, rows: int) -> Outputs:
+    """The output of a merged call, as one output for each call."""
+    if isinstance(output, Tensor) or (isinstance(output, list) and len(output) == calls * rows):
+        if len(output) != calls * rows:
+            raise _CannotMerge(f"the output for {calls * rows} rows has {len(output)}")
+        return [output[i * rows : (i + 1) * rows] for i in range(calls)]
+    if isinstance(output, (list, tuple)) and output:
+        return [type(output)(parts) for parts in zip(*(_split(entry, calls, rows) for entry in output), strict=True)]
+    if isinstance(output, Mapping):  # an output object of diffusers
+        parts = {key: _split(entry, calls, rows) for key, entry in output.items()}
+        return [type(output)(**{key: part[i] for key, part in parts.items()}) for i in range(calls)]
+    return [output] * calls
 
 
-def _leaves(answer: Any) -> Iterator[Tensor]:
-    if isinstance(answer, Tensor):
-        yield answer
-    elif isinstance(answer, Mapping):
-        yield from _leaves(list(answer.values()))
-    elif isinstance(answer, (list, tuple)):
-        for one in answer:
-            yield from _leaves(one)
-
-
-def _difference(answers: list[Any], alone: list[Any]) -> str:
-    """In words, how far these answers are from those; empty where that is rounding."""
-    pairs = list(zip(_leaves(answers), _leaves(alone), strict=True))
-    for one, other in pairs:
-        error = ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30)).item()
-        if not error <= TOLERANCE.get(other.dtype, HALF_TOLERANCE):
-            return f"the answer to {len(alone)} calls at once is off by {error:.2g}"
+def _difference(merged: Outputs, separate: Outputs) -> str:
+    """A description of the difference between these outputs, or "" where it is rounding."""
+    pairs = zip(_tensors(merged), _tensors(separate), strict=True)
+    for ours, reference in pairs:
+        error = ((ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE.get(reference.dtype, HALF_TOLERANCE):
+            return f"the output of {len(separate)} merged calls is off by {error:.2g}"
     return ""
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for entry in output:
+            yield from _tensors(entry)

@@ -1,19 +1,19 @@
-"""Chroma: Flux without pooled embeddings and without embedded guidance; a mask over the tokens of prompt and picture, and
+"""Chroma: Flux without pooled embeddings and without embedded guidance; a mask over the tokens of prompt and image, and
 true guidance in a second call (diffusers pipelines/chroma/pipeline_chroma.py, `__call__`)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from streamflow.models.adapter import FlowAdapter
 from streamflow.models.families.flux import Packed
+from streamflow.models.protocols import Network
 
 
 class ChromaVelocity(nn.Module):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension, the mask over the
-    tokens of prompt and picture."""
+    tokens of prompt and image; extra: more arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -25,6 +25,7 @@ class ChromaVelocity(nn.Module):
         txt_ids: Tensor,
         img_ids: Tensor,
         attention_mask: Tensor | None = None,
+        **extra: object,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -34,10 +35,11 @@ class ChromaVelocity(nn.Module):
             img_ids=img_ids,
             attention_mask=attention_mask,
             return_dict=False,
+            **extra,
         )[0]
 
 
-class Chroma(Packed, FlowAdapter):
+class Chroma(Packed):
     """Chroma and Chroma1-HD. Image prompts of an IP-Adapter are refused."""
 
     Velocity = ChromaVelocity
@@ -52,4 +54,4 @@ class Chroma(Packed, FlowAdapter):
     text_pipeline = "ChromaPipeline"
     image_pipeline = "ChromaImg2ImgPipeline"
     exportable = False  # tracing fixes the number of rows
-    capturable = False  # its embedding of time brings numbers from the host in every call
+    capturable = False  # its time embedding copies numbers from the host in every call

@@ -1,12 +1,10 @@
-"""Flux.1 dev, schnell and what shares their pipeline: latents are packed 2x2 into tokens, time is t / 1000 after a cast
-to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance, where asked for, is a second
-call (diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
+"""Flux.1 dev, schnell and other models of their pipeline: latents are packed 2x2 into tokens, time is t / 1000 after a cast
+to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance is a second call
+(diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from diffusers import FluxPipeline
 from torch import Tensor, nn
@@ -14,13 +12,14 @@ from torch.nn.functional import interpolate
 
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
+from streamflow.models.protocols import VAE, Network
 
 
 class FluxVelocity(nn.Module):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; `residuals`:
-    arguments made by control nets."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; extra:
+    more arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -33,7 +32,7 @@ class FluxVelocity(nn.Module):
         txt_ids: Tensor,
         img_ids: Tensor,
         guidance: Tensor | None = None,
-        residuals: Mapping[str, Any] | None = None,
+        **extra: object,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -44,12 +43,12 @@ class FluxVelocity(nn.Module):
             txt_ids=txt_ids,
             img_ids=img_ids,
             return_dict=False,
-            **(residuals or {}),
+            **extra,
         )[0]
 
 
-class Packed:
-    """Mixed into families whose pipeline packs latents 2x2 into tokens."""
+class Packed(FlowAdapter):
+    """The base class of families whose pipeline packs latents 2x2 into tokens."""
 
     @property
     def multiple(self) -> int:
@@ -65,7 +64,7 @@ class Packed:
         """`(tokens, channels)`."""
         return (height // self.multiple) * (width // self.multiple), self.base.config.in_channels
 
-    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+    def codec(self, vae: VAE, height: int, width: int) -> Codec:
         """As `FlowAdapter`'s; packs and unpacks."""
         self.check_vae(vae)
         return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
@@ -76,8 +75,8 @@ class Packed:
         return pack(small.expand(-1, self.latent_channels, -1, -1))
 
 
-class Flux(Packed, FlowAdapter):
-    """`guidance_scale` is the embedded guidance and travels with the prompt; w is `true_cfg_scale`."""
+class Flux(Packed):
+    """`guidance_scale` is the embedded guidance, one of the prompt's row inputs; w is `true_cfg_scale`."""
 
     Velocity = FluxVelocity
     row_inputs = ("encoder_hidden_states", "pooled_projections", "guidance")
@@ -98,5 +97,5 @@ def pack(z: Tensor) -> Tensor:
 
 
 def unpack(latents: Tensor, height: int, width: int) -> Tensor:
-    """Tokens of a picture of height x width tokens back to latents."""
+    """Tokens of an image of height x width tokens back to latents."""
     return FluxPipeline._unpack_latents(latents, 2 * height, 2 * width, vae_scale_factor=1)

@@ -1,12 +1,14 @@
-"""Flux.2 and Flux.2 Klein: latents are taken as 2x2 patches, `[128, h, w]`, and given to the network as tokens; time is
+"""Flux.2 and Flux.2 Klein: latents are 2x2 patches, `[128, h, w]`, which the network takes as tokens; time is
 t / 1000 after a cast to the latents' dtype; the VAE's latents are normalised patch by patch with the statistics of its batch
 norm (diffusers pipelines/flux2/pipeline_flux2.py and pipeline_flux2_klein.py, `__call__`).
 
-Clean latents leave a stream in the form in which noise enters it. The pipelines' own `output_type="latent"` differs from it:
-tokens of Flux.2, and of Klein what goes into its VAE.
+Clean latents leave a stream in the form in which noise enters it. The pipelines' own `output_type="latent"` differs: Flux.2
+returns tokens, and Klein the input of its VAE.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec, Normalized
 from streamflow.models.families.flux import Packed
+from streamflow.models.protocols import VAE, Network
 
 
 class Flux2Velocity(nn.Module):
-    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`, the same for all rows."""
+    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`, the same for all rows; extra: more
+    arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -32,6 +36,7 @@ class Flux2Velocity(nn.Module):
         txt_ids: Tensor,
         img_ids: Tensor,
         guidance: Tensor | None = None,
+        **extra: object,
     ) -> Tensor:
         out = self.transformer(
             hidden_states=x.flatten(2).transpose(1, 2),
@@ -41,12 +46,13 @@ class Flux2Velocity(nn.Module):
             txt_ids=txt_ids,
             img_ids=img_ids,
             return_dict=False,
+            **extra,
         )[0]
         return out.transpose(1, 2).reshape(x.shape)
 
 
-class Flux2(Packed, FlowAdapter):
-    """Guidance is a number embedded in the network, which travels with the prompt; there is no other."""
+class Flux2(Packed):
+    """The only guidance is a number embedded in the network, one of the prompt's row inputs."""
 
     Velocity = Flux2Velocity
     row_inputs = ("encoder_hidden_states", "guidance")
@@ -63,13 +69,14 @@ class Flux2(Packed, FlowAdapter):
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return self.base.config.in_channels, height // self.multiple, width // self.multiple
 
-    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+    def codec(self, vae: VAE, height: int, width: int) -> Codec:
         self.check_vae(vae)
-        mean = vae.bn.running_mean.view(-1, 1, 1)
-        std = torch.sqrt(vae.bn.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps)
+        statistics: Any = vae.bn
+        mean = statistics.running_mean.view(-1, 1, 1)
+        std = torch.sqrt(statistics.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps)
         return Codec(vae, _Pack(mean, std), _Unpack(mean, std))
 
-    def check_vae(self, vae: nn.Module) -> None:
+    def check_vae(self, vae: VAE) -> None:
         super().check_vae(vae)
         if not hasattr(vae, "bn"):
             raise ValueError(
@@ -79,7 +86,7 @@ class Flux2(Packed, FlowAdapter):
 
 
 class Flux2Klein(Flux2):
-    """Klein guides in two calls, against the empty prompt or `negative_prompt_embeds`; once distilled, not at all."""
+    """Klein guides in two calls, against the empty prompt or `negative_prompt_embeds`; a distilled one does not guide."""
 
     guidance_argument = "guidance_scale"
     since = "0.37"
@@ -102,7 +109,7 @@ class _Pack(Normalized):
 
 
 class _Unpack(Normalized):
-    """The way back."""
+    """From normalised patches to the VAE's latents."""
 
     def forward(self, latents: Tensor) -> Tensor:
         return Flux2Pipeline._unpatchify_latents(self.undo(latents))

@@ -1,11 +1,8 @@
 """InstaFlow and 2-Rectified-Flow: Stable Diffusion 1.5's UNet, rectified. Time falls from 1000 to 0 in equal steps of
-1000 / N, and the network says data - noise, the opposite sign of ours (gnobitab/InstaFlow code/pipeline_rf.py, the
-denoising loop). The pipeline's own scheduler plays no part."""
+1000 / N, and the network predicts data - noise, the opposite of our sign (gnobitab/InstaFlow code/pipeline_rf.py, the
+denoising loop). The pipeline's own scheduler is not used."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +10,21 @@ from torch import Tensor, nn
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Call, Network
 
-# The pipeline's own default, which every scheduler can do; the schedule is not read from it.
+# The pipeline's default, which every scheduler supports; the schedule is not read from it.
 PIPELINE_STEPS = 50
 
 
 class RectifiedUNetVelocity(nn.Module):
-    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, float32; `residuals`: arguments made by control nets."""
+    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, float32; extra: more arguments of the network."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         super().__init__()
         self.unet = unet
 
-    def forward(
-        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, residuals: Mapping[str, Any] | None = None
-    ) -> Tensor:
-        more = residuals or {}
-        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **more)[0]
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **extra: object) -> Tensor:
+        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **extra)[0]
 
 
 class InstaFlow(FlowAdapter):
@@ -53,8 +48,8 @@ class InstaFlow(FlowAdapter):
     def default_size(self) -> int:
         return self.base.config.sample_size * self.factor
 
-    def _record(self, arguments: dict[str, Any], steps: int, *size_and_guided: Any) -> Recording:
-        return super()._record(arguments, PIPELINE_STEPS, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        return super()._record(arguments, PIPELINE_STEPS, height, width, guided)
 
     def schedule(self, recording: Recording, steps: int) -> Schedule:
         sigmas = torch.tensor([1.0 - i / steps for i in range(steps + 1)])

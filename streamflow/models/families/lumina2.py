@@ -1,11 +1,8 @@
 """Lumina Image 2.0: time rises from 0 (noise) to 1, the network's output is the opposite of the velocity, true guidance is a
-second call, brought back to the length of the prompt's own velocity along the width, and given up at a share of the steps
+second call, rescaled along the width to the length of the prompt's own velocity, and switched off after a share of the steps
 (diffusers pipelines/lumina2/pipeline_lumina2.py, `__call__`)."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,22 +11,26 @@ from streamflow.flow.guidance import ALWAYS, NEVER, Weight, renormalized
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Arguments, Call, Network
 
 
 class Lumina2Velocity(nn.Module):
-    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`."""
+    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object
+    ) -> Tensor:
         return -self.transformer(
             hidden_states=x,
             timestep=1 - t / 1000,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=False,
+            **extra,
         )[0]
 
 
@@ -50,13 +51,13 @@ class Lumina2(FlowAdapter):
     def multiple(self) -> int:
         return self.factor * self.base.config.patch_size
 
-    def weight(self, scale: float, arguments: Mapping[str, Any], schedule: Schedule) -> Weight:
+    def weight(self, scale: float, arguments: Arguments, schedule: Schedule) -> Weight:
         normalize = arguments.get("cfg_normalization", self.default("cfg_normalization"))
         ratio = arguments.get("cfg_trunc_ratio", self.default("cfg_trunc_ratio"))
         guided = sum((i + 1) / len(schedule) <= ratio for i in range(len(schedule)))
         until = schedule.sigmas[guided - 1].item() if guided else NEVER
         return Weight(scale, renormalized if normalize else guide, until if guided < len(schedule) else ALWAYS)
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
-        arguments.pop("cfg_trunc_ratio", None)  # else the first step might tell nothing of the negative prompt
-        return super()._record(arguments, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        arguments.pop("cfg_trunc_ratio", None)  # else the first step might not use the negative prompt
+        return super()._record(arguments, steps, height, width, guided)

@@ -2,8 +2,9 @@
 Rectified Flow, arXiv 2405.07510; the rule is that of magic-research/piecewise-rectified-flow src/scheduler_perflow.py).
 
 sigma is the time, t / 1000, and dx / dsigma is a window's straight line, `(x_end - x) / (sigma_end - sigma)`. The network
-says noise, from which the window's end follows: `x_end = lambda x + eta noise`. So one step is affine in x and in what the
-network says, with numbers of the stage alone, made once. Images are noised as Stable Diffusion does, not on a straight line.
+predicts noise, from which the window's end follows: `x_end = lambda x + eta noise`. So one step is affine in x and in the
+network's output, with coefficients that depend on the stage alone. Images are noised as Stable Diffusion does, not on a
+straight line.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from torch import Tensor
 from streamflow.flow.convention import per_row
 from streamflow.flow.schedule import Schedule
 from streamflow.flow.solvers import AFFINE, Rule
+from streamflow.models.adapter import FlowAdapter
 from streamflow.models.families.instaflow import InstaFlow, RectifiedUNetVelocity
 from streamflow.models.families.sdxl import RectifiedSDXL, RectifiedSDXLVelocity
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Pipeline
 
-TRAINED = 1000  # the times that the network was trained at, 1 to 1000
+TRAINED = 1000  # the network was trained at the times 1 to 1000
 BETAS = (0.00085, 0.012)  # Stable Diffusion's, from the first time to the last, linear in their roots
 
 
 class PeRFlowVelocity(RectifiedUNetVelocity):
-    """What the UNet says, noise or velocity, with the UNet's own sign."""
+    """The UNet's output, noise or velocity, with the UNet's own sign."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return -super().forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the flow is straight. `ends[k]` and `starts[k]` are times in 0..1, the noisiest window first; `alphas` float32
-    `[1000]`, the cumulative products of 1 - beta. prediction: a key of `SOLVERS`."""
+    """The windows in which the flow is straight, the noisiest first. alphas: float32 `[1000]`, the cumulative products of
+    1 - beta. prediction: a key of `SOLVERS`."""
 
     count: int
     prediction: str
@@ -50,8 +53,8 @@ class Windows:
             )
 
     def times(self, steps: int) -> tuple[list[int], tuple[int, ...]]:
-        """(the times 0..1000 of `steps` steps, falling; the steps at which windows start). The steps are shared out evenly,
-        what is left over to the noisiest windows. ValueError where there are fewer than windows."""
+        """(the times 0..1000 of `steps` steps, falling; the steps at which windows start). The steps are divided evenly, and
+        the noisiest windows take the remainder. ValueError for fewer steps than windows."""
         if steps < self.count:
             raise ValueError(
                 f"num_inference_steps {steps} for a flow of {self.count} windows, each straight by itself: one step cannot "
@@ -67,7 +70,7 @@ class Windows:
         return times, tuple(firsts)
 
     def velocity(self, time: int) -> tuple[float, float]:
-        """(A, B) with dx / dsigma = A x + B (what the network says), at this time."""
+        """(A, B) with dx / dsigma = A x + B output, at this time, where output is the network's."""
         t = time / TRAINED
         k = next(k for k in range(self.count) if t - 0.1 / TRAINED > (self.count - k - 1) / self.count)
         start, end = (self.count - k) / self.count, (self.count - k - 1) / self.count
@@ -92,26 +95,26 @@ def _diff(start: float, end: float) -> tuple[float, float]:
     return g2**-0.5, -(((1 - g2) / g2) ** 0.5)
 
 
-# What the network says, and how a window's end follows from its start; None: the network says the velocity itself.
+# The network's prediction, and how a window's end follows from its start; None: the network predicts the velocity.
 SOLVERS = {"ddim_eps": _ddim, "diff_eps": _diff, "velocity": lambda start, end: None}
 
 
-class _PeRFlow:
-    """What both networks share. The scheduler's settings count if it is a PeRFlowScheduler; else they are the published
-    models': 4 windows, Stable Diffusion's betas, and the prediction type below."""
+class _PeRFlow(FlowAdapter):
+    """The part that both networks share. The settings are those of a PeRFlowScheduler, or else of the published models: 4
+    windows, Stable Diffusion's betas, and `prediction`."""
 
     prediction: ClassVar[str]
-    _on_device: tuple[Any, Tensor] | None = None
+    _on_device: tuple[torch.device, Tensor] | None = None
 
     def _windows(self) -> Windows:
-        scheduler = self.scheduler
+        scheduler: Any = self.scheduler
         if type(scheduler).__name__ != "PeRFlowScheduler":
-            betas = torch.linspace(*(beta**0.5 for beta in BETAS), TRAINED) ** 2
+            betas = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TRAINED) ** 2
             return Windows(4, self.prediction, torch.cumprod(1.0 - betas, dim=0))
         config = scheduler.config
-        whole = config.get("t_noise", 1), config.get("t_clean", 0)
-        if whole != (1, 0) or config.get("num_train_timesteps", TRAINED) != TRAINED:
-            raise ValueError(f"PeRFlow is streamed from time 1 to 0 in {TRAINED} times, not with {dict(config)}")
+        span = config.get("t_noise", 1), config.get("t_clean", 0)
+        if span != (1, 0) or config.get("num_train_timesteps", TRAINED) != TRAINED:
+            raise ValueError(f"PeRFlow streams from time 1 to 0 with {TRAINED} training times, not with {dict(config)}")
         return Windows(config["num_time_windows"], config["prediction_type"], scheduler.alphas_cumprod.float().cpu())
 
     def schedule(self, recording: Recording, steps: int) -> Schedule:
@@ -129,8 +132,8 @@ class _PeRFlow:
         super().check_settings(cfg_type, do_add_noise)
         if do_add_noise:
             raise ValueError(
-                "do_add_noise=True predicts the image at every stage, and a PeRFlow network predicts no further than its "
-                "window's end: leave it out"
+                "do_add_noise=True needs the image predicted at every stage, and a PeRFlow network predicts the end of its "
+                "window: leave do_add_noise out"
             )
 
     def path(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -152,16 +155,16 @@ class PeRFlow(_PeRFlow, InstaFlow):
     is_reference = False
     note = "compared with PeRFlow's own scheduler in diffusers' loop; every window's start must stay in t_index_list"
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Pipeline):
         super().__init__(pipe)
         if self.base.config.get("addition_embed_type") == "text_time":
             raise ValueError("this is SDXL's UNet: pass family='perflow-sdxl'")
 
 
 class PeRFlowSDXLVelocity(RectifiedSDXLVelocity):
-    """What SDXL's UNet says, with the UNet's own sign."""
+    """The output of SDXL's UNet, with the UNet's own sign."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return -super().forward(*args, **kwargs)
 
 

@@ -1,27 +1,24 @@
-"""Qwen-Image: packed latents and time t / 1000 as Flux, true guidance in a second call, then brought back to the length that
-the prompt's own velocity has, token by token; a video VAE with a mean and a deviation per channel (diffusers
+"""Qwen-Image: packed latents and time t / 1000 as Flux, true guidance in a second call, rescaled token by token to the
+length of the prompt's own velocity; a video VAE with a mean and a deviation per channel (diffusers
 pipelines/qwenimage/pipeline_qwenimage.py, `__call__`)."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow.flow.guidance import Weight, renormalized
 from streamflow.flow.schedule import Schedule
-from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec, Normalized
 from streamflow.models.families.flux import Packed, pack, unpack
+from streamflow.models.protocols import VAE, Arguments, Network
 
 
 class QwenImageVelocity(nn.Module):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]` says by its shape how many tokens lie beside and above
-    each other, its values are not read; `residuals`: arguments made by control nets."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]`: its shape is the number of tokens along the height and
+    the width, its values are not read; extra: more arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -32,7 +29,7 @@ class QwenImageVelocity(nn.Module):
         encoder_hidden_states: Tensor,
         grid: Tensor,
         encoder_hidden_states_mask: Tensor | None = None,
-        residuals: Mapping[str, Any] | None = None,
+        **extra: object,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -41,12 +38,12 @@ class QwenImageVelocity(nn.Module):
             encoder_hidden_states_mask=encoder_hidden_states_mask,
             img_shapes=[[(1, *grid.shape)]],  # the network reads the first row's
             return_dict=False,
-            **(residuals or {}),
+            **extra,
         )[0]
 
 
-class QwenImage(Packed, FlowAdapter):
-    """w is `true_cfg_scale`; a network with guidance embedded in it is refused by its argument's name."""
+class QwenImage(Packed):
+    """w is `true_cfg_scale`. A network with embedded guidance is refused."""
 
     Velocity = QwenImageVelocity
     row_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
@@ -63,33 +60,33 @@ class QwenImage(Packed, FlowAdapter):
     image_pipeline = "QwenImageImg2ImgPipeline"
     exportable = False  # complex numbers, which ONNX has not
 
-    def weight(self, scale: float, arguments: Mapping[str, Any], schedule: Schedule) -> Weight:
+    def weight(self, scale: float, arguments: Arguments, schedule: Schedule) -> Weight:
         return Weight(scale, renormalized)
 
-    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
+    def codec(self, vae: VAE, height: int, width: int) -> Codec:
         self.check_vae(vae)
-        given = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (torch.tensor(one, device=vae.device).view(-1, 1, 1) for one in given)
+        statistics = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(values, device=vae.device).view(-1, 1, 1) for values in statistics)
         size = height // self.multiple, width // self.multiple
-        return Codec(_StillPictures(vae), _Pack(mean, std), _Unpack(mean, std, *size))
+        return Codec(_SingleFrames(vae), _Pack(mean, std), _Unpack(mean, std, *size))
 
-    def _inputs(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _inputs(self, call: Arguments) -> dict[str, Tensor]:
         ((_, height, width),) = call["img_shapes"][0]
         x = call[self.sample]
         grid = torch.zeros(height, width, device=x.device, dtype=x.dtype)
         return super()._inputs({**{name: value for name, value in call.items() if name != "img_shapes"}, "grid": grid})
 
 
-class _StillPictures(nn.Module):
-    """A video VAE for single frames: pictures and latents without a dimension of time."""
+class _SingleFrames(VAE):
+    """A video VAE for single frames: images and latents without a dimension of time."""
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: VAE):
         super().__init__()
         self.vae = vae
         self.config, self.dtype = vae.config, vae.dtype
 
-    def encode(self, pictures: Tensor) -> Any:
-        return self.vae.encode(pictures.unsqueeze(2))
+    def encode(self, images: Tensor) -> object:
+        return self.vae.encode(images.unsqueeze(2))
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         return (self.vae.decode(z.unsqueeze(2), return_dict=return_dict)[0].squeeze(2),)

@@ -1,44 +1,47 @@
 """Sana: latents of 32 channels, 32 pixels wide, kept in float32, time is raw 0..1000 times the network's `timestep_scale`
 (diffusers pipelines/sana/pipeline_sana.py, `__call__`).
 
-Sana ships with a DPM solver of second order, whose steps lean on the step before; a stream's rows have none. So the
-pipeline needs a FlowMatchEulerDiscreteScheduler, and the error says how to make it: the flow is the same, and the same
-number of steps draws a somewhat coarser picture. Pictures are of the size asked for, never binned.
+Sana ships with a DPM solver of second order, whose steps use the step before, which a stream's rows do not keep. So the
+pipeline needs a FlowMatchEulerDiscreteScheduler, and the error says how to make it. The flow is the same, and the same
+number of steps draws a somewhat coarser image. Images have the requested size; resolution binning is off.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Call, Network
 
 MULTIPLE = 32  # the pipeline takes sizes divisible by this, whatever the VAE
 
 
 class SanaVelocity(nn.Module):
-    """x float32 `[rows, 32, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`."""
+    """x float32 `[rows, 32, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the
+    network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object
+    ) -> Tensor:
         out = self.transformer(
             x.to(self.transformer.dtype),
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             timestep=t * self.transformer.config.timestep_scale,
             return_dict=False,
+            **extra,
         )[0]
-        return out[:, : x.shape[1]].float()  # the rest is a learned sigma
+        return out[:, : x.shape[1]].float()  # the other channels are a learned sigma
 
 
 class Sana(FlowAdapter):
-    """Sana and Sana 1.5; not Sana-Sprint, which draws another way."""
+    """Sana and Sana 1.5; Sana-Sprint is `SanaSprint`."""
 
     Velocity = SanaVelocity
     row_inputs = ("encoder_hidden_states", "encoder_attention_mask")
@@ -57,5 +60,5 @@ class Sana(FlowAdapter):
     def default_size(self) -> int:
         return self.default("height")
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
-        return super()._record({**arguments, "use_resolution_binning": False}, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        return super()._record({**arguments, "use_resolution_binning": False}, steps, height, width, guided)

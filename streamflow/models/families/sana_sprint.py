@@ -15,12 +15,13 @@ from streamflow.flow.schedule import Schedule
 from streamflow.flow.solvers import TRIGFLOW, Rule
 from streamflow.models.families.sana import Sana
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Network
 
 
 class SanaSprintVelocity(nn.Module):
-    """x float32 `[rows, 32, h, w]`, t `[rows]` the angle in 0..pi/2, `guidance` `[rows]`; to dx / dt."""
+    """x float32 `[rows, 32, h, w]`, t `[rows]` the angle in 0..pi/2, `guidance` `[rows]`; returns dx / dt."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -31,6 +32,7 @@ class SanaSprintVelocity(nn.Module):
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor,
         guidance: Tensor,
+        **extra: object,
     ) -> Tensor:
         time = torch.sin(t) / (torch.cos(t) + torch.sin(t))
         s = per_row(time, x)
@@ -43,6 +45,7 @@ class SanaSprintVelocity(nn.Module):
             guidance=guidance,
             timestep=time,
             return_dict=False,
+            **extra,
         )[0]
         return (((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * out) / length).float()
 

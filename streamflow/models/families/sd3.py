@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
 from streamflow.models.adapter import FlowAdapter
+from streamflow.models.protocols import Network
 
 
 class SD3Velocity(nn.Module):
-    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32; `residuals`: arguments made by control nets."""
+    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32; extra: more arguments of the network."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
@@ -24,7 +22,7 @@ class SD3Velocity(nn.Module):
         t: Tensor,
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
-        residuals: Mapping[str, Any] | None = None,
+        **extra: object,
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,
@@ -32,12 +30,12 @@ class SD3Velocity(nn.Module):
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             return_dict=False,
-            **(residuals or {}),
+            **extra,
         )[0]
 
 
 class StableDiffusion3(FlowAdapter):
-    """SD3, SD3.5 and what shares their pipeline."""
+    """SD3, SD3.5 and other models of their pipeline."""
 
     Velocity = SD3Velocity
     row_inputs = ("encoder_hidden_states", "pooled_projections")
@@ -59,4 +57,4 @@ class StableDiffusion3(FlowAdapter):
         super().check_size(height, width)
         largest = self.base.config.pos_embed_max_size * self.multiple
         if max(height, width) > largest:
-            raise ValueError(f"{width}x{height} is beyond this network's position table: at most {largest} a side")
+            raise ValueError(f"{width}x{height} is larger than this network's position table: at most {largest} a side")

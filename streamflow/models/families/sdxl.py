@@ -1,25 +1,24 @@
-"""Rectified Stable Diffusion XL: InstaFlow's times and sign with SDXL's UNet, which takes pooled embeddings and sizes
-besides (diffusers pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py, `__call__`, for what it is given;
-gnobitab/InstaFlow code/pipeline_rf.py for the loop). The pipeline's own scheduler plays no part."""
+"""Rectified Stable Diffusion XL: InstaFlow's times and sign with SDXL's UNet, which also takes pooled embeddings
+and sizes (diffusers pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py, `__call__`, for the UNet's inputs;
+gnobitab/InstaFlow code/pipeline_rf.py for the loop). The pipeline's own scheduler is not used."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow.models.codec import Codec
 from streamflow.models.families.instaflow import InstaFlow
+from streamflow.models.protocols import VAE, Arguments, Network
 
 
 class RectifiedSDXLVelocity(nn.Module):
     """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, pooled embeddings `[rows, width]`, sizes and crop `[rows, 6]`;
-    `residuals`: arguments made by control nets."""
+    extra: more arguments of the network."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: Network):
         super().__init__()
         self.unet = unet
 
@@ -30,10 +29,12 @@ class RectifiedSDXLVelocity(nn.Module):
         encoder_hidden_states: Tensor,
         text_embeds: Tensor,
         time_ids: Tensor,
-        residuals: Mapping[str, Any] | None = None,
+        **extra: object,
     ) -> Tensor:
-        more = {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}, **(residuals or {})}
-        return -self.unet(x, t, encoder_hidden_states=encoder_hidden_states, return_dict=False, **more)[0]
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return -self.unet(
+            x, t, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added, return_dict=False, **extra
+        )[0]
 
 
 class RectifiedSDXL(InstaFlow):
@@ -43,25 +44,25 @@ class RectifiedSDXL(InstaFlow):
     row_inputs = ("encoder_hidden_states", "text_embeds", "time_ids")
     embeds = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
     tiny_vae = "madebyollin/taesdxl"
-    note = "asked for by name, since SDXL's own weights are no flow"
+    note = "selected by `family`, since SDXL's own weights are no flow"
     text_pipeline = "StableDiffusionXLPipeline"
     image_pipeline = "StableDiffusionXLImg2ImgPipeline"
     refused = InstaFlow.refused | {"denoising_end"}
 
-    def codec(self, vae: nn.Module, height: int, width: int) -> Codec:
-        """In float32, on a copy, where the VAE says that its numbers leave float16's range, as the pipeline does."""
+    def codec(self, vae: VAE, height: int, width: int) -> Codec:
+        """As the pipeline, a VAE in float16 with `force_upcast` in its config is copied to float32."""
         self.check_vae(vae)
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae = copy.deepcopy(vae).float()
         return Codec(vae)
 
-    def check_vae(self, vae: nn.Module) -> None:
+    def check_vae(self, vae: VAE) -> None:
         super().check_vae(vae)
         if getattr(vae.config, "latents_mean", None) is not None:
             raise ValueError(
                 f"this {type(vae).__name__} normalises by latents_mean, which is not done here: use SDXL's own VAE"
             )
 
-    def _inputs(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _inputs(self, call: Arguments) -> dict[str, Tensor]:
         plain = {name: value for name, value in call.items() if name != "added_cond_kwargs"}
         return super()._inputs({**plain, **call["added_cond_kwargs"]})

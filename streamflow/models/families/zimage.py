@@ -4,9 +4,7 @@ lists of latents and prompts of any length, and latents stay in float32 (diffuse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +14,25 @@ from streamflow.flow.guidance import ALWAYS, NEVER, Weight
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.probe import Recording
+from streamflow.models.protocols import Arguments, Call, Network
 
-EMBEDS = "encoder_hidden_states"  # what the network calls cap_feats, under the name that it has in all other families
+EMBEDS = "encoder_hidden_states"  # the network's cap_feats, under the name of all other families
 
 
 class ZImageVelocity(nn.Module):
     """x float32 `[rows, 16, h, w]`, t `[rows]` in 0..1000, embeddings `[rows, tokens, width]`."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Network):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **extra: object) -> Tensor:
         out = self.transformer(
             list(x.to(self.transformer.dtype).unsqueeze(2).unbind()),
             (1000 - t) / 1000,
             list(encoder_hidden_states.unbind()),
             return_dict=False,
+            **extra,
         )[0]
         return -torch.stack(out).squeeze(2).float()
 
@@ -54,39 +54,39 @@ class ZImage(FlowAdapter):
     note = "its scale s guides with w = 1 + s"
     text_pipeline = "ZImagePipeline"
     image_pipeline = "ZImageImg2ImgPipeline"
-    exportable = False  # lists, and complex numbers, which ONNX has not
-    default_size = 1024
+    exportable = False  # lists, and complex numbers, which ONNX does not have
+    default_size: int = 1024  # type: ignore[assignment]
 
     @property
     def multiple(self) -> int:
         return self.factor * 2
 
-    def check_embeds(self, arguments: Mapping[str, Any]) -> None:
+    def check_embeds(self, arguments: Arguments) -> None:
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            given = arguments.get(name)
-            if given is not None and len(given) != 1:
-                raise ValueError(f"{name} holds {len(given)} prompts: a stream takes one at a time, in a list")
-            if given is not None:
-                self._check_embeds(name, EMBEDS, given[0][None], 1)
+            embeds = arguments.get(name)
+            if embeds is not None and len(embeds) != 1:
+                raise ValueError(f"{name} holds {len(embeds)} prompts: a stream takes one at a time, in a list")
+            if embeds is not None:
+                self._check_embeds(name, EMBEDS, embeds[0][None], 1)
 
-    def weight(self, scale: float, arguments: Mapping[str, Any], schedule: Schedule) -> Weight:
+    def weight(self, scale: float, arguments: Arguments, schedule: Schedule) -> Weight:
         cap = float(arguments.get("cfg_normalization") or 0.0)
         rule = partial(_guide, scale=scale, cap=cap)
         return Weight(1.0 + scale, rule, _until(schedule, arguments.get("cfg_truncation", 1.0)))
 
-    def _record(self, arguments: dict[str, Any], *size_and_guided: Any) -> Recording:
-        arguments.pop("cfg_truncation", None)  # else the first step might tell nothing of the negative prompt
-        return super()._record(arguments, *size_and_guided)
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        arguments.pop("cfg_truncation", None)  # else the first step might not use the negative prompt
+        return super()._record(arguments, steps, height, width, guided)
 
     def _prompt(self, recording: Recording, guided: bool) -> Prompt:
         """The pipeline calls its network with [prompt, negative]."""
         (call,) = recording.calls
         self._inputs({name: value for name, value in call.items() if name != "cap_feats"})
-        return Prompt(*(Cond({EMBEDS: one[None].detach()}) for one in call["cap_feats"]))
+        return Prompt(*(Cond({EMBEDS: embeds[None].detach()}) for embeds in call["cap_feats"]))
 
 
 def _guide(v_cond: Tensor, v_uncond: Tensor, w: float, *, scale: float, cap: float) -> Tensor:
-    """`v + scale (v - v_negative)`, and where cap is above 0, no longer than cap times v, frame by frame."""
+    """`v + scale (v - v_negative)`; where cap is above 0, each frame's length is limited to cap times that of v."""
     v = v_cond + scale * (v_cond - v_uncond)
     if cap <= 0.0:
         return v
@@ -95,12 +95,12 @@ def _guide(v_cond: Tensor, v_uncond: Tensor, w: float, *, scale: float, cap: flo
 
 
 def _lengths(v: Tensor) -> Tensor:
-    """Each row's norm, `[rows, 1, ...]`; one by one, as the pipeline does, for the same bits."""
-    return torch.stack([torch.linalg.vector_norm(one) for one in v]).reshape(-1, *([1] * (v.ndim - 1)))
+    """Each row's norm, `[rows, 1, ...]`, computed row by row as in the pipeline, for bit-equal results."""
+    return torch.stack([torch.linalg.vector_norm(row) for row in v]).reshape(-1, *([1] * (v.ndim - 1)))
 
 
 def _until(schedule: Schedule, truncation: float | None) -> float:
-    """The sigma of the last step that is guided: at those with `1 - t / 1000` above `truncation` the pipeline stops."""
+    """The sigma of the last guided step: the pipeline does not guide steps with `1 - t / 1000` above `truncation`."""
     if truncation is None or truncation > 1.0:
         return ALWAYS
     guided = [i for i, t in enumerate((1000 - schedule.timesteps) / 1000) if t.item() <= truncation]

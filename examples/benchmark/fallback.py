@@ -1,11 +1,11 @@
-"""What a family gains by an adapter over the universal fallback, and what the fallback gains over plain diffusers.
+"""Speed of a family's adapter, of the fallback for any pipeline, and of plain diffusers.
 
-    python examples/benchmark/rendezvous.py --model sd3-medium --output static/benchmarks/rendezvous-sd3.json
+    python examples/benchmark/fallback.py --model sd3-medium --output static/benchmarks/fallback-sd3.json
 
-The same pipeline draws in three ways, in turns within one run: its own call, picture after picture; the rendezvous, whose
-frames are whole calls that meet at the network; and the family's adapter, unaccelerated, since the rendezvous cannot be
-accelerated. `accelerated` is the adapter under `accelerate("auto")`. Networks have their true size and random weights, or
-are the embedded model's. The last line is JSON.
+The same pipeline draws in three ways, in turns within one run: its own call, one image after another; the fallback, whose
+frames are calls of the pipeline that share the network; and the family's adapter, without acceleration, which the fallback
+does not have. `accelerated` is the adapter under `accelerate("auto")`. Networks have their published size and random
+weights, or are the embedded model's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,31 +33,32 @@ from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.timing import Spread, timed
 from streamflow.benchmark.ways import Way, plain, streamed
 from streamflow.image_utils import denormalize
+from streamflow.models.loading import default_device
 
 SIZES = {"sd3-medium": 512, "flux-schnell": 512, "sana": 1024, "sd15": 512, "embedded": 128}
 
 
-def drawn(stream: StreamFlow) -> torch.Tensor:
-    """The next picture, [0, 1]."""
+def next_image(stream: StreamFlow) -> torch.Tensor:
+    """The next image, [0, 1]."""
     return denormalize(stream.txt2img())
 
 
-def tell(pipe: Any, texts: Mapping[str, Any]) -> None:
-    """Let a pipeline that has no text encoders answer every prompt with these embeddings: the rendezvous calls it with an
-    empty prompt too, to see what its latents look like."""
+def set_embeddings(pipe: Any, texts: Mapping[str, Any]) -> None:
+    """Make a pipeline without text encoders encode every prompt as these embeddings: the fallback also calls it with an
+    empty prompt, to find the shape of its latents."""
     own = pipe.encode_prompt
     known = {name: x for name, x in texts.items() if name in signature(own).parameters}
-    pipe.encode_prompt = lambda *args, **asked: own(*args, **asked | known)
+    pipe.encode_prompt = lambda *args, **given: own(*args, **given | known)
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Pictures a second by each way, and each way's share of the pipeline's own."""
-    s, fallback = subject.settings, replace(subject, family="rendezvous")
+    """Images a second by each way, and each way's share of the pipeline's own."""
+    s, fallback = subject.settings, replace(subject, family="fallback")
     rates: dict[str, list[float]] = {}
     with ExitStack() as opened:
         ways = {
             "plain": opened.enter_context(plain(subject, False)),
-            "rendezvous": Way(partial(drawn, opened.enter_context(fallback.stream(False)))),
+            "fallback": Way(partial(next_image, opened.enter_context(fallback.stream(False)))),
             "adapter": opened.enter_context(streamed(subject, "none", False, True)),
         }
         counts = {name: warm(subject, way) for name, way in ways.items()}
@@ -69,10 +70,10 @@ def measure(subject: Subject) -> dict[str, Any]:
         rates["accelerated"] = [way.frames / timed(way.tick, count, subject.device).mean for _ in range(s.rounds)]
     found = {name: vars(Spread.of(each)) for name, each in rates.items()}
     times = {f"{a} over {b}": ratio(found[a], found[b]) for a, b in PAIRS}
-    return {"pictures_per_s": found, "times": times, "clocks": clocks(subject.device)}
+    return {"images_per_s": found, "times": times, "clocks": clocks(subject.device)}
 
 
-PAIRS = (("rendezvous", "plain"), ("adapter", "rendezvous"), ("accelerated", "rendezvous"))
+PAIRS = (("fallback", "plain"), ("adapter", "fallback"), ("accelerated", "fallback"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=at_least(1), default=4, help="default 4")
     p.add_argument("--size", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--rounds", type=at_least(1), default=5, help="default 5")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--output", type=Path, help="also write the JSON here")
     return p.parse_args(argv)
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     subject = load(settings)
     if settings.random_weights:
-        tell(subject.pipe, subject.arguments)
+        set_embeddings(subject.pipe, subject.arguments)
     about = {"command": " ".join(["python", *sys.argv]), "model": a.model, "size": size, "steps": a.steps}
     result = rounded({**about, "machine": machine(subject.device), **measure(subject)})
     if a.output:

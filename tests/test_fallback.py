@@ -4,10 +4,12 @@ rounding in one call. No frame's fault harms another, and no thread is left behi
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,10 @@ from random_pipelines import random_pipeline
 from torch import nn
 
 from streamflow import StreamFlow
-from streamflow.models.fallback.adapter import Rendezvous, frame_generator
-from streamflow.models.fallback.merged_calls import OneByOne, Together
+from streamflow.models.fallback.adapter import Fallback, frame_generator
+from streamflow.models.fallback.merged_calls import MergedCalls, SeparateCalls
 from streamflow.parallel.rows import shard_denoiser
-from streamflow.stream.coroutine import Strand
+from streamflow.stream.coroutine import Coroutine
 
 FRAMES, SIZE = 6, {"height": 64, "width": 64}
 BLURRY = {"negative_prompt": "blurry"}
@@ -64,8 +66,8 @@ def optional_parts(monkeypatch):
     monkeypatch.setattr(pipeline_prx, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
-def rendezvous(pipe, steps=2, cfg_type="full", frames=1, prepare=None, **options) -> StreamFlow:
-    stream = StreamFlow(pipe, cfg_type=cfg_type, family="rendezvous", frame_buffer_size=frames, **SIZE, **options)
+def fallback(pipe, steps=2, cfg_type="full", frames=1, prepare=None, **options) -> StreamFlow:
+    stream = StreamFlow(pipe, cfg_type=cfg_type, family="fallback", frame_buffer_size=frames, **SIZE, **options)
     stream.prepare(PROMPT, num_inference_steps=steps, **(prepare or {}))
     return stream
 
@@ -97,21 +99,21 @@ def check(family, pipes, caplog, steps=2):
     pipe = pipes(family, **changes)
     calls = []
     handle = pipe.transformer.register_forward_hook(lambda net, given, said: calls.append(1))
-    with rendezvous(pipe, steps, frames=2, prepare=prepare) as stream:
+    with fallback(pipe, steps, frames=2, prepare=prepare) as stream:
         latents = noises(stream, FRAMES)
         own = pipelines_own(pipe, latents, steps, **prepare, **only_call)
         stream.velocity = stream.adapter.row_by_row(True)
         calls.clear()
         assert torch.equal(streamed(stream, latents), own)
         one_by_one = len(calls)
-        stream.velocity = Together(pipe.transformer)
+        stream.velocity = MergedCalls(pipe.transformer)
         assert relative_error(streamed(stream, latents), own) <= 1e-4
         calls.clear()
         assert relative_error(streamed(stream, latents), own) <= 1e-4
         assert len(calls) <= one_by_one / 2, "frames never met"
         assert stream.decode_image(own[:1]).shape == (1, 3, 64, 64)
     handle.remove()
-    assert "one by one" not in caplog.text
+    assert "stay separate" not in caplog.text
     assert relative_error(own[:1], own[1:2]) > 0.05, "frames that are alike would prove nothing"
 
 
@@ -128,11 +130,11 @@ def test_frames_of_every_family_are_the_pipelines_own(family, pipes, caplog, opt
 
 @pytest.mark.parametrize("cfg_type", ["none", "full"])
 def test_an_adapter_draws_the_same(cfg_type, pipes):
-    """The rendezvous knows nothing of a family, and so is an oracle for its adapter."""
+    """The fallback knows nothing of a family, and so is an oracle for its adapter."""
     pipe = pipes("sd3")
     prepare = {"num_inference_steps": 3, "guidance_scale": 3.0, "negative_prompt": "blurry", "seed": 7}
     drawn = []
-    for family in ("sd3", "rendezvous"):
+    for family in ("sd3", "fallback"):
         with StreamFlow(pipe, cfg_type=cfg_type, family=family, frame_buffer_size=2, **SIZE) as stream:
             stream.prepare(PROMPT, **prepare)
             stream.velocity = stream.adapter.row_by_row(cfg_type == "full")
@@ -149,7 +151,7 @@ def test_an_adapter_draws_the_same(cfg_type, pipes):
 def test_one_frame_leaves_a_tick_and_every_frame_has_its_number(pipes):
     """CogView4 calls its network twice a step, so a frame of 2 steps is in flight for 4 ticks."""
     pipe = pipes("cogview4")
-    with rendezvous(pipe) as stream:
+    with fallback(pipe) as stream:
         latents = noises(stream, 6)
         left = [stream.predict_x0_batch(x) is not None for x in latents.split(1)]
         assert left == [False] * 3 + [True] * 3
@@ -159,14 +161,14 @@ def test_one_frame_leaves_a_tick_and_every_frame_has_its_number(pipes):
         assert [frame.id for frame in shown] == list(range(5))
         own = stream.decode_image(pipelines_own(pipe, latents[:5], negative_prompt=""))
         assert (torch.stack([frame.image for frame in shown]) - own).abs().max() <= 1e-4
-    with rendezvous(pipe, use_denoising_batch=False) as sequential:
+    with fallback(pipe, use_denoising_batch=False) as sequential:
         assert (sequential.txt2img()[0] - own[0]).abs().max() <= 1e-4
         assert sequential.flush() == []
 
 
 def test_a_new_prompt_is_of_frames_that_enter_from_then_on(pipes):
     pipe = pipes("sd3")
-    with rendezvous(pipe, prepare={"guidance_scale": 3.0}) as stream:
+    with fallback(pipe, prepare={"guidance_scale": 3.0}) as stream:
         stream.velocity = stream.adapter.row_by_row(True)
         latents = noises(stream, 4)
         first = [stream.predict_x0_batch(x) for x in latents[:2].split(1)]
@@ -192,8 +194,8 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing(pipes, picture):
         ("full", True): "do_add_noise is for adapters",
     }.items():
         with pytest.raises(ValueError, match=said):
-            StreamFlow(pipe, cfg_type=settings[0], do_add_noise=settings[1], family="rendezvous", **SIZE)
-    with rendezvous(pipe) as stream:
+            StreamFlow(pipe, cfg_type=settings[0], do_add_noise=settings[1], family="fallback", **SIZE)
+    with fallback(pipe) as stream:
         latents = noises(stream, 3)
         first = stream.predict_x0_batch(latents[:1])
         refusals = {
@@ -219,7 +221,7 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing(pipes, picture):
         assert relative_error(torch.cat(drawn[1:]), pipelines_own(pipe, latents, negative_prompt="")) <= 1e-6
     two = {"transformer": nn.Linear(1, 1), "transformer_2": nn.Linear(1, 1)}
     with pytest.raises(ValueError, match="transformer and transformer_2"):
-        Rendezvous(SimpleNamespace(components=two))
+        Fallback(SimpleNamespace(components=two))
 
 
 def test_a_frame_whose_pipeline_raises_is_lost_and_the_others_go_on(pipes):
@@ -231,7 +233,7 @@ def test_a_frame_whose_pipeline_raises_is_lost_and_the_others_go_on(pipes):
             raise ArithmeticError("this frame's own")
         return given
 
-    with rendezvous(pipe, 3, prepare={"callback_on_step_end": raising}) as stream:
+    with fallback(pipe, 3, prepare={"callback_on_step_end": raising}) as stream:
         latents = noises(stream, 4)
         with pytest.raises(ArithmeticError, match="this frame's own"):
             for x in latents.split(1):
@@ -244,7 +246,7 @@ def test_a_frame_whose_pipeline_raises_is_lost_and_the_others_go_on(pipes):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_network_that_raises_is_asked_again_and_an_interruption_ends_all(error, pipes):
     pipe = pipes("sd3")
-    with rendezvous(pipe) as stream:
+    with fallback(pipe) as stream:
         latents, network = noises(stream, 3), stream.velocity
 
         class Failing(nn.Module):
@@ -265,7 +267,7 @@ def test_a_network_that_raises_is_asked_again_and_an_interruption_ends_all(error
 
 
 def test_no_thread_outlives_its_stream(pipes):
-    stream = rendezvous(pipes("sd3"), 3)
+    stream = fallback(pipes("sd3"), 3)
     stream.predict_x0_batch(noises(stream, 1))
     assert waiting_threads() == 1
     stream.prepare(PROMPT, num_inference_steps=3)
@@ -273,7 +275,7 @@ def test_no_thread_outlives_its_stream(pipes):
     stream.txt2img()
     stream.close()
     assert waiting_threads() == 0
-    forgotten = rendezvous(pipes("sd3"), 3)
+    forgotten = fallback(pipes("sd3"), 3)
     forgotten.txt2img()
     assert waiting_threads() == 2
     del forgotten
@@ -286,19 +288,19 @@ def test_no_thread_outlives_its_stream(pipes):
 def test_frames_keep_to_the_callers_cuda_stream(full_float32):
     """Every frame's thread works on the stream of whoever ticks, and in its order."""
     pipe = random_pipeline("sd3").to("cuda")
-    with rendezvous(pipe, 3, prepare=BLURRY) as stream, torch.cuda.stream(torch.cuda.Stream()):
+    with fallback(pipe, 3, prepare=BLURRY) as stream, torch.cuda.stream(torch.cuda.Stream()):
         latents = noises(stream, 4)
         stream.velocity = stream.adapter.row_by_row(True)
         own = pipelines_own(pipe, latents, 3, **BLURRY)
         assert torch.equal(streamed(stream, latents), own)
-        stream.velocity = Together(pipe.transformer)
+        stream.velocity = MergedCalls(pipe.transformer)
         assert relative_error(streamed(stream, latents), own) <= 1e-4
 
 
 LEFT = """
 from streamflow import StreamFlow
 from random_pipelines import random_pipeline
-stream = StreamFlow(random_pipeline("sd3"), cfg_type="full", family="rendezvous", height=64, width=64)
+stream = StreamFlow(random_pipeline("sd3"), cfg_type="full", family="fallback", height=64, width=64)
 stream.prepare("a cat", num_inference_steps=3)
 stream.txt2img()
 print(stream._denoiser.engine.in_flight)
@@ -307,50 +309,50 @@ print(stream._denoiser.engine.in_flight)
 
 @pytest.mark.slow
 def test_an_interpreter_ends_with_frames_in_flight():
-    run = subprocess.run(
-        [sys.executable, "-c", LEFT], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", LEFT], env=env, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
 
 
-def test_a_strand_runs_only_while_it_is_waited_for_and_can_be_stopped(monkeypatch):
-    said = []
+def test_a_coroutine_runs_only_while_it_is_waited_for_and_can_be_stopped(monkeypatch):
+    received = []
 
     def stubborn(ask):
         while True:
             try:
-                said.append(ask(len(said)))
+                received.append(ask(len(received)))
             except Exception:
-                said.append("caught")
+                received.append("caught")
 
-    def begun(function):
-        strand = Strand(function, torch.device("cpu"))
-        strand.answer()
-        return strand
+    def started(function):
+        coroutine = Coroutine(function, torch.device("cpu"))
+        coroutine.resume()
+        return coroutine
 
-    one = begun(stubborn)
-    assert one.question == 0 and said == []
-    one.answer("a")
-    assert one.question == 1 and said == ["a"] and not one.over
-    one.stop()
-    assert one.over and said == ["a"]
+    first = started(stubborn)
+    assert first.request == 0 and received == []
+    first.resume("a")
+    assert first.request == 1 and received == ["a"] and not first.done
+    first.stop()
+    assert first.done and received == ["a"]
     with torch.inference_mode():
-        assert begun(lambda ask: torch.ones(1)).result.is_inference()
+        assert started(lambda ask: torch.ones(1)).result.is_inference()
     monkeypatch.setattr("streamflow.stream.coroutine.STOP_SECONDS", 0.05)
     gate = threading.Event()
 
-    def deaf(ask):
+    def slow_to_end(ask):
         try:
             ask(0)
         finally:
             gate.wait()
 
-    Strand(deaf, torch.device("cpu")).stop()  # before it has begun
-    two = begun(deaf)
+    Coroutine(slow_to_end, torch.device("cpu")).stop()  # before it has started
+    second = started(slow_to_end)
     with pytest.raises(RuntimeError, match="still runs"):
-        two.stop()
+        second.stop()
     gate.set()
-    two._thread.join()
+    second._thread.join()
 
 
 class Net(nn.Module):
@@ -370,10 +372,10 @@ class Net(nn.Module):
 
 def calls_of(net, **changes):
     """Three calls of two rows each."""
-    bind = Together(net).bind
+    bind = inspect.signature(net.forward).bind
     generator = torch.Generator().manual_seed(0)
     given = {"table": torch.arange(5.0), "parts": None, **changes}
-    return [bind(torch.randn(2, 4, generator=generator), torch.tensor(1.0 + k), **given) for k in range(3)]
+    return [bind(torch.randn(2, 4, generator=generator), torch.tensor(1.0 + k), **given).arguments for k in range(3)]
 
 
 def equal(answers, others):
@@ -381,30 +383,30 @@ def equal(answers, others):
     return all(torch.equal(a, b) and all(map(torch.equal, c, d)) for (a, c), (b, d) in pairs)
 
 
-def test_calls_of_one_form_go_as_one_and_the_others_apart(caplog):
+def test_calls_of_one_form_are_merged_and_others_stay_separate(caplog):
     net = Net()
-    together, alone = Together(net), OneByOne(net)
+    merged, separate = MergedCalls(net), SeparateCalls(net)
     listed = calls_of(net, parts=[torch.ones(3), torch.zeros(3)])
     mixed = [calls_of(net)[0], listed[0], calls_of(net)[1], listed[1], calls_of(net, scale=2.0)[2]]
     for _ in range(2):
         net.sizes.clear()
-        assert equal(together(mixed), alone(mixed))
+        assert equal(merged(mixed), separate(mixed))
     assert sorted(net.sizes[: -len(mixed)]) == [2, 4, 4], "the second time each form is one call"
-    assert "one by one" not in caplog.text
+    assert "stay separate" not in caplog.text
 
 
 @pytest.mark.parametrize("net", [Net(mixes=True), Net(most=2)], ids=["rows mix", "refuses"])
-def test_a_network_that_is_another_in_a_batch_is_called_one_by_one_and_that_is_said(net, caplog):
-    together = Together(net)
+def test_a_network_whose_output_depends_on_the_batch_gets_separate_calls_and_a_warning(net, caplog):
+    merged = MergedCalls(net)
     for _ in range(2):
         net.sizes.clear()
-        assert equal(together(calls_of(net)), OneByOne(net)(calls_of(net)))
+        assert equal(merged(calls_of(net)), SeparateCalls(net)(calls_of(net)))
     assert net.sizes[:3] == [2, 2, 2] and len(net.sizes) == 6
-    assert caplog.text.count("calls of Net go one by one") == 1
+    assert caplog.text.count("calls of Net stay separate") == 1
 
 
-def test_a_table_that_differs_from_call_to_call_keeps_them_apart(caplog):
+def test_calls_with_different_tables_stay_separate(caplog):
     net = Net()
     calls = [dict(call, table=torch.arange(5.0) + k) for k, call in enumerate(calls_of(net))]
-    assert equal(Together(net)(calls), OneByOne(net)(calls))
+    assert equal(MergedCalls(net)(calls), SeparateCalls(net)(calls))
     assert "table [5] has no batch dimension of 2 and differs" in caplog.text
