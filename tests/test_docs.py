@@ -129,3 +129,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "streamflow.flow.convention.euler",
     ):
         assert f'id="{one}"' in reference, one
+    own = [member for member in vars(StreamFlow) if not member.startswith("_")]
+    assert [member for member in own if f'id="streamflow.StreamFlow.{member}"' not in reference] == []
+    update = reference.split('id="streamflow.StreamFlow.update"')[1].split("</code>")[0]
+    assert "scope" in update and "seed" in update  # with the signature of the part's method
