@@ -30,10 +30,10 @@ SUBSTITUTIONS = [
     ("dtype", r"torch\.float16", "torch.float32", "what a CPU computes in"),
     ("size", r"\b512\b", "128", "the size that the embedded model draws"),
     (
-        "input picture",
+        "input image",
         r'"assets/img2img_example\.png"',
         '"generated.png"',
-        "a picture that the test draws; the README's is not in the package",
+        "an image that the test draws; the README's is not in the package",
     ),
     (
         "LCM-LoRA",
@@ -47,8 +47,8 @@ SUBSTITUTIONS = [
         "",
         "removed: an optional package; torch's own attention is used",
     ),
-    ("showing", r"\.show\(\)", '.save("drawn.png")', "no window: the picture is saved and looked at by the test"),
-    ("asking", r'input\("[^"\n]*"\)', '"stop"', "the loop's question is answered with 'stop', so one picture is drawn"),
+    ("showing", r"\.show\(\)", '.save("drawn.png")', "no window: the test saves the image and looks at it"),
+    ("asking", r'input\("[^"\n]*"\)', '"stop"', "the loop's question is answered with 'stop', so one image is drawn"),
     ("filter's threshold", r"similar_image_filter_threshold", "0.98", "a name that the README leaves undefined"),
     ("filter's limit", r"similar_image_filter_max_skip_frame", "10", "a name that the README leaves undefined"),
     ("guidance scale", r"=guidance_scale\b", "=1.2", "a name that the README leaves undefined"),

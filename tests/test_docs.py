@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_imports import ROWS
 
 from streamflow import StreamFlow, StreamFlowWrapper, models
 from streamflow.app.cli import COMMANDS
@@ -114,6 +116,69 @@ def test_links_lead_somewhere():
             assert (page.parent / target).is_file(), (name(page), target)
 
 
+def without_blocks(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+NAMES = [
+    (name(page), token)
+    for page in [*PAGES, ROOT / "README.md"]
+    for token in sorted(set(re.findall(r"`([^`\n]+)`", without_blocks(page.read_text(encoding="utf-8")))))
+]
+PATHS = r"(?:streamflow|tests|examples|env|static|docs)/[\w./-]*"
+DOTTED = r"streamflow(?:\.\w+)+(?<!\.yaml)"
+
+
+@pytest.mark.parametrize(("page", "token"), [one for one in NAMES if re.fullmatch(PATHS, one[1])])
+def test_files_that_are_named_exist(page, token):
+    assert (ROOT / token).exists()
+
+
+@pytest.mark.parametrize(("page", "token"), [one for one in NAMES if re.fullmatch(DOTTED, one[1])])
+def test_names_that_are_written_with_their_module_exist(page, token):
+    pkgutil.resolve_name(token)
+
+
+def test_classes_and_members_of_the_architecture_exist():
+    """`Class.member` and the names in capitals of the page, and the names in its figure."""
+    members, constants = {}, set()
+    for path in (ROOT / "streamflow").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                members.setdefault(node.name, set()).update(members_of(node))
+            constants |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    figure = (ROOT / "docs/static/one-image.svg").read_text(encoding="utf-8")
+    tokens = [token for page, token in NAMES if page == "docs/architecture.md"]
+    tokens += re.findall(r"\b[A-Z]\w+\.[a-z]\w+\b", figure)
+    classes = [token for token in tokens if re.fullmatch(r"[A-Z][a-z]\w*(\.\w+)?", token)]
+    missing = [token for token in classes if not defined(token, members)]
+    missing += [token for token in tokens if re.fullmatch(r"_?[A-Z]+(_[A-Z]+)*", token) and token not in constants]
+    assert len(classes) > 50 and missing == []
+
+
+def members_of(cls):
+    """Methods, names that are assigned or declared in the body, and attributes that are set on an instance."""
+    for node in ast.walk(cls):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_the_import_order_is_the_one_that_is_tested():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\d+ +(\w+(?:  \w+)*)(?: {2,}\(.*\))?$", page, re.MULTILINE)
+    public = [[entry for entry in row if entry and not entry.startswith("_")] for row in ROWS]
+    assert [row.split() for row in shown] == [row for row in public if row]
+    table = re.findall(r"^\| `streamflow/(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
+    assert sorted(table) == sorted(entry for row in public for entry in row)
+
+
+def defined(token, members):
+    cls, _, member = token.partition(".")
+    return cls in members and (not member or member in members[cls])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: python env/install.py --docs")
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -129,3 +194,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         "streamflow.flow.convention.euler",
     ):
         assert f'id="{one}"' in reference, one
+    own = [member for member in vars(StreamFlow) if not member.startswith("_")]
+    assert [member for member in own if f'id="streamflow.StreamFlow.{member}"' not in reference] == []
+    update = reference.split('id="streamflow.StreamFlow.update"')[1].split("</code>")[0]
+    assert "scope" in update and "seed" in update  # with the signature of the part's method
