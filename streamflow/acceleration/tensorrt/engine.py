@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from streamflow._decibels import decibels
 from streamflow.acceleration import Part, bind_arguments
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
@@ -140,7 +141,7 @@ class Trial:
 
     def verdict(self) -> float:
         """The lowest PSNR of the calls, in dB. EngineMismatch, with all of them, if it is below the tolerance."""
-        found = [-10 * power.log10().item() for power in self._powers]
+        found = [decibels(power.item()) for power in self._powers]
         if (worst := min(found)) < self.tolerance_db:
             listed = ", ".join(f"{db:.1f}" for db in found)
             problem = f"PSNR {worst:.1f} dB of {len(found)} calls ({listed}), {self.tolerance_db} wanted"
