@@ -1,7 +1,11 @@
 """The command `live` and its scenes, with the embedded model."""
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 from functools import reduce
 
 import numpy as np
@@ -90,6 +94,21 @@ def test_pictures_of_a_folder_are_restyled_into_another(capsys, tmp_path):
     pictures = [np.asarray(Image.open(file)) for file in sorted(made.iterdir())]
     assert len(pictures) == said["shown"] - said["dropped_by_sinks"] and pictures[0].shape == (128, 128, 3)
     assert pictures[0].std() > 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_show_with_exit_code_0(number, capsys, signal_handlers):
+    def interrupt():
+        while "streamflow live clock" not in [one.name for one in threading.enumerate()]:
+            time.sleep(0.005)
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, said = run(capsys, "--out", "null")
+    assert code == 0 and said["errors"] == 0
+    assert "streamflow live clock" not in [one.name for one in threading.enumerate()]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -50,14 +51,14 @@ def test_a_video_is_restyled_frame_by_frame_with_its_times_and_its_sound(capsys,
 
 
 @extras
-def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch):
+def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch, signal_handlers):
     record(tmp_path / "in.mp4", 9)
     real, count = video.uint8_pixels, []
 
     def interrupted(image):
         count.append(1)
         if len(count) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return real(image)
 
     monkeypatch.setattr(video, "uint8_pixels", interrupted)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow._threads import Thread
+from streamflow._threads import Flag, Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture
 from streamflow.live.feed import Backoff, Feed, described
@@ -119,7 +119,7 @@ class Drawing(Thread):
         self.mode_name = ""
         self.last: Drawn | None = None
         self._feed_error: Exception | None = None
-        self._next: tuple[Scene, float, threading.Event] | None = None
+        self._next: tuple[Scene, float, Flag] | None = None
         self._fade: tuple[np.ndarray, float, float] | None = None
         self._ending = threading.Event()
         self._said: set[str] = set()
@@ -130,9 +130,9 @@ class Drawing(Thread):
         self._ending.set()
         self.outbox.close()
 
-    def switch(self, scene: Scene, crossfade: float) -> threading.Event:
+    def switch(self, scene: Scene, crossfade: float) -> Flag:
         """Draw this scene from the next tick on; what is returned is set then."""
-        taken = threading.Event()
+        taken = Flag()
         self._next = scene, crossfade, taken
         return taken
 

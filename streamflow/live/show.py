@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,7 +245,7 @@ class Live:
         self._feed = Feed(opened, policy, hold) if self._pictures else None
         self._sinks = Sinks(outs, hold, controls and controls.keys)
         self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
-        self._stopped = threading.Event()
+        self._stopped = False
         self._shown: Drawn | None = None
         self._error: BaseException | None = None
         self._clock_thread = Thread(self._pace, "streamflow live clock")
@@ -317,8 +316,7 @@ class Live:
 
     def stop(self) -> None:
         """End: the tick under way, then the sinks, whose files are finished. Returns when all is closed."""
-        self._stopped.set()
-        self._drawing.stop()
+        self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
         self.wait()
 
     def wait(self, timeout: float | None = None) -> Statistics:
@@ -330,8 +328,7 @@ class Live:
         return self.statistics
 
     def _at_exit(self) -> None:
-        self._stopped.set()
-        self._drawing.stop()
+        self._stopped = True
         self._clock_thread.join(2 * ENDING)
 
     def __enter__(self) -> Self:
@@ -357,7 +354,7 @@ class Live:
         self._sinks.show(drawn.pixels)
 
     def _going(self) -> bool:
-        if self._stopped.is_set() or self._sinks.ended:
+        if self._stopped or self._sinks.ended:
             return False
         return self._drawing.is_alive() or not self._outbox.empty
 
