@@ -167,6 +167,8 @@ def flags():
 torch.manual_seed(0)
 before = flags()
 import streamflow
+for name in streamflow.__all__:
+    getattr(streamflow, name)
 watched = ("streamflow.models.", "streamdiffusion.acceleration", "tensorrt")
 loaded = [name for name in sys.modules if name.startswith(watched)]
 families = [name for name in loaded if name.startswith("streamflow.models.families.")]

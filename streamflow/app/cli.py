@@ -1,10 +1,13 @@
 """The command `streamflow`: a table of subcommands. Each is a `main(argv)` that has its own `--help` and returns an exit
-code, imported when it is asked for."""
+code. It is imported when it runs, once the signals' handlers are installed."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
+
+from streamflow.app.signals import INTERRUPTED, stop_signals
 
 COMMANDS = {
     "txt2img": ("streamflow.app.commands.txt2img", "draw pictures from a prompt"),
@@ -19,6 +22,8 @@ COMMANDS = {
     "engines": ("streamflow.acceleration.tensorrt.cli", "list or delete the TensorRT engines that are kept between runs"),
 }
 
+STOPPED = {"live": 0, "serve": 0, "video": INTERRUPTED}  # the exit code after SIGINT or SIGTERM, of those that handle them
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
@@ -32,4 +37,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")
     command = parser.parse_args(arguments[:1]).command
-    return import_module(COMMANDS[command][0]).main(arguments[1:])
+    with stop_signals(STOPPED[command]) if command in STOPPED else nullcontext():
+        return import_module(COMMANDS[command][0]).main(arguments[1:])

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamflow.io.folder import SUFFIXES
-from streamflow.io.picture import Sink, Source
+from streamflow.io.picture import SUFFIXES, Sink, Source
 
 # kind: (module, class, what turns the address's rest into arguments)
 Entry = tuple[str, str, Callable[[str], dict[str, Any]]]

@@ -12,10 +12,9 @@ import PIL.Image
 
 from streamflow._files import replacing
 from streamflow.image_utils import as_rgb, open_image
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate
+from streamflow.io.picture import SUFFIXES, Picture, Sink, Source, SourceLost, check_rate
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class FolderSource(Source):

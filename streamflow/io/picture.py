@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of image files
 _IMPORTING = threading.Lock()  # cyndilib's modules import each other, and fail when two threads begin at once
 
 

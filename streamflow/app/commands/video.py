@@ -18,7 +18,6 @@ from streamflow._command_line import Parser
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
-from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture, Reading, Writing
 
 EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
@@ -95,6 +94,8 @@ def restyle(
 
 def _pass(stream: Any, images: Iterable[Picture], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
     """Every image through the stream; how many, and whether a signal ended it."""
+    from streamflow.image_utils import cropped, uint8_pixels
+
     times: deque[float] = deque()
 
     def entering() -> Iterator[Any]:
