@@ -23,7 +23,7 @@ ROOT = Path(streamflow.__file__).parent
 
 # The entries of the package's folder: a row imports only its own and the rows above it. A folder orders its own files.
 ROWS = (
-    ("_version", "_environment", "_files", "_threads", "_validation", "_command_line", "pretrained"),
+    ("_version", "_environment", "_files", "_queue", "_threads", "_validation", "_command_line", "pretrained"),
     ("flow", "image_range", "image_utils", "image_filter", "io"),
     ("conditioning",),
     ("models",),

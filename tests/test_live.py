@@ -467,7 +467,7 @@ def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
 
     now = [10.0]
     monkeypatch.setattr(draw.time, "monotonic", lambda: now[0])
-    drawing = draw.Drawing(None, None, draw.Outbox("newest"), True)
+    drawing = draw.Drawing(None, None, draw.BoundedQueue(1, block=False), True)
     drawing.last = draw.Drawn(np.full((2, 2, 3), 200, np.uint8), 0.0)
     drawing.switch("scene", 2.0)
     drawing._take_scene()

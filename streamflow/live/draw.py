@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from streamflow._queue import BoundedQueue
 from streamflow._threads import Flag, Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import Picture
 from streamflow.live.feed import Backoff, Feed, described
 from streamflow.live.latency_modes import Mode, ModeChooser, fed, free, percentile, sequential
-from streamflow.live.pacing import Outbox
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")
@@ -109,7 +109,9 @@ class Drawing(Thread):
     `error` is what ended it otherwise.
     """
 
-    def __init__(self, scene: Scene, feed: Feed | None, outbox: Outbox[Drawn], hold: bool, controls: Any = None) -> None:
+    def __init__(
+        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Any = None
+    ) -> None:
         super().__init__(self._draw_all, "streamflow live drawing")
         self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
         self.drawn = self.errors = 0

@@ -16,12 +16,13 @@ from typing import Any, Self
 import numpy as np
 import PIL.Image
 
+from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
 from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, described
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
-from streamflow.live.pacing import POLICIES, Outbox, Pacer
+from streamflow.live.pacing import POLICIES, Pacer
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("hold", "raise")
@@ -241,7 +242,8 @@ class Live:
         scene = self._scene(stream)
         self._began, self._ended_at = time.monotonic(), None
         self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
-        self._outbox: Outbox[Drawn] = Outbox(policy if self._pictures else "every")
+        newest = self._pictures and policy == "newest"
+        self._outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
         self._feed = Feed(opened, policy, hold) if self._pictures else None
         self._sinks = Sinks(outs, hold, controls and controls.keys)
         self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
@@ -356,7 +358,7 @@ class Live:
     def _going(self) -> bool:
         if self._stopped or self._sinks.ended:
             return False
-        return self._drawing.is_alive() or not self._outbox.empty
+        return self._drawing.is_alive() or len(self._outbox) > 0
 
     def _close(self) -> None:
         """In order: drawing, capture, sinks. The first error of all is kept."""
