@@ -173,7 +173,7 @@ def tensorrt_lines() -> list[Line]:
 
 
 EXTRAS = {
-    "web": ("fastapi", "uvicorn", "websockets"),
+    "web": ("fastapi", "uvicorn", "websockets", "prometheus-client"),
     "video": ("av",),
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),

@@ -13,6 +13,7 @@ import psutil
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
@@ -153,7 +154,7 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         service.holder(request)
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _tickets(app: FastAPI, service: Service) -> None:
