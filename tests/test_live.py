@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from streamflow.io import InvalidSource, Picture, SinkLost, SourceLost
+from streamflow.io import InvalidSource, SinkLost, SourceLost, TimedImage
 from streamflow.live import feed as feeds
 from streamflow.live.feed import Feed
 from streamflow.live.show import Sinks
@@ -33,7 +33,7 @@ class Camera:
             return None
         self.count += 1
         time.sleep(0.005)
-        return Picture(np.full((64, 64, 3), 7 * self.count % 256, np.uint8), time.monotonic())
+        return TimedImage(np.full((64, 64, 3), 7 * self.count % 256, np.uint8), time.monotonic())
 
     def close(self):
         self.closed += 1
@@ -161,7 +161,7 @@ def test_the_similarity_filter_keeps_no_frame_of_a_clip_in_the_ring(stream):
         def read(self):
             picture = super().read()
             rng = np.random.default_rng(self.count)
-            return picture and Picture(rng.integers(0, 256, (64, 64, 3), np.uint8), picture.time)
+            return picture and TimedImage(rng.integers(0, 256, (64, 64, 3), np.uint8), picture.time)
 
     camera, kept = Noise(most=5), Kept()
     stream.enable_similar_image_filter(0.99, max_skip_frame=100)

@@ -16,8 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
-from streamflow.app.server.pictures import decode
-from streamflow.app.server.wishes import BadMessage
+from streamflow.app.server.images import decode
+from streamflow.app.server.messages import BadMessage
 from streamflow.image_utils import ImageFileError, as_rgb, open_image
 from streamflow.io.folder import read_picture
 from streamflow.stream.request import is_plain, owned, same

@@ -10,12 +10,12 @@ from importlib import import_module
 from streamflow.app.signals import INTERRUPTED, stop_signals
 
 COMMANDS = {
-    "txt2img": ("streamflow.app.commands.txt2img", "draw pictures from a prompt"),
-    "img2img": ("streamflow.app.commands.img2img", "restyle pictures"),
+    "txt2img": ("streamflow.app.commands.txt2img", "draw images from a prompt"),
+    "img2img": ("streamflow.app.commands.img2img", "restyle images"),
     "video": ("streamflow.app.commands.video", "restyle a video file, with its times and its sound"),
     "morph": ("streamflow.app.commands.morph", "draw the way from one prompt to the next"),
     "live": ("streamflow.app.commands.live", "restyle a camera, a screen or a file live, or draw from a prompt"),
-    "serve": ("streamflow.app.commands.serve", "serve the page: text and pictures, live, in a browser"),
+    "serve": ("streamflow.app.commands.serve", "serve the page: text and images, live, in a browser"),
     "config": ("streamflow.app.commands.settings_file", "write, check or show a file of settings"),
     "doctor": ("streamflow.app.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),
     "benchmark": ("streamflow.benchmark", "measure one model on this machine: where each factor of the speed comes from"),

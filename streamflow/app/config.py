@@ -44,9 +44,9 @@ class Acceleration(Section):
 
 
 class SimilarImages(Section):
-    """Input pictures that look like the last one are not drawn again."""
+    """Input images that look like the last one are not drawn again."""
 
-    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) a picture may be skipped")
+    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) a image may be skipped")
     max_skip_frame: int = Field(10, ge=0, description="at most so many in a row")
 
 
@@ -60,7 +60,7 @@ class Settings(Section):
         None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
     devices: tuple[str, ...] = Field((), description="more devices: the VAE and the denoising rows are spread over all")
-    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="pictures from text alone, or from pictures")
+    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(
         "a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
     )
@@ -69,9 +69,7 @@ class Settings(Section):
     t_index_list: tuple[int, ...] | None = Field(
         None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
     )
-    strength: float | None = Field(
-        None, ge=0, le=1, description="of img2img, in place of t_index_list: 1 ignores the picture"
-    )
+    strength: float | None = Field(None, ge=0, le=1, description="of img2img, in place of t_index_list: 1 ignores the image")
     cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
     guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
     delta: float = Field(1.0, description="moderates the weight of self and initialize")
@@ -85,7 +83,7 @@ class Settings(Section):
     loras: dict[str, float] = Field({}, description="LoRAs, hub id or file, and how strong each is")
     acceleration: Acceleration = Field(Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(None, description=SimilarImages.__doc__)
-    warmup: int = Field(10, ge=0, description="pictures drawn and thrown away at the start")
+    warmup: int = Field(10, ge=0, description="images drawn and thrown away at the start")
     live: LiveSettings = Field(LiveSettings(), description=LiveSettings.__doc__)
     control: Control = Field(Control(), description=Control.__doc__)
     server: Server = Field(Server(), description=Server.__doc__)

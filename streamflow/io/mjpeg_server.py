@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from streamflow.io.deadline import DeadlineReader
-from streamflow.io.picture import Picture, Sink
+from streamflow.io.protocols import Sink, TimedImage
 
 HERE = ("127.0.0.1", "localhost", "::1")
 BOUNDARY = "frame"
@@ -25,9 +25,9 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@?#\[\]]+)(:\d{1,5})?")
 
 
 class MjpegSink(Sink):
-    """Serves the newest picture to up to `viewers` at http://host:port/; no viewer makes another wait.
+    """Serves the newest image to up to `viewers` at http://host:port/; no viewer makes another wait.
 
-    host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the pictures, unencrypted.
+    host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the images, unencrypted.
     port: 0 takes a free one, which `port` says after `open`. quality: JPEG's, 1 to 95. names: further names of this machine
     that viewers may write in the address. localhost, IP addresses and `host` are allowed as they are; other names are
     refused, since a foreign page could make its own name lead here (DNS rebinding). Pages of other origins are refused too.
@@ -59,11 +59,11 @@ class MjpegSink(Sink):
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="mjpeg", daemon=True)
         self._thread.start()
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if self._server is None:
             raise RuntimeError("the server is not open: call open() first")
         data = io.BytesIO()
-        PIL.Image.fromarray(picture.pixels).save(data, "JPEG", quality=self.quality)
+        PIL.Image.fromarray(image.pixels).save(data, "JPEG", quality=self.quality)
         self._server.show(data.getvalue())
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class _Server(ThreadingHTTPServer):
             _end(connection)
 
     def after(self, number: int) -> tuple[bytes, int] | None:
-        """The newest picture once there is one after `number`; None when the serving ends."""
+        """The newest image once there is one after `number`; None when the serving ends."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._number > number)
             return None if self._over else (self._data, self._number)

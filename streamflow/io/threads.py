@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 
 from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
-from streamflow.io.picture import Picture, Sink, Source
+from streamflow.io.protocols import Sink, Source, TimedImage
 
 POLICIES = ("newest", "every")
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class _Threaded:
     """A queue of images, a thread that works on a device, and the exception that ended it."""
 
-    def __init__(self, device: Source | Sink, queue: BoundedQueue[Picture], name: str) -> None:
+    def __init__(self, device: Source | Sink, queue: BoundedQueue[TimedImage], name: str) -> None:
         self.count = 0
         self.error: BaseException | None = None
         self.opened = self.lost = False
@@ -149,7 +149,7 @@ class Reading(_Threaded):
                 self._paused_at = None
             self._changed.notify_all()
 
-    def read(self, timeout: float | None = None) -> Picture | None:
+    def read(self, timeout: float | None = None) -> TimedImage | None:
         """The next image; None at the source's end or after `close`. TimeoutError after `timeout` seconds without one
         (0: whatever is there now)."""
         image = self._queue.get(timeout)
@@ -176,7 +176,7 @@ class Reading(_Threaded):
                 self._wait_until_due(image, started)
             self.count += self._queue.put(image)
 
-    def _wait_until_due(self, image: Picture, started: float) -> None:
+    def _wait_until_due(self, image: TimedImage, started: float) -> None:
         """Wait until the image's time has come and the source is not paused. A pause that begins meanwhile delays it."""
         with self._changed:
             while not self._stop:
@@ -201,7 +201,7 @@ class Writing(_Threaded):
         self.sink, self.block = sink, block
         self._thread.start()
 
-    def write(self, image: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         """Queue one image; RuntimeError after `close`."""
         if not self._queue.put(image):
             self._raise()

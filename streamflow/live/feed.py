@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from streamflow.io import InvalidSource, Picture, Reading, Source
+from streamflow.io import InvalidSource, Reading, Source, TimedImage
 
 logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds between attempts
@@ -39,7 +39,7 @@ class Backoff:
 
 
 class Feed:
-    """Pictures of a source, read in a thread.
+    """Images of a source, read in a thread.
 
     hold: where the source raises, whatever it is, say so once and open it again after a pause, until it is back; else the
     error is raised. What opening it again cannot mend is raised in any case: ImportError, InvalidSource, an exception that
@@ -55,30 +55,30 @@ class Feed:
 
     @property
     def dropped(self) -> int:
-        """Pictures that were captured and not asked for."""
+        """Images that were captured and not asked for."""
         return self._dropped + (self._reading.dropped if self._reading else 0)
 
     def pause(self, paused: bool) -> None:
-        """While paused, no picture is discarded: the source waits."""
+        """While paused, no image is discarded: the source waits."""
         if self._reading is not None:
             self._reading.pause(paused)
 
-    def next(self, timeout: float) -> Picture | None:
-        """The next picture; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
+    def next(self, timeout: float) -> TimedImage | None:
+        """The next image; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
         if self._reading is None and not self._again(timeout):
             return None
         try:
-            picture = self._reading.read(timeout)
+            image = self._reading.read(timeout)
         except Exception as error:
             if error is self._reading.error:
                 self._lose(error)
             else:  # TimeoutError of read()
                 self._notice_silence()
             return None
-        self.ended = picture is None
-        if picture is not None:
+        self.ended = image is None
+        if image is not None:
             self._notice_return()
-        return picture
+        return image
 
     def _notice_return(self) -> None:
         self._silent = False

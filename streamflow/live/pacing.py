@@ -1,6 +1,6 @@
 """Images at even intervals: a clock shows one at every multiple of a period.
 
-Knows clocks and counts; no stream, no sink, nothing of what is in a picture.
+Knows clocks and counts; no stream, no sink, nothing of what is in a image.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class Pacer(Generic[T]):
-    """Shows a picture at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
+    """Shows a image at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
 
-    period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the picture that was
+    period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the image that was
     waited for is then `late`. Multiples that went by while `show` or the machine took its time are left out and counted in
     `skipped`: they are not made up for. `intervals`: seconds from one showing to the next, the last 100,000.
     """
@@ -34,7 +34,7 @@ class Pacer(Generic[T]):
         self.intervals: deque[float] = deque(maxlen=KEPT)
 
     def run(self, take: Callable[[], T | None], show: Callable[[T], object], going: Callable[[], bool]) -> None:
-        """Until `going` says no. take: the next picture or None. show: must return quickly."""
+        """Until `going` says no. take: the next image or None. show: must return quickly."""
         last = None
         while going() and (last := take()) is None:
             self.clock.sleep_until(self.clock.now() + min(self.period / 4, 0.02))

@@ -18,7 +18,7 @@ import PIL.Image
 
 from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
-from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
+from streamflow.io import Sink, SinkLost, Source, TimedImage, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, described
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
@@ -32,9 +32,9 @@ ATTEMPTS = 6  # failures in a row of all sinks, which take about 8 s, after whic
 
 @dataclass(frozen=True)
 class Statistics:
-    """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
-    there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
-    dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
+    """How it goes. shown: images the clock gave to the sinks, of which repeated were shown again since nothing new was
+    there, and skipped are multiples of the period that went by; late: images that came after their time. drawn: ticks.
+    dropped_in, dropped_out, dropped_by_sinks: images replaced by newer ones before drawing, before showing, and before a
     sink took them, or while a sink had failed. losses: of the source; errors: of the stream; not_finite: images with NaN
     or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and 95th percentile,
     None before there are any."""
@@ -57,7 +57,7 @@ class Statistics:
 
     @property
     def drawn_per_second(self) -> float:
-        """Pictures a second."""
+        """Images a second."""
         return self.drawn / self.seconds if self.seconds else 0.0
 
 
@@ -74,22 +74,22 @@ class Output:
 
     @property
     def dropped(self) -> int:
-        """Pictures that the sink did not get."""
+        """Images that the sink did not get."""
         return self._dropped + (self._writing.dropped if self._writing else 0)
 
     @property
     def works(self) -> bool:
-        """Whether it has taken a picture since it failed, or has not failed."""
+        """Whether it has taken a image since it failed, or has not failed."""
         return not self.failures or (self._writing is not None and self._writing.count > 0)
 
-    def write(self, picture: Picture) -> None:
-        """Queue a picture; before it is opened again, drop it. Raises what the sink raised."""
+    def write(self, image: TimedImage) -> None:
+        """Queue a image; before it is opened again, drop it. Raises what the sink raised."""
         if self._writing is None:
             if self._backoff.left:
                 self._dropped += 1
                 return
             self._writing, self._given = Writing(self.sink), 0
-        self._writing.write(picture)
+        self._writing.write(image)
         self._given += 1
         if self.failures and self.works:
             logger.info("%s is back", type(self.sink).__name__)
@@ -102,7 +102,7 @@ class Output:
 
     def lose(self, error: Exception) -> None:
         """Let go of the thread that this error has ended, and wait longer before each attempt. `failures` counts those
-        between which no picture was taken."""
+        between which no image was taken."""
         self.error = error
         writing, self._writing = self._writing, None
         writing.close()
@@ -117,7 +117,7 @@ class Output:
 
 
 class Sinks:
-    """Where pictures go: each sink in its own thread. All pictures have the first one's size, which recordings and cameras
+    """Where images go: each sink in its own thread. All images have the first one's size, which recordings and cameras
     need.
 
     hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
@@ -140,15 +140,15 @@ class Sinks:
 
     @property
     def dropped(self) -> int:
-        """Pictures that a sink did not get: they were replaced by newer ones, or it had failed."""
+        """Images that a sink did not get: they were replaced by newer ones, or it had failed."""
         return self._dropped + sum(one.dropped for one in self._outputs)
 
     def show(self, pixels: np.ndarray) -> None:
-        """Give every sink this picture, or what the keys say."""
-        picture = Picture(self._fitted(self._keyed(pixels)), time.monotonic())
+        """Give every sink this image, or what the keys say."""
+        image = TimedImage(self._fitted(self._keyed(pixels)), time.monotonic())
         for one in list(self._outputs):
             try:
-                one.write(picture)
+                one.write(image)
             except Exception as error:  # a sink's own, whatever it is
                 self._lose(one, error)
 
@@ -231,20 +231,20 @@ class Live:
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:
-            raise ValueError(f"target_fps must be pictures a second, above 0 and below 10,000, not {target_fps!r}")
+            raise ValueError(f"target_fps must be images a second, above 0 and below 10,000, not {target_fps!r}")
         opened = open_source(source) if isinstance(source, str) else source
         many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
         if not many:
             raise ValueError("nowhere to show: give at least one sink, such as 'window' or 'record:out.mp4'")
         outs = [open_sink(one) if isinstance(one, str) else one for one in many]
         self._mode, self._rate, hold = mode, float(target_fps), on_error == "hold"
-        self._pictures = opened is not None
+        self._has_source = opened is not None
         scene = self._scene(stream)
         self._began, self._ended_at = time.monotonic(), None
         self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
-        newest = self._pictures and policy == "newest"
+        newest = self._has_source and policy == "newest"
         self._outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
-        self._feed = Feed(opened, policy, hold) if self._pictures else None
+        self._feed = Feed(opened, policy, hold) if self._has_source else None
         self._sinks = Sinks(outs, hold, controls and controls.keys)
         self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
         self._stopped = False
@@ -256,7 +256,7 @@ class Live:
         atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
 
     def _scene(self, stream: Any) -> Scene:
-        return Scene(stream, self._pictures, self._mode, ModeChooser(self._rate))
+        return Scene(stream, self._has_source, self._mode, ModeChooser(self._rate))
 
     # -- while it runs ----------------------------------------------------------------------------------------------------
 
@@ -289,26 +289,26 @@ class Live:
 
     def warm(self, stream: Any) -> Scene:
         """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
-        its ring is full, so that `switch` has a picture at the next tick. ValueError, RuntimeError: it cannot be drawn."""
+        its ring is full, so that `switch` has a image at the next tick. ValueError, RuntimeError: it cannot be drawn."""
         scene = self._scene(stream)
-        picture = self._drawing.newest
-        if self._pictures and picture is None:
-            picture = Picture(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
-        if self._pictures:
-            scene.mode(picture)
-        scene.fill(picture if self._pictures else None)
+        image = self._drawing.newest
+        if self._has_source and image is None:
+            image = TimedImage(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
+        if self._has_source:
+            scene.mode(image)
+        scene.fill(image if self._has_source else None)
         return scene
 
     def switch(self, scene: Scene, crossfade: float = 0.0) -> Any:
         """Draw a warmed scene from the next tick on; returns the stream that was drawn before, once no tick of it is under
-        way. crossfade: seconds in which the last picture of the old scene fades. The output has the first scene's size.
+        way. crossfade: seconds in which the last image of the old scene fades. The output has the first scene's size.
 
         A ring that was filled long ago still holds what entered then, so it is filled anew first, here.
         """
         if not 0 <= crossfade < 1e4:
             raise ValueError(f"crossfade must be seconds, 0 or more, not {crossfade!r}")
         before = self._drawing.scene
-        if self._pictures and self._drawing.newest is not None:
+        if self._has_source and self._drawing.newest is not None:
             scene.fill(self._drawing.newest)
         taken = self._drawing.switch(scene, crossfade)
         while not taken.wait(0.05):

@@ -1,4 +1,4 @@
-"""`streamflow morph`: one prompt's picture turns into the next one's."""
+"""`streamflow morph`: one prompt's image turns into the next one's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--output", type=Path, default=Path("outputs/morph.gif"), help=".gif, .mp4 or .mkv (default: %(default)s)"
     )
-    p.add_argument("--sheet", type=Path, metavar="FILE", help="also all frames side by side, a picture")
+    p.add_argument("--sheet", type=Path, metavar="FILE", help="also all frames side by side, a image")
     a = p.parse_args(argv)
     if len(a.prompts) < 2:
         p.error("a morph goes from one prompt to another: give two or more")
@@ -91,13 +91,13 @@ def _write(frames: Sequence[Any], output: Path, rate: float) -> None:
         return
     import numpy as np
 
-    from streamflow.io.picture import Picture
+    from streamflow.io.protocols import TimedImage
     from streamflow.io.recorder import Recorder
 
     recorder = Recorder(output, rate, clock=False)
     recorder.open()
     try:
         for frame in frames:
-            recorder.write(Picture(np.asarray(frame), 0.0))
+            recorder.write(TimedImage(np.asarray(frame), 0.0))
     finally:
         recorder.close()

@@ -19,7 +19,7 @@ END_WITHIN = 0.5  # seconds for threads that still compute after the server has 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when it was asked to end (SIGTERM, SIGINT); 1 where it cannot bind; 2 for settings that cannot be."""
-    p = options.parser("serve", "Serves the page: text and pictures restyled live, for several viewers.", EXAMPLE, "server")
+    p = options.parser("serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server")
     p.add_argument("--host", help="short for --server.host")
     p.add_argument("--port", help="short for --server.port")
     p.add_argument("--behind-proxy", action="store_true", help="a proxy in front ends TLS")

@@ -18,7 +18,7 @@ from streamflow._command_line import Parser
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
-from streamflow.io import Picture, Reading, Writing
+from streamflow.io import Reading, TimedImage, Writing
 
 EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
 
@@ -92,7 +92,7 @@ def restyle(
     }
 
 
-def _pass(stream: Any, images: Iterable[Picture], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
+def _pass(stream: Any, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
     """Every image through the stream; how many, and whether a signal ended it."""
     from streamflow.image_utils import cropped, uint8_pixels
 
@@ -108,7 +108,7 @@ def _pass(stream: Any, images: Iterable[Picture], writing: Writing, bar: tqdm, s
         pixels = uint8_pixels(frame.wait().image[None])[0]
         if stop.received:
             break
-        writing.write(Picture(pixels, times.popleft()))
+        writing.write(TimedImage(pixels, times.popleft()))
         bar.update()
         count += 1
     return count, stop.received

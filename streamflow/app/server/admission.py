@@ -1,4 +1,4 @@
-"""Who gets in: a ticket is a place kept for some seconds, a viewer is a place taken. Knows counts and quotas."""
+"""Who gets in: a ticket is a slot kept for some seconds, a viewer is a slot taken. Knows counts and quotas."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from streamflow.app.server.safety import COME_BACK, Bucket
 from streamflow.app.server.tokens import Holder
 
-KEPT = 10.0  # seconds for which a ticket keeps a place
+KEPT = 10.0  # seconds for which a ticket keeps a slot
 UNUSED = 2  # tickets that one holder has and has not used
 
 
 @dataclass(frozen=True)
 class Refusal(Exception):
-    """No place now."""
+    """No slot now."""
 
     message: str
     retry_after: int = COME_BACK
@@ -34,8 +34,8 @@ class Admission:
     """Places, of all and of each holder; `streams` is the quota of a holder without one of its own, None for no quota. Used
     in the event loop only."""
 
-    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
-        self._places, self._clock, self._streams = places, clock, streams
+    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
+        self._places, self._clock, self._streams = slots, clock, streams
         self._tickets: dict[str, tuple[Holder, float]] = {}
         self._inside: Counter[str] = Counter()
         self._paces: dict[str, Bucket] = {}
@@ -53,7 +53,7 @@ class Admission:
         if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
             raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
         if waiting.total() + self.inside >= self._places:
-            raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
+            raise Refusal(f"all {self._places} slots are taken: the next that is free may be yours")
         if waiting[holder.name] >= UNUSED:
             raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)
@@ -61,7 +61,7 @@ class Admission:
         return ticket
 
     def enter(self, ticket: str) -> Holder | None:
-        """The place of a ticket is taken now; None for a ticket that is unknown, used or too old."""
+        """The slot of a ticket is taken now; None for a ticket that is unknown, used or too old."""
         holder, until = self._tickets.pop(ticket, (None, 0.0))
         if holder is None or until <= self._clock():
             return None
@@ -69,11 +69,11 @@ class Admission:
         return holder
 
     def leave(self, holder: Holder) -> None:
-        """The place is free."""
+        """The slot is free."""
         self._inside[holder.name] -= 1
 
     def pace(self, holder: Holder) -> tuple[Bucket, ...]:
-        """The holder's quota of pictures a second, which all its streams share."""
+        """The holder's quota of images a second, which all its streams share."""
         if holder.fps is None:
             return ()
         return (self._paces.setdefault(holder.name, Bucket(holder.fps, max(1.0, holder.fps / 4))),)

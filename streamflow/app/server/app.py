@@ -18,9 +18,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import first_wish, open_places
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
+from streamflow.app.server.slot import first_request, open_slots
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.worker import Worker
 
@@ -36,11 +36,11 @@ UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices",
 class Service:
     """All parts of one server."""
 
-    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_places):
+    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_slots):
         check_binding(settings.server, tokens)
         if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
             raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
-        first_wish(settings)
+        first_request(settings)
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
         self.worker = Worker(lambda: opened(settings), self.metrics)
@@ -70,7 +70,7 @@ class Service:
     def _gauges(self) -> tuple[tuple[str, str, Callable[[], float]], ...]:
         gauges = (
             ("viewers", "viewers there are", lambda: self.admission.inside),
-            ("queue_age_seconds", "how long the oldest picture waits to be drawn", self._queue_age),
+            ("queue_age_seconds", "how long the oldest image waits to be drawn", self._queue_age),
             ("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss),
         )
         cuda = ("cuda_memory_bytes", "of tensors on the GPU", lambda: torch.cuda.memory_allocated())
@@ -202,14 +202,14 @@ def _sockets(app: FastAPI, service: Service) -> None:
 
 
 def _welcome(service: Service, holder: Holder) -> Viewer:
-    """A viewer in its place, with what it must know on its way to it."""
+    """A viewer in its slot, with what it must know on its way to it."""
     worker, server = service.worker, service.server
-    wish = first_wish(service.settings)
-    viewer = Viewer(worker, service.metrics, wish, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
+    request = first_request(service.settings)
+    viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
     width, height = worker.size
     limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
     size = {"width": width, "height": height}
-    viewer.say(type="welcome", settings=wish.model_dump(), models=worker.models, limits=limits, **size)
+    viewer.say(type="welcome", settings=request.model_dump(), models=worker.models, limits=limits, **size)
     service.viewers.add(viewer)
     worker.add(viewer)
     return viewer

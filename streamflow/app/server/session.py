@@ -1,4 +1,4 @@
-"""One viewer: what it wants, what came from it, what goes to it. Of pictures only the newest is kept, in and out, and
+"""One viewer: what it wants, what came from it, what goes to it. Of images only the newest is kept, in and out, and
 nothing is drawn that the viewer has not room for. The socket's tasks run in the event loop, turns in the model's thread."""
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from streamflow.app.server import pictures, wishes
+from streamflow.app.server import images, messages
+from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import Drawn, Place
 from streamflow.app.server.safety import Bucket
 from streamflow.app.server.settings import Server
-from streamflow.app.server.wishes import BadMessage, Wish
+from streamflow.app.server.slot import Drawn, Slot
 from streamflow.app.server.worker import Worker
 
-WINDOW = 2  # pictures on their way that a viewer has not acknowledged
+WINDOW = 2  # images on their way that a viewer has not acknowledged
 GIF_FRAMES = 48
 MAX_MISTAKES = 30  # messages that cannot be followed, until the connection ends
 TOO_MUCH, TOO_WRONG, FAILED = 4429, 4400, 4500
@@ -57,14 +57,14 @@ def _started(count: int, name: str) -> ThreadPoolExecutor:
 class Viewer:
     """One viewer, as the worker sees it (`Client`) and as its socket does."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, wish: Wish, paces: tuple[Bucket, ...]):
+    def __init__(self, worker: Worker, metrics: Metrics, request: DrawRequest, paces: tuple[Bucket, ...]):
         self._worker, self._metrics, self._paces = worker, metrics, paces
         self._loop = asyncio.get_running_loop()
-        self.wish, self.model = wish, wish.model
+        self.request, self.model = request, request.model
         self.used, self.gone = 0.0, False
-        self.place: Place | None = None
+        self.slot: Slot | None = None
         self.unacknowledged = 0
-        self.picture: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
+        self.image: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
         self.raw: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
         self._texts: deque[str] = deque(maxlen=8)
@@ -74,26 +74,26 @@ class Viewer:
     # -- the model's thread, with the worker's lock held -----------------------------------------------------------------
 
     def due(self, now: float) -> bool:
-        """Whether it wants a picture that it may have now."""
-        if self.gone or not self.wish.running or self._out is not None or self.unacknowledged >= WINDOW:
+        """Whether it wants a image that it may have now."""
+        if self.gone or not self.request.running or self._out is not None or self.unacknowledged >= WINDOW:
             return False
-        if self.wish.mode == "picture" and self.picture is None:
+        if self.request.mode == "image" and self.image is None:
             return False
-        if self.place is not None and self.place.settled(self.wish):
+        if self.slot is not None and self.slot.settled(self.request):
             return False
         return all(pace.wait() == 0 for pace in self._paces)
 
-    def take(self) -> tuple[Wish, Any, float | None, float | None]:
-        """The wish, its picture, when that came, and the viewer's own time of it."""
+    def take(self) -> tuple[DrawRequest, Any, float | None, float | None]:
+        """The request, its image, when that came, and the viewer's own time of it."""
         for pace in self._paces:
             pace.take()
-        if self.wish.mode == "text":
-            return self.wish, None, None, None
-        (image, entered, stamp), self.picture = self.picture, None
-        return self.wish, image, entered, stamp
+        if self.request.mode == "text":
+            return self.request, None, None, None
+        (image, entered, stamp), self.image = self.image, None
+        return self.request, image, entered, stamp
 
     def put(self, drawn: Drawn) -> None:
-        """A picture for it."""
+        """A image for it."""
         self._out = drawn
         self._loop.call_soon_threadsafe(self.leaves.set)
 
@@ -111,35 +111,35 @@ class Viewer:
         self.leaves.set()
 
     def offer(self, data: bytes) -> None:
-        """A picture's message; it takes the place of one that was not yet decoded."""
-        stamp, picture = pictures.split(data)
+        """A image's message; it takes the slot of one that was not yet decoded."""
+        stamp, image = images.split(data)
         if self.raw is not None:
             self._metrics.count("drops", "in")
-        self.raw = picture, time.monotonic(), stamp
+        self.raw = image, time.monotonic(), stamp
         self.came.set()
 
     def decoded(self, image: Any, entered: float, stamp: float) -> None:
-        """A picture to be drawn; it takes the place of one that was not yet drawn."""
+        """A image to be drawn; it takes the slot of one that was not yet drawn."""
         with self._worker.lock:
-            if self.picture is not None:
+            if self.image is not None:
                 self._metrics.count("drops", "in")
-            self.picture = image, entered, stamp
+            self.image = image, entered, stamp
         self._worker.wake()
 
-    def change(self, wish: Wish) -> None:
+    def change(self, request: DrawRequest) -> None:
         """From the next turn on."""
         with self._worker.lock:
-            self.wish = wish
+            self.request = request
         self._worker.wake()
 
     def acknowledge(self) -> None:
-        """A picture was shown."""
+        """A image was shown."""
         with self._worker.lock:
             self.unacknowledged = max(0, self.unacknowledged - 1)
         self._worker.wake()
 
     def next_out(self) -> Drawn | None:
-        """The picture to be sent; from here on it is on its way."""
+        """The image to be sent; from here on it is on its way."""
         with self._worker.lock:
             drawn, self._out = self._out, None
             self.unacknowledged += drawn is not None
@@ -151,8 +151,8 @@ class Viewer:
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest picture came that waits to be drawn."""
-        waiting = [one[1] for one in (self.picture, self.raw) if one is not None]
+        """When the oldest image came that waits to be drawn."""
+        waiting = [one[1] for one in (self.image, self.raw) if one is not None]
         return min(waiting, default=None)
 
 
@@ -202,11 +202,11 @@ class Session:
             try:
                 if message.get("bytes") is not None:
                     self._viewer.offer(message["bytes"])
-                elif wishes.longer(message["text"], self._server.max_text_bytes):
+                elif messages.longer(message["text"], self._server.max_text_bytes):
                     self._refused("large text")
                     return await self._socket.close(TOO_LARGE, f"a text is at most {self._server.max_text_bytes} bytes")
                 else:
-                    await self._follow(wishes.read(message["text"]))
+                    await self._follow(messages.read(message["text"]))
             except BadMessage as error:
                 if await self._mistake(error):
                     return
@@ -228,10 +228,10 @@ class Session:
         await FOLLOW[message["type"]](self, message)
 
     async def _set(self, message: dict[str, Any]) -> None:
-        new = wishes.changed(self._viewer.wish, message.get("settings"), self._worker.models, self._server.max_steps)
+        new = messages.changed(self._viewer.request, message.get("settings"), self._worker.models, self._server.max_steps)
         number = message.get("number")
-        if number is not None and not (isinstance(number, int) and abs(number) <= wishes.MAX_NUMBER):
-            raise BadMessage(f"number: an integer of at most {wishes.MAX_NUMBER}")
+        if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
+            raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
         self._viewer.change(new)
         self._viewer.say(type="settings", settings=new.model_dump(), number=number)
 
@@ -240,16 +240,16 @@ class Session:
 
     async def _gif(self, message: dict[str, Any]) -> None:
         if not self._kept:
-            raise BadMessage("there is no picture yet")
+            raise BadMessage("there is no image yet")
         if not self._gifs.take():
             raise BadMessage(f"one GIF every {GIF_EVERY:g} seconds")
         span = (self._shown[-1] - self._shown[0]) / max(1, len(self._shown) - 1)
-        data = await self._in_pool(self._pools.gif, pictures.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
+        data = await self._in_pool(self._pools.gif, images.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
         await self._socket.send_bytes(packed({"type": "gif"}, data))
 
     async def _decode(self) -> None:
         viewer, (width, height) = self._viewer, self._worker.size
-        most = min(self._server.max_picture_pixels, OVERSIZE * width * height)
+        most = min(self._server.max_image_pixels, OVERSIZE * width * height)
         while True:
             await viewer.came.wait()
             viewer.came.clear()
@@ -257,7 +257,7 @@ class Session:
                 continue
             (data, entered, stamp), viewer.raw = viewer.raw, None
             try:
-                image = await self._in_pool(self._pools.decode, pictures.decode, data, most, width, height)
+                image = await self._in_pool(self._pools.decode, images.decode, data, most, width, height)
                 viewer.decoded(image, entered, stamp)
             except BadMessage as error:
                 if await self._mistake(error):
@@ -274,14 +274,14 @@ class Session:
                 return await self._socket.close(FAILED, "drawing failed again and again")
             if (drawn := viewer.next_out()) is not None:
                 self._worker.wake()
-                await self._picture(drawn)
+                await self._image(drawn)
 
-    async def _picture(self, drawn: Drawn) -> None:
-        data = await self._in_pool(self._pools.encode, pictures.jpeg, drawn.pixels)
+    async def _image(self, drawn: Drawn) -> None:
+        data = await self._in_pool(self._pools.encode, images.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
         age = time.monotonic() - drawn.entered
-        header = {"type": "picture", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
+        header = {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
         await self._socket.send_bytes(packed({**header, "age_ms": round(1000 * age, 1)}, data))
         self._metrics.count("frames")
         self._metrics.observe("end_to_end_seconds", age)

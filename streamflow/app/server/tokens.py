@@ -17,7 +17,7 @@ SHORTEST = 16
 
 @dataclass(frozen=True)
 class Holder:
-    """One user: how many streams at once, and how many pictures a second over all of them; None: the server's limits."""
+    """One user: how many streams at once, and how many images a second over all of them; None: the server's limits."""
 
     name: str
     streams: int | None = None

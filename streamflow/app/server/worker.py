@@ -1,5 +1,5 @@
 """The model's thread: opens the models, then gives turns to viewers, one after another. Whoever has had the least of the
-model's time is next, so viewers share it equally whatever they draw. Knows places and viewers; no socket."""
+model's time is next, so viewers share it equally whatever they draw. Knows slots and viewers; no socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from streamflow._threads import Thread
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import Place
+from streamflow.app.server.slot import Slot
 
 logger = logging.getLogger(__name__)
 NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
@@ -25,7 +25,7 @@ class Client(Protocol):
     """What the worker needs of a viewer. All but `tell` and `gone` are called with the worker's lock held."""
 
     used: float
-    place: Place | None
+    slot: Slot | None
     gone: bool
     model: str
 
@@ -33,10 +33,10 @@ class Client(Protocol):
         """Whether it has something to draw and somewhere to put it."""
 
     def take(self) -> tuple[Any, ...]:
-        """(wish, picture or None, when it came, its stamp): what is to be drawn next."""
+        """(request, image or None, when it came, its stamp): what is to be drawn next."""
 
     def put(self, drawn: Any) -> None:
-        """A finished picture."""
+        """A finished image."""
 
     def tell(self, message: str, fatal: bool = False) -> None:
         """What went wrong; fatal ends its connection."""
@@ -47,22 +47,22 @@ class Turn:
     """What a viewer wanted when it was chosen; later changes are for its next turn."""
 
     client: Client
-    wish: Any
+    request: Any
     image: Any
     entered: float | None
     stamp: float | None
 
 
 class Worker(Thread):
-    """`open_places` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
+    """`open_slots` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
 
     Should the thread's work end with an error, the models are opened again and the viewers stay, once (`restarts`). The
     second time the thread ends, and its viewers are told.
     """
 
-    def __init__(self, open_places: Callable[[], dict[str, list[Place]]], metrics: Metrics):
+    def __init__(self, open_slots: Callable[[], dict[str, list[Slot]]], metrics: Metrics):
         super().__init__(self._work, "model")
-        self._open, self._metrics = open_places, metrics
+        self._open, self._metrics = open_slots, metrics
         self._wake = threading.Condition()
         self._clients: list[Client] = []
         self._errors: dict[int, int] = {}
@@ -70,7 +70,7 @@ class Worker(Thread):
         self.ready = threading.Event()
         self.failed: BaseException | None = None
         self.restarts = 0
-        self.places: dict[str, list[Place]] = {}
+        self.slots: dict[str, list[Slot]] = {}
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
 
@@ -92,7 +92,7 @@ class Worker(Thread):
             self._wake.notify_all()
 
     def remove(self, client: Client) -> None:
-        """Its place is free for the next, once a turn under way has ended."""
+        """Its slot is free for the next, once a turn under way has ended."""
         with self._wake:
             client.gone = True
             self._wake.notify_all()
@@ -110,22 +110,22 @@ class Worker(Thread):
             for client in () if self._stopping else self._clients:
                 self._call(client, client.tell, "the model's thread has ended", True)
             self._clients.clear()
-            self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
+            self.slots.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
 
     def _open_all(self) -> bool:
         try:
-            self.places = self._open()
+            self.slots = self._open()
         except Exception as error:  # whatever it is, the server goes on to say so
             logger.exception("the model cannot be opened")
             self.failed = error
             return False
-        self.models = tuple(self.places)
-        self.size = self.places[self.models[0]][0].size
+        self.models = tuple(self.slots)
+        self.size = self.slots[self.models[0]][0].size
         self.ready.set()
         return True
 
     def _give_turns(self) -> bool:
-        """Whether it was asked to stop; False after an error, with every viewer's place given up."""
+        """Whether it was asked to stop; False after an error, with every viewer's slot given up."""
         try:
             while (turn := self._next()) is not None:
                 self._turn(turn)
@@ -134,9 +134,9 @@ class Worker(Thread):
             log_failure("the model's thread has ended", error)
         with self._wake:
             self.ready.clear()
-            self.places = {}
+            self.slots = {}
             for client in self._clients:
-                client.place = None
+                client.slot = None
         return False
 
     def _next(self) -> Turn | None:
@@ -150,7 +150,7 @@ class Worker(Thread):
         return None
 
     def _choose(self, now: float) -> Turn | None:
-        """Choose a viewer, take what it wants and give it a place: one step under the lock, so nothing changes between."""
+        """Choose a viewer, take what it wants and give it a slot: one step under the lock, so nothing changes between."""
         due = [one for one in self._clients if self._call(one, one.due, now)]
         if not due:
             return None
@@ -162,10 +162,10 @@ class Worker(Thread):
 
     def _take(self, client: Client) -> Turn:
         turn = Turn(client, *client.take())
-        if client.place is None or client.model != turn.wish.model:
+        if client.slot is None or client.model != turn.request.model:
             self._free(client)
-            client.place = self.places[turn.wish.model].pop()
-            client.model = turn.wish.model
+            client.slot = self.slots[turn.request.model].pop()
+            client.model = turn.request.model
         return turn
 
     def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -184,21 +184,21 @@ class Worker(Thread):
             self._free(client)
 
     def _free(self, client: Client) -> None:
-        place, client.place = client.place, None
-        if place is not None:
-            place.reset()
-            self.places[client.model].append(place)
+        slot, client.slot = client.slot, None
+        if slot is not None:
+            slot.reset()
+            self.slots[client.model].append(slot)
 
     def _turn(self, turn: Turn) -> None:
         client, began = turn.client, time.monotonic()
         drawn = None
         try:
             try:
-                client.place.follow(turn.wish)
+                client.slot.follow(turn.request)
             except (ValueError, TypeError) as error:
                 self._call(client, client.tell, str(error))
-            if client.place.prepared:
-                drawn = client.place.draw(turn.image, turn.entered, turn.stamp)
+            if client.slot.prepared:
+                drawn = client.slot.draw(turn.image, turn.entered, turn.stamp)
             self._errors.pop(id(client), None)
         except Exception as error:  # of one viewer's draw; the others go on
             self._failed(client, error)
@@ -213,7 +213,7 @@ class Worker(Thread):
         log_failure("a draw failed", error)
         self._metrics.count("errors")
         errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1
-        client.place.reset()
+        client.slot.reset()
         message = f"drawing failed ({type(error).__name__}); trying again"
         self._call(client, client.tell, message, errors >= MAX_ERRORS)
 

@@ -13,8 +13,8 @@ FLAGS: dict[Action, str] = {"pause": "paused", "freeze": "frozen", "blackout": "
 class Keys:
     """`press` a key, from any thread, and a flag turns on, or off again; `next` scenes are counted.
 
-    paused: nothing enters, nothing is drawn. frozen: it is drawn, and the picture of that moment is shown. black: black is
-    shown. panic: the last good picture is shown.
+    paused: nothing enters, nothing is drawn. frozen: it is drawn, and the image of that moment is shown. black: black is
+    shown. panic: the last good image is shown.
     """
 
     def __init__(self, actions: Mapping[str, Action] = KEYS) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from streamflow.io.picture import need
+from streamflow.io.protocols import need
 
 READ: dict[str, Callable[[Any], tuple[str, int, int]]] = {
     "control_change": lambda message: ("cc", message.control, message.value),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from streamflow.io.picture import need
+from streamflow.io.protocols import need
 
 logger = logging.getLogger(__name__)
 

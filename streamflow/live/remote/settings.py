@@ -124,7 +124,7 @@ class Control(Section):
         (), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
     )
     keys: dict[str, Action] = Field(
-        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last picture)"
+        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)"
     )
 
     @field_validator("osc")

@@ -1,4 +1,4 @@
-"""What passes through sources and sinks: a picture with its time, the two protocols, and what can go wrong.
+"""What passes through sources and sinks: a image with its time, the two protocols, and what can go wrong.
 
 Knows numpy and nothing else: no stream, no tensors, no kind of source.
 """
@@ -32,13 +32,13 @@ class SinkLost(OSError):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class TimedImage:
     """pixels: uint8 `[H, W, 3]`, RGB. time: seconds of `time.monotonic()` at capture. pts: seconds from the start of
     the file, None for what is live.
 
     Raises:
         TypeError: not an array of uint8.
-        ValueError: another shape, or an empty picture.
+        ValueError: another shape, or an empty image.
     """
 
     pixels: np.ndarray
@@ -55,7 +55,7 @@ class Picture:
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives pictures. All three are called from one thread; `close` may be called twice, `open` again after it."""
+    """Gives images. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
         """Get hold of the device or file.
@@ -63,8 +63,8 @@ class Source(Protocol):
         SourceLost: it is not there now. FileNotFoundError, InvalidSource: what was asked for does not exist.
         """
 
-    def read(self) -> Picture | None:
-        """Wait for the next picture; None when there will be none; SourceLost when the device went away."""
+    def read(self) -> TimedImage | None:
+        """Wait for the next image; None when there will be none; SourceLost when the device went away."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -72,13 +72,13 @@ class Source(Protocol):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes pictures. All three are called from one thread; `close` may be called twice, `open` again after it."""
+    """Takes images. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
-        """Get hold of the device or file; what needs a picture's size waits for the first `write`."""
+        """Get hold of the device or file; what needs a image's size waits for the first `write`."""
 
-    def write(self, picture: Picture) -> None:
-        """Take one picture; SinkLost when the user has ended the sink."""
+    def write(self, image: TimedImage) -> None:
+        """Take one image; SinkLost when the user has ended the sink."""
 
     def close(self) -> None:
         """Finish and let go of it."""

@@ -1,4 +1,4 @@
-"""Pictures off the network and onto it. What comes in is hostile until it is decoded: its size is looked at before its
+"""Images off the network and onto it. What comes in is hostile until it is decoded: its size is looked at before its
 pixels, only three formats are tried, and only the first frame is read."""
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from streamflow.app.server.wishes import BadMessage
+from streamflow.app.server.messages import BadMessage
 from streamflow.image_utils import as_rgb, open_image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SAMPLE = 16  # pixels a side, of each image, from which a GIF's colours are chosen
-STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every picture
+STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every image
 
 
 def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.Image:
@@ -29,12 +29,12 @@ def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.I
 
 
 def split(message: bytes) -> tuple[float, bytes]:
-    """(the viewer's clock in ms, the picture's bytes) of a binary message. BadMessage."""
+    """(the viewer's clock in ms, the image's bytes) of a binary message. BadMessage."""
     if len(message) <= STAMP.size:
-        raise BadMessage(f"a picture's message has {len(message)} bytes, and its first {STAMP.size} are a clock")
+        raise BadMessage(f"a image's message has {len(message)} bytes, and its first {STAMP.size} are a clock")
     (stamp,) = STAMP.unpack_from(message)
     if not np.isfinite(stamp):
-        raise BadMessage("a picture's clock is not finite")
+        raise BadMessage("a image's clock is not finite")
     return stamp, message[STAMP.size :]
 
 

@@ -15,10 +15,10 @@ MAX_SEED = 2**32 - 1
 MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript below is exact to
 
 
-class Wish(Section):
+class DrawRequest(Section):
     """All that a viewer can set. `blend` is how much of `other` is in the prompt."""
 
-    mode: Literal["text", "picture"] = "text"
+    mode: Literal["text", "image"] = "text"
     model: str = Field("", max_length=100)
     prompt: str = Field("", max_length=MAX_TEXT)
     other: str = Field("", max_length=MAX_TEXT)
@@ -69,13 +69,13 @@ def _finite(text: str) -> float:
     return value if math.isfinite(value) else _refuse(text)
 
 
-def changed(wish: Wish, fields: Any, models: tuple[str, ...], max_steps: int) -> Wish:
-    """The wish with these fields replaced. BadMessage lists every mistake; the wish stays as it was."""
+def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_steps: int) -> DrawRequest:
+    """The request with these fields replaced. BadMessage lists every mistake; the request stays as it was."""
     if not isinstance(fields, dict):
         raise BadMessage("settings are an object of names and values")
     try:
-        data = json.dumps({**wish.model_dump(), **fields}, ensure_ascii=True)
-        new = Wish.model_validate_json(data)
+        data = json.dumps({**request.model_dump(), **fields}, ensure_ascii=True)
+        new = DrawRequest.model_validate_json(data)
     except ValidationError as error:
         told = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
         raise BadMessage("; ".join(told)) from None
