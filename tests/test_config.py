@@ -177,6 +177,7 @@ def test_all_mistakes_are_told_at_once_with_their_paths(tmp_path):
     [
         ({"t_index_list": [0], "strength": 0.5, "mode": "img2img"}, "leave one out"),
         ({"strength": 0.5, "mode": "txt2img"}, "strength is of mode img2img"),
+        ({"strength": 0.0, "mode": "img2img"}, "greater than 0"),
         ({"negative_prompt": "x"}, "needs guidance"),
         ({"seed": True}, "seed: Input should be a valid integer"),
         (["seed"], "keys and values, not list"),

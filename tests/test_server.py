@@ -165,6 +165,8 @@ def test_requests_are_checked_field_by_field():
     with pytest.raises(BadMessage) as error:
         messages.changed(request, {"seed": -1, "strength": 7}, ("m",), 8)
     assert "seed" in str(error.value) and "strength" in str(error.value)
+    with pytest.raises(BadMessage, match="strength: Input should be greater than 0"):
+        messages.changed(request, {"strength": 0}, ("m",), 8)
     for text in ("", "[]", "{}", '{"type": 3}', '{"type": "set", "a": NaN}', "[" * 100_000, "9" * 5000, "\x00"):
         with pytest.raises(BadMessage):
             messages.read(text)

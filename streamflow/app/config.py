@@ -69,7 +69,9 @@ class Settings(Section):
     t_index_list: tuple[int, ...] | None = Field(
         None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
     )
-    strength: float | None = Field(None, ge=0, le=1, description="of img2img, in place of t_index_list: 1 ignores the image")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="of img2img, instead of t_index_list: above 0; 1 ignores the image"
+    )
     cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
     guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
     delta: float = Field(1.0, description="moderates the weight of self and initialize")

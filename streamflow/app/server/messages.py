@@ -26,7 +26,7 @@ class DrawRequest(Section):
     seed: int = Field(2, ge=0, le=MAX_SEED)
     steps: int = Field(4, ge=1, le=100)
     guidance: float = Field(2.0, ge=0, le=30)
-    strength: float = Field(0.6, ge=0, le=1)
+    strength: float = Field(0.6, gt=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
 
