@@ -473,7 +473,7 @@ def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
     drawing._take_scene()
     new, seen = np.full((2, 2, 3), 100, np.uint8), []
     for now[0] in (10.0, 10.5, 11.0, 12.0, 13.0):
-        seen.append(int(drawing._faded(new)[0, 0, 0]))
+        seen.append(int(drawing._crossfaded(new)[0, 0, 0]))
     assert seen == [200, 175, 150, 100, 100]
 
 
@@ -483,9 +483,9 @@ def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
         ({"policy": "some"}, "unknown policy 'some': choose one of newest, every"),
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"on_error": "ignore"}, "unknown on_error"),
-        ({"target_fps": 0}, "target_fps must be pictures a second, above 0"),
+        ({"target_fps": 0}, "target_fps must be images a second, above 0"),
         ({"target_fps": float("nan")}, "target_fps must be"),
-        ({"sinks": []}, "nowhere to show"),
+        ({"sinks": []}, "there is no sink"),
         ({"source": "nothing:1"}, "unknown source 'nothing:1'"),
     ],
     ids=str,

@@ -106,7 +106,7 @@ def test_places_quotas_and_tickets():
     assert refused.value.retry_after > 0
     assert gate.enter("no ticket") is None and gate.enter(ticket) is ann and gate.enter(ticket) is None
     gate.ticket(tokens.ANYONE), gate.ticket(tokens.ANYONE)
-    with pytest.raises(Refusal, match="all 3 slots"):
+    with pytest.raises(Refusal, match="all 3 session slots"):
         gate.ticket(tokens.ANYONE)
     clock.now = KEPT + 1  # tickets that nobody used
     late = gate.ticket(tokens.ANYONE)
@@ -334,7 +334,7 @@ def test_only_so_many_viewers_and_a_closed_tab_frees_its_place(server):
         with server.viewer():
             refused = server.call("POST", "/session")
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
-            assert "2 slots" in refused.json()["message"]
+            assert "2 session slots" in refused.json()["message"]
         while server.service.admission.inside > 1:
             time.sleep(0.01)
         with server.viewer() as third:

@@ -537,8 +537,8 @@ class Broken(Viewer):
     def put(self, drawn):
         return self._maybe("put", super().put(drawn))
 
-    def tell(self, message, fatal=False):
-        return self._maybe("tell", super().tell(message, fatal))
+    def report(self, message, fatal=False):
+        return self._maybe("report", super().report(message, fatal))
 
     def _maybe(self, name, value):
         if name in self.fails:
@@ -557,7 +557,7 @@ class Stub:
     def settled(self, request):
         return False
 
-    def follow(self, request):
+    def apply(self, request):
         if request.prompt == "refused":
             raise ValueError("no")
 
@@ -567,12 +567,14 @@ class Stub:
         return object()
 
 
-@pytest.mark.parametrize("fails", ["due", "take", "put", "tell", "model"])
+@pytest.mark.parametrize("fails", ["due", "take", "put", "report", "model"])
 def test_no_viewers_state_ends_the_models_thread(fails, caplog):
     async def run():
         worker = Worker(lambda: {"model": [Stub(), Stub()]}, Metrics())
         worker.start()
-        request = DrawRequest(model="unknown" if fails == "model" else "model", prompt="refused" if fails == "tell" else "")
+        request = DrawRequest(
+            model="unknown" if fails == "model" else "model", prompt="refused" if fails == "report" else ""
+        )
         broken = Broken(worker, Metrics(), request, ())
         broken.fails = fails
         other = Viewer(worker, Metrics(), DrawRequest(model="model"), ())
@@ -999,5 +1001,5 @@ def test_no_visitor_holds_the_event_loop(tmp_path):
     print(f"{len(made)} attacks, {len(refusals)} refused; the slowest request took {1000 * slowest:.0f} ms")
     print(f"{len(found)} callbacks took more than 100 ms, the longest {1000 * longest:.0f} ms")
     assert len(made) > SOAK_SECONDS / 20
-    assert code == 0 and "Traceback" not in said and "a viewer is let go" not in said
+    assert code == 0 and "Traceback" not in said and "a viewer is dropped" not in said
     assert [one for one in found if float(one[1]) > 0.1] == []

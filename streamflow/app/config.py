@@ -1,5 +1,5 @@
-"""All that a run needs, in one frozen, typed object, and YAML in and out. Every mistake in a file is told at once, with the
-key's path. Knows names, types and ranges; whether a model can draw a size, it says itself when it is loaded.
+"""The settings of a run in one frozen, typed object, read from and written to YAML. All mistakes in a file are reported at
+once, each with its key's path. Knows names, types and ranges. A model checks the image size itself when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH = 110  # of the comments in a file
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be; one line for each mistake, with the key's path."""
+    """Raised for invalid settings: one line for each mistake, with the key's path."""
 
 
 class Acceleration(Section):
@@ -46,7 +46,7 @@ class Acceleration(Section):
 class SimilarImages(Section):
     """Input images that look like the last one are not drawn again."""
 
-    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) a image may be skipped")
+    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) an image may be skipped")
     max_skip_frame: int = Field(10, ge=0, description="at most so many in a row")
 
 
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Settings:
     try:
         data = read_yaml(read_text(Path(path)))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     try:
         return parse(data)
     except ConfigError as error:

@@ -76,7 +76,7 @@ SINKS: dict[str, Entry] = {
 
 
 def open_source(address: str, **options: Any) -> Source:
-    """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, a image or a folder, or an
+    """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, an image or a folder, or an
     http address of MJPEG. options: further arguments of its class.
 
     Raises ValueError for an unknown kind, which lists the known, or a rest that does not fit.

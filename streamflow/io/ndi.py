@@ -13,7 +13,7 @@ from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_sou
 
 class NdiSource(Source):
     """The NDI source of that name, "MACHINE (NAME)" or NAME alone; the first that is found where it is empty.
-    timeout: seconds to look for it, and to wait for a image.
+    timeout: seconds to look for it, and to wait for an image.
 
     Raises SourceLost where it is not found or sends nothing for so long.
     """

@@ -1,4 +1,4 @@
-"""What passes through sources and sinks: a image with its time, the two protocols, and what can go wrong.
+"""What passes through sources and sinks: an image with its time, the two protocols, and what can go wrong.
 
 Knows numpy and nothing else: no stream, no tensors, no kind of source.
 """
@@ -75,7 +75,7 @@ class Sink(Protocol):
     """Takes images. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
-        """Get hold of the device or file; what needs a image's size waits for the first `write`."""
+        """Get hold of the device or file; what needs an image's size waits for the first `write`."""
 
     def write(self, image: TimedImage) -> None:
         """Take one image; SinkLost when the user has ended the sink."""

@@ -32,7 +32,7 @@ class Recorder(Sink):
     first, out.2.mp4, and `path` says which: what has been recorded is kept.
 
     Raises:
-        ValueError: an unknown suffix, a rate or quality out of range; from write: a image of another size than the
+        ValueError: an unknown suffix, a rate or quality out of range; from write: an image of another size than the
             first, which needs a new file.
     """
 
@@ -76,7 +76,7 @@ class Recorder(Sink):
             self._begin(image)
         if image.pixels.shape != self._shape:
             (h, w, _), (height, width, _) = image.pixels.shape, self._shape
-            raise ValueError(f"a image of {w}x{h} in a recording of {width}x{height}: begin a new file")
+            raise ValueError(f"an image of {w}x{h} in a recording of {width}x{height}: begin a new file")
         frame = need("av", "av").VideoFrame.from_ndarray(_even(image.pixels), format="rgb24")
         frame.pts, frame.time_base = self._pts(image), Fraction(1, TICKS)
         self._output.mux(self._video.encode(frame))

@@ -21,7 +21,7 @@ def _library() -> ModuleType:
 
 
 class SpoutSource(Source):
-    """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for a image.
+    """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for an image.
 
     Raises SourceLost where it sends nothing for so long.
     """

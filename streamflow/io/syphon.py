@@ -22,7 +22,7 @@ def _library() -> ModuleType:
 
 
 class SyphonSource(Source):
-    """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for a image.
+    """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for an image.
 
     Raises SourceLost where there is none or it sends nothing for so long.
     """

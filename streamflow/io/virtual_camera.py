@@ -10,7 +10,7 @@ from streamflow.io.protocols import Sink, TimedImage, check_rate, need
 class VirtualCameraSink(Sink):
     """device: its name, the first that is free by default. The first image's size is the camera's.
 
-    Raises, from write: OSError where no virtual camera is installed; ValueError for a image of another size.
+    Raises, from write: OSError where no virtual camera is installed; ValueError for an image of another size.
     """
 
     def __init__(self, device: str | None = None, rate: float = 30) -> None:
@@ -32,7 +32,7 @@ class VirtualCameraSink(Sink):
                 raise OSError(f"no virtual camera: {error}. Install OBS, or on Linux load v4l2loopback") from error
         if (width, height) != (self._camera.width, self._camera.height):
             found = f"{width}x{height} for a virtual camera of {self._camera.width}x{self._camera.height}"
-            raise ValueError(f"a image of {found}: close and open it to change its size")
+            raise ValueError(f"an image of {found}: close and open it to change its size")
         self._camera.send(image.pixels)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Drawing live: what comes in goes through a scene's stream in the mode that suits the rate, tick by tick.
+"""Live drawing: images go through a scene's stream, tick by tick, in the mode that holds the target rate.
 
 Knows streams by their calls, modes and feeds; no sink and no output clock.
 """
@@ -18,13 +18,13 @@ from streamflow._queue import BoundedQueue
 from streamflow._threads import Flag, Thread
 from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import TimedImage
-from streamflow.live.feed import Backoff, Feed, described
+from streamflow.live.feed import Backoff, Feed, describe
 from streamflow.live.latency_modes import Mode, ModeChooser, fed, free, percentile, sequential
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")
-PATIENCE = 0.05  # seconds after which a thread that waits for input looks around
-ATTEMPTS = 3  # failures in a row, after the source's end, after which what is left is given up
+PATIENCE = 0.05  # seconds for which a thread waits for input before it checks its state
+ATTEMPTS = 3  # failures in a row, after the source's end, after which the remaining images are dropped
 LATENCIES = 1000  # images whose latency is kept
 
 
@@ -37,7 +37,7 @@ class Drawn:
 
 
 class Scene:
-    """A prepared stream and how it is ticked: S ticks lie between a image that enters and its result.
+    """A prepared stream and how it is ticked: S ticks lie between an image that enters and its result.
 
     takes_images: whether images go in; otherwise it draws from noise.
     """
@@ -71,7 +71,7 @@ class Scene:
         return chosen
 
     def tick(self, image: TimedImage | None) -> Drawn:
-        """One tick, on its way out what entered S ticks ago."""
+        """One tick. Return the result of what entered S ticks ago."""
         return self._tick(image, self.batched)
 
     def _batch(self, batched: bool) -> None:
@@ -81,7 +81,7 @@ class Scene:
             self.batched = batched
 
     def tick_unfiltered(self, image: TimedImage, batched: bool) -> Drawn:
-        """One tick of a image that may have gone in before; the similarity filter does not skip it."""
+        """One tick of an image that may have gone in before; the similarity filter does not skip it."""
         self.stream.similar_filter.reset()
         return self._tick(image, batched)
 
@@ -102,8 +102,8 @@ class Scene:
 
 
 class Drawing(Thread):
-    """Takes images from a feed (None: draws from noise) and puts what is drawn into an outbox, until it is stopped, the
-    source ends, or an error is not to be held.
+    """Takes images from a feed (None: draws from noise) and puts the results into an outbox, until it is stopped, the
+    source ends, or an error is raised that is not held.
 
     hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last image stays.
     `error` is what ended it otherwise.
@@ -124,16 +124,16 @@ class Drawing(Thread):
         self._next: tuple[Scene, float, Flag] | None = None
         self._fade: tuple[np.ndarray, float, float] | None = None
         self._ending = threading.Event()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._backoff = Backoff()
 
     def stop(self) -> None:
-        """Ask it to end after the tick under way."""
+        """End after the tick under way."""
         self._ending.set()
         self.outbox.close()
 
     def switch(self, scene: Scene, crossfade: float) -> Flag:
-        """Draw this scene from the next tick on; what is returned is set then."""
+        """Draw this scene from the next tick on. Return a flag that is set then."""
         taken = Flag()
         self._next = scene, crossfade, taken
         return taken
@@ -143,14 +143,14 @@ class Drawing(Thread):
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()
             if self.scene.takes_images and self.newest is not None:
-                self._push_out()
+                self._drain()
         except BaseException as error:  # raised by whoever waits for the end
             self.error = error
         finally:
             self.outbox.close()
 
-    def _push_out(self) -> None:
-        """What entered before the source ended comes out. An error is held, but not for ever."""
+    def _drain(self) -> None:
+        """Finish the images that entered before the source ended. An error is held, `ATTEMPTS` times at most."""
         left, failures = self.scene.stream.calls_behind, 0
         while left > 0 and not self._ending.is_set():
             try:
@@ -159,11 +159,11 @@ class Drawing(Thread):
                 failures += 1
                 if not self.hold or failures == ATTEMPTS:
                     raise
-                self._held(error)
+                self._hold_error(error)
                 self._ending.wait(self._backoff.left)
                 continue
             left, failures = left - 1, 0
-            self._backoff.well()
+            self._backoff.reset()
 
     def _turn(self) -> None:
         self._take_scene()
@@ -176,10 +176,10 @@ class Drawing(Thread):
         except Exception as error:
             if not self.hold or error is self._feed_error:
                 raise
-            self._held(error)
+            self._hold_error(error)
 
     def _paused(self) -> bool:
-        """Whether the keys pause it, after the knobs have been looked at."""
+        """Apply the knobs. Return whether a key has paused the drawing."""
         if self.controls is None:
             return False
         self.controls.tick(time.monotonic())
@@ -202,16 +202,16 @@ class Drawing(Thread):
         elif not self._input(scene):
             return
         drawn = scene.tick(self.newest if scene.takes_images else None)
-        self._backoff.well()
+        self._backoff.reset()
         self._put(drawn)
 
     def _put(self, drawn: Drawn) -> None:
         self.drawn += 1
-        self.last = Drawn(self._faded(drawn.pixels), drawn.entered)
+        self.last = Drawn(self._crossfaded(drawn.pixels), drawn.entered)
         self.outbox.put(self.last)
 
     def _input(self, scene: Scene) -> bool:
-        """Whether there is a image to draw now: a new one, or under "free" the newest again."""
+        """Whether there is an image to draw now: a new one, or under "free" the newest again."""
         if self.newest is None:
             self.newest = self._next_image(PATIENCE)
             if self.newest is None:
@@ -228,11 +228,11 @@ class Drawing(Thread):
         self.newest = new or self.newest
         return new is not None or not (mode.waits or self.feed.ended)
 
-    def _held(self, error: Exception) -> None:
+    def _hold_error(self, error: Exception) -> None:
         self.errors += 1
-        message = described(error)
-        if message not in self._said:
-            self._said.add(message)
+        message = describe(error)
+        if message not in self._logged:
+            self._logged.add(message)
             logger.warning("drawing failed, the last image stays, and it goes on: %s", message)
         self._backoff.failed()
 
@@ -244,7 +244,7 @@ class Drawing(Thread):
             self._fade = self.last.pixels, time.monotonic(), crossfade
         taken.set()
 
-    def _faded(self, pixels: np.ndarray) -> np.ndarray:
+    def _crossfaded(self, pixels: np.ndarray) -> np.ndarray:
         """The image, mixed with the last one of the scene before while it fades."""
         if self._fade is None:
             return pixels

@@ -1,5 +1,5 @@
 """Ways to draw from a live source, and which one to take: the ring fed by the source, the ring ticking freely on the
-newest frame, or the sequential loop. A image passes through S ticks of a ring, so the way of the highest rate is seldom
+newest frame, or the sequential loop. An image passes through S ticks of a ring, so the way of the highest rate is seldom
 that of the lowest latency. Knows ticks and clocks; no stream, no image, no device.
 """
 
@@ -67,7 +67,7 @@ class Mode:
 
     tick: takes the number of the input frame that goes in, and returns when the image that comes out is finished, some
         time later by the clock. Several modes may share a ring's tick.
-    depth: how many ticks a image passes through.
+    depth: how many ticks an image passes through.
     waits: a tick starts only when there is an input frame that has not been taken yet; otherwise it starts at once, with
         the newest frame, again if need be.
     """

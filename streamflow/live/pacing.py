@@ -1,6 +1,6 @@
 """Images at even intervals: a clock shows one at every multiple of a period.
 
-Knows clocks and counts; no stream, no sink, nothing of what is in a image.
+Knows clocks and counts; no stream, no sink, nothing of what is in an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Pacer(Generic[T]):
-    """Shows a image at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
+    """Shows an image at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
 
     period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the image that was
     waited for is then `late`. Multiples that went by while `show` or the machine took its time are left out and counted in

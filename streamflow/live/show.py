@@ -1,7 +1,7 @@
 """`Live`: a stream between a source and sinks, at even intervals.
 
 Four kinds of threads with bounded queues between them: capture (`Feed`), drawing (`Drawing`), the output clock, and one for
-each sink. None waits for a slower one, except that drawing waits for the clock under policy "every".
+each sink. No thread waits for a slower one, except that drawing waits for the clock under policy "every".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
 from streamflow.io import Sink, SinkLost, Source, TimedImage, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
-from streamflow.live.feed import SILENCE, Backoff, Feed, described
+from streamflow.live.feed import SILENCE, Backoff, Feed, describe
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
 from streamflow.live.pacing import POLICIES, Pacer
 
@@ -32,12 +32,12 @@ ATTEMPTS = 6  # failures in a row of all sinks, which take about 8 s, after whic
 
 @dataclass(frozen=True)
 class Statistics:
-    """How it goes. shown: images the clock gave to the sinks, of which repeated were shown again since nothing new was
-    there, and skipped are multiples of the period that went by; late: images that came after their time. drawn: ticks.
-    dropped_in, dropped_out, dropped_by_sinks: images replaced by newer ones before drawing, before showing, and before a
-    sink took them, or while a sink had failed. losses: of the source; errors: of the stream; not_finite: images with NaN
-    or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and 95th percentile,
-    None before there are any."""
+    """Counters of a show. shown: images that the clock gave to the sinks. repeated: those that were shown again since
+    nothing new was ready. skipped: multiples of the period that were missed. late: images that were ready after their time.
+    drawn: ticks. dropped_in, dropped_out, dropped_by_sinks: images replaced by newer ones before drawing, before showing,
+    and before a sink took them, or while a sink had failed. losses: of the source. errors: of the stream. not_finite:
+    images with NaN or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and
+    95th percentile, None before there are any."""
 
     seconds: float
     mode: str
@@ -79,11 +79,11 @@ class Output:
 
     @property
     def works(self) -> bool:
-        """Whether it has taken a image since it failed, or has not failed."""
+        """Whether it has taken an image since it failed, or has not failed."""
         return not self.failures or (self._writing is not None and self._writing.count > 0)
 
     def write(self, image: TimedImage) -> None:
-        """Queue a image; before it is opened again, drop it. Raises what the sink raised."""
+        """Queue an image; before it is opened again, drop it. Raises what the sink raised."""
         if self._writing is None:
             if self._backoff.left:
                 self._dropped += 1
@@ -94,7 +94,7 @@ class Output:
         if self.failures and self.works:
             logger.info("%s is back", type(self.sink).__name__)
             self.failures = 0
-            self._backoff.well()
+            self._backoff.reset()
         if self._writing.waiting > SILENCE and not self._silent:
             name = type(self.sink).__name__
             logger.warning("%s does not answer: a call of it has not returned for %.0f s", name, self._writing.waiting)
@@ -117,7 +117,7 @@ class Output:
 
 
 class Sinks:
-    """Where images go: each sink in its own thread. All images have the first one's size, which recordings and cameras
+    """The sinks, each in a thread of its own. All images have the first one's size, which recordings and cameras
     need.
 
     hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
@@ -144,15 +144,15 @@ class Sinks:
         return self._dropped + sum(one.dropped for one in self._outputs)
 
     def show(self, pixels: np.ndarray) -> None:
-        """Give every sink this image, or what the keys say."""
-        image = TimedImage(self._fitted(self._keyed(pixels)), time.monotonic())
+        """Give every sink this image, or the one that the keys select."""
+        image = TimedImage(self._resized(self._apply_keys(pixels)), time.monotonic())
         for one in list(self._outputs):
             try:
                 one.write(image)
             except Exception as error:  # a sink's own, whatever it is
                 self._lose(one, error)
 
-    def _keyed(self, pixels: np.ndarray) -> np.ndarray:
+    def _apply_keys(self, pixels: np.ndarray) -> np.ndarray:
         keys = self._keys
         if keys is None or not (keys.frozen or keys.black or keys.panic):
             self._frozen = None
@@ -160,7 +160,7 @@ class Sinks:
         self._frozen = pixels if self._frozen is None else self._frozen
         return np.zeros_like(pixels) if keys.black and not keys.panic else self._frozen
 
-    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+    def _resized(self, pixels: np.ndarray) -> np.ndarray:
         size = pixels.shape[1], pixels.shape[0]
         self._size = self._size or size
         if size == self._size:
@@ -173,7 +173,7 @@ class Sinks:
             logger.info("%s ended: %s", name, error)
             self._leave_out(output)
         elif not self._hold:
-            logger.error("%s failed: %s", name, described(error))
+            logger.error("%s failed: %s", name, describe(error))
             self._leave_out(output)
             self.error = error
         elif isinstance(error, ImportError):
@@ -182,7 +182,7 @@ class Sinks:
             self._left_out.append(error)
         else:
             if not output.failures:
-                logger.error("%s failed, and is opened again after a pause: %s", name, described(error))
+                logger.error("%s failed, and is opened again after a pause: %s", name, describe(error))
             output.lose(error)
             if all(one.failures >= ATTEMPTS for one in self._outputs):
                 self.error = error
@@ -211,7 +211,7 @@ class Sinks:
 class Live:
     """Runs from when it is made until the source ends, the last sink is gone, or `stop`.
 
-    `StreamFlow.live` makes one; its arguments are described there. Used in a `with`, it ends with the block.
+    `StreamFlow.live` makes one; its arguments are describe there. Used in a `with`, it ends with the block.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Live:
         opened = open_source(source) if isinstance(source, str) else source
         many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
         if not many:
-            raise ValueError("nowhere to show: give at least one sink, such as 'window' or 'record:out.mp4'")
+            raise ValueError("there is no sink: give at least one, such as 'window' or 'record:out.mp4'")
         outs = [open_sink(one) if isinstance(one, str) else one for one in many]
         self._mode, self._rate, hold = mode, float(target_fps), on_error == "hold"
         self._has_source = opened is not None
@@ -262,7 +262,7 @@ class Live:
 
     @property
     def running(self) -> bool:
-        """Whether it shows, or will."""
+        """Whether the show has not ended."""
         return self._clock_thread.is_alive()
 
     @property
@@ -277,7 +277,7 @@ class Live:
 
     @property
     def statistics(self) -> Statistics:
-        """Up to now, or up to the end."""
+        """The counters up to now, or up to the end."""
         p, d, feed = self._pacer, self._drawing, self._feed
         return Statistics(
             (self._ended_at or time.monotonic()) - self._began,
@@ -289,7 +289,7 @@ class Live:
 
     def warm(self, stream: Any) -> Scene:
         """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
-        its ring is full, so that `switch` has a image at the next tick. ValueError, RuntimeError: it cannot be drawn."""
+        its ring is full, so that `switch` has an image at the next tick. ValueError, RuntimeError: it cannot be drawn."""
         scene = self._scene(stream)
         image = self._drawing.newest
         if self._has_source and image is None:
@@ -317,12 +317,12 @@ class Live:
         return before.stream
 
     def stop(self) -> None:
-        """End: the tick under way, then the sinks, whose files are finished. Returns when all is closed."""
+        """End the show after the tick under way, and close the sinks, whose files are then complete."""
         self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
         self.wait()
 
     def wait(self, timeout: float | None = None) -> Statistics:
-        """Until it ends (or `timeout` seconds went by); raises what ended it, if that was an error."""
+        """Wait until the show ends, at most `timeout` seconds. Raises the error that ended it, if there was one."""
         self._clock_thread.join(timeout)
         if self._error is not None and not self._clock_thread.is_alive():
             error, self._error = self._error, None

@@ -16,7 +16,7 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where a image cannot be read, the others being done; 2 for arguments that cannot be."""
+    """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
     p = options.parser("img2img", "Restyles images, in their order; results have their names.", EXAMPLE)
     p.add_argument("images", type=Path, nargs="+", help="files")
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - began
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
-    said = {"files": files, "unread": unread, "seconds": round(seconds, 3)}
-    print(json.dumps(said) if a.json else f"{len(files)} images in {seconds:.1f} s, in {a.output}")
+    result = {"files": files, "unread": unread, "seconds": round(seconds, 3)}
+    print(json.dumps(result) if a.json else f"{len(files)} images in {seconds:.1f} s, in {a.output}")
     return int(bool(unread))
 
 

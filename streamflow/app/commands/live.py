@@ -55,16 +55,16 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            said = play(_with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
+            result = play(_with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, WRONG) else 1
-    print(json.dumps(said) if a.json else "\n".join(f"{name}: {value}" for name, value in said.items()))
+    print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0
 
 
 def _with_start(settings: Settings) -> Settings:
-    """A source's images start half way where nothing else was said."""
+    """A source's images start half way where nothing else was result."""
     if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
         return settings
     return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
@@ -113,9 +113,11 @@ def play(
             closing.enter_context(show)  # ends before its scenes are closed
             _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet, stop)
             show.stop()
-        said = {name: _short(value) for name, value in asdict(show.statistics).items()}
+        result = {name: _short(value) for name, value in asdict(show.statistics).items()}
         learned = [one for one in controls.settings.mappings if one not in settings.control.mappings]
-        return {**said, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else said
+        return (
+            {**result, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else result
+        )
 
 
 def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
@@ -138,7 +140,7 @@ def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float |
 
 
 def _scene(change: Any, *arguments: Any) -> None:
-    """A change of scene; what cannot be is said, and what plays goes on."""
+    """A change of scene; what cannot be is result, and what plays goes on."""
     try:
         change(*arguments)
     except (*WRONG, OSError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""`streamflow serve`: the page, on this machine unless told otherwise."""
+"""`streamflow serve`: the page, on this machine by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END_WITHIN = 0.5  # seconds for threads that still compute after the server has 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when it was asked to end (SIGTERM, SIGINT); 1 where it cannot bind; 2 for settings that cannot be."""
+    """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
     p = options.parser("serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server")
     p.add_argument("--host", help="short for --server.host")
     p.add_argument("--port", help="short for --server.port")

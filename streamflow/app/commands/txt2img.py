@@ -16,7 +16,7 @@ EXAMPLE = 'streamflow txt2img --prompt "a fox, 3d render" --count 8 --output out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for arguments that cannot be. Images that are there when it is interrupted are whole."""
+    """Exit code 0, or 2 for invalid arguments. Images that are there when it is interrupted are whole."""
     p = options.parser("txt2img", "Draws images from a prompt, one seed after another.", EXAMPLE)
     p.add_argument("--count", type=at_least(1), default=4, help="how many (default %(default)s)")
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
@@ -33,6 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.append(str(a.output / f"{frame.id:04d}.png"))
             postprocess_image(frame.wait().image[None])[0].save(files[-1])
         seconds = time.perf_counter() - began
-    said = {"files": files, "seconds": round(seconds, 3)}
-    print(json.dumps(said) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
+    result = {"files": files, "seconds": round(seconds, 3)}
+    print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
     return 0

@@ -24,7 +24,7 @@ EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d ren
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where the video cannot be read or written; 2 for arguments that cannot be; 130 after SIGINT or SIGTERM.
+    """Exit code 0; 1 where the video cannot be read or written; 2 for invalid arguments; 130 after SIGINT or SIGTERM.
     What is written by then can be played."""
     p = options.parser(
         "video",
@@ -51,12 +51,12 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     if settings.strength is None and settings.t_index_list is None:
         settings = settings.model_copy(update={"strength": 0.5})
     try:
-        said = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
+        result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(said) if a.json else f"{said['frames']} frames in {said['seconds']:.1f} s: {a.out}")
-    return INTERRUPTED if said["interrupted"] else 0
+    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
+    return INTERRUPTED if result["interrupted"] else 0
 
 
 def restyle(

@@ -56,7 +56,7 @@ class Service:
 
     @property
     def state(self) -> str:
-        """ready, or why not."""
+        """ "ready", or the reason why not."""
         if self.leaving:
             return "shutting down"
         if self.worker.failed is not None:
@@ -81,7 +81,7 @@ class Service:
         return time.monotonic() - min(waiting) if waiting else 0.0
 
     def holder(self, request: Request) -> Holder:
-        """Whose request this is. HTTPException 401, or 429 where its visitor tries tokens; never for a right token."""
+        """The token's holder. HTTPException 401 for a wrong token, and 429 for too many of them from one visitor."""
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         found = self.tokens.holder(token.strip() if kind.lower() == "bearer" else "")
         if found is not None:
@@ -89,10 +89,10 @@ class Service:
         self.refusals("token")
         if not self.wrong_tokens.take(visitor_of(request.scope, self.server.behind_proxy)):
             raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
-        raise HTTPException(401, "a token is wanted: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
+        raise HTTPException(401, "a token is required: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
 
     async def stop(self) -> None:
-        """Viewers are told, the turn under way ends, the thread too."""
+        """End the turn under way, and the model's thread."""
         self.leaving = True
         self.worker.stop()
         self.pools.shutdown()
@@ -202,14 +202,14 @@ def _sockets(app: FastAPI, service: Service) -> None:
 
 
 def _welcome(service: Service, holder: Holder) -> Viewer:
-    """A viewer in its slot, with what it must know on its way to it."""
+    """A new viewer, with its `welcome` message queued."""
     worker, server = service.worker, service.server
     request = first_request(service.settings)
     viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
     width, height = worker.size
     limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
     size = {"width": width, "height": height}
-    viewer.say(type="welcome", settings=request.model_dump(), models=worker.models, limits=limits, **size)
+    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, limits=limits, **size)
     service.viewers.add(viewer)
     worker.add(viewer)
     return viewer

@@ -31,10 +31,10 @@ def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.I
 def split(message: bytes) -> tuple[float, bytes]:
     """(the viewer's clock in ms, the image's bytes) of a binary message. BadMessage."""
     if len(message) <= STAMP.size:
-        raise BadMessage(f"a image's message has {len(message)} bytes, and its first {STAMP.size} are a clock")
+        raise BadMessage(f"an image's message has {len(message)} bytes, and its first {STAMP.size} are a clock")
     (stamp,) = STAMP.unpack_from(message)
     if not np.isfinite(stamp):
-        raise BadMessage("a image's clock is not finite")
+        raise BadMessage("an image's clock is not finite")
     return stamp, message[STAMP.size :]
 
 

@@ -1,4 +1,4 @@
-"""What one viewer wants drawn, checked field by field as it comes off the network. Knows no stream."""
+"""A viewer's messages, parsed and checked field by field. Knows no stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript be
 
 
 class DrawRequest(Section):
-    """All that a viewer can set. `blend` is how much of `other` is in the prompt."""
+    """All settings of a viewer. blend: the share of `other` in the prompt."""
 
     mode: Literal["text", "image"] = "text"
     model: str = Field("", max_length=100)
@@ -41,7 +41,7 @@ class DrawRequest(Section):
 
 
 class BadMessage(ValueError):
-    """A message that cannot be followed; says why."""
+    """Raised for an invalid message, with the reason."""
 
 
 def longer(text: str, most: int) -> bool:
@@ -77,10 +77,10 @@ def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_step
         data = json.dumps({**request.model_dump(), **fields}, ensure_ascii=True)
         new = DrawRequest.model_validate_json(data)
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
-        raise BadMessage("; ".join(told)) from None
+        mistakes = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
+        raise BadMessage("; ".join(mistakes)) from None
     except (ValueError, RecursionError):
-        raise BadMessage("settings hold something that is no value") from None
+        raise BadMessage("settings hold something that is not a JSON value") from None
     if new.model not in models:
         raise BadMessage(f"model: choose one of {', '.join(models)}")
     if new.steps > max_steps:

@@ -1,4 +1,4 @@
-"""What the server is told by its owner. Nothing of a viewer, nothing of a model."""
+"""The server's settings. Knows no viewer and no model."""
 
 from __future__ import annotations
 

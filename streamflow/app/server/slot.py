@@ -1,4 +1,4 @@
-"""One viewer's stream, of those that share a loaded pipe. Everything here is called by the model's thread only."""
+"""A session slot: one viewer's stream, of those that share a loaded pipe. Only the model's thread calls this module."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LEVELS = ("mode", "steps", "strength")  # what needs a new ring
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished image, uint8 `[H, W, 3]`. frame: its number; entered: when it came in, `time.monotonic()`; stamp: the
-    viewer's own clock then, of a image; ring: the frames in the ring by stage, the noisiest first, None for none."""
+    """A finished image, uint8 `[H, W, 3]`. frame: its number; entered: `time.monotonic()` when its input arrived; stamp: the
+    viewer's own clock then, of an input image; ring: the frames in the ring by stage, the noisiest first, or None."""
 
     pixels: np.ndarray
     frame: int
@@ -51,7 +51,7 @@ def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
 
 
 class Slot:
-    """A stream that one viewer at a time draws with."""
+    """A stream that one viewer at a time uses."""
 
     def __init__(self, pipe: Any, settings: Settings, extras: dict[str, Any]):
         s = settings
@@ -68,9 +68,9 @@ class Slot:
         self.reset()
 
     def reset(self) -> None:
-        """As new: nothing in flight, nothing requested."""
-        self._request: DrawRequest | None = None  # what is drawn
-        self._tried: DrawRequest | None = None  # what was last asked for
+        """Back to the initial state: nothing in flight, nothing requested."""
+        self._request: DrawRequest | None = None  # the request that is drawn
+        self._tried: DrawRequest | None = None  # the last request, refused ones included
         self._frames: dict[int, tuple[float, float | None]] = {}
         self._ring: tuple[int | None, ...] = ()
         self._count = 0
@@ -78,7 +78,7 @@ class Slot:
 
     @property
     def prepared(self) -> bool:
-        """Whether there is something to draw."""
+        """Whether a request has been applied."""
         return self._request is not None
 
     def _look(self, step: Any) -> None:
@@ -92,8 +92,8 @@ class Slot:
         still = request.mode == "text" and request.motion == "still" and request == self._request
         return still and self._since_change > len(self._ring)
 
-    def follow(self, request: DrawRequest) -> None:
-        """Draw this from now on. ValueError, TypeError: the stream cannot; it goes on with what it had."""
+    def apply(self, request: DrawRequest) -> None:
+        """Draw this request from now on. ValueError, TypeError: the stream refuses it and keeps the one before."""
         before = self._request
         if request in (before, self._tried):
             return
@@ -130,7 +130,7 @@ class Slot:
 
     @torch.no_grad()
     def draw(self, image: Any = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
-        """One turn: a image in, or one more frame from noise. None while the ring fills."""
+        """One turn: draw an input image, or a frame from noise. None while the ring fills."""
         self._frames[self._count] = time.monotonic() if entered is None else entered, stamp
         if image is not None:
             image = self._stream(image)
@@ -147,7 +147,8 @@ class Slot:
         return Drawn(uint8_pixels(image)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
-        """Of the frame that enters: the seed's own, or on the great circle to the next (which keeps its variance)."""
+        """The noise of the frame that enters: the seed's own, or a point on the great circle to the next one, which keeps
+        the variance."""
         if self._request.motion == "still":
             return self._stream.frame_noise(0)
         if self._request.motion == "fresh":
@@ -158,7 +159,7 @@ class Slot:
 
 
 def stages_of(request: DrawRequest) -> int:
-    """How many of the steps a image goes through: at least one, and all of them, from pure noise, at strength 1 only."""
+    """The number of steps an image goes through: at least one, and all of them (from pure noise) at strength 1 only."""
     most = request.steps if request.strength == 1 else request.steps - 1
     return max(1, min(most, round(request.strength * request.steps)))
 
@@ -182,7 +183,7 @@ def open_slots(settings: Settings) -> dict[str, list[Slot]]:
 
 
 def first_request(settings: Settings, model: str = "model") -> DrawRequest:
-    """What a new viewer starts with."""
+    """The request that a new viewer starts with."""
     texts = ((settings.prompt, 1.0),) if isinstance(settings.prompt, str) else settings.prompt
     if len(texts) > 2:
         raise ValueError(f"the page blends two prompts, and the settings have {len(texts)}")
@@ -197,11 +198,11 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
 
 
 def warm(slot: Slot, request: DrawRequest) -> None:
-    """Draw once in both modes and throw it away."""
+    """Warm up: draw once in both modes and discard the results."""
     width, height = slot.size
-    slot.follow(replace_mode(request, "image"))
+    slot.apply(replace_mode(request, "image"))
     slot.draw(np.zeros((height, width, 3), np.uint8))
-    slot.follow(replace_mode(request, "text"))
+    slot.apply(replace_mode(request, "text"))
     slot.draw()
     slot.reset()
 
