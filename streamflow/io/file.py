@@ -21,8 +21,8 @@ class FileSource(Source):
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
     and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound; `count`, the frames
-    that the file says it has, None where it does not. A file that was cut ends where it is cut; images that cannot be
-    decoded are left out, and the log says so once.
+    that the file says it has, None where it does not. A truncated file ends where it is cut; images that cannot be
+    decoded are left out, which is logged once.
 
     Raises, from open: FileNotFoundError, and InvalidSource where PyAV cannot read it or it has no video; SourceLost where
     its disk or network fails.
@@ -51,7 +51,7 @@ class FileSource(Source):
             cause = error.__cause__
             if isinstance(cause, EOFError) and self.path.stat().st_size:  # a recording that was cut before its first image
                 self.rate, self.count, self.audio, self._frames = Fraction(30), 0, None, iter(())
-                self._say_damaged(cause)
+                self._log_damaged(cause)
                 return
             if isinstance(cause, OSError) or not isinstance(cause, av.error.FFmpegError):
                 raise
@@ -97,17 +97,17 @@ class FileSource(Source):
                 if isinstance(error, OSError):
                     raise
                 packet = None
-                self._say_damaged(error)
+                self._log_damaged(error)
             if packet is None:
                 return
             try:
                 frames = packet.decode()
             except broken as error:
                 frames = []
-                self._say_damaged(error)
+                self._log_damaged(error)
             yield from frames
 
-    def _say_damaged(self, error: Exception) -> None:
+    def _log_damaged(self, error: Exception) -> None:
         if not self._damaged:
             self._damaged = True
             logger.warning("%s is damaged or cut, and images that cannot be decoded are left out: %s", self.path, error)

@@ -29,7 +29,7 @@ class Recorder(Sink):
     live stream; else image k is at k / rate. audio: a file whose sound is copied along, as far as the images go.
     quality: libx264's constant rate factor, 0 (lossless) to 51. An odd width or height gets one more column or row, the
     last one repeated, since H.264's common format has none. Opened again after an error, it goes on in a new file beside the
-    first, out.2.mp4, and `path` says which: what has been recorded is kept.
+    first, out.2.mp4, whose name `path` then holds. What was recorded before is kept.
 
     Raises:
         ValueError: an unknown suffix, a rate or quality out of range; from write: an image of another size than the

@@ -123,8 +123,8 @@ class Reading(_Threaded):
     depth: what the queue holds, 1 by default for "newest" and 4 for "every".
 
     The source is opened, read and closed in the thread. What its `open` and `read` raise is raised by `read`; by `close`
-    where nobody read so far, and so is what its `close` raises. `error` is the exception; `lost` says that it is not of
-    `close`. `opened`: whether the source was opened; `ended`: whether it has come to its end.
+    where nobody read so far, and so is what its `close` raises. `error` is the exception; `lost`: whether `open` or `read`
+    raised it. `opened`: whether the source was opened; `ended`: whether it has come to its end.
     """
 
     def __init__(self, source: Source, policy: str = "newest", depth: int | None = None) -> None:

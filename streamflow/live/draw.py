@@ -56,7 +56,7 @@ class Scene:
         return self.stream.width, self.stream.height
 
     def mode(self, image: TimedImage) -> Mode:
-        """The mode to draw in; measured on this image where it is to be chosen and there is none for the shape yet."""
+        """The mode to draw in. Under "auto" it is measured on this image, once for each size and number of stages."""
         stages = max(1, self.stream.denoising_steps_num)
 
         def modes() -> list[Mode]:

@@ -41,8 +41,8 @@ class Backoff:
 class Feed:
     """Images of a source, read in a thread.
 
-    hold: where the source raises, whatever it is, say so once and open it again after a pause, until it is back; else the
-    error is raised. What opening it again cannot mend is raised in any case: ImportError, InvalidSource, an exception that
+    hold: where the source raises an error, log it once and open the source again after a pause, until it is back; otherwise
+    the error is raised. An error that opening cannot solve is raised in any case: ImportError, InvalidSource, an exception that
     is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
     """
 

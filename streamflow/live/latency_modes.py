@@ -1,5 +1,5 @@
-"""Ways to draw from a live source, and which one to take: the ring fed by the source, the ring ticking freely on the
-newest frame, or the sequential loop. An image passes through S ticks of a ring, so the way of the highest rate is seldom
+"""Modes to draw from a live source, and the choice of one: the ring fed by the source, the ring ticking freely on the
+newest frame, or the sequential loop. An image passes through S ticks of a ring, so the mode of the highest rate is seldom
 that of the lowest latency. Knows ticks and clocks; no stream, no image, no device.
 """
 
@@ -22,7 +22,7 @@ class Clock(Protocol):
     """Seconds from any origin."""
 
     def now(self) -> float:
-        """Where it stands."""
+        """The time in seconds."""
         ...
 
     def sleep_until(self, t: float) -> None:
@@ -43,27 +43,27 @@ class RealClock:
 
 
 class SimulatedClock:
-    """A clock that stands still until it is told to go on: `advance` is what takes time."""
+    """A clock that moves only by `advance` and `sleep_until`."""
 
     def __init__(self) -> None:
         self._now = 0.0
 
     def now(self) -> float:
-        """Where it stands."""
+        """The time in seconds."""
         return self._now
 
     def sleep_until(self, t: float) -> None:
-        """Go forward to then."""
+        """Advance to that time."""
         self._now = max(self._now, t)
 
     def advance(self, seconds: float) -> None:
-        """Go forward by so many seconds."""
+        """Advance by so many seconds."""
         self._now += seconds
 
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """One way to draw from a source.
+    """One mode to draw from a source.
 
     tick: takes the number of the input frame that goes in, and returns when the image that comes out is finished, some
         time later by the clock. Several modes may share a ring's tick.
@@ -95,7 +95,7 @@ def sequential(tick: Callable[[int], object]) -> Mode:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a mode gives. rate: input frames drawn a second. p50, p95: seconds from an input frame's arrival to its finished
+    """The measured rate and latency of a mode. rate: input frames drawn a second. p50, p95: seconds from an input frame's arrival to its finished
     image. images: how many were timed."""
 
     name: str

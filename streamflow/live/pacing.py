@@ -34,7 +34,7 @@ class Pacer(Generic[T]):
         self.intervals: deque[float] = deque(maxlen=KEPT)
 
     def run(self, take: Callable[[], T | None], show: Callable[[T], object], going: Callable[[], bool]) -> None:
-        """Until `going` says no. take: the next image or None. show: must return quickly."""
+        """Run while `going()` is true. take: returns the next image or None. show: must return quickly."""
         last = None
         while going() and (last := take()) is None:
             self.clock.sleep_until(self.clock.now() + min(self.period / 4, 0.02))

@@ -101,8 +101,8 @@ class Output:
         self._silent = self._writing.waiting > SILENCE
 
     def lose(self, error: Exception) -> None:
-        """Let go of the thread that this error has ended, and wait longer before each attempt. `failures` counts those
-        between which no image was taken."""
+        """Discard the thread that this error has ended, and wait longer before each attempt. `failures` counts the attempts
+        since an image was last written."""
         self.error = error
         writing, self._writing = self._writing, None
         writing.close()

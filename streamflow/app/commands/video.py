@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     if a.out.exists() and not a.overwrite:
-        p.error(f"{a.out} is there already: choose another name, or say --overwrite")
+        p.error(f"{a.out} is there already: choose another name, or pass --overwrite")
     if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
         p.error(f"{a.out} is what is read: choose another name")
     settings = options.settings(p, a, mode="img2img")

@@ -1,5 +1,5 @@
-"""Images off the network and onto it. What comes in is hostile until it is decoded: its size is looked at before its
-pixels, only three formats are tried, and only the first frame is read."""
+"""Decoding and encoding of viewers' images. Input is untrusted: its size is checked before it is decoded, only three formats
+are accepted, and only the first frame is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every 
 
 
 def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.Image:
-    """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. BadMessage says what is wrong."""
+    """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. BadMessage: invalid or too large."""
     try:
         image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
         return PIL.ImageOps.fit(as_rgb(image), (width, height))

@@ -16,7 +16,7 @@ from streamflow.app.server.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 LOG_SECONDS = 10.0  # between two lines about what was refused
-ADDRESSES = 4096  # whose rates are kept
+ADDRESSES = 4096  # of which the rates are kept
 COME_BACK = 5  # seconds, in Retry-After
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
