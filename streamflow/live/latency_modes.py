@@ -95,8 +95,8 @@ def sequential(tick: Callable[[int], object]) -> Mode:
 
 @dataclass(frozen=True)
 class Measured:
-    """The measured rate and latency of a mode. rate: input frames drawn a second. p50, p95: seconds from an input frame's arrival to its finished
-    image. images: how many were timed."""
+    """The measured rate and latency of a mode. rate: input frames drawn a second. p50, p95: seconds from an input frame's
+    arrival to its finished image. images: how many were timed."""
 
     name: str
     rate: float
