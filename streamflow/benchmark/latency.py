@@ -75,7 +75,6 @@ def ticking(stream: StreamFlow) -> Callable[[int], None]:
 def row(rate: int, modes: list[Measured]) -> dict[str, Any]:
     """The modes at one input rate, times in milliseconds."""
     figures = {
-        m.name: {"pictures_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "pictures": m.pictures}
-        for m in modes
+        m.name: {"pictures_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "pictures": m.images} for m in modes
     }
     return {"input_rate": rate, "modes": figures, "auto": choose_mode(modes, rate).name}
