@@ -48,7 +48,7 @@ EXTRAS_REQUIRE = {
         *ONNX,
     ],
     "onnxruntime": ONNX,
-    "web": ["fastapi>=0.115,<1", "uvicorn>=0.54,<1", "websockets>=13"],
+    "web": ["fastapi>=0.115,<1", "uvicorn>=0.54,<1", "websockets>=13", "prometheus-client>=0.20,<1"],
     "video": ["av>=14"],
     # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).
     "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that says what is wrong in one line, and numbers that are checked as they are read."""
+"""Shared by the commands: a parser that prints an error in one line, and argument types that check numbers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and ends with 2."""
+    """Prints an error in one line, and exits with code 2."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is not below."""
+    """An argparse type: an integer of at least `least`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -26,7 +26,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def above(least: float) -> Callable[[str], float]:
-    """An argparse type: a finite number above that."""
+    """An argparse type: a finite number above `least`."""
 
     def number(text: str) -> float:
         value = float(text)

@@ -1,4 +1,4 @@
-"""What must be installed beside StreamFlow, told from the distributions' metadata alone: nothing heavy is imported.
+"""What must be installed beside StreamFlow, read from the distributions' metadata alone: nothing heavy is imported.
 
 Knows the two requirements that pip cannot keep for us: streamdiffusion, installed with --no-deps because it pins
 diffusers 0.24, and a diffusers that nothing has pulled below our minimum. Knows nothing of devices (doctor does).

@@ -1,4 +1,4 @@
-"""Files that users write and that this package writes: YAML and JSON as plain data within limits, and files that are written
+"""Files that users and this package write: YAML and JSON as plain data within limits, and files that are written
 whole or not at all. Knows no settings and no engines."""
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from family_table import Found
 from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
+from streamflow.app.signals import SIGNALS
 
 PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")
@@ -87,6 +90,16 @@ def full_float32():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def signal_handlers():
+    """Puts the handlers of SIGINT and SIGTERM back, which a command leaves in place once it was ended by one."""
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+    atexit.unregister(signal.signal)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def test_a_prompt_and_sliders_change_the_picture_and_a_reload_keeps_them(tab):
     with page.expect_download() as saved:
         page.click("#save-gif")
     assert open(saved.value.path(), "rb").read(6) in (b"GIF89a", b"GIF87a")
-    for button, start in (("#save-picture", b"\x89PNG"), ("#save-settings", b"{")):
+    for button, start in (("#save-image", b"\x89PNG"), ("#save-settings", b"{")):
         with page.expect_download() as saved:
             page.click(button)
         assert open(saved.value.path(), "rb").read().startswith(start)
@@ -150,7 +150,7 @@ def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     page = tab()
     live(page)
     slide(page, "steps", 2)
-    page.click("#tab-picture")
+    page.click("#tab-image")
     page.click("[data-source=camera]")
     first = changes(page, page.evaluate(OUT))
     changes(page, changes(page, first))  # the camera moves
@@ -186,7 +186,7 @@ def test_two_tabs_draw_a_third_waits_and_all_come_back_to_a_server_that_was_kill
         live(page)
         changes(page, changes(page, page.evaluate(OUT)))
     third = tab()
-    third.wait_for_function("() => document.getElementById('status').textContent.includes('places are taken')")
+    third.wait_for_function("() => document.getElementById('status').textContent.includes('slots are taken')")
     second.context.close()
     live(third)
     first.fill("#prompt", "an octopus, flat vector")

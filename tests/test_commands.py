@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
@@ -84,3 +88,44 @@ def test_help_has_an_example(command, capsys):
         main([command, "--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0 and f"streamflow {command}" in said[said.rindex("example") :]
+
+
+LIGHT = """
+import sys
+from streamflow.app.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 0
+heavy = {"torch", "diffusers", "transformers", "streamdiffusion"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", ["", "serve", "live", "video", "txt2img", "img2img", "config", "doctor"])
+def test_help_imports_nothing_heavy(command):
+    subprocess.run([sys.executable, "-c", LIGHT, *command.split(), "--help"], check=True, capture_output=True, timeout=100)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the installed handlers in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["live", "--out", "null"]], ids=lambda command: command[0])
+def test_a_signal_during_the_imports_ends_it_with_exit_code_0_and_one_line(command, number):
+    """The signal is sent half a second after the start, or later where a busy machine has not yet started Python."""
+    program = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
+    start = [sys.executable, "-c", program, *command, "--device", "cpu", "--warmup", "0"]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.5)
+        while not handles(process.pid, signal.SIGTERM):
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and out == ""
+    assert err == f"ended by {number.name} before anything was open\n"
+
+
+def handles(pid, number):
+    """Whether the process has a handler of its own for this signal."""
+    with open(f"/proc/{pid}/status") as status:
+        caught = next(line for line in status if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

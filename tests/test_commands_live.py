@@ -1,7 +1,11 @@
 """The command `live` and its scenes, with the embedded model."""
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 from functools import reduce
 
 import numpy as np
@@ -92,6 +96,21 @@ def test_pictures_of_a_folder_are_restyled_into_another(capsys, tmp_path):
     assert pictures[0].std() > 5
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_show_with_exit_code_0(number, capsys, signal_handlers):
+    def interrupt():
+        while "streamflow live clock" not in [one.name for one in threading.enumerate()]:
+            time.sleep(0.005)
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, said = run(capsys, "--out", "null")
+    assert code == 0 and said["errors"] == 0
+    assert "streamflow live clock" not in [one.name for one in threading.enumerate()]
+
+
 @pytest.mark.slow
 def test_the_next_scene_is_warmed_and_shown_by_its_key(capsys, tmp_path, monkeypatch):
     """The key is pressed once some pictures are out; both scenes draw, the second one with its own prompt and size."""
@@ -115,7 +134,7 @@ def test_a_scene_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeyp
     (tmp_path / "net.safetensors").write_bytes(bytes(3000))
     assert scenes.weights_on_disk(str(tmp_path)) == 3000 and scenes.weights_on_disk("owner/name") == 0
     monkeypatch.setattr(scenes, "_free", lambda device: 2000)
-    with pytest.raises(MemoryError, match="beside what plays: 2,000 bytes are free, its files alone have 3,000"):
+    with pytest.raises(MemoryError, match="beside the scene that plays: 2,000 bytes are free, its files alone have 3,000"):
         scenes.open_scene(Settings(model=str(tmp_path), device="cpu"))
 
 

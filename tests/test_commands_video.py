@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_io import all_of, packets, record, with_sound
 
+from streamflow import image_utils
 from streamflow.app.commands import morph, video
 from streamflow.image_utils import cropped
 from streamflow.io import open_source
@@ -50,17 +52,17 @@ def test_a_video_is_restyled_frame_by_frame_with_its_times_and_its_sound(capsys,
 
 
 @extras
-def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch):
+def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch, signal_handlers):
     record(tmp_path / "in.mp4", 9)
-    real, count = video.uint8_pixels, []
+    real, count = image_utils.uint8_pixels, []
 
     def interrupted(image):
         count.append(1)
         if len(count) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return real(image)
 
-    monkeypatch.setattr(video, "uint8_pixels", interrupted)
+    monkeypatch.setattr(image_utils, "uint8_pixels", interrupted)
     arguments = [*QUICK, "--in", "in.mp4", "--out", "out.mp4", "--width", "64", "--height", "64", "--no-sound"]
     assert video.main(arguments) == 130
     found = said(capsys)

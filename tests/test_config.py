@@ -177,6 +177,7 @@ def test_all_mistakes_are_told_at_once_with_their_paths(tmp_path):
     [
         ({"t_index_list": [0], "strength": 0.5, "mode": "img2img"}, "leave one out"),
         ({"strength": 0.5, "mode": "txt2img"}, "strength is of mode img2img"),
+        ({"strength": 0.0, "mode": "img2img"}, "greater than 0"),
         ({"negative_prompt": "x"}, "needs guidance"),
         ({"seed": True}, "seed: Input should be a valid integer"),
         (["seed"], "keys and values, not list"),
@@ -189,7 +190,7 @@ def test_what_does_not_go_together_is_refused(wrong, says):
 
 def test_what_is_no_yaml_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match="a.yaml is no YAML"):
+    with pytest.raises(ConfigError, match="a.yaml is not YAML"):
         config.load(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("model: 2026-11-23")
     with pytest.raises(ConfigError, match="b.yaml:\n  a value is of a kind"):
@@ -230,7 +231,7 @@ def test_a_file_that_would_grow_or_loses_something_is_refused(name, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     began = time.process_time()
-    with pytest.raises(ConfigError, match=f"a.yaml is no YAML: (.|\n)*{re.escape(says)}"):
+    with pytest.raises(ConfigError, match=f"a.yaml is not YAML: (.|\n)*{re.escape(says)}"):
         config.load(path)
     with pytest.raises(ValueError, match=re.escape(says)):
         load_config(path)

@@ -17,7 +17,7 @@ from streamflow.app.config import ConfigError
 from streamflow.live.remote import Control, Keys, Mapping, open_control
 from streamflow.live.remote.knobs import Knobs
 from streamflow.live.remote.learn import Learner
-from streamflow.live.remote.midi import chosen, heard
+from streamflow.live.remote.midi import find_port, parse_message
 from streamflow.live.remote.settings import socket_of
 
 LACKING = [name for name in ("pythonosc", "mido", "rtmidi") if importlib.util.find_spec(name) is None]
@@ -80,10 +80,10 @@ def test_all_mistakes_are_told_with_their_paths():
         "mappings.0.address: 'cc:74' is no address",
         "mappings.1.address: 'midi:cc:17:74'",
         "mappings.2.address: 'osc:/all/*'",
-        "mappings.3.field: no knob turns 'sead': choose one of prompt, ",
+        "mappings.3.field: a knob cannot change 'sead': choose one of prompt, ",
         "mappings.4.smoothing: Input should be greater",
         "mappings.5.range.1: Field required",
-        "mappings.6: source is where the knob begins and ends",
+        "mappings.6: source holds the knob's two ends",
         "mappings.7: feedback is from 0 to 0.999, and range is [0.0, 1.0]",
         "mappings.8: prompt is a text, which MIDI does not send",
         "mappings.9: prompt is a text: leave range",
@@ -183,29 +183,39 @@ def test_what_cannot_be_is_dropped_and_told_once_an_address(caplog):
 def test_the_next_address_that_moves_is_learned():
     learner = Learner("guidance_scale", (1, 8), 0.1)
     for address, value in (("osc:/still", 0.5), ("osc:/moved", 0), ("osc:/still", 0.5), ("osc:/text", "a"), ("osc:/a b", 1)):
-        assert learner.hear(address, value) is None
-    made = learner.hear("osc:/moved", 0.1)
+        assert learner.receive(address, value) is None
+    made = learner.receive("osc:/moved", 0.1)
     assert made == Mapping(address="osc:/moved", field="guidance_scale", range=(1, 8), smoothing=0.1)
     assert learner.wait(0) is made
-    assert learner.hear("osc:/still", 0.7) is None
-    assert Learner("prompt").hear("osc:/said", "a fox") == Mapping(address="osc:/said", field="prompt")
+    assert learner.receive("osc:/still", 0.7) is None
+    assert Learner("prompt").receive("osc:/said", "a fox") == Mapping(address="osc:/said", field="prompt")
+
+
+def test_a_range_is_by_default_0_to_1_within_what_the_field_takes():
+    assert Mapping(address="osc:/a", field="strength").range == (0.01, 1.0)
+    assert Mapping(address="osc:/a", field="feedback").range == (0.0, 0.999)
+    assert (
+        Mapping(address="osc:/a", field="prompt_weights.3").range == Mapping(address="osc:/a", field="seed").range == (0, 1)
+    )
+    with pytest.raises(ValueError, match="strength is from 0.01 to 1"):
+        Mapping(address="osc:/a", field="strength", range=(0.0, 1.0))
 
 
 def test_learning_keeps_a_thousand_addresses_and_hears_what_comes_after_them():
     learner = Learner("delta")
     for k in range(5000):
-        assert learner.hear(f"osc:/{k}", 0) is None
-    assert len(learner._heard) == 1000
-    assert learner.hear("osc:/" + "a" * 300, 0) is learner.hear("osc:/" + "a" * 300, 1) is None
-    assert learner.hear("osc:/0", 1) is None  # forgotten
-    assert learner.hear("osc:/4999", 1).address == "osc:/4999"
+        assert learner.receive(f"osc:/{k}", 0) is None
+    assert len(learner._first_values) == 1000
+    assert learner.receive("osc:/" + "a" * 300, 0) is learner.receive("osc:/" + "a" * 300, 1) is None
+    assert learner.receive("osc:/0", 1) is None  # forgotten
+    assert learner.receive("osc:/4999", 1).address == "osc:/4999"
 
 
 def test_learning_ends_where_nothing_moves():
     learner = Learner("delta")
     with pytest.raises(TimeoutError, match="delta within 0.01 s"):
         learner.wait(0.01)
-    assert [learner.hear("osc:/a", value) for value in (0, 1)] == [None, None]
+    assert [learner.receive("osc:/a", value) for value in (0, 1)] == [None, None]
     with pytest.raises(ValidationError, match="sead"):
         Learner("sead")
 
@@ -238,26 +248,26 @@ def test_a_refused_update_is_told_once_and_does_not_hold_up_the_others(caplog):
     taken, refusing = [], True
 
     def update(**fields):
-        if refusing and "strength" in fields:
-            raise ValueError("strength goes with image-to-image")
+        if refusing and "guidance_scale" in fields:
+            raise ValueError("there is no guidance")
         taken.append(fields)
 
     with open_control(Control(), update) as controls:
-        for field in ("strength", "delta"):
+        for field in ("guidance_scale", "delta"):
             controls.learn(field)
             for value in (0, 1):
-                controls.hear(f"osc:/{field}", value)
-        assert [one.field for one in controls.settings.mappings] == ["strength", "delta"]
+                controls.receive(f"osc:/{field}", value)
+        assert [one.field for one in controls.settings.mappings] == ["guidance_scale", "delta"]
         caplog.clear()
         for now, value in enumerate((0.1, 0.2, 0.3)):
             refusing = now < 2
-            controls.hear("osc:/strength", value)
-            controls.hear("osc:/delta", value)
+            controls.receive("osc:/guidance_scale", value)
+            controls.receive("osc:/delta", value)
             controls.tick(now)
             controls.tick(now)
-    assert taken == [{"delta": 0.1}, {"delta": 0.2}, {"strength": 0.3, "delta": 0.3}]
+    assert taken == [{"delta": 0.1}, {"delta": 0.2}, {"guidance_scale": 0.3, "delta": 0.3}]
     assert [record.getMessage() for record in caplog.records] == [
-        "strength = 0.1 is refused and dropped: strength goes with image-to-image"
+        "guidance_scale = 0.1 is refused and dropped: there is no guidance"
     ]
 
 
@@ -338,7 +348,7 @@ def test_neither_what_is_no_osc_nor_what_is_for_later_holds_up_the_next_message(
     controls.close()
     assert taken == [{"prompt": "été"}]
     (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("streamflow.live.remote")]
-    assert "is no OSC" in told
+    assert "is not OSC" in told
     open_control(Control(osc=f":{controls.osc_bound[1]}"), print).close()  # the port is free again
 
 
@@ -355,20 +365,20 @@ def test_midi_messages_become_addresses_and_values():
         (Message("note_on", channel=15, note=60, velocity=127), {"feedback": 0.5}),
         (Message("note_off", channel=15, note=60, velocity=64), {"feedback": 0.0}),
     ):
-        knobs.put(*heard(message))
+        knobs.put(*parse_message(message))
         assert knobs.due(0) == due
-    assert heard(Message("pitchwheel", pitch=5)) is None and heard(Message("clock")) is None
+    assert parse_message(Message("pitchwheel", pitch=5)) is None and parse_message(Message("clock")) is None
 
 
 def test_a_midi_port_is_chosen_by_its_name_or_a_part():
     ports = ["Through 14:0", "nanoKONTROL2 20:0", "Pad 24:0", "Pad 24:0 B"]
-    assert chosen("nanokontrol", ports) == ports[1]
-    assert chosen("Pad 24:0", ports) == ports[2]
+    assert find_port("nanokontrol", ports) == ports[1]
+    assert find_port("Pad 24:0", ports) == ports[2]
     for name, says in (("piano", "no MIDI port 'piano'; ports: 'Through 14:0', 'nano"), ("pad", "2 MIDI ports have 'pad'")):
         with pytest.raises(OSError, match=says):
-            chosen(name, ports)
+            find_port(name, ports)
     with pytest.raises(OSError, match="ports: none"):
-        chosen("piano", [])
+        find_port("piano", [])
 
 
 @extras

@@ -148,7 +148,7 @@ def test_a_video_a_camera_and_a_screen(there, tmp_path, monkeypatch, capsys):
     photo = str(there / "photos/0.png")
     live = ["--steps", "2", "--fps", "2"]
     restyled = ["--strength", "0.5", "--seconds", "7"]
-    assert loaded("webcam/main.py").main(["--source", f"picture:{photo}", "--sink", "folder:seen", *live, *restyled]) == 0
+    assert loaded("webcam/main.py").main(["--source", f"image:{photo}", "--sink", "folder:seen", *live, *restyled]) == 0
     assert "mode='" in capsys.readouterr().out and len(list(Path("seen").glob("*.png"))) >= 2
     assert loaded("optimal-performance/single.py").main(["--sink", "null", "--seconds", "3", *live]) == 0
     assert float(capsys.readouterr().out.split()[0]) > 0

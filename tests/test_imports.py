@@ -24,8 +24,8 @@ ROOT = Path(streamflow.__file__).parent
 # The entries of the package's folder: a row imports only its own and the rows above it. A folder orders its own files.
 ROWS = (
     (
-        *("_version", "_environment", "_files", "_grad_mode", "_threads", "_validation", "_decibels", "_command_line"),
-        "pretrained",
+        *("_version", "_environment", "_files", "_grad_mode", "_queue", "_threads", "_validation", "_decibels"),
+        *("_command_line", "pretrained"),
     ),
     ("flow", "image_utils", "image_filter", "io"),
     ("conditioning",),
@@ -170,6 +170,8 @@ def flags():
 torch.manual_seed(0)
 before = flags()
 import streamflow
+for name in streamflow.__all__:
+    getattr(streamflow, name)
 watched = ("streamflow.models.", "streamdiffusion.acceleration", "tensorrt")
 loaded = [name for name in sys.modules if name.startswith(watched)]
 families = [name for name in loaded if name.startswith("streamflow.models.families.")]

@@ -23,12 +23,12 @@ import pytest
 from streamflow.io import (
     SINKS,
     SOURCES,
-    Picture,
     Reading,
     Sink,
     SinkLost,
     Source,
     SourceLost,
+    TimedImage,
     Writing,
     open_sink,
     open_source,
@@ -46,7 +46,7 @@ def picture(k=0, height=HEIGHT, width=WIDTH, seconds=None):
     """Flat grey of a level that tells k, a red corner at the top left."""
     pixels = np.full((height, width, 3), 20 * (k % 10), dtype=np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 0)
-    return Picture(pixels, k / 10 if seconds is None else seconds)
+    return TimedImage(pixels, k / 10 if seconds is None else seconds)
 
 
 def all_of(source):
@@ -176,12 +176,12 @@ package = types.ModuleType("streamflow")  # without its __init__, which loads to
 package.__path__ = [{root!r}]
 sys.modules["streamflow"] = package
 import numpy as np
-from streamflow.io.picture import Picture
+from streamflow.io.protocols import TimedImage
 from streamflow.io.recorder import Recorder
 sink = Recorder({path!r}, rate=10, clock=False)
 sink.open()
 for k in range(40):
-    sink.write(Picture(np.random.default_rng(k).integers(0, 255, (48, 64, 3), dtype=np.uint8), k / 10))
+    sink.write(TimedImage(np.random.default_rng(k).integers(0, 255, (48, 64, 3), dtype=np.uint8), k / 10))
 print("written", flush=True)
 time.sleep(60)
 """
@@ -280,7 +280,7 @@ def test_a_recorder_on_a_full_disk_raises_and_goes_on_in_a_new_file(tmp_path, su
     import resource
 
     rng, files = np.random.default_rng(0), []
-    pictures = [Picture(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8), k / 10) for k in range(30)]
+    pictures = [TimedImage(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8), k / 10) for k in range(30)]
     sink = open_sink(f"file:{tmp_path / f'a.{suffix}'}", rate=10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for most in (20_000, 10_000, None):
@@ -325,7 +325,7 @@ def test_pictures_are_sorted_by_number_and_turned_by_exif(tmp_path):
     still.open()
     assert [still.read().pixels.shape for _ in range(3)] == [(WIDTH, HEIGHT, 3)] * 3
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no picture"):
+    with pytest.raises(FileNotFoundError, match="no image"):
         open_source(f"folder:{tmp_path / 'empty'}").open()
 
 
@@ -353,7 +353,7 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named_once(tmp_path, broken,
     assert [str(bad) in one.getMessage() for one in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("address", ["folder:{}", "picture:{}/0.png", "{}/0.png"])
+@pytest.mark.parametrize("address", ["folder:{}", "image:{}/0.png", "{}/0.png"])
 def test_a_folder_without_an_image_that_can_be_read_is_lost(tmp_path, address):
     for k in range(2):
         (tmp_path / f"{k}.png").write_bytes(b"no image")
@@ -854,7 +854,7 @@ def kinds(table):
 @pytest.mark.parametrize("kind", kinds(SOURCES))
 def test_every_source_keeps_to_the_protocol(kind, tmp_path, request):
     PIL.Image.fromarray(picture().pixels).save(tmp_path / "a.png")
-    rest = {"folder": tmp_path, "picture": tmp_path / "a.png", "spout": "", "syphon": "", "screen": 1}
+    rest = {"folder": tmp_path, "image": tmp_path / "a.png", "spout": "", "syphon": "", "screen": 1}
     if kind in ("file", "camera"):  # OpenCV reads a file as it reads a camera
         rest[kind] = record(tmp_path / "a.mp4")
     if kind == "mjpeg":
@@ -935,7 +935,7 @@ def test_a_window_passes_its_keys_on_and_says_when_it_is_closed(monkeypatch):
 
 SHOWN_AND_READ = """
 import time
-from streamflow.io import Picture, open_sink, open_source
+from streamflow.io import TimedImage, open_sink, open_source
 import numpy as np
 pixels = np.zeros((96, 128, 3), np.uint8)
 pixels[:48, :64] = 255, 0, 0
@@ -943,7 +943,7 @@ window, screen = open_sink("window", size=(400, 300)), open_source("screen:1")
 window.open()
 screen.open()
 for _ in range(5):
-    window.write(Picture(pixels, 0.0))
+    window.write(TimedImage(pixels, 0.0))
     time.sleep(0.1)
 seen = screen.read().pixels
 print(((seen[..., 0] > 250) & (seen[..., 1:].max(2) < 5)).sum())
@@ -958,7 +958,7 @@ def test_the_screen_reads_what_a_window_shows():
 
 
 def test_unknown_addresses_list_the_known():
-    with pytest.raises(ValueError, match="camera, file, folder, picture, screen, mjpeg, ndi, spout, syphon"):
+    with pytest.raises(ValueError, match="camera, file, folder, image, screen, mjpeg, ndi, spout, syphon"):
         open_source("webcam:0")
     with pytest.raises(ValueError, match="record, file, folder, window, virtualcam"):
         open_sink("projector")
@@ -986,4 +986,4 @@ def test_what_is_of_another_system_or_not_installed_says_what_to_do():
 )
 def test_a_picture_is_checked(pixels, error):
     with pytest.raises(error, match="pixels are"):
-        Picture(pixels, 0.0)
+        TimedImage(pixels, 0.0)

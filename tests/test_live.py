@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from streamflow.io import InvalidSource, Picture, SinkLost, SourceLost
+from streamflow.io import InvalidSource, SinkLost, SourceLost, TimedImage
 from streamflow.live import feed as feeds
 from streamflow.live.feed import Feed
 from streamflow.live.show import Sinks
@@ -33,7 +33,7 @@ class Camera:
             return None
         self.count += 1
         time.sleep(0.005)
-        return Picture(np.full((64, 64, 3), 7 * self.count % 256, np.uint8), time.monotonic())
+        return TimedImage(np.full((64, 64, 3), 7 * self.count % 256, np.uint8), time.monotonic())
 
     def close(self):
         self.closed += 1
@@ -161,7 +161,7 @@ def test_the_similarity_filter_keeps_no_frame_of_a_clip_in_the_ring(stream):
         def read(self):
             picture = super().read()
             rng = np.random.default_rng(self.count)
-            return picture and Picture(rng.integers(0, 256, (64, 64, 3), np.uint8), picture.time)
+            return picture and TimedImage(rng.integers(0, 256, (64, 64, 3), np.uint8), picture.time)
 
     camera, kept = Noise(most=5), Kept()
     stream.enable_similar_image_filter(0.99, max_skip_frame=100)
@@ -467,13 +467,13 @@ def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
 
     now = [10.0]
     monkeypatch.setattr(draw.time, "monotonic", lambda: now[0])
-    drawing = draw.Drawing(None, None, draw.Outbox("newest"), True)
+    drawing = draw.Drawing(None, None, draw.BoundedQueue(1, block=False), True)
     drawing.last = draw.Drawn(np.full((2, 2, 3), 200, np.uint8), 0.0)
     drawing.switch("scene", 2.0)
     drawing._take_scene()
     new, seen = np.full((2, 2, 3), 100, np.uint8), []
     for now[0] in (10.0, 10.5, 11.0, 12.0, 13.0):
-        seen.append(int(drawing._faded(new)[0, 0, 0]))
+        seen.append(int(drawing._crossfaded(new)[0, 0, 0]))
     assert seen == [200, 175, 150, 100, 100]
 
 
@@ -483,9 +483,9 @@ def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
         ({"policy": "some"}, "unknown policy 'some': choose one of newest, every"),
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"on_error": "ignore"}, "unknown on_error"),
-        ({"target_fps": 0}, "target_fps must be pictures a second, above 0"),
+        ({"target_fps": 0}, "target_fps must be images a second, above 0"),
         ({"target_fps": float("nan")}, "target_fps must be"),
-        ({"sinks": []}, "nowhere to show"),
+        ({"sinks": []}, "there is no sink"),
         ({"source": "nothing:1"}, "unknown source 'nothing:1'"),
     ],
     ids=str,

@@ -61,7 +61,7 @@ def test_a_frame_that_went_in_twice_counts_once():
     clock = SimulatedClock()
     mode = free(lambda frame: (taken.append(frame), clock.advance(0.01)), 2)
     found = play(mode, clock, 0.1, 1.0)
-    assert len(taken) > 100 and found.pictures == len(set(taken)) == 10
+    assert len(taken) > 100 and found.images == len(set(taken)) == 10
     assert found.rate == pytest.approx(10)
 
 
@@ -93,8 +93,8 @@ def test_the_choice_and_the_runner_up_are_logged_with_both_figures(caplog):
     modes = [Measured("slow", 10, 0.01, 0.02), Measured("late", 60, 0.4, 0.5), Measured("good", 29.9, 0.1, 0.15)]
     assert choose_mode(modes, 30).name == "good"
     assert [r.levelno for r in caplog.records] == [logging.INFO] * 2
-    assert "good: 29.9 pictures/s, latency 100.0 ms (p95 150.0)" in caplog.messages[0] and "holds 30.0" in caplog.messages[0]
-    assert "late: 60.0 pictures/s, latency 400.0 ms" in caplog.messages[1]
+    assert "good: 29.9 images/s, latency 100.0 ms (p95 150.0)" in caplog.messages[0] and "holds 30.0" in caplog.messages[0]
+    assert "late: 60.0 images/s, latency 400.0 ms" in caplog.messages[1]
     assert choose_mode(modes, 100).name == "late" and "none holds 100.0" in caplog.messages[2]
     with pytest.raises(ValueError, match="at least one"):
         choose_mode([], 30)

@@ -1,11 +1,9 @@
 """Even intervals, by a clock that takes no time."""
 
-import threading
-
 import pytest
 
 from streamflow.live.latency_modes import SimulatedClock
-from streamflow.live.pacing import Outbox, Pacer
+from streamflow.live.pacing import Pacer
 
 
 def played(arrivals, period=1.0, slots=10, takes=0.0):
@@ -52,31 +50,3 @@ def test_multiples_that_went_by_are_left_out_and_the_clock_stays_in_step():
 def test_a_period_is_a_positive_time(period):
     with pytest.raises(ValueError, match="positive number of seconds"):
         Pacer(period, SimulatedClock())
-
-
-def test_an_outbox_of_the_newest_keeps_one_and_counts_the_others():
-    box = Outbox("newest")
-    for k in range(4):
-        box.put(k)
-    assert (box.take(), box.take(), box.dropped) == (3, None, 3) and box.empty
-
-
-def test_an_outbox_of_every_picture_keeps_order_and_makes_who_puts_wait():
-    box, put = Outbox("every", depth=2), []
-
-    def fill():
-        for k in range(5):
-            box.put(k)
-            put.append(k)
-
-    thread = threading.Thread(target=fill)
-    thread.start()
-    taken = []
-    while len(taken) < 3:
-        taken += [one for one in [box.take()] if one is not None]
-    assert taken == [0, 1, 2]
-    box.close()
-    thread.join(5)
-    assert not thread.is_alive() and put == [0, 1, 2, 3, 4] and box.dropped == 0
-    with pytest.raises(ValueError, match="unknown policy 'some'"):
-        Outbox("some")

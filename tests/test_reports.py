@@ -16,10 +16,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
-from streamflow.app.server.pictures import decode
-from streamflow.app.server.wishes import BadMessage
+from streamflow.app.server.images import decode
+from streamflow.app.server.messages import BadMessage
 from streamflow.image_utils import ImageFileError, as_rgb, open_image
-from streamflow.io.folder import read_picture
+from streamflow.io.folder import read_image
 from streamflow.stream.request import is_plain, owned, same
 
 OTHER = "a boat at night"
@@ -235,7 +235,7 @@ def test_every_reader_reads_an_image_file_as_people_see_it(files, name):
     expected = np.linspace(0, 255, 64)[None, :, None].repeat(48, 0).repeat(3, 2)
     near = 12 if name.endswith(".jpg") or name == "animated.gif" else 2
     data = files[name].read_bytes()
-    read = {"io": read_picture(files[name]), "bytes": np.asarray(as_rgb(open_image(data)))}
+    read = {"io": read_image(files[name]), "bytes": np.asarray(as_rgb(open_image(data)))}
     if name.split(".")[1] in ("jpg", "png", "webp"):
         read["server"] = np.asarray(decode(data, 2**20, 64, 48))
     for reader, pixels in read.items():
@@ -257,7 +257,7 @@ def test_a_file_that_is_no_image_says_what_is_wrong(files, tmp_path):
     bad = {"cut.png": whole[: len(whole) // 2], "text.png": b"hello", "empty.png": b""}
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-        for read in (lambda p: open_image(p), lambda p: read_picture(p)):
+        for read in (lambda p: open_image(p), lambda p: read_image(p)):
             with pytest.raises(ImageFileError, match=rf"{name} (is no image in a known format|cannot be read as an image)"):
                 read(tmp_path / name)
         with pytest.raises(BadMessage, match="send a whole JPEG, PNG or WebP"):

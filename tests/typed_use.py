@@ -13,7 +13,7 @@ from streamflow.app import config
 from streamflow.app.config import Settings
 from streamflow.app.scenes import open_scene
 from streamflow.image_utils import postprocess_image
-from streamflow.io import Picture, Reading, Sink, Source, Writing, open_sink, open_source
+from streamflow.io import Reading, Sink, Source, TimedImage, Writing, open_sink, open_source
 from streamflow.live.remote import open_control
 from streamflow.live.show import Live, Statistics
 from streamflow.parallel import ShardedVAE, decode, shard_denoiser, shard_vae
@@ -62,7 +62,7 @@ def pictures() -> None:
     with Reading(open_source("camera:0")) as reading, Writing(open_sink("record:out.mp4")) as writing:
         picture = reading.read()
         if picture is not None:
-            writing.write(Picture(np.ascontiguousarray(picture.pixels[::-1]), picture.time))
+            writing.write(TimedImage(np.ascontiguousarray(picture.pixels[::-1]), picture.time))
 
 
 def settings_of(path: Path) -> Settings:

@@ -28,7 +28,7 @@ from streamflow.app.config import Settings
 from streamflow.app.scenes import aside, open_scene
 from streamflow.benchmark.machine import machine
 from streamflow.benchmark.report import rounded
-from streamflow.io import Picture
+from streamflow.io import TimedImage
 from streamflow.live.latency_modes import percentile
 from streamflow.wrapper import StreamFlowWrapper
 
@@ -44,14 +44,14 @@ class Moving:
     def open(self) -> None:
         self.count, self.start = 0, time.monotonic()
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         self.count += 1
         time.sleep(max(0.0, self.start + self.count / 30 - time.monotonic()))
         pixels = np.full((self.height, self.width, 3), 255, np.uint8)
         side = self.width // 2
         left = int((self.width - side) * abs((self.count / 90) % 2 - 1))
         pixels[side // 2 : side // 2 + side, left : left + side] = (220, 40, 30)
-        return Picture(pixels, time.monotonic())
+        return TimedImage(pixels, time.monotonic())
 
     def close(self) -> None:
         pass
@@ -67,7 +67,7 @@ class News:
     def open(self) -> None:
         pass
 
-    def write(self, image: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if image.pixels is not self._last:
             self.times.append(image.time)
         self._last = image.pixels

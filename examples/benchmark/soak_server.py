@@ -84,7 +84,7 @@ def put(ws: ClientConnection, **settings: Any) -> None:
 def ask(ws: ClientConnection, number: int, picture: bytes) -> int:
     """Send a picture and wait for the next one that is drawn of a picture: its number."""
     ws.send(struct.pack(">d", number) + picture)
-    while (stamp := heard(ws, "picture")["stamp"]) is None:  # text that was under way
+    while (stamp := heard(ws, "image")["stamp"]) is None:  # text that was under way
         pass
     return int(stamp)
 
@@ -93,7 +93,7 @@ def play_act(ws: ClientConnection, act: Act) -> list[int]:
     """An act's pictures, each asked for when the last is answered; then text for a while. The numbers of the answers."""
     first, other = ((act.prompt, 1.0), ("", 0.0)) if isinstance(act.prompt, str) else act.prompt
     words = {"prompt": first[0], "other": other[0], "blend": other[1]}
-    put(ws, mode="picture", guidance=act.guidance, steps=4, strength=len(act.steps) / 4, seed=act.mask, **words)
+    put(ws, mode="image", guidance=act.guidance, steps=4, strength=len(act.steps) / 4, seed=act.mask, **words)
     found = []
     for number, kind in zip(act.numbers, cycle(FORMATS), strict=False):
         data = io.BytesIO()
@@ -104,7 +104,7 @@ def play_act(ws: ClientConnection, act: Act) -> list[int]:
     put(ws, mode="text")
     seen: list[int] = []
     while len(seen) < TEXTS:
-        said = heard(ws, "picture")
+        said = heard(ws, "image")
         seen += [said["frame"]] * (said["stamp"] is None)
     if any(b != a + 1 for a, b in pairwise(seen)) or seen[0]:
         raise RuntimeError(f"text frames {seen} should be 0, 1, 2, ...")

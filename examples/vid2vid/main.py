@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streamflow import StreamFlowWrapper
 from streamflow.image_utils import uint8_pixels
-from streamflow.io import Picture, open_source
+from streamflow.io import TimedImage, open_source
 from streamflow.io.recorder import Recorder
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
         pictures = chain([first], iter(video.read, None))
         for frame in wrapper.stream.frames(picture.pixels for picture in pictures):
-            recorder.write(Picture(uint8_pixels(frame.wait().image[None])[0], 0.0))
+            recorder.write(TimedImage(uint8_pixels(frame.wait().image[None])[0], 0.0))
     recorder.close()
     video.close()
     return 0

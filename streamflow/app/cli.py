@@ -1,23 +1,28 @@
 """The command `streamflow`: a table of subcommands. Each is a `main(argv)` that has its own `--help` and returns an exit
-code, imported when it is asked for."""
+code. It is imported when it runs, once the signals' handlers are installed."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
+from streamflow.app.signals import INTERRUPTED, stop_signals
+
 COMMANDS = {
-    "txt2img": ("streamflow.app.commands.txt2img", "draw pictures from a prompt"),
-    "img2img": ("streamflow.app.commands.img2img", "restyle pictures"),
+    "txt2img": ("streamflow.app.commands.txt2img", "draw images from a prompt"),
+    "img2img": ("streamflow.app.commands.img2img", "restyle images"),
     "video": ("streamflow.app.commands.video", "restyle a video file, with its times and its sound"),
     "morph": ("streamflow.app.commands.morph", "draw the way from one prompt to the next"),
     "live": ("streamflow.app.commands.live", "restyle a camera, a screen or a file live, or draw from a prompt"),
-    "serve": ("streamflow.app.commands.serve", "serve the page: text and pictures, live, in a browser"),
+    "serve": ("streamflow.app.commands.serve", "serve the page: text and images, live, in a browser"),
     "config": ("streamflow.app.commands.settings_file", "write, check or show a file of settings"),
     "doctor": ("streamflow.app.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),
     "benchmark": ("streamflow.benchmark", "measure one model on this machine: where each factor of the speed comes from"),
     "engines": ("streamflow.app.commands.engines", "list or delete the TensorRT engines that are kept between runs"),
 }
+
+STOPPED = {"live": 0, "serve": 0, "video": INTERRUPTED}  # the exit code after SIGINT or SIGTERM, of those that handle them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,4 +37,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")
     command = parser.parse_args(arguments[:1]).command
-    return import_module(COMMANDS[command][0]).main(arguments[1:])
+    with stop_signals(STOPPED[command]) if command in STOPPED else nullcontext():
+        return import_module(COMMANDS[command][0]).main(arguments[1:])

@@ -1,5 +1,5 @@
-"""All that a run needs, in one frozen, typed object, and YAML in and out. Every mistake in a file is told at once, with the
-key's path. Knows names, types and ranges; whether a model can draw a size, it says itself when it is loaded.
+"""The settings of a run in one frozen, typed object, read from and written to YAML. All mistakes in a file are reported at
+once, each with its key's path. Knows names, types and ranges. A model checks the image size itself when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH = 110  # of the comments in a file
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be; one line for each mistake, with the key's path."""
+    """Raised for invalid settings: one line for each mistake, with the key's path."""
 
 
 class Acceleration(Section):
@@ -44,9 +44,9 @@ class Acceleration(Section):
 
 
 class SimilarImages(Section):
-    """Input pictures that look like the last one are not drawn again."""
+    """Input images that look like the last one are not drawn again."""
 
-    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) a picture may be skipped")
+    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) an image may be skipped")
     max_skip_frame: int = Field(10, ge=0, description="at most so many in a row")
 
 
@@ -60,7 +60,7 @@ class Settings(Section):
         None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
     devices: tuple[str, ...] = Field((), description="more devices: the VAE and the denoising rows are spread over all")
-    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="pictures from text alone, or from pictures")
+    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(
         "a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
     )
@@ -70,7 +70,7 @@ class Settings(Section):
         None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
     )
     strength: float | None = Field(
-        None, ge=0, le=1, description="of img2img, in place of t_index_list: 1 ignores the picture"
+        None, gt=0, le=1, description="of img2img, instead of t_index_list: above 0; 1 ignores the image"
     )
     cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
     guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
@@ -85,7 +85,7 @@ class Settings(Section):
     loras: dict[str, float] = Field({}, description="LoRAs, hub id or file, and how strong each is")
     acceleration: Acceleration = Field(Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(None, description=SimilarImages.__doc__)
-    warmup: int = Field(10, ge=0, description="pictures drawn and thrown away at the start")
+    warmup: int = Field(10, ge=0, description="images drawn and thrown away at the start")
     live: LiveSettings = Field(LiveSettings(), description=LiveSettings.__doc__)
     control: Control = Field(Control(), description=Control.__doc__)
     server: Server = Field(Server(), description=Server.__doc__)
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Settings:
     try:
         data = read_yaml(read_text(Path(path)))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     try:
         return parse(data)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What is installed, what can compute and what could be faster; for each thing that is not there, its command.
+"""What is installed, what can compute and what could be faster; for each missing thing, the command that installs it.
 
 `streamflow doctor` and `python env/check.py` print it. Reads metadata and asks torch for its devices; imports no
 other heavy package, and works where some of them are missing or broken.
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """The three sections that are told, and the problems that keep StreamFlow from working."""
+    """The three sections, and the problems that keep StreamFlow from working."""
 
     versions: tuple[Line, ...]
     devices: tuple[Line, ...]
@@ -81,8 +81,8 @@ def problems(torch_error: str | None) -> list[Line]:
             found.append(Line(label, problem.state, problem.command))
     if torch_error is not None:
         found.append(Line("torch", torch_error, "python env/install.py"))
-    told = {"streamdiffusion", "diffusers", "torch"}
-    missing = [name for name in DISTRIBUTIONS if name not in told and not have(name)]
+    reported = {"streamdiffusion", "diffusers", "torch"}
+    missing = [name for name in DISTRIBUTIONS if name not in reported and not have(name)]
     if missing:
         found.append(Line("packages", f"not installed: {', '.join(missing)}", "python env/install.py"))
     return found
@@ -173,7 +173,7 @@ def tensorrt_lines() -> list[Line]:
 
 
 EXTRAS = {
-    "web": ("fastapi", "uvicorn", "websockets"),
+    "web": ("fastapi", "uvicorn", "websockets", "prometheus-client"),
     "video": ("av",),
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),

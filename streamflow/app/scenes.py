@@ -17,7 +17,7 @@ from streamflow.wrapper import StreamFlowWrapper
 
 
 def open_scene(settings: Settings) -> StreamFlowWrapper:
-    """A scene's model, loaded and prepared beside those that are there.
+    """A scene's model, loaded and prepared beside the models that are loaded.
 
     Raises:
         MemoryError: it does not fit beside them, with the numbers. Otherwise as `StreamFlowWrapper.from_settings`.
@@ -47,8 +47,8 @@ def _free(device: torch.device) -> int:
 
 def _no_room(settings: Settings, device: torch.device, free: int, needed: str) -> str:
     return (
-        f"{settings.model} does not fit on {device} beside what plays: {free:,} bytes are free, {needed}; choose a smaller "
-        f"model or dtype, or another device for this scene"
+        f"{settings.model} does not fit on {device} beside the scene that plays: {free:,} bytes are free, {needed}; "
+        f"choose a smaller model or dtype, or another device for this scene"
     )
 
 
@@ -86,7 +86,7 @@ class Scenes:
         return True
 
     def close(self) -> None:
-        """Close what plays and what is warm, once the performance has ended."""
+        """Close the scene that plays and the one that is warm, once the show has ended."""
         self._playing.close()
         if self._ready is not None:
             self._ready[0].close()

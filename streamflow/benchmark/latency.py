@@ -74,6 +74,6 @@ def ticking(stream: StreamFlow) -> Callable[[int], None]:
 def row(rate: int, modes: list[Measured]) -> Json:
     """The modes at one input rate, times in milliseconds."""
     figures = {
-        m.name: {"images_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "images": m.pictures} for m in modes
+        m.name: {"images_per_s": m.rate, "p50_ms": 1e3 * m.p50, "p95_ms": 1e3 * m.p95, "images": m.images} for m in modes
     }
     return {"input_rate": rate, "modes": figures, "auto": choose_mode(modes, rate).name}

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamflow.io.folder import SUFFIXES
-from streamflow.io.picture import Sink, Source
+from streamflow.io.protocols import SUFFIXES, Sink, Source
 
 # kind: (module, class, what turns the address's rest into arguments)
 Entry = tuple[str, str, Callable[[str], dict[str, Any]]]
@@ -29,7 +28,7 @@ def _required(argument: str, example: str) -> Callable[[str], dict[str, Any]]:
 
 
 def _still(rest: str) -> dict[str, Any]:
-    return {**_required("path", "picture:face.png")(rest), "loop": True}
+    return {**_required("path", "image:face.png")(rest), "loop": True}
 
 
 def _timed(rest: str) -> dict[str, Any]:
@@ -53,8 +52,8 @@ def _host_and_port(rest: str) -> dict[str, Any]:
 SOURCES: dict[str, Entry] = {
     "camera": ("camera", "CameraSource", _named("device")),
     "file": ("file", "FileSource", _required("path", "file:in.mp4")),
-    "folder": ("folder", "FolderSource", _required("path", "folder:pictures")),
-    "picture": ("folder", "FolderSource", _still),
+    "folder": ("folder", "FolderSource", _required("path", "folder:images")),
+    "image": ("folder", "FolderSource", _still),
     "screen": ("screen", "ScreenSource", _named("monitor")),
     "mjpeg": ("mjpeg", "MjpegSource", _required("url", "mjpeg:http://host:port/")),
     "ndi": ("ndi", "NdiSource", _named("name")),
@@ -65,7 +64,7 @@ SOURCES: dict[str, Entry] = {
 SINKS: dict[str, Entry] = {
     "record": ("recorder", "Recorder", _required("path", "record:out.mp4")),
     "file": ("recorder", "Recorder", _timed),
-    "folder": ("folder", "FolderSink", _required("path", "folder:pictures")),
+    "folder": ("folder", "FolderSink", _required("path", "folder:images")),
     "window": ("window", "WindowSink", _named("title")),
     "virtualcam": ("virtual_camera", "VirtualCameraSink", _named("device")),
     "mjpeg": ("mjpeg_server", "MjpegSink", _host_and_port),
@@ -77,7 +76,7 @@ SINKS: dict[str, Entry] = {
 
 
 def open_source(address: str, **options: Any) -> Source:
-    """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, a picture or a folder, or an
+    """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, an image or a folder, or an
     http address of MJPEG. options: further arguments of its class.
 
     Raises ValueError for an unknown kind, which lists the known, or a rest that does not fit.
@@ -108,7 +107,7 @@ def _spelled_out(address: str, table: dict[str, Entry]) -> str:
 
 
 def _kind_of(path: Path, table: dict[str, Entry]) -> str:
-    return "picture" if "picture" in table and path.suffix.lower() in SUFFIXES else "file"
+    return "image" if "image" in table and path.suffix.lower() in SUFFIXES else "file"
 
 
 def _make(table: dict[str, Entry], what: str, address: str, options: dict[str, Any]) -> Any:

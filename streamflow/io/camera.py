@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Source, SourceLost, as_source_lost, need
+from streamflow.io.protocols import Source, SourceLost, TimedImage, as_source_lost, need
 
 
 class CameraSource(Source):
@@ -39,21 +39,21 @@ class CameraSource(Source):
             (cv2.CAP_PROP_FRAME_WIDTH, self.width),
             (cv2.CAP_PROP_FRAME_HEIGHT, self.height),
             (cv2.CAP_PROP_FPS, self.rate),
-            (cv2.CAP_PROP_BUFFERSIZE, 1),  # the newest picture, not a queue of old ones
+            (cv2.CAP_PROP_BUFFERSIZE, 1),  # the newest image, not a queue of old ones
         )
         for name, value in wanted:
             if value is not None:
                 capture.set(name, value)
         return capture
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._capture is None:
             raise RuntimeError(f"camera {self.device!r} is not open: call open() first")
         with as_source_lost(f"camera {self.device!r}"):
             found, pixels = self._capture.read()
         if not found:
-            raise SourceLost(f"camera {self.device!r} gives no more pictures: was it unplugged?")
-        return Picture(np.ascontiguousarray(pixels[..., ::-1]), time.monotonic())
+            raise SourceLost(f"camera {self.device!r} gives no more images: was it unplugged?")
+        return TimedImage(np.ascontiguousarray(pixels[..., ::-1]), time.monotonic())
 
     def close(self) -> None:
         if self._capture is not None:

@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import InvalidSource, Picture, Source, SourceLost, as_source_lost, need
+from streamflow.io.protocols import InvalidSource, Source, SourceLost, TimedImage, as_source_lost, need
 
 logger = logging.getLogger(__name__)
 
 
 class FileSource(Source):
-    """The pictures of a video file, upright, with their times in `pts`.
+    """The images of a video file, upright, with their times in `pts`.
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
     and `audio` (the path where there is sound, else None), which a Recorder takes to keep the sound; `count`, the frames
-    that the file says it has, None where it does not. A file that was cut ends where it is cut; images that cannot be
-    decoded are left out, and the log says so once.
+    that the file says it has, None where it does not. A truncated file ends where it is cut; images that cannot be
+    decoded are left out, which is logged once.
 
     Raises, from open: FileNotFoundError, and InvalidSource where PyAV cannot read it or it has no video; SourceLost where
     its disk or network fails.
@@ -51,7 +51,7 @@ class FileSource(Source):
             cause = error.__cause__
             if isinstance(cause, EOFError) and self.path.stat().st_size:  # a recording that was cut before its first image
                 self.rate, self.count, self.audio, self._frames = Fraction(30), 0, None, iter(())
-                self._say_damaged(cause)
+                self._log_damaged(cause)
                 return
             if isinstance(cause, OSError) or not isinstance(cause, av.error.FFmpegError):
                 raise
@@ -65,7 +65,7 @@ class FileSource(Source):
         self.audio = self.path if self._container.streams.audio else None
         self._start()
 
-    def read(self) -> Picture | None:
+    def read(self) -> TimedImage | None:
         if self._frames is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
         with as_source_lost(f"{self.path} was lost"):
@@ -75,7 +75,7 @@ class FileSource(Source):
                 self._container.seek(0)
                 self._start()
                 frame = next(self._frames, None)
-            return None if frame is None else self._picture(frame)
+            return None if frame is None else self._image(frame)
 
     def close(self) -> None:
         if self._container is not None:
@@ -97,28 +97,28 @@ class FileSource(Source):
                 if isinstance(error, OSError):
                     raise
                 packet = None
-                self._say_damaged(error)
+                self._log_damaged(error)
             if packet is None:
                 return
             try:
                 frames = packet.decode()
             except broken as error:
                 frames = []
-                self._say_damaged(error)
+                self._log_damaged(error)
             yield from frames
 
-    def _say_damaged(self, error: Exception) -> None:
+    def _log_damaged(self, error: Exception) -> None:
         if not self._damaged:
             self._damaged = True
             logger.warning("%s is damaged or cut, and images that cannot be decoded are left out: %s", self.path, error)
 
-    def _picture(self, frame: Any) -> Picture:
+    def _image(self, frame: Any) -> TimedImage:
         period = float(1 / self.rate)
         seconds = frame.time if frame.time is not None else self._end - self._offset
         self._first = seconds if self._first is None else self._first
         pts = self._offset + max(seconds - self._first, 0.0)
         self._end = pts + period
-        return Picture(upright(frame), time.monotonic(), pts)
+        return TimedImage(upright(frame), time.monotonic(), pts)
 
 
 def _container(av: Any, path: Path) -> Any:

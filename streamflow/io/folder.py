@@ -1,4 +1,4 @@
-"""Pictures in a folder, or one picture, in and out. Knows PIL."""
+"""Images in a folder, or one image, in and out. Knows PIL."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import PIL.Image
 
 from streamflow._files import replacing
 from streamflow.image_utils import as_rgb, open_image
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, check_rate
+from streamflow.io.protocols import SUFFIXES, Sink, Source, SourceLost, TimedImage, check_rate
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class FolderSource(Source):
-    """The pictures of a folder in the order of their names (2 before 10), or one picture.
+    """The images of a folder in the order of their names (2 before 10), or one image.
 
     path: the folder or file. rate: frames a second, from which `pts` follows. loop: begin again at the end. A file that
     cannot be read is left out, and named in the log once.
 
-    Raises, from open: FileNotFoundError where there is no such path or no picture in it; from read: SourceLost where none
+    Raises, from open: FileNotFoundError where there is no such path or no image in it; from read: SourceLost where none
     of its files can be read.
     """
 
@@ -41,24 +40,24 @@ class FolderSource(Source):
         found = [self.path] if self.path.is_file() else sorted(self.path.iterdir(), key=_natural)
         paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not paths:
-            raise FileNotFoundError(f"no picture in {self.path}: known are {', '.join(SUFFIXES)}")
+            raise FileNotFoundError(f"no image in {self.path}: known are {', '.join(SUFFIXES)}")
         self._paths, self._next, self._count, self._in_a_row = paths, 0, 0, 0
         self._broken.clear()
 
-    def read(self) -> Picture | None:
+    def read(self) -> TimedImage | None:
         if self._paths is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
         while self.loop or self._next < len(self._paths):
             path = self._paths[self._next % len(self._paths)]
             self._next += 1
             try:
-                pixels = read_picture(path)
+                pixels = read_image(path)
             except (OSError, ValueError) as error:
                 self._leave_out(path, error)
                 continue
-            picture = Picture(pixels, time.monotonic(), self._count / self.rate)
+            image = TimedImage(pixels, time.monotonic(), self._count / self.rate)
             self._count, self._in_a_row = self._count + 1, 0
-            return picture
+            return image
         return None
 
     def _leave_out(self, path: Path, error: Exception) -> None:
@@ -87,17 +86,17 @@ class FolderSink(Sink):
         taken = [re.fullmatch(r"frame_(\d+)", path.stem) for path in self.path.iterdir()]
         self._next = 1 + max((int(match[1]) for match in taken if match), default=-1)
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         readers = self.path.stat().st_mode & 0o666  # whoever can read the folder can read its files
         with replacing(self.path / f"frame_{self._next:06d}{self.suffix}", readers, durable=False) as file:
-            PIL.Image.fromarray(picture.pixels).save(file, PIL.Image.registered_extensions()[self.suffix])
+            PIL.Image.fromarray(image.pixels).save(file, PIL.Image.registered_extensions()[self.suffix])
         self._next += 1
 
     def close(self) -> None:
         pass
 
 
-def read_picture(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """An image file's pixels, uint8 `[H, W, 3]`, read by `streamflow.image_utils.open_image`."""
     return np.array(as_rgb(open_image(path)))
 

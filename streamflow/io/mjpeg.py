@@ -13,7 +13,7 @@ import numpy as np
 
 from streamflow.image_utils import as_rgb, open_image
 from streamflow.io.deadline import DeadlineReader
-from streamflow.io.picture import Picture, Source, SourceLost, as_source_lost
+from streamflow.io.protocols import Source, SourceLost, TimedImage, as_source_lost
 
 LARGEST = 16 * 2**20  # bytes of one JPEG
 HEAD = 2**17  # bytes of what comes before it
@@ -45,13 +45,13 @@ class MjpegSource(Source):
             self.close()
             raise SourceLost(f"{self.url} sends {kind} (encoding {coding}), not a multipart stream of JPEGs")
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._answer is None:
             raise RuntimeError(f"{self.url} is not open: call open() first")
         with as_source_lost(f"{self.url} was lost"):
             self._answer.reader.restart(self.timeout, LARGEST + HEAD)
             image = open_image(self._part(), formats=("JPEG",), max_pixels=MOST_PIXELS)
-            return Picture(np.array(as_rgb(image)), time.monotonic())
+            return TimedImage(np.array(as_rgb(image)), time.monotonic())
 
     def close(self) -> None:
         if self._answer is not None:

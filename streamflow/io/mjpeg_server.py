@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from streamflow.io.deadline import DeadlineReader
-from streamflow.io.picture import Picture, Sink
+from streamflow.io.protocols import Sink, TimedImage
 
 HERE = ("127.0.0.1", "localhost", "::1")
 BOUNDARY = "frame"
@@ -25,10 +25,10 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@?#\[\]]+)(:\d{1,5})?")
 
 
 class MjpegSink(Sink):
-    """Serves the newest picture to up to `viewers` at http://host:port/; no viewer makes another wait.
+    """Serves the newest image to up to `viewers` at http://host:port/; no viewer makes another wait.
 
-    host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the pictures, unencrypted.
-    port: 0 takes a free one, which `port` says after `open`. quality: JPEG's, 1 to 95. names: further names of this machine
+    host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the images, unencrypted.
+    port: 0 takes a free one, which `port` holds after `open`. quality: JPEG's, 1 to 95. names: further names of this machine
     that viewers may write in the address. localhost, IP addresses and `host` are allowed as they are; other names are
     refused, since a foreign page could make its own name lead here (DNS rebinding). Pages of other origins are refused too.
 
@@ -45,7 +45,7 @@ class MjpegSink(Sink):
         names: Sequence[str] = (),
     ) -> None:
         if host not in HERE and not allow_remote:
-            raise ValueError(f"{host!r} is reachable by others: use 127.0.0.1, or say allow_remote=True")
+            raise ValueError(f"{host!r} is reachable by others: use 127.0.0.1, or pass allow_remote=True")
         if not 1 <= quality <= 95 or viewers < 1:
             raise ValueError(f"quality {quality} (1 to 95) and viewers {viewers} (at least 1)")
         self.host, self.port, self.quality, self.viewers = host, port, quality, viewers
@@ -59,11 +59,11 @@ class MjpegSink(Sink):
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="mjpeg", daemon=True)
         self._thread.start()
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if self._server is None:
             raise RuntimeError("the server is not open: call open() first")
         data = io.BytesIO()
-        PIL.Image.fromarray(picture.pixels).save(data, "JPEG", quality=self.quality)
+        PIL.Image.fromarray(image.pixels).save(data, "JPEG", quality=self.quality)
         self._server.show(data.getvalue())
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], viewers: int, allows: Any) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.places, self.allows = threading.BoundedSemaphore(viewers), allows
+        self.slots, self.allows = threading.BoundedSemaphore(viewers), allows
         self._changed, self._data, self._number, self._over = threading.Condition(), b"", 0, False
         self._half_open: dict[socket.socket, None] = {}  # oldest first
         super().__init__(address, _Viewer)
@@ -111,7 +111,7 @@ class _Server(ThreadingHTTPServer):
             _end(connection)
 
     def after(self, number: int) -> tuple[bytes, int] | None:
-        """The newest picture once there is one after `number`; None when the serving ends."""
+        """Wait for an image newer than `number`, and return it. None when the server ends."""
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._number > number)
             return None if self._over else (self._data, self._number)
@@ -141,13 +141,13 @@ class _Server(ThreadingHTTPServer):
 
 
 def _end(connection: socket.socket) -> None:
-    """Make whoever reads from it in another thread go on."""
+    """Shut the connection down, so that a read in another thread returns."""
     with suppress(OSError):  # it has ended by itself
         connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Viewer(BaseHTTPRequestHandler):
-    timeout = 10  # seconds; a viewer that takes nothing gives its place back
+    timeout = 10  # seconds; after which a viewer that receives nothing is disconnected
 
     def setup(self) -> None:
         super().setup()
@@ -160,13 +160,13 @@ class _Viewer(BaseHTTPRequestHandler):
         if not self._allowed():
             self.send_error(403, "this Host, or a page of another origin, is not allowed: see names of MjpegSink")
             return
-        if not self.server.places.acquire(blocking=False):
-            self.send_error(503, "all places are taken")
+        if not self.server.slots.acquire(blocking=False):
+            self.send_error(503, "all viewer slots are taken")
             return
         try:
             self._send()
         finally:
-            self.server.places.release()
+            self.server.slots.release()
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")

@@ -1,4 +1,4 @@
-"""NDI, pictures over the local network, in and out. Knows cyndilib, whose wheels bring the NDI library."""
+"""NDI, images over the local network, in and out. Knows cyndilib, whose wheels bring the NDI library."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, check_rate, need, rgba
+from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_source_lost, check_rate, need, rgba
 
 
 class NdiSource(Source):
     """The NDI source of that name, "MACHINE (NAME)" or NAME alone; the first that is found where it is empty.
-    timeout: seconds to look for it, and to wait for a picture.
+    timeout: seconds to look for it, and to wait for an image.
 
     Raises SourceLost where it is not found or sends nothing for so long.
     """
@@ -45,14 +45,14 @@ class NdiSource(Source):
             self.close()
             raise
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._receiver is None:
             raise RuntimeError("the NDI source is not open: call open() first")
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
             with as_source_lost(f"NDI {self.name!r}"):
                 if self._receiver.receive(self._kind.recv_video, 100) & self._kind.recv_video:
-                    return self._picture()
+                    return self._image()
         raise SourceLost(f"NDI {self.name!r} has sent nothing for {self.timeout:g} s")
 
     def close(self) -> None:
@@ -73,16 +73,16 @@ class NdiSource(Source):
                 return self._finder.get_source(wanted[0])
         raise SourceLost(f"no NDI source {self.name!r} within {self.timeout:g} s; found: {', '.join(names) or 'none'}")
 
-    def _picture(self) -> Picture:
+    def _image(self) -> TimedImage:
         data = np.empty(self._frame.get_buffer_size(), dtype=np.uint8)
         self._frame.fill_p_data(data)
         width, height = self._frame.get_resolution()
         rows = data.reshape(height, self._frame.get_line_stride())[:, : 4 * width]
-        return Picture(np.ascontiguousarray(rows.reshape(height, width, 4)[..., :3]), time.monotonic())
+        return TimedImage(np.ascontiguousarray(rows.reshape(height, width, 4)[..., :3]), time.monotonic())
 
 
 class NdiSink(Sink):
-    """Sends under that name. rate: what is announced; when pictures go out is the writer's matter."""
+    """Sends under that name. rate: what is announced; when images go out is the writer's matter."""
 
     def __init__(self, name: str = "StreamFlow", rate: float = 30) -> None:
         check_rate(rate)
@@ -94,10 +94,10 @@ class NdiSink(Sink):
         need("cyndilib.sender", "cyndilib")
         self.close()
 
-    def write(self, picture: Picture) -> None:
-        if picture.pixels.shape != self._shape:
-            self._begin(picture.pixels.shape)
-        self._sender.write_video(rgba(picture.pixels).reshape(-1))
+    def write(self, image: TimedImage) -> None:
+        if image.pixels.shape != self._shape:
+            self._begin(image.pixels.shape)
+        self._sender.write_video(rgba(image.pixels).reshape(-1))
 
     def close(self) -> None:
         if self._sender is not None:

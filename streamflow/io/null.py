@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from streamflow.io.picture import Picture, Sink
+from streamflow.io.protocols import Sink, TimedImage
 
 
 class NullSink(Sink):
-    """Counts the pictures it is given in `count`."""
+    """Counts the images it is given in `count`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -14,7 +14,7 @@ class NullSink(Sink):
     def open(self) -> None:
         self.count = 0
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         self.count += 1
 
     def close(self) -> None:

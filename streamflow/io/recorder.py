@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, check_rate, need
+from streamflow.io.protocols import Sink, TimedImage, check_rate, need
 
 TICKS = 90_000  # a second, in which times are written
 
@@ -23,16 +23,16 @@ CONTAINERS = {
 
 
 class Recorder(Sink):
-    """Writes pictures to .mp4 or .mkv as H.264. Killed at any moment, the file plays up to about half a second before.
+    """Writes images to .mp4 or .mkv as H.264. Killed at any moment, the file plays up to about half a second before.
 
-    path: the file, replaced where it exists. rate: frames a second. clock: time each picture by its own `time`, as fits a
-    live stream; else picture k is at k / rate. audio: a file whose sound is copied along, as far as the pictures go.
+    path: the file, replaced where it exists. rate: frames a second. clock: time each image by its own `time`, as fits a
+    live stream; else image k is at k / rate. audio: a file whose sound is copied along, as far as the images go.
     quality: libx264's constant rate factor, 0 (lossless) to 51. An odd width or height gets one more column or row, the
     last one repeated, since H.264's common format has none. Opened again after an error, it goes on in a new file beside the
-    first, out.2.mp4, and `path` says which: what has been recorded is kept.
+    first, out.2.mp4, whose name `path` then holds. What was recorded before is kept.
 
     Raises:
-        ValueError: an unknown suffix, a rate or quality out of range; from write: a picture of another size than the
+        ValueError: an unknown suffix, a rate or quality out of range; from write: an image of another size than the
             first, which needs a new file.
     """
 
@@ -65,20 +65,20 @@ class Recorder(Sink):
         self._video = self._sound = None
         self._count, self._last = 0, -1
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if self._output is None:
             raise RuntimeError(f"{self.path} is not open: call open() first")
         with self._noting_errors():
-            self._write(picture)
+            self._write(image)
 
-    def _write(self, picture: Picture) -> None:
+    def _write(self, image: TimedImage) -> None:
         if self._video is None:
-            self._begin(picture)
-        if picture.pixels.shape != self._shape:
-            (h, w, _), (height, width, _) = picture.pixels.shape, self._shape
-            raise ValueError(f"a picture of {w}x{h} in a recording of {width}x{height}: begin a new file")
-        frame = need("av", "av").VideoFrame.from_ndarray(_even(picture.pixels), format="rgb24")
-        frame.pts, frame.time_base = self._pts(picture), Fraction(1, TICKS)
+            self._begin(image)
+        if image.pixels.shape != self._shape:
+            (h, w, _), (height, width, _) = image.pixels.shape, self._shape
+            raise ValueError(f"an image of {w}x{h} in a recording of {width}x{height}: begin a new file")
+        frame = need("av", "av").VideoFrame.from_ndarray(_even(image.pixels), format="rgb24")
+        frame.pts, frame.time_base = self._pts(image), Fraction(1, TICKS)
         self._output.mux(self._video.encode(frame))
         self._count += 1
         if self._sound is not None:
@@ -106,9 +106,9 @@ class Recorder(Sink):
             self._failed = True
             raise
 
-    def _begin(self, picture: Picture) -> None:
-        self._shape, self._first = picture.pixels.shape, picture.time
-        height, width = _even(picture.pixels).shape[:2]
+    def _begin(self, image: TimedImage) -> None:
+        self._shape, self._first = image.pixels.shape, image.time
+        height, width = _even(image.pixels).shape[:2]
         second = max(1, round(self.rate))
         video = self._output.add_stream("libx264", rate=self.rate)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -118,14 +118,14 @@ class Recorder(Sink):
         self._sound = None if self.audio is None else _Sound(self.audio, self._output)
         self._video = video
 
-    def _pts(self, picture: Picture) -> int:
-        seconds = picture.time - self._first if self.clock else self._count / self.rate
+    def _pts(self, image: TimedImage) -> int:
+        seconds = image.time - self._first if self.clock else self._count / self.rate
         self._last = max(round(seconds * TICKS), self._last + 1)
         return self._last
 
 
 class _Sound:
-    """The packets of a file's first sound, handed on in step with the pictures."""
+    """The packets of a file's first sound, handed on in step with the images."""
 
     def __init__(self, path: str | Path, output: Any) -> None:
         self._input = need("av", "av").open(str(path))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import InvalidSource, Picture, Source, as_source_lost, check_rate, need
+from streamflow.io.protocols import InvalidSource, Source, TimedImage, as_source_lost, check_rate, need
 
 
 class ScreenSource(Source):
@@ -37,7 +37,7 @@ class ScreenSource(Source):
             area = {"left": area["left"] + left, "top": area["top"] + top, "width": width, "height": height}
         self._area, self._due = area, time.monotonic()
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._screen is None:
             raise RuntimeError("the screen is not open: call open() first")
         time.sleep(max(0.0, self._due - time.monotonic()))
@@ -46,7 +46,7 @@ class ScreenSource(Source):
         with as_source_lost(f"screen {self.monitor}"):
             shot = self._screen.grab(self._area)
             pixels = np.frombuffer(shot.raw, dtype=np.uint8).reshape(shot.height, shot.width, 4)
-        return Picture(np.ascontiguousarray(pixels[..., 2::-1]), now)
+        return TimedImage(np.ascontiguousarray(pixels[..., 2::-1]), now)
 
     def close(self) -> None:
         if self._screen is not None:

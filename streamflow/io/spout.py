@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
+from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_source_lost, need, rgba
 
 GL_RGBA = 0x1908
 
@@ -21,7 +21,7 @@ def _library() -> ModuleType:
 
 
 class SpoutSource(Source):
-    """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for a picture.
+    """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for an image.
 
     Raises SourceLost where it sends nothing for so long.
     """
@@ -41,7 +41,7 @@ class SpoutSource(Source):
             self._receiver.setReceiverName(self.name)
         self._pixels: np.ndarray | None = None
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._receiver is None:
             raise RuntimeError("the Spout source is not open: call open() first")
         end = time.monotonic() + self.timeout
@@ -52,7 +52,7 @@ class SpoutSource(Source):
                     size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()
                     self._pixels = np.zeros((*size, 4), dtype=np.uint8)
                 elif received and self._pixels is not None and self._receiver.isFrameNew():
-                    return Picture(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
+                    return TimedImage(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
             time.sleep(0.002)
         raise SourceLost(f"Spout {self.name!r} has sent nothing for {self.timeout:g} s")
 
@@ -82,11 +82,11 @@ class SpoutSink(Sink):
             raise OSError("Spout has got no OpenGL context")
         self._sender.setSenderName(self.name)
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if self._sender is None:
             raise RuntimeError("the Spout sink is not open: call open() first")
-        height, width = picture.pixels.shape[:2]
-        if not self._sender.sendImage(rgba(picture.pixels), width, height, GL_RGBA, False, 0):
+        height, width = image.pixels.shape[:2]
+        if not self._sender.sendImage(rgba(image.pixels), width, height, GL_RGBA, False, 0):
             raise OSError(f"Spout did not take an image of {width}x{height}")
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamflow.io.picture import Picture, Sink, Source, SourceLost, as_source_lost, need, rgba
+from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_source_lost, need, rgba
 
 PACKAGE = "syphon-python"
 BGRA8 = 80  # MTLPixelFormatBGRA8Unorm
@@ -22,7 +22,7 @@ def _library() -> ModuleType:
 
 
 class SyphonSource(Source):
-    """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for a picture.
+    """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for an image.
 
     Raises SourceLost where there is none or it sends nothing for so long.
     """
@@ -45,7 +45,7 @@ class SyphonSource(Source):
                 time.sleep(0.1)
         raise SourceLost(f"no Syphon server {self.name!r} within {self.timeout:g} s")
 
-    def read(self) -> Picture:
+    def read(self) -> TimedImage:
         if self._client is None:
             raise RuntimeError("the Syphon source is not open: call open() first")
         end = time.monotonic() + self.timeout
@@ -54,7 +54,7 @@ class SyphonSource(Source):
                 if not self._client.is_valid:
                     break
                 if self._client.has_new_frame:
-                    return self._picture(self._client.new_frame_image)
+                    return self._image(self._client.new_frame_image)
             time.sleep(0.002)
         raise SourceLost(f"Syphon {self.name!r} has ended, or sent nothing for {self.timeout:g} s")
 
@@ -64,10 +64,10 @@ class SyphonSource(Source):
         self._client = None
 
     @staticmethod
-    def _picture(texture: Any) -> Picture:
+    def _image(texture: Any) -> TimedImage:
         pixels = need("syphon.utils.numpy", PACKAGE).copy_mtl_texture_to_image(texture)
         order = [2, 1, 0] if texture.pixelFormat() == BGRA8 else [0, 1, 2]
-        return Picture(np.ascontiguousarray(pixels[..., order]), time.monotonic())
+        return TimedImage(np.ascontiguousarray(pixels[..., order]), time.monotonic())
 
 
 class SyphonSink(Sink):
@@ -83,13 +83,13 @@ class SyphonSink(Sink):
         self.close()
         self._server = library.SyphonMetalServer(self.name)
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         if self._server is None:
             raise RuntimeError("the Syphon sink is not open: call open() first")
-        height, width = picture.pixels.shape[:2]
+        height, width = image.pixels.shape[:2]
         if self._texture is None or (self._texture.width(), self._texture.height()) != (width, height):
             self._texture = need("syphon.utils.raw", PACKAGE).create_mtl_texture(self._server.device, width, height)
-        need("syphon.utils.numpy", PACKAGE).copy_image_to_mtl_texture(rgba(picture.pixels), self._texture)
+        need("syphon.utils.numpy", PACKAGE).copy_image_to_mtl_texture(rgba(image.pixels), self._texture)
         self._server.publish_frame_texture(self._texture, is_flipped=True)
 
     def close(self) -> None:

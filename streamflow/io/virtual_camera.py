@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamflow.io.picture import Picture, Sink, check_rate, need
+from streamflow.io.protocols import Sink, TimedImage, check_rate, need
 
 
 class VirtualCameraSink(Sink):
-    """device: its name, the first that is free by default. The first picture's size is the camera's.
+    """device: its name, the first that is free by default. The first image's size is the camera's.
 
-    Raises, from write: OSError where no virtual camera is installed; ValueError for a picture of another size.
+    Raises, from write: OSError where no virtual camera is installed; ValueError for an image of another size.
     """
 
     def __init__(self, device: str | None = None, rate: float = 30) -> None:
@@ -22,8 +22,8 @@ class VirtualCameraSink(Sink):
         need("pyvirtualcam", "pyvirtualcam")
         self.close()
 
-    def write(self, picture: Picture) -> None:
-        height, width = picture.pixels.shape[:2]
+    def write(self, image: TimedImage) -> None:
+        height, width = image.pixels.shape[:2]
         if self._camera is None:
             pyvirtualcam = need("pyvirtualcam", "pyvirtualcam")
             try:
@@ -32,8 +32,8 @@ class VirtualCameraSink(Sink):
                 raise OSError(f"no virtual camera: {error}. Install OBS, or on Linux load v4l2loopback") from error
         if (width, height) != (self._camera.width, self._camera.height):
             found = f"{width}x{height} for a virtual camera of {self._camera.width}x{self._camera.height}"
-            raise ValueError(f"a picture of {found}: close and open it to change its size")
-        self._camera.send(picture.pixels)
+            raise ValueError(f"an image of {found}: close and open it to change its size")
+        self._camera.send(image.pixels)
 
     def close(self) -> None:
         if self._camera is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from streamflow.io.picture import Picture, Sink, SinkLost, need
+from streamflow.io.protocols import Sink, SinkLost, TimedImage, need
 
 
 class WindowSink(Sink):
-    """Shows pictures, fitted into the window, black around them. on_key is called with the name of each key pressed
+    """Shows images, fitted into the window, black around them. on_key is called with the name of each key pressed
     ("p", "space", "f1"), in the thread that writes. On macOS that must be the main thread.
 
     Raises, from open: OSError where there is no display; from write: SinkLost when the window was closed.
@@ -35,16 +35,16 @@ class WindowSink(Sink):
             raise OSError(f"no window can be opened: {error}") from error
         self._pygame = pygame
 
-    def write(self, picture: Picture) -> None:
+    def write(self, image: TimedImage) -> None:
         pygame = self._pygame
         if pygame is None:
             raise RuntimeError("the window is not open: call open() first")
-        height, width = picture.pixels.shape[:2]
+        height, width = image.pixels.shape[:2]
         if self._screen is None:
             flags = pygame.RESIZABLE | (pygame.FULLSCREEN if self.fullscreen else 0)
             self._screen = pygame.display.set_mode(self.size or (width, height), flags)
             pygame.display.set_caption(self.title)
-        shown = pygame.image.frombuffer(picture.pixels.tobytes(), (width, height), "RGB")
+        shown = pygame.image.frombuffer(image.pixels.tobytes(), (width, height), "RGB")
         across, down = self._screen.get_size()
         scale = min(across / width, down / height)
         if scale != 1:

@@ -1,4 +1,4 @@
-"""Drawing live: what comes in goes through a scene's stream in the mode that suits the rate, tick by tick.
+"""Live drawing: images go through a scene's stream, tick by tick, in the mode that holds the target rate.
 
 Knows streams by their calls, modes and feeds; no sink and no output clock.
 """
@@ -14,38 +14,38 @@ from typing import Any
 
 import numpy as np
 
-from streamflow._threads import Thread
+from streamflow._queue import BoundedQueue
+from streamflow._threads import Flag, Thread
 from streamflow.image_utils import cropped, uint8_pixels
-from streamflow.io import Picture
-from streamflow.live.feed import Backoff, Feed, described
+from streamflow.io import TimedImage
+from streamflow.live.feed import Backoff, Feed, describe
 from streamflow.live.latency_modes import Mode, ModeChooser, fed, free, percentile, sequential
-from streamflow.live.pacing import Outbox
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")
-PATIENCE = 0.05  # seconds after which a thread that waits for input looks around
-ATTEMPTS = 3  # failures in a row, after the source's end, after which what is left is given up
-LATENCIES = 1000  # pictures whose latency is kept
+PATIENCE = 0.05  # seconds for which a thread waits for input before it checks its state
+ATTEMPTS = 3  # failures in a row, after the source's end, after which the remaining images are dropped
+LATENCIES = 1000  # images whose latency is kept
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A finished picture, uint8 `[H, W, 3]`. entered: `time.monotonic()` of its input's capture."""
+    """A finished image, uint8 `[H, W, 3]`. entered: `time.monotonic()` of its input's capture."""
 
     pixels: np.ndarray
     entered: float
 
 
 class Scene:
-    """A prepared stream and how it is ticked: S ticks lie between a picture that enters and its result.
+    """A prepared stream and how it is ticked: S ticks lie between an image that enters and its result.
 
-    picture: whether pictures go in; else it draws from noise.
+    takes_images: whether images go in; otherwise it draws from noise.
     """
 
-    def __init__(self, stream: Any, picture: bool, mode: str, chooser: ModeChooser) -> None:
+    def __init__(self, stream: Any, takes_images: bool, mode: str, chooser: ModeChooser) -> None:
         if stream.frame_bff_size != 1:
             raise ValueError(f"live draws frame by frame, and this stream has frame_buffer_size={stream.frame_bff_size}")
-        self.stream, self.picture = stream, picture
+        self.stream, self.takes_images = stream, takes_images
         self._mode, self._chooser = mode, chooser
         self._entered: deque[float] = deque()
         self.batched = stream.use_denoising_batch
@@ -55,13 +55,13 @@ class Scene:
         """Width and height in pixels."""
         return self.stream.width, self.stream.height
 
-    def mode(self, picture: Picture) -> Mode:
-        """The mode to draw in; measured on this picture where it is to be chosen and there is none for the shape yet."""
+    def mode(self, image: TimedImage) -> Mode:
+        """The mode to draw in. Under "auto" it is measured on this image, once for each size and number of stages."""
         stages = max(1, self.stream.denoising_steps_num)
 
         def modes() -> list[Mode]:
-            ring = Mode("", lambda _: self.tick_unfiltered(picture, True), stages).tick
-            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self.tick_unfiltered(picture, False))]
+            ring = Mode("", lambda _: self.tick_unfiltered(image, True), stages).tick
+            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self.tick_unfiltered(image, False))]
 
         if self._mode == "auto":
             chosen = self._chooser.choose(*self.size, stages, modes)
@@ -70,9 +70,9 @@ class Scene:
         self._batch(chosen.name != "sequential")
         return chosen
 
-    def tick(self, picture: Picture | None) -> Drawn:
-        """One tick, on its way out what entered S ticks ago."""
-        return self._tick(picture, self.batched)
+    def tick(self, image: TimedImage | None) -> Drawn:
+        """One tick. Return the result of what entered S ticks ago."""
+        return self._tick(image, self.batched)
 
     def _batch(self, batched: bool) -> None:
         if batched != self.batched:
@@ -80,59 +80,61 @@ class Scene:
             self.stream.set_denoising_batch(batched)
             self.batched = batched
 
-    def tick_unfiltered(self, picture: Picture, batched: bool) -> Drawn:
-        """One tick of a picture that may have gone in before; the similarity filter does not skip it."""
+    def tick_unfiltered(self, image: TimedImage, batched: bool) -> Drawn:
+        """One tick of an image that may have gone in before; the similarity filter does not skip it."""
         self.stream.similar_filter.reset()
-        return self._tick(picture, batched)
+        return self._tick(image, batched)
 
-    def _tick(self, picture: Picture | None, batched: bool) -> Drawn:
+    def _tick(self, image: TimedImage | None, batched: bool) -> Drawn:
         self._batch(batched)
-        began = time.monotonic() if picture is None else picture.time
-        out = self.stream.txt2img() if picture is None else self.stream(cropped(picture.pixels, *self.size))
+        began = time.monotonic() if image is None else image.time
+        out = self.stream.txt2img() if image is None else self.stream(cropped(image.pixels, *self.size))
         if len(self._entered) != (behind := self.stream.calls_behind):  # an empty ring, or one of another length
             self._entered = deque([began] * behind)
         self._entered.append(began)
         return Drawn(uint8_pixels(out)[0], self._entered.popleft())
 
-    def fill(self, picture: Picture | None) -> None:
-        """Empty the ring and fill it with this picture, so that the next tick gives one at once."""
+    def fill(self, image: TimedImage | None) -> None:
+        """Empty the ring and fill it with this image, so that the next tick gives one at once."""
         self.stream.reset()
         self._entered.clear()
-        self.tick(picture)
+        self.tick(image)
 
 
 class Drawing(Thread):
-    """Takes pictures from a feed (None: draws from noise) and puts what is drawn into an outbox, until it is stopped, the
-    source ends, or an error is not to be held.
+    """Takes images from a feed (None: draws from noise) and puts the results into an outbox, until it is stopped, the
+    source ends, or an error is raised that is not held.
 
-    hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last picture stays.
+    hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last image stays.
     `error` is what ended it otherwise.
     """
 
-    def __init__(self, scene: Scene, feed: Feed | None, outbox: Outbox[Drawn], hold: bool, controls: Any = None) -> None:
+    def __init__(
+        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Any = None
+    ) -> None:
         super().__init__(self._draw_all, "streamflow live drawing")
         self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
         self.drawn = self.errors = 0
         self.error: BaseException | None = None
         self.latencies: deque[float] = deque(maxlen=LATENCIES)
-        self.newest: Picture | None = None
+        self.newest: TimedImage | None = None
         self.mode_name = ""
         self.last: Drawn | None = None
         self._feed_error: Exception | None = None
-        self._next: tuple[Scene, float, threading.Event] | None = None
+        self._next: tuple[Scene, float, Flag] | None = None
         self._fade: tuple[np.ndarray, float, float] | None = None
         self._ending = threading.Event()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._backoff = Backoff()
 
     def stop(self) -> None:
-        """Ask it to end after the tick under way."""
+        """End after the tick under way."""
         self._ending.set()
         self.outbox.close()
 
-    def switch(self, scene: Scene, crossfade: float) -> threading.Event:
-        """Draw this scene from the next tick on; what is returned is set then."""
-        taken = threading.Event()
+    def switch(self, scene: Scene, crossfade: float) -> Flag:
+        """Draw this scene from the next tick on. Return a flag that is set then."""
+        taken = Flag()
         self._next = scene, crossfade, taken
         return taken
 
@@ -140,15 +142,15 @@ class Drawing(Thread):
         try:
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()
-            if self.scene.picture and self.newest is not None:
-                self._push_out()
+            if self.scene.takes_images and self.newest is not None:
+                self._drain()
         except BaseException as error:  # raised by whoever waits for the end
             self.error = error
         finally:
             self.outbox.close()
 
-    def _push_out(self) -> None:
-        """What entered before the source ended comes out. An error is held, but not for ever."""
+    def _drain(self) -> None:
+        """Finish the images that entered before the source ended. An error is held, `ATTEMPTS` times at most."""
         left, failures = self.scene.stream.calls_behind, 0
         while left > 0 and not self._ending.is_set():
             try:
@@ -157,11 +159,11 @@ class Drawing(Thread):
                 failures += 1
                 if not self.hold or failures == ATTEMPTS:
                     raise
-                self._held(error)
+                self._hold_error(error)
                 self._ending.wait(self._backoff.left)
                 continue
             left, failures = left - 1, 0
-            self._backoff.well()
+            self._backoff.reset()
 
     def _turn(self) -> None:
         self._take_scene()
@@ -174,10 +176,10 @@ class Drawing(Thread):
         except Exception as error:
             if not self.hold or error is self._feed_error:
                 raise
-            self._held(error)
+            self._hold_error(error)
 
     def _paused(self) -> bool:
-        """Whether the keys pause it, after the knobs have been looked at."""
+        """Apply the knobs. Return whether a key has paused the drawing."""
         if self.controls is None:
             return False
         self.controls.tick(time.monotonic())
@@ -185,7 +187,7 @@ class Drawing(Thread):
             self._ending.wait(PATIENCE)
         return self.controls.keys.paused
 
-    def _next_picture(self, timeout: float) -> Picture | None:
+    def _next_image(self, timeout: float) -> TimedImage | None:
         """As `Feed.next`; what that raises, the feed itself does not hold, so it ends the drawing."""
         try:
             return self.feed.next(timeout)
@@ -195,23 +197,23 @@ class Drawing(Thread):
 
     def _draw(self) -> None:
         scene = self.scene
-        if not scene.picture:
+        if not scene.takes_images:
             self.mode_name = "text"
         elif not self._input(scene):
             return
-        drawn = scene.tick(self.newest if scene.picture else None)
-        self._backoff.well()
+        drawn = scene.tick(self.newest if scene.takes_images else None)
+        self._backoff.reset()
         self._put(drawn)
 
     def _put(self, drawn: Drawn) -> None:
         self.drawn += 1
-        self.last = Drawn(self._faded(drawn.pixels), drawn.entered)
+        self.last = Drawn(self._crossfaded(drawn.pixels), drawn.entered)
         self.outbox.put(self.last)
 
     def _input(self, scene: Scene) -> bool:
-        """Whether there is a picture to draw now: a new one, or under "free" the newest again."""
+        """Whether there is an image to draw now: a new one, or under "free" the newest again."""
         if self.newest is None:
-            self.newest = self._next_picture(PATIENCE)
+            self.newest = self._next_image(PATIENCE)
             if self.newest is None:
                 return False
             self.feed.pause(True)  # while modes are measured
@@ -222,15 +224,15 @@ class Drawing(Thread):
             return True
         mode = scene.mode(self.newest)
         self.mode_name = mode.name
-        new = self._next_picture(PATIENCE if mode.waits else 0)
+        new = self._next_image(PATIENCE if mode.waits else 0)
         self.newest = new or self.newest
         return new is not None or not (mode.waits or self.feed.ended)
 
-    def _held(self, error: Exception) -> None:
+    def _hold_error(self, error: Exception) -> None:
         self.errors += 1
-        message = described(error)
-        if message not in self._said:
-            self._said.add(message)
+        message = describe(error)
+        if message not in self._logged:
+            self._logged.add(message)
             logger.warning("drawing failed, the last image stays, and it goes on: %s", message)
         self._backoff.failed()
 
@@ -242,8 +244,8 @@ class Drawing(Thread):
             self._fade = self.last.pixels, time.monotonic(), crossfade
         taken.set()
 
-    def _faded(self, pixels: np.ndarray) -> np.ndarray:
-        """The picture, mixed with the last one of the scene before while it fades."""
+    def _crossfaded(self, pixels: np.ndarray) -> np.ndarray:
+        """The image, mixed with the last one of the scene before while it fades."""
         if self._fade is None:
             return pixels
         old, began, seconds = self._fade
@@ -254,6 +256,6 @@ class Drawing(Thread):
         return (old + share * (pixels.astype(np.float32) - old)).round().astype(np.uint8)
 
     def latency(self, share: float) -> float | None:
-        """Seconds from capture to showing that this share of the last pictures did not exceed."""
+        """Seconds from capture to showing that this share of the last images did not exceed."""
         kept = list(self.latencies)
         return percentile(kept, share) if kept else None

@@ -1,35 +1,35 @@
-"""What comes in: a source that may go away and come back. Knows sources; no stream."""
+"""The input of a show: a source that may be lost and come back. Knows sources; no stream."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-from streamflow.io import InvalidSource, Picture, Reading, Source
+from streamflow.io import InvalidSource, Reading, Source, TimedImage
 
 logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds between attempts
 SILENCE = 10.0  # seconds after which a call of a source or sink that does not return is logged
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An error with its class, since a message alone may say nothing, as that of a KeyError."""
     return f"{type(error).__name__}: {error}"
 
 
 class Backoff:
-    """Pauses that double, from `FIRST_PAUSE` to `LONGEST_PAUSE`, until something goes well again."""
+    """Pauses that double, from `FIRST_PAUSE` to `LONGEST_PAUSE`, until `reset`."""
 
     def __init__(self) -> None:
         self._pause, self.until = FIRST_PAUSE, 0.0
 
     def failed(self) -> None:
-        """Wait from now on, longer each time."""
+        """Begin a pause, longer each time."""
         self.until = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
-    def well(self) -> None:
-        """The next failure begins with a short pause again."""
+    def reset(self) -> None:
+        """End the pause. The next one is short again."""
         self._pause, self.until = FIRST_PAUSE, 0.0
 
     @property
@@ -39,11 +39,11 @@ class Backoff:
 
 
 class Feed:
-    """Pictures of a source, read in a thread.
+    """Images of a source, read in a thread.
 
-    hold: where the source raises, whatever it is, say so once and open it again after a pause, until it is back; else the
-    error is raised. What opening it again cannot mend is raised in any case: ImportError, InvalidSource, an exception that
-    is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
+    hold: where the source raises an error, log it once and open the source again after a pause, until it is back; otherwise
+    the error is raised. An error that opening cannot solve is raised in any case: ImportError, InvalidSource, an
+    exception that is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
     """
 
     def __init__(self, source: Source, policy: str, hold: bool) -> None:
@@ -55,37 +55,37 @@ class Feed:
 
     @property
     def dropped(self) -> int:
-        """Pictures that were captured and not asked for."""
+        """Images that were captured and not drawn."""
         return self._dropped + (self._reading.dropped if self._reading else 0)
 
     def pause(self, paused: bool) -> None:
-        """While paused, no picture is discarded: the source waits."""
+        """While paused, no image is discarded: the source waits."""
         if self._reading is not None:
             self._reading.pause(paused)
 
-    def next(self, timeout: float) -> Picture | None:
-        """The next picture; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
-        if self._reading is None and not self._again(timeout):
+    def next(self, timeout: float) -> TimedImage | None:
+        """The next image; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
+        if self._reading is None and not self._reopen(timeout):
             return None
         try:
-            picture = self._reading.read(timeout)
+            image = self._reading.read(timeout)
         except Exception as error:
             if error is self._reading.error:
                 self._lose(error)
             else:  # TimeoutError of read()
                 self._notice_silence()
             return None
-        self.ended = picture is None
-        if picture is not None:
+        self.ended = image is None
+        if image is not None:
             self._notice_return()
-        return picture
+        return image
 
     def _notice_return(self) -> None:
         self._silent = False
         if self._lost_at is not None:
             logger.info("the source is back after %.1f s", time.monotonic() - self._lost_at)
             self._lost_at = None
-            self._backoff.well()
+            self._backoff.reset()
 
     def _notice_silence(self) -> None:
         if self._reading.waiting > SILENCE and not self._silent:
@@ -97,18 +97,18 @@ class Feed:
         never_there = isinstance(error, FileNotFoundError) and not self._opened
         if not self._hold or never_there or isinstance(error, (ImportError, InvalidSource)):
             raise error
-        self._say_lost(error)
+        self._log_lost(error)
         self._dropped, reading, self._reading = self.dropped, self._reading, None
         reading.close()
         self._backoff.failed()
 
-    def _say_lost(self, error: Exception) -> None:
+    def _log_lost(self, error: Exception) -> None:
         if self._lost_at is None:
             self._lost_at = time.monotonic()
             self.losses += 1
-            logger.warning("the source is lost, the last image stays, and it is opened again: %s", described(error))
+            logger.warning("the source is lost, the last image stays, and it is opened again: %s", describe(error))
 
-    def _again(self, timeout: float) -> bool:
+    def _reopen(self, timeout: float) -> bool:
         left = self._backoff.left
         time.sleep(min(left, timeout))
         if left <= timeout:
@@ -116,7 +116,7 @@ class Feed:
         return left <= timeout
 
     def close(self) -> None:
-        """Let go of the source; its thread has ended then. Raises what its `close` raised, and what nobody has read of its
+        """Close the source; its thread has ended then. Raises what its `close` raised, and what nobody has read of its
         other errors unless they are held; TimeoutError where a call of it does not return."""
         if self._reading is None:
             return
@@ -125,4 +125,4 @@ class Feed:
         except Exception as error:
             if not (self._hold and self._reading.lost and error is self._reading.error):
                 raise
-            self._say_lost(error)
+            self._log_lost(error)

@@ -1,6 +1,6 @@
-"""Ways to draw from a live source, and which one to take: the ring fed by the source, the ring ticking freely on the
-newest frame, or the sequential loop. A picture passes through S ticks of a ring, so the way of the highest rate is seldom
-that of the lowest latency. Knows ticks and clocks; no stream, no picture, no device.
+"""Modes to draw from a live source, and the choice of one: the ring fed by the source, the ring ticking freely on the
+newest frame, or the sequential loop. An image passes through S ticks of a ring, so the mode of the highest rate is seldom
+that of the lowest latency. Knows ticks and clocks; no stream, no image, no device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Clock(Protocol):
     """Seconds from any origin."""
 
     def now(self) -> float:
-        """Where it stands."""
+        """The time in seconds."""
         ...
 
     def sleep_until(self, t: float) -> None:
@@ -43,31 +43,31 @@ class RealClock:
 
 
 class SimulatedClock:
-    """A clock that stands still until it is told to go on: `advance` is what takes time."""
+    """A clock that moves only by `advance` and `sleep_until`."""
 
     def __init__(self) -> None:
         self._now = 0.0
 
     def now(self) -> float:
-        """Where it stands."""
+        """The time in seconds."""
         return self._now
 
     def sleep_until(self, t: float) -> None:
-        """Go forward to then."""
+        """Advance to that time."""
         self._now = max(self._now, t)
 
     def advance(self, seconds: float) -> None:
-        """Go forward by so many seconds."""
+        """Advance by so many seconds."""
         self._now += seconds
 
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """One way to draw from a source.
+    """One mode to draw from a source.
 
-    tick: takes the number of the input frame that goes in, and returns when the picture that comes out is finished, some
+    tick: takes the number of the input frame that goes in, and returns when the image that comes out is finished, some
         time later by the clock. Several modes may share a ring's tick.
-    depth: how many ticks a picture passes through.
+    depth: how many ticks an image passes through.
     waits: a tick starts only when there is an input frame that has not been taken yet; otherwise it starts at once, with
         the newest frame, again if need be.
     """
@@ -95,27 +95,27 @@ def sequential(tick: Callable[[int], object]) -> Mode:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a mode gives. rate: input frames drawn a second. p50, p95: seconds from an input frame's arrival to its finished
-    picture. pictures: how many were timed."""
+    """The measured rate and latency of a mode. rate: input frames drawn a second. p50, p95: seconds from an input frame's
+    arrival to its finished image. images: how many were timed."""
 
     name: str
     rate: float
     p50: float
     p95: float
-    pictures: int = 0
+    images: int = 0
 
     def holds(self, target_rate: float) -> bool:
         """Whether the rate is the target's, within `TOLERANCE`."""
         return self.rate >= (1 - TOLERANCE) * target_rate
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.rate:.1f} pictures/s, latency {1e3 * self.p50:.1f} ms (p95 {1e3 * self.p95:.1f})"
+        return f"{self.name}: {self.rate:.1f} images/s, latency {1e3 * self.p50:.1f} ms (p95 {1e3 * self.p95:.1f})"
 
 
 def play(mode: Mode, clock: Clock, period: float, seconds: float) -> Measured:
     """Draw from a source that gives a frame every `period` seconds, for so many seconds of the clock, and on until two
-    pictures are out, or for `LONGEST` times as long; then the rate is that of the ticks. Frames that a mode has no time for
-    are left out. The picture of a frame that went in several times counts once, when it first comes out."""
+    images are out, or for `LONGEST` times as long; then the rate is that of the ticks. Frames that a mode has no time for
+    are left out. The image of a frame that went in several times counts once, when it first comes out."""
     mode.tick(0)  # an empty ring fills
     start, newest, shown = clock.now(), -1, -1
     under_way: deque[int] = deque(maxlen=mode.depth)
@@ -156,7 +156,7 @@ def ranked(measured: Iterable[Measured], target_rate: float) -> list[Measured]:
 
 
 def choose_mode(measured: Iterable[Measured], target_rate: float) -> Measured:
-    """The mode of the lowest latency among those that hold the target rate (pictures a second, within `TOLERANCE`); the
+    """The mode of the lowest latency among those that hold the target rate (images a second, within `TOLERANCE`); the
     fastest where none does. Logs rate and latency of the chosen one and of the runner-up."""
     found = ranked(measured, target_rate)
     if not found:
@@ -171,8 +171,8 @@ def choose_mode(measured: Iterable[Measured], target_rate: float) -> Measured:
 class ModeChooser:
     """Chooses a mode for a live source, and chooses again when the stream's size or number of stages changes.
 
-    target_rate: pictures a second to hold; source_rate: input frames a second (None: the target rate). `seconds`: of
-    measuring by the clock, shared by all modes; slow ones take what two pictures take.
+    target_rate: images a second to hold; source_rate: input frames a second (None: the target rate). `seconds`: of
+    measuring by the clock, shared by all modes; slow ones take what two images take.
     """
 
     def __init__(

@@ -1,12 +1,11 @@
-"""Pictures at even intervals: finished ones wait in an outbox, and a clock shows one at every multiple of a period.
+"""Images at even intervals: a clock shows one at every multiple of a period.
 
-Knows clocks and counts; no stream, no sink, nothing of what is in a picture.
+Knows clocks and counts; no stream, no sink, nothing of what is in an image.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -19,56 +18,10 @@ KEPT = 100_000  # intervals that are kept for statistics
 T = TypeVar("T")
 
 
-class Outbox(Generic[T]):
-    """Finished pictures on their way to the clock, for one thread that puts and one that takes.
-
-    "newest": one picture; a newer one replaces it and is counted in `dropped`. "every": up to `depth` of them in order, and
-    `put` waits for room.
-    """
-
-    def __init__(self, policy: str, depth: int = 2) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
-        self.policy, self.depth, self.dropped = policy, 1 if policy == "newest" else depth, 0
-        self._queue: deque[T] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, picture: T) -> None:
-        """Queue one; after `close` it goes nowhere."""
-        with self._changed:
-            if self.policy == "every":
-                self._changed.wait_for(lambda: self._closed or len(self._queue) < self.depth)
-            elif self._queue:
-                self._queue.popleft()
-                self.dropped += 1
-            if not self._closed:
-                self._queue.append(picture)
-
-    def take(self) -> T | None:
-        """The next one; None where there is none now."""
-        with self._changed:
-            if not self._queue:
-                return None
-            self._changed.notify_all()
-            return self._queue.popleft()
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self._queue
-
-    def close(self) -> None:
-        """Whoever waits in `put` goes on. What is queued can still be taken."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
 class Pacer(Generic[T]):
-    """Shows a picture at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
+    """Shows an image at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
 
-    period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the picture that was
+    period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the image that was
     waited for is then `late`. Multiples that went by while `show` or the machine took its time are left out and counted in
     `skipped`: they are not made up for. `intervals`: seconds from one showing to the next, the last 100,000.
     """
@@ -81,7 +34,7 @@ class Pacer(Generic[T]):
         self.intervals: deque[float] = deque(maxlen=KEPT)
 
     def run(self, take: Callable[[], T | None], show: Callable[[T], object], going: Callable[[], bool]) -> None:
-        """Until `going` says no. take: the next picture or None. show: must return quickly."""
+        """Run while `going()` is true. take: returns the next image or None. show: must return quickly."""
         last = None
         while going() and (last := take()) is None:
             self.clock.sleep_until(self.clock.now() + min(self.period / 4, 0.02))

@@ -14,11 +14,11 @@ class LiveSettings(Section):
 
     source: str = Field("", description="camera:0, in.mp4, folder:pics, screen:1, ...; empty: draws from the prompt")
     sinks: tuple[str, ...] = Field(("window",), description="where to: window, virtualcam, mjpeg:8080, record:out.mp4, ...")
-    target_fps: float = Field(30.0, gt=0, lt=10_000, description="pictures a second, at even intervals")
-    policy: Literal["newest", "every"] = Field("newest", description="draw the newest picture of the source, or every one")
+    target_fps: float = Field(30.0, gt=0, lt=10_000, description="images a second, at even intervals")
+    policy: Literal["newest", "every"] = Field("newest", description="draw the newest image of the source, or every one")
     mode: Literal["auto", "fed", "free", "sequential"] = Field(
         "auto", description="auto measures all and takes the lowest latency that holds the rate"
     )
-    on_error: Literal["hold", "raise"] = Field("hold", description="keep the last good picture and try again, or end")
+    on_error: Literal["hold", "raise"] = Field("hold", description="keep the last good image and try again, or end")
     crossfade: float = Field(0.5, ge=0, description="seconds from one scene to the next")
     scenes: tuple[str, ...] = Field((), description="files of settings, which follow one another by the key for the next")

@@ -1,14 +1,13 @@
 """`Live`: a stream between a source and sinks, at even intervals.
 
 Four kinds of threads with bounded queues between them: capture (`Feed`), drawing (`Drawing`), the output clock, and one for
-each sink. None waits for a slower one, except that drawing waits for the clock under policy "every".
+each sink. No thread waits for a slower one, except that drawing waits for the clock under policy "every".
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any, Self
 import numpy as np
 import PIL.Image
 
+from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
-from streamflow.io import Picture, Sink, SinkLost, Source, Writing, open_sink, open_source
+from streamflow.io import Sink, SinkLost, Source, TimedImage, Writing, open_sink, open_source
 from streamflow.live.draw import MODES, Drawing, Drawn, Scene
-from streamflow.live.feed import SILENCE, Backoff, Feed, described
+from streamflow.live.feed import SILENCE, Backoff, Feed, describe
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
-from streamflow.live.pacing import POLICIES, Outbox, Pacer
+from streamflow.live.pacing import POLICIES, Pacer
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("hold", "raise")
@@ -32,12 +32,12 @@ ATTEMPTS = 6  # failures in a row of all sinks, which take about 8 s, after whic
 
 @dataclass(frozen=True)
 class Statistics:
-    """How it goes. shown: pictures the clock gave to the sinks, of which repeated were shown again since nothing new was
-    there, and skipped are multiples of the period that went by; late: pictures that came after their time. drawn: ticks.
-    dropped_in, dropped_out, dropped_by_sinks: pictures replaced by newer ones before drawing, before showing, and before a
-    sink took them, or while a sink had failed. losses: of the source; errors: of the stream; not_finite: images with NaN
-    or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and 95th percentile,
-    None before there are any."""
+    """Counters of a show. shown: images that the clock gave to the sinks. repeated: those that were shown again since
+    nothing new was ready. skipped: multiples of the period that were missed. late: images that were ready after their time.
+    drawn: ticks. dropped_in, dropped_out, dropped_by_sinks: images replaced by newer ones before drawing, before showing,
+    and before a sink took them, or while a sink had failed. losses: of the source. errors: of the stream. not_finite:
+    images with NaN or infinite values, of the stream that draws now. latency: seconds from capture to showing, median and
+    95th percentile, None before there are any."""
 
     seconds: float
     mode: str
@@ -57,7 +57,7 @@ class Statistics:
 
     @property
     def drawn_per_second(self) -> float:
-        """Pictures a second."""
+        """Images a second."""
         return self.drawn / self.seconds if self.seconds else 0.0
 
 
@@ -74,35 +74,35 @@ class Output:
 
     @property
     def dropped(self) -> int:
-        """Pictures that the sink did not get."""
+        """Images that the sink did not get."""
         return self._dropped + (self._writing.dropped if self._writing else 0)
 
     @property
     def works(self) -> bool:
-        """Whether it has taken a picture since it failed, or has not failed."""
+        """Whether it has taken an image since it failed, or has not failed."""
         return not self.failures or (self._writing is not None and self._writing.count > 0)
 
-    def write(self, picture: Picture) -> None:
-        """Queue a picture; before it is opened again, drop it. Raises what the sink raised."""
+    def write(self, image: TimedImage) -> None:
+        """Queue an image; before it is opened again, drop it. Raises what the sink raised."""
         if self._writing is None:
             if self._backoff.left:
                 self._dropped += 1
                 return
             self._writing, self._given = Writing(self.sink), 0
-        self._writing.write(picture)
+        self._writing.write(image)
         self._given += 1
         if self.failures and self.works:
             logger.info("%s is back", type(self.sink).__name__)
             self.failures = 0
-            self._backoff.well()
+            self._backoff.reset()
         if self._writing.waiting > SILENCE and not self._silent:
             name = type(self.sink).__name__
             logger.warning("%s does not answer: a call of it has not returned for %.0f s", name, self._writing.waiting)
         self._silent = self._writing.waiting > SILENCE
 
     def lose(self, error: Exception) -> None:
-        """Let go of the thread that this error has ended, and wait longer before each attempt. `failures` counts those
-        between which no picture was taken."""
+        """Discard the thread that this error has ended, and wait longer before each attempt. `failures` counts the attempts
+        since an image was last written."""
         self.error = error
         writing, self._writing = self._writing, None
         writing.close()
@@ -117,7 +117,7 @@ class Output:
 
 
 class Sinks:
-    """Where pictures go: each sink in its own thread. All pictures have the first one's size, which recordings and cameras
+    """The sinks, each in a thread of its own. All images have the first one's size, which recordings and cameras
     need.
 
     hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
@@ -140,19 +140,19 @@ class Sinks:
 
     @property
     def dropped(self) -> int:
-        """Pictures that a sink did not get: they were replaced by newer ones, or it had failed."""
+        """Images that a sink did not get: they were replaced by newer ones, or it had failed."""
         return self._dropped + sum(one.dropped for one in self._outputs)
 
     def show(self, pixels: np.ndarray) -> None:
-        """Give every sink this picture, or what the keys say."""
-        picture = Picture(self._fitted(self._keyed(pixels)), time.monotonic())
+        """Give every sink this image, or the one that the keys select."""
+        image = TimedImage(self._resized(self._apply_keys(pixels)), time.monotonic())
         for one in list(self._outputs):
             try:
-                one.write(picture)
+                one.write(image)
             except Exception as error:  # a sink's own, whatever it is
                 self._lose(one, error)
 
-    def _keyed(self, pixels: np.ndarray) -> np.ndarray:
+    def _apply_keys(self, pixels: np.ndarray) -> np.ndarray:
         keys = self._keys
         if keys is None or not (keys.frozen or keys.black or keys.panic):
             self._frozen = None
@@ -160,7 +160,7 @@ class Sinks:
         self._frozen = pixels if self._frozen is None else self._frozen
         return np.zeros_like(pixels) if keys.black and not keys.panic else self._frozen
 
-    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+    def _resized(self, pixels: np.ndarray) -> np.ndarray:
         size = pixels.shape[1], pixels.shape[0]
         self._size = self._size or size
         if size == self._size:
@@ -173,7 +173,7 @@ class Sinks:
             logger.info("%s ended: %s", name, error)
             self._leave_out(output)
         elif not self._hold:
-            logger.error("%s failed: %s", name, described(error))
+            logger.error("%s failed: %s", name, describe(error))
             self._leave_out(output)
             self.error = error
         elif isinstance(error, ImportError):
@@ -182,7 +182,7 @@ class Sinks:
             self._left_out.append(error)
         else:
             if not output.failures:
-                logger.error("%s failed, and is opened again after a pause: %s", name, described(error))
+                logger.error("%s failed, and is opened again after a pause: %s", name, describe(error))
             output.lose(error)
             if all(one.failures >= ATTEMPTS for one in self._outputs):
                 self.error = error
@@ -211,7 +211,7 @@ class Sinks:
 class Live:
     """Runs from when it is made until the source ends, the last sink is gone, or `stop`.
 
-    `StreamFlow.live` makes one; its arguments are described there. Used in a `with`, it ends with the block.
+    `StreamFlow.live` makes one; its arguments are describe there. Used in a `with`, it ends with the block.
     """
 
     def __init__(
@@ -231,22 +231,23 @@ class Live:
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:
-            raise ValueError(f"target_fps must be pictures a second, above 0 and below 10,000, not {target_fps!r}")
+            raise ValueError(f"target_fps must be images a second, above 0 and below 10,000, not {target_fps!r}")
         opened = open_source(source) if isinstance(source, str) else source
         many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
         if not many:
-            raise ValueError("nowhere to show: give at least one sink, such as 'window' or 'record:out.mp4'")
+            raise ValueError("there is no sink: give at least one, such as 'window' or 'record:out.mp4'")
         outs = [open_sink(one) if isinstance(one, str) else one for one in many]
         self._mode, self._rate, hold = mode, float(target_fps), on_error == "hold"
-        self._pictures = opened is not None
+        self._has_source = opened is not None
         scene = self._scene(stream)
         self._began, self._ended_at = time.monotonic(), None
         self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
-        self._outbox: Outbox[Drawn] = Outbox(policy if self._pictures else "every")
-        self._feed = Feed(opened, policy, hold) if self._pictures else None
+        newest = self._has_source and policy == "newest"
+        self._outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
+        self._feed = Feed(opened, policy, hold) if self._has_source else None
         self._sinks = Sinks(outs, hold, controls and controls.keys)
         self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
-        self._stopped = threading.Event()
+        self._stopped = False
         self._shown: Drawn | None = None
         self._error: BaseException | None = None
         self._clock_thread = Thread(self._pace, "streamflow live clock")
@@ -255,13 +256,13 @@ class Live:
         atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
 
     def _scene(self, stream: Any) -> Scene:
-        return Scene(stream, self._pictures, self._mode, ModeChooser(self._rate))
+        return Scene(stream, self._has_source, self._mode, ModeChooser(self._rate))
 
     # -- while it runs ----------------------------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
-        """Whether it shows, or will."""
+        """Whether the show has not ended."""
         return self._clock_thread.is_alive()
 
     @property
@@ -276,7 +277,7 @@ class Live:
 
     @property
     def statistics(self) -> Statistics:
-        """Up to now, or up to the end."""
+        """The counters up to now, or up to the end."""
         p, d, feed = self._pacer, self._drawing, self._feed
         return Statistics(
             (self._ended_at or time.monotonic()) - self._began,
@@ -288,26 +289,26 @@ class Live:
 
     def warm(self, stream: Any) -> Scene:
         """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
-        its ring is full, so that `switch` has a picture at the next tick. ValueError, RuntimeError: it cannot be drawn."""
+        its ring is full, so that `switch` has an image at the next tick. ValueError, RuntimeError: it cannot be drawn."""
         scene = self._scene(stream)
-        picture = self._drawing.newest
-        if self._pictures and picture is None:
-            picture = Picture(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
-        if self._pictures:
-            scene.mode(picture)
-        scene.fill(picture if self._pictures else None)
+        image = self._drawing.newest
+        if self._has_source and image is None:
+            image = TimedImage(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
+        if self._has_source:
+            scene.mode(image)
+        scene.fill(image if self._has_source else None)
         return scene
 
     def switch(self, scene: Scene, crossfade: float = 0.0) -> Any:
         """Draw a warmed scene from the next tick on; returns the stream that was drawn before, once no tick of it is under
-        way. crossfade: seconds in which the last picture of the old scene fades. The output has the first scene's size.
+        way. crossfade: seconds in which the last image of the old scene fades. The output has the first scene's size.
 
         A ring that was filled long ago still holds what entered then, so it is filled anew first, here.
         """
         if not 0 <= crossfade < 1e4:
             raise ValueError(f"crossfade must be seconds, 0 or more, not {crossfade!r}")
         before = self._drawing.scene
-        if self._pictures and self._drawing.newest is not None:
+        if self._has_source and self._drawing.newest is not None:
             scene.fill(self._drawing.newest)
         taken = self._drawing.switch(scene, crossfade)
         while not taken.wait(0.05):
@@ -316,13 +317,12 @@ class Live:
         return before.stream
 
     def stop(self) -> None:
-        """End: the tick under way, then the sinks, whose files are finished. Returns when all is closed."""
-        self._stopped.set()
-        self._drawing.stop()
+        """End the show after the tick under way, and close the sinks, whose files are then complete."""
+        self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
         self.wait()
 
     def wait(self, timeout: float | None = None) -> Statistics:
-        """Until it ends (or `timeout` seconds went by); raises what ended it, if that was an error."""
+        """Wait until the show ends, at most `timeout` seconds. Raises the error that ended it, if there was one."""
         self._clock_thread.join(timeout)
         if self._error is not None and not self._clock_thread.is_alive():
             error, self._error = self._error, None
@@ -330,8 +330,7 @@ class Live:
         return self.statistics
 
     def _at_exit(self) -> None:
-        self._stopped.set()
-        self._drawing.stop()
+        self._stopped = True
         self._clock_thread.join(2 * ENDING)
 
     def __enter__(self) -> Self:
@@ -357,9 +356,9 @@ class Live:
         self._sinks.show(drawn.pixels)
 
     def _going(self) -> bool:
-        if self._stopped.is_set() or self._sinks.ended:
+        if self._stopped or self._sinks.ended:
             return False
-        return self._drawing.is_alive() or not self._outbox.empty
+        return self._drawing.is_alive() or len(self._outbox) > 0
 
     def _close(self) -> None:
         """In order: drawing, capture, sinks. The first error of all is kept."""

@@ -1,4 +1,4 @@
-"""`streamflow img2img`: pictures restyled, streamed."""
+"""`streamflow img2img`: images restyled, streamed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where a picture cannot be read, the others being done; 2 for arguments that cannot be."""
-    p = options.parser("img2img", "Restyles pictures, in their order; results have their names.", EXAMPLE)
-    p.add_argument("pictures", type=Path, nargs="+", help="files")
+    """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
+    p = options.parser("img2img", "Restyles images, in their order; results have their names.", EXAMPLE)
+    p.add_argument("images", type=Path, nargs="+", help="files")
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)
-    names = [path.stem for path in a.pictures]
+    names = [path.stem for path in a.images]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        p.error(f"several pictures are called {', '.join(twice)}, and results have their names: give them apart")
-    if missing := [str(path) for path in a.pictures if not path.is_file()]:
+        p.error(f"several images are called {', '.join(twice)}, and results have their names: give them apart")
+    if missing := [str(path) for path in a.images if not path.is_file()]:
         p.error(f"there is no file {', '.join(missing)}")
     settings = options.settings(p, a, mode="img2img", strength=0.5)
     from streamflow.image_utils import as_rgb, open_image, postprocess_image
@@ -34,27 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     unread: dict[str, str] = {}
     read: list[str] = []
 
-    def pictures():
-        for path in tqdm(a.pictures, unit="picture", disable=a.json):
+    def images():
+        for path in tqdm(a.images, unit="image", disable=a.json):
             try:
-                picture = as_rgb(open_image(path))
+                image = as_rgb(open_image(path))
             except OSError as error:
                 unread[str(path)] = str(error)
                 continue
             read.append(path.stem)
-            yield picture
+            yield image
 
     files = []
     with StreamFlowWrapper.from_settings(settings) as wrapper:
         began = time.perf_counter()
-        for name, frame in _named(read, wrapper.stream.frames(pictures())):
+        for name, frame in _named(read, wrapper.stream.frames(images())):
             files.append(str(a.output / f"{name}.png"))
             postprocess_image(frame.wait().image[None])[0].save(files[-1])
         seconds = time.perf_counter() - began
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
-    said = {"files": files, "unread": unread, "seconds": round(seconds, 3)}
-    print(json.dumps(said) if a.json else f"{len(files)} pictures in {seconds:.1f} s, in {a.output}")
+    result = {"files": files, "unread": unread, "seconds": round(seconds, 3)}
+    print(json.dumps(result) if a.json else f"{len(files)} images in {seconds:.1f} s, in {a.output}")
     return int(bool(unread))
 
 

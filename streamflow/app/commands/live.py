@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from streamflow._command_line import above
+from streamflow._command_line import Parser, above
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
+from streamflow.app.signals import Stop, stop_signals
 
 logger = logging.getLogger("streamflow.live")
 EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
@@ -26,7 +28,8 @@ WRONG = (ValueError, TypeError, ImportError, NotImplementedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the source ended, the window was closed, or by Ctrl-C; 1 for what failed; 2 for arguments."""
+    """Exit code 0 when the source ended, the window was closed, or by SIGINT or SIGTERM; 1 for what failed; 2 for
+    arguments."""
     p = options.parser(
         "live",
         "Restyles a camera, a screen or a file live; without --in, draws from the prompt.",
@@ -39,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")
     p.add_argument("--seconds", type=above(0), help="end so long after the first image (default: at the source's end)")
     p.add_argument("--learn", metavar="FIELD", help="the next knob that is moved turns this field; its mapping is printed")
-    a = p.parse_args(argv)
+    with stop_signals() as stop:
+        return _run(p, p.parse_args(argv), stop)
+
+
+def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     outs = [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]
     for path, value in {"live.source": a.source, "live.sinks": json.dumps(outs) if outs else None}.items():
         if value is not None:
@@ -48,23 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            said = play(_with_start(settings), a.seconds, a.learn, quiet=a.json)
+            result = play(_with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, WRONG) else 1
-    print(json.dumps(said) if a.json else "\n".join(f"{name}: {value}" for name, value in said.items()))
+    print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0
 
 
 def _with_start(settings: Settings) -> Settings:
-    """A source's images start half way where nothing else was said."""
+    """A source's images start half way where nothing else was result."""
     if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
         return settings
     return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
 
 
-def play(settings: Settings, seconds: float | None = None, learn: str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Until the source ends, the last sink is gone, Ctrl-C, or so many seconds; the statistics, and what was learned."""
+def play(
+    settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
+    and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
     from streamflow.live.remote import open_control
@@ -89,6 +99,7 @@ def play(settings: Settings, seconds: float | None = None, learn: str | None = N
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
             closing.callback(wrapper.close)
+            stop.remember()  # files are open from here on
             show = wrapper.stream.live(
                 *(source, sinks),
                 target_fps=s.target_fps,
@@ -100,35 +111,36 @@ def play(settings: Settings, seconds: float | None = None, learn: str | None = N
             shows.append(show)
             scenes = closing.enter_context(Scenes(show, wrapper, (settings, *others)))
             closing.enter_context(show)  # ends before its scenes are closed
-            _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet)
+            _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet, stop)
             show.stop()
-        said = {name: _short(value) for name, value in asdict(show.statistics).items()}
+        result = {name: _short(value) for name, value in asdict(show.statistics).items()}
         learned = [one for one in controls.settings.mappings if one not in settings.control.mappings]
-        return {**said, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else said
+        return (
+            {**result, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else result
+        )
 
 
-def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool) -> None:
+def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
     """Report, prepare scenes and change them, until it ends."""
     end = float("inf")
-    try:
-        with tqdm(unit="picture", disable=quiet) as bar:
-            _scene(scenes.prepare)
-            while show.running and (left := end - time.monotonic()) > 0:
-                show.wait(min(PERIOD, left))
-                if seconds and end == float("inf") and show.statistics.shown:
-                    end = time.monotonic() + seconds
-                for _ in range(keys.next()):
-                    _scene(scenes.next, crossfade)
-                    _scene(scenes.prepare)
-                now = show.statistics
-                bar.update(now.shown - bar.n)
-                bar.set_postfix_str(_in_short(now))
-    except KeyboardInterrupt:
-        logger.info("ending")  # sinks are closed by stop()
+    with tqdm(unit="image", disable=quiet) as bar:
+        _scene(scenes.prepare)
+        while show.running and not stop.received and (left := end - time.monotonic()) > 0:
+            show.wait(min(PERIOD, left))
+            if seconds and end == float("inf") and show.statistics.shown:
+                end = time.monotonic() + seconds
+            for _ in range(keys.next()):
+                _scene(scenes.next, crossfade)
+                _scene(scenes.prepare)
+            now = show.statistics
+            bar.update(now.shown - bar.n)
+            bar.set_postfix_str(_in_short(now))
+    if stop.received:
+        logger.info("ending")
 
 
 def _scene(change: Any, *arguments: Any) -> None:
-    """A change of scene; what cannot be is said, and what plays goes on."""
+    """A change of scene; what cannot be is result, and what plays goes on."""
     try:
         change(*arguments)
     except (*WRONG, OSError, MemoryError) as error:

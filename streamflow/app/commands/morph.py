@@ -1,4 +1,4 @@
-"""`streamflow morph`: one prompt's picture turns into the next one's."""
+"""`streamflow morph`: one prompt's image turns into the next one's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIDEOS = (".mp4", ".mkv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where the file cannot be written; 2 for arguments that cannot be."""
+    """Exit code 0; 1 where the file cannot be written; 2 for invalid arguments."""
     p = options.parser("morph", "Draws the way from one prompt to the next while the noise stays.", EXAMPLE)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="two or more")
     p.add_argument("--frames", type=at_least(2), default=30, help="from each to the next (default %(default)s)")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--output", type=Path, default=Path("outputs/morph.gif"), help=".gif, .mp4 or .mkv (default: %(default)s)"
     )
-    p.add_argument("--sheet", type=Path, metavar="FILE", help="also all frames side by side, a picture")
+    p.add_argument("--sheet", type=Path, metavar="FILE", help="also all frames side by side, an image")
     a = p.parse_args(argv)
     if len(a.prompts) < 2:
         p.error("a morph goes from one prompt to another: give two or more")
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     a.prompt = json.dumps([[text, float(k == 0)] for k, text in enumerate(a.prompts)])
     settings = options.settings(p, a, mode="txt2img")
     try:
-        said = draw(settings, a)
+        result = draw(settings, a)
     except (ImportError, OSError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(said) if a.json else f"{said['frames']} frames in {said['seconds']:.1f} s: {a.output}")
+    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.output}")
     return 0
 
 
@@ -91,13 +91,13 @@ def _write(frames: Sequence[Any], output: Path, rate: float) -> None:
         return
     import numpy as np
 
-    from streamflow.io.picture import Picture
+    from streamflow.io.protocols import TimedImage
     from streamflow.io.recorder import Recorder
 
     recorder = Recorder(output, rate, clock=False)
     recorder.open()
     try:
         for frame in frames:
-            recorder.write(Picture(np.asarray(frame), 0.0))
+            recorder.write(TimedImage(np.asarray(frame), 0.0))
     finally:
         recorder.close()

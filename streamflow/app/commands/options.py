@@ -1,5 +1,5 @@
 """Flags of the commands that draw: one for every field of `Settings`, with the field's description as its help, beside
-`--config`. What is given on the command line wins over the file, and all mistakes are told at once."""
+`--config`. The command line overrides the file, and all mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _flag(path: str) -> str:
 
 
 def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
-    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they cannot be."""
+    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid."""
     try:
         data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
         for path, _ in _fields(Settings):

@@ -1,56 +1,25 @@
-"""`streamflow serve`: the page, on this machine unless told otherwise."""
+"""`streamflow serve`: the page, on this machine by default."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from streamflow.app.commands import options
+from streamflow.app.signals import Stop, stop_signals
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
 
 
-class Stop:
-    """What SIGTERM and SIGINT do from the start of the command: they are remembered, and end uvicorn's server."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.server: Any = None
-
-    def __call__(self, *_: Any) -> None:
-        self.received = True
-        if self.server is not None:
-            self.server.should_exit = True
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Inside, signals set `Stop.received`. Once one has come, the process is about to end, and further ones are ignored."""
-    stop = Stop()
-    before = {one: signal.signal(one, stop) for one in SIGNALS}
-    try:
-        yield stop
-    finally:
-        if stop.received:
-            for one in SIGNALS:  # while the interpreter finalizes, which takes Python's handlers away
-                atexit.register(signal.signal, one, signal.SIG_IGN)
-        else:
-            for one, handler in before.items():
-                signal.signal(one, handler)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when it was asked to end (SIGTERM, SIGINT); 1 where it cannot bind; 2 for settings that cannot be."""
-    p = options.parser("serve", "Serves the page: text and pictures restyled live, for several viewers.", EXAMPLE, "server")
+    """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
+    p = options.parser("serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server")
     p.add_argument("--host", help="short for --server.host")
     p.add_argument("--port", help="short for --server.port")
     p.add_argument("--behind-proxy", action="store_true", help="a proxy in front ends TLS")
@@ -91,14 +60,13 @@ def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
     app = create_app(service := Service(settings, tokens.load(server.token_file)))
     connections = Connections(server, service.refusals)
     with Listener(server.host, server.port, connections) as listener:
-        stop.server = uvicorn.Server(uvicorn_config(app, server, connections))
-        stop.server.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
-        if stop.received:
-            return 0
+        running = uvicorn.Server(uvicorn_config(app, server, connections))
+        running.handle_exit = stop  # uvicorn's own leaves out the application's shutdown after a second SIGINT
+        stop.remember(partial(setattr, running, "should_exit", True))
         host = f"[{server.host}]" if ":" in server.host else server.host
         url = f"http{'s' if server.tls_certificate else ''}://{host}:{listener.getsockname()[1]}"
         print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
-        stop.server.run(sockets=[listener])
+        running.run(sockets=[listener])
     code = int(service.worker.failed is not None)
     if not service.ended(END_WITHIN):
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from streamflow.app.config import ConfigError, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where a file is wrong or in the way; 2 for arguments that cannot be."""
+    """Exit code 0; 1 where a file is wrong or in the way; 2 for invalid arguments."""
     p = Parser(
         prog="streamflow config",
         description=__doc__,

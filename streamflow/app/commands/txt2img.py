@@ -1,4 +1,4 @@
-"""`streamflow txt2img`: pictures from a prompt, streamed."""
+"""`streamflow txt2img`: images from a prompt, streamed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EXAMPLE = 'streamflow txt2img --prompt "a fox, 3d render" --count 8 --output out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for arguments that cannot be. Pictures that are there when it is interrupted are whole."""
-    p = options.parser("txt2img", "Draws pictures from a prompt, one seed after another.", EXAMPLE)
+    """Exit code 0, or 2 for invalid arguments. Images that are there when it is interrupted are whole."""
+    p = options.parser("txt2img", "Draws images from a prompt, one seed after another.", EXAMPLE)
     p.add_argument("--count", type=at_least(1), default=4, help="how many (default %(default)s)")
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = []
     with StreamFlowWrapper.from_settings(settings) as wrapper:
         began = time.perf_counter()
-        for frame in tqdm(wrapper.stream.frames([None] * a.count), total=a.count, unit="picture", disable=a.json):
+        for frame in tqdm(wrapper.stream.frames([None] * a.count), total=a.count, unit="image", disable=a.json):
             files.append(str(a.output / f"{frame.id:04d}.png"))
             postprocess_image(frame.wait().image[None])[0].save(files[-1])
         seconds = time.perf_counter() - began
-    said = {"files": files, "seconds": round(seconds, 3)}
-    print(json.dumps(said) if a.json else f"{a.count} pictures in {seconds:.1f} s: {files[0]} to {files[-1]}")
+    result = {"files": files, "seconds": round(seconds, 3)}
+    print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
     return 0

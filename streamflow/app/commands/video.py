@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -13,18 +14,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from streamflow._command_line import Parser
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
-from streamflow.image_utils import cropped, uint8_pixels
-from streamflow.io import Picture, Reading, Writing
+from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
+from streamflow.io import Reading, TimedImage, Writing
 
 EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where the video cannot be read or written; 2 for arguments that cannot be; 130 after Ctrl-C. What is
-    written by then can be played."""
+    """Exit code 0; 1 where the video cannot be read or written; 2 for invalid arguments; 130 after SIGINT or SIGTERM.
+    What is written by then can be played."""
     p = options.parser(
         "video",
         "Restyles a video: every frame in order, at its time, with the sound. Without --width and --height it keeps the "
@@ -35,9 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4 or .mkv")
     p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     p.add_argument("--no-sound", dest="sound", action="store_false", help="leave the sound out")
-    a = p.parse_args(argv)
+    with stop_signals(INTERRUPTED) as stop:
+        return _run(p, p.parse_args(argv), stop)
+
+
+def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     if a.out.exists() and not a.overwrite:
-        p.error(f"{a.out} is there already: choose another name, or say --overwrite")
+        p.error(f"{a.out} is there already: choose another name, or pass --overwrite")
     if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
         p.error(f"{a.out} is what is read: choose another name")
     settings = options.settings(p, a, mode="img2img")
@@ -46,15 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.strength is None and settings.t_index_list is None:
         settings = settings.model_copy(update={"strength": 0.5})
     try:
-        said = restyle(settings, a.source, a.out, sound=a.sound, quiet=a.json)
+        result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
         print(f"{p.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(said) if a.json else f"{said['frames']} frames in {said['seconds']:.1f} s: {a.out}")
-    return INTERRUPTED if said["interrupted"] else 0
+    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
+    return INTERRUPTED if result["interrupted"] else 0
 
 
-def restyle(settings: Settings, source: Path, out: Path, sound: bool = True, quiet: bool = False) -> dict[str, Any]:
+def restyle(
+    settings: Settings, source: Path, out: Path, stop: Stop, sound: bool = True, quiet: bool = False
+) -> dict[str, Any]:
     """Every frame of `source`, restyled, into `out`; what was done. Reading and writing have threads of their own."""
     from streamflow.io.file import FileSource
     from streamflow.io.recorder import Recorder
@@ -69,11 +76,12 @@ def restyle(settings: Settings, source: Path, out: Path, sound: bool = True, qui
         height, width = first.pixels.shape[:2]
         with StreamFlowWrapper.from_settings(settings, like=(width, height)) as wrapper:
             stream, began = wrapper.stream, time.perf_counter()
+            stop.remember()  # the output file is open from here on
             with (
                 Writing(Recorder(out, video.rate, audio=audio), block=True) as writing,
                 tqdm(total=video.count, unit="frame", disable=quiet) as bar,
             ):
-                frames, interrupted = _pass(stream, chain([first], iter(reading.read, None)), writing, bar)
+                frames, interrupted = _pass(stream, chain([first], iter(reading.read, None)), writing, bar, stop)
     return {
         "file": str(out),
         "frames": frames,
@@ -84,21 +92,23 @@ def restyle(settings: Settings, source: Path, out: Path, sound: bool = True, qui
     }
 
 
-def _pass(stream: Any, pictures: Iterable[Picture], writing: Writing, bar: tqdm) -> tuple[int, bool]:
-    """Every picture through the stream; how many, and whether Ctrl-C ended it."""
+def _pass(stream: Any, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
+    """Every image through the stream; how many, and whether a signal ended it."""
+    from streamflow.image_utils import cropped, uint8_pixels
+
     times: deque[float] = deque()
 
     def entering() -> Iterator[Any]:
-        for picture in pictures:
-            times.append(picture.pts)
-            yield cropped(picture.pixels, stream.width, stream.height)
+        for image in images:
+            times.append(image.pts)
+            yield cropped(image.pixels, stream.width, stream.height)
 
     count = 0
-    try:
-        for frame in stream.frames(entering()):
-            writing.write(Picture(uint8_pixels(frame.wait().image[None])[0], times.popleft()))
-            bar.update()
-            count += 1
-    except KeyboardInterrupt:
-        return count, True
-    return count, False
+    for frame in stream.frames(entering()):
+        pixels = uint8_pixels(frame.wait().image[None])[0]
+        if stop.received:
+            break
+        writing.write(TimedImage(pixels, times.popleft()))
+        bar.update()
+        count += 1
+    return count, stop.received

@@ -1,4 +1,5 @@
-"""Who gets in: a ticket is a place kept for some seconds, a viewer is a place taken. Knows counts and quotas."""
+"""Admission of viewers: a ticket reserves a session slot for some seconds, and a viewer occupies one. Knows counts and
+quotas."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from streamflow.app.server.safety import COME_BACK, Bucket
 from streamflow.app.server.tokens import Holder
 
-KEPT = 10.0  # seconds for which a ticket keeps a place
-UNUSED = 2  # tickets that one holder has and has not used
+KEPT = 10.0  # seconds for which a ticket reserves a slot
+UNUSED = 2  # unused tickets of one holder
 
 
 @dataclass(frozen=True)
 class Refusal(Exception):
-    """No place now."""
+    """Raised when no session slot is free for the holder."""
 
     message: str
     retry_after: int = COME_BACK
@@ -25,24 +26,24 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Unused(Refusal):
-    """The holder has tickets that it has not used yet; a page that has just been opened uses its own within milliseconds."""
+    """Raised when the holder has unused tickets. A page that has just been opened uses its own within milliseconds."""
 
     retry_after: int = 1
 
 
 class Admission:
-    """Places, of all and of each holder; `streams` is the quota of a holder without one of its own, None for no quota. Used
-    in the event loop only."""
+    """Counts session slots, in all and by holder. streams: the quota of a holder without one of its own, None for no quota.
+    Used in the event loop only."""
 
-    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
-        self._places, self._clock, self._streams = places, clock, streams
+    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic, streams: int | None = None):
+        self._slots, self._clock, self._streams = slots, clock, streams
         self._tickets: dict[str, tuple[Holder, float]] = {}
         self._inside: Counter[str] = Counter()
         self._paces: dict[str, Bucket] = {}
 
     @property
     def inside(self) -> int:
-        """How many viewers there are."""
+        """The number of viewers."""
         return self._inside.total()
 
     def ticket(self, holder: Holder) -> str:
@@ -52,8 +53,8 @@ class Admission:
         quota = self._streams if holder.streams is None else holder.streams
         if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
             raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
-        if waiting.total() + self.inside >= self._places:
-            raise Refusal(f"all {self._places} places are taken: the next that is free may be yours")
+        if waiting.total() + self.inside >= self._slots:
+            raise Refusal(f"all {self._slots} session slots are taken: try again later")
         if waiting[holder.name] >= UNUSED:
             raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)
@@ -61,7 +62,7 @@ class Admission:
         return ticket
 
     def enter(self, ticket: str) -> Holder | None:
-        """The place of a ticket is taken now; None for a ticket that is unknown, used or too old."""
+        """Occupy the slot of a ticket. None for a ticket that is unknown, used or expired."""
         holder, until = self._tickets.pop(ticket, (None, 0.0))
         if holder is None or until <= self._clock():
             return None
@@ -69,11 +70,11 @@ class Admission:
         return holder
 
     def leave(self, holder: Holder) -> None:
-        """The place is free."""
+        """Free the holder's slot."""
         self._inside[holder.name] -= 1
 
     def pace(self, holder: Holder) -> tuple[Bucket, ...]:
-        """The holder's quota of pictures a second, which all its streams share."""
+        """The holder's limit of images a second, which all its streams share."""
         if holder.fps is None:
             return ()
         return (self._paces.setdefault(holder.name, Bucket(holder.fps, max(1.0, holder.fps / 4))),)

@@ -13,13 +13,14 @@ import psutil
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import first_wish, open_places
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
+from streamflow.app.server.slot import first_request, open_slots
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.worker import Worker
 
@@ -35,11 +36,11 @@ UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices",
 class Service:
     """All parts of one server."""
 
-    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_places):
+    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_slots):
         check_binding(settings.server, tokens)
         if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
             raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
-        first_wish(settings)
+        first_request(settings)
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
         self.worker = Worker(lambda: opened(settings), self.metrics)
@@ -55,7 +56,7 @@ class Service:
 
     @property
     def state(self) -> str:
-        """ready, or why not."""
+        """ "ready", or the reason why not."""
         if self.leaving:
             return "shutting down"
         if self.worker.failed is not None:
@@ -69,7 +70,7 @@ class Service:
     def _gauges(self) -> tuple[tuple[str, str, Callable[[], float]], ...]:
         gauges = (
             ("viewers", "viewers there are", lambda: self.admission.inside),
-            ("queue_age_seconds", "how long the oldest picture waits to be drawn", self._queue_age),
+            ("queue_age_seconds", "how long the oldest image waits to be drawn", self._queue_age),
             ("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss),
         )
         cuda = ("cuda_memory_bytes", "of tensors on the GPU", lambda: torch.cuda.memory_allocated())
@@ -80,7 +81,7 @@ class Service:
         return time.monotonic() - min(waiting) if waiting else 0.0
 
     def holder(self, request: Request) -> Holder:
-        """Whose request this is. HTTPException 401, or 429 where its visitor tries tokens; never for a right token."""
+        """The token's holder. HTTPException 401 for a wrong token, and 429 for too many of them from one visitor."""
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         found = self.tokens.holder(token.strip() if kind.lower() == "bearer" else "")
         if found is not None:
@@ -88,10 +89,10 @@ class Service:
         self.refusals("token")
         if not self.wrong_tokens.take(visitor_of(request.scope, self.server.behind_proxy)):
             raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
-        raise HTTPException(401, "a token is wanted: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
+        raise HTTPException(401, "a token is required: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
 
     async def stop(self) -> None:
-        """Viewers are told, the turn under way ends, the thread too."""
+        """End the turn under way, and the model's thread."""
         self.leaving = True
         self.worker.stop()
         self.pools.shutdown()
@@ -153,7 +154,7 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         service.holder(request)
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _tickets(app: FastAPI, service: Service) -> None:
@@ -201,14 +202,14 @@ def _sockets(app: FastAPI, service: Service) -> None:
 
 
 def _welcome(service: Service, holder: Holder) -> Viewer:
-    """A viewer in its place, with what it must know on its way to it."""
+    """A new viewer, with its `welcome` message queued."""
     worker, server = service.worker, service.server
-    wish = first_wish(service.settings)
-    viewer = Viewer(worker, service.metrics, wish, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
+    request = first_request(service.settings)
+    viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
     width, height = worker.size
     limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
     size = {"width": width, "height": height}
-    viewer.say(type="welcome", settings=wish.model_dump(), models=worker.models, limits=limits, **size)
+    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, limits=limits, **size)
     service.viewers.add(viewer)
     worker.add(viewer)
     return viewer

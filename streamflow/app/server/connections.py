@@ -27,7 +27,7 @@ FRAGMENTS = 1024  # frames of one message
 PING_SECONDS = 10.0  # between two pings, and for the answer to one
 CLOSE_SECONDS = 5.0  # for a connection to close once the server has ended it
 BACKLOG = 64  # connections that the event loop accepts at once
-DRAIN_SECONDS = 1  # for open requests when the server is asked to end
+DRAIN_SECONDS = 1  # for open requests when the server ends
 MALFORMED = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
 
 

@@ -3,7 +3,7 @@
 const SLOWEST = 8000; // milliseconds between two tries
 
 export class Link {
-  // settings(): what the server is told after every connect. on: {welcome, settings, error, picture, gif, state, token}.
+  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, gif, state, token}.
   constructor(settings, on) {
     this.settings = settings;
     this.on = on;
@@ -13,19 +13,19 @@ export class Link {
 
   async connect() {
     const token = sessionStorage.getItem("token");
-    let answer;
+    let response;
     try {
-      answer = await fetch("session", { method: "POST", headers: token ? { Authorization: `Bearer ${token}` } : {} });
+      response = await fetch("session", { method: "POST", headers: token ? { Authorization: `Bearer ${token}` } : {} });
     } catch {
       return this.later("the server is not there; trying again", "lost");
     }
-    if (answer.status === 401) return this.on.token(() => this.connect());
-    const said = await answer.json().catch(() => ({}));
-    if (!answer.ok) {
-      const wait = Number(answer.headers.get("Retry-After")) || 2;
-      return this.later(said.message || said.detail || `refused (${answer.status})`, "waiting", 1000 * wait);
+    if (response.status === 401) return this.on.token(() => this.connect());
+    const answer = await response.json().catch(() => ({}));
+    if (!response.ok) {
+      const wait = Number(response.headers.get("Retry-After")) || 2;
+      return this.later(answer.message || answer.detail || `refused (${response.status})`, "waiting", 1000 * wait);
     }
-    this.open(said.ticket);
+    this.open(answer.ticket);
   }
 
   open(ticket) {
@@ -70,8 +70,8 @@ export class Link {
     this.send({ type: "set", settings });
   }
 
-  // A picture, unless the last one is still on its way: the newest wins.
-  async picture(blob, stamp) {
+  // Send an image, unless the last one is still on its way: the newest wins.
+  async sendImage(blob, stamp) {
     const data = new Uint8Array(8 + blob.size);
     new DataView(data.buffer).setFloat64(0, stamp);
     data.set(new Uint8Array(await blob.arrayBuffer()), 8);

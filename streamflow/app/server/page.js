@@ -1,4 +1,4 @@
-// The page: controls to settings, pictures to the canvas, numbers to their places.
+// The page: controls to settings, images to the canvas, numbers to their places.
 
 import { Link } from "./link.js";
 import { Source } from "./source.js";
@@ -6,11 +6,11 @@ import { Source } from "./source.js";
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["blend", "seed", "steps", "guidance", "strength"];
 const FIELDS = ["prompt", "other", "motion", "model", ...NUMBERS];
-const KEPT = 120; // pictures over which latencies are taken
-const FASTEST = 1000 / 30; // milliseconds between two pictures that go in
+const KEPT = 120; // images over which latencies are taken
+const FASTEST = 1000 / 30; // milliseconds between two images that go in
 
 const screen = $("output").getContext("2d");
-const shown = []; // [when, latency] of the last pictures, in milliseconds
+const shown = []; // [when, latency] of the last images, in milliseconds
 const source = new Source($("input"), () => ({ colour: $("colour").value, width: Number($("width").value) }));
 let mode = "text", running = true, known = JSON.parse(sessionStorage.getItem("settings") ?? "null");
 
@@ -33,11 +33,11 @@ function show(values) {
 
 function label() {
   for (const output of document.querySelectorAll("output")) output.value = $(output.htmlFor.value).value;
-  const picture = mode === "picture";
-  $("tab-text").ariaSelected = !picture;
-  $("tab-picture").ariaSelected = picture;
-  $("text-panel").hidden = picture;
-  $("picture-panel").hidden = $("input-figure").hidden = !picture;
+  const withImage = mode === "image";
+  $("tab-text").ariaSelected = !withImage;
+  $("tab-image").ariaSelected = withImage;
+  $("text-panel").hidden = withImage;
+  $("image-panel").hidden = $("input-figure").hidden = !withImage;
 }
 
 function changed() {
@@ -59,9 +59,9 @@ function welcome({ settings: first, models, limits, width, height }) {
   show({ ...first, ...known });
 }
 
-// -- pictures and numbers ---------------------------------------------------------------------------------------------
+// -- images and numbers ---------------------------------------------------------------------------------------------
 
-async function picture(header, blob) {
+async function image(header, blob) {
   const bitmap = await createImageBitmap(blob);
   screen.drawImage(bitmap, 0, 0);
   bitmap.close();
@@ -93,11 +93,11 @@ function numbers() {
 
 let busy = false;
 async function feed() {
-  if (busy || !running || document.hidden || mode !== "picture" || !link.live) return;
+  if (busy || !running || document.hidden || mode !== "image" || !link.live) return;
   busy = true;
   try {
     const stamp = performance.now(), blob = await source.grab();
-    if (blob) await link.picture(blob, stamp);
+    if (blob) await link.sendImage(blob, stamp);
   } finally {
     busy = false;
   }
@@ -117,9 +117,9 @@ const message = (text) => ($("message").textContent = text);
 
 const link = new Link(settings, {
   welcome,
-  picture,
+  image,
   settings: () => message(""),
-  error: (said) => message(said.message),
+  error: (answer) => message(answer.message),
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
   state: (text, state) => {
     $("status").textContent = text;
@@ -154,7 +154,7 @@ function turn(to) {
 }
 
 for (const name of FIELDS) $(name).addEventListener("input", changed);
-for (const name of ["text", "picture"]) $(`tab-${name}`).onclick = () => turn(name);
+for (const name of ["text", "image"]) $(`tab-${name}`).onclick = () => turn(name);
 for (const button of document.querySelectorAll("[data-source]")) {
   button.onclick = () => (button.dataset.source === "file" ? $("file").click() : choose(button.dataset.source));
 }
@@ -170,7 +170,7 @@ $("pause").onclick = () => {
   $("pause").textContent = running ? "Pause" : "Go on";
   changed();
 };
-$("save-picture").onclick = () => $("output").toBlob((blob) => save(blob, "streamflow.png"));
+$("save-image").onclick = () => $("output").toBlob((blob) => save(blob, "streamflow.png"));
 $("save-gif").onclick = () => link.send({ type: "gif" });
 $("save-settings").onclick = () => save(new Blob([JSON.stringify(settings(), null, 2)], { type: "application/json" }), "streamflow.json");
 document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());

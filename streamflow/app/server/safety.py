@@ -1,4 +1,4 @@
-"""What keeps the server from harm: where it may bind, which pages may talk to it, how fast, and under which headers."""
+"""Protection of the server: where it may bind, which pages may connect, request rates, and response headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamflow.app.server.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 LOG_SECONDS = 10.0  # between two lines about what was refused
-ADDRESSES = 4096  # whose rates are kept
+ADDRESSES = 4096  # of which the rates are kept
 COME_BACK = 5  # seconds, in Retry-After
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
@@ -131,7 +131,7 @@ class Refusals:
 
 
 class Bucket:
-    """So many a second, and `burst` at once."""
+    """A token bucket: `rate` a second, and up to `burst` at once."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate, self.burst, self._clock = rate, burst, clock
@@ -184,7 +184,7 @@ class Guard:
         host, origin = headers.get("host"), headers.get("origin")
         if not (self._gate.host_allowed(host) and self._gate.origin_allowed(origin, host)):
             self._refused("host or origin")
-            return await _refuse(scope, send, 403, "this host or origin is not let in: see server.origins")
+            return await _refuse(scope, send, 403, "this host or origin is not allowed: see server.origins")
         address = visitor_of(scope, self._behind_proxy)
         if self._active[address] >= self._most:
             self._refused("connections of one address")

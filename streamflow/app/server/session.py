@@ -1,5 +1,5 @@
-"""One viewer: what it wants, what came from it, what goes to it. Of pictures only the newest is kept, in and out, and
-nothing is drawn that the viewer has not room for. The socket's tasks run in the event loop, turns in the model's thread."""
+"""One viewer: its draw request, its input and its output. Only the newest image is kept in each direction, and nothing is
+drawn that the viewer cannot receive yet. The socket's tasks run in the event loop, turns in the model's thread."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from streamflow.app.server import pictures, wishes
+from streamflow.app.server import images, messages
+from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import Drawn, Place
 from streamflow.app.server.safety import Bucket
 from streamflow.app.server.settings import Server
-from streamflow.app.server.wishes import BadMessage, Wish
+from streamflow.app.server.slot import Drawn, Slot
 from streamflow.app.server.worker import Worker
 
-WINDOW = 2  # pictures on their way that a viewer has not acknowledged
+WINDOW = 2  # images sent and not acknowledged by a viewer
 GIF_FRAMES = 48
-MAX_MISTAKES = 30  # messages that cannot be followed, until the connection ends
+MAX_MISTAKES = 30  # invalid messages, after which the connection ends
 TOO_MUCH, TOO_WRONG, FAILED = 4429, 4400, 4500
 TOO_LARGE = 1009  # WebSocket's own code
 GIF_EVERY = 2.0  # seconds
@@ -33,7 +33,7 @@ OVERSIZE = 16  # times the model's pixels, that an image may have
 
 
 class Pools:
-    """Threads for images, apart by purpose, so that one does not wait for another."""
+    """Thread pools for images, one for each purpose, so that none waits for another."""
 
     def __init__(self) -> None:
         self.decode = _started(2, "server decode")
@@ -41,13 +41,13 @@ class Pools:
         self.gif = _started(1, "server gif")
 
     def shutdown(self) -> None:
-        """Drop what waits; what is under way goes on."""
+        """Cancel the jobs that have not started. Running ones go on."""
         for pool in (self.decode, self.encode, self.gif):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _started(count: int, name: str) -> ThreadPoolExecutor:
-    """A pool whose threads run already: the event loop would wait while one starts."""
+    """A pool whose threads already run, since the event loop would wait while one starts."""
     pool, all_run = ThreadPoolExecutor(count, name), threading.Barrier(count)
     for _ in range(count):
         pool.submit(all_run.wait)
@@ -55,109 +55,109 @@ def _started(count: int, name: str) -> ThreadPoolExecutor:
 
 
 class Viewer:
-    """One viewer, as the worker sees it (`Client`) and as its socket does."""
+    """One viewer: the worker's `Client`, and the state of its socket."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, wish: Wish, paces: tuple[Bucket, ...]):
+    def __init__(self, worker: Worker, metrics: Metrics, request: DrawRequest, paces: tuple[Bucket, ...]):
         self._worker, self._metrics, self._paces = worker, metrics, paces
         self._loop = asyncio.get_running_loop()
-        self.wish, self.model = wish, wish.model
+        self.request, self.model = request, request.model
         self.used, self.gone = 0.0, False
-        self.place: Place | None = None
+        self.slot: Slot | None = None
         self.unacknowledged = 0
-        self.picture: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
-        self.raw: tuple[bytes, float, float] | None = None  # not yet decoded
+        self.image: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
+        self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
         self._texts: deque[str] = deque(maxlen=8)
-        self.came, self.leaves = asyncio.Event(), asyncio.Event()
+        self.input_arrived, self.output_ready = asyncio.Event(), asyncio.Event()
         self.fatal = False
 
     # -- the model's thread, with the worker's lock held -----------------------------------------------------------------
 
     def due(self, now: float) -> bool:
-        """Whether it wants a picture that it may have now."""
-        if self.gone or not self.wish.running or self._out is not None or self.unacknowledged >= WINDOW:
+        """Whether an image can be drawn for it now."""
+        if self.gone or not self.request.running or self._out is not None or self.unacknowledged >= WINDOW:
             return False
-        if self.wish.mode == "picture" and self.picture is None:
+        if self.request.mode == "image" and self.image is None:
             return False
-        if self.place is not None and self.place.settled(self.wish):
+        if self.slot is not None and self.slot.settled(self.request):
             return False
         return all(pace.wait() == 0 for pace in self._paces)
 
-    def take(self) -> tuple[Wish, Any, float | None, float | None]:
-        """The wish, its picture, when that came, and the viewer's own time of it."""
+    def take(self) -> tuple[DrawRequest, Any, float | None, float | None]:
+        """The request, its input image, the image's arrival and the viewer's own clock then."""
         for pace in self._paces:
             pace.take()
-        if self.wish.mode == "text":
-            return self.wish, None, None, None
-        (image, entered, stamp), self.picture = self.picture, None
-        return self.wish, image, entered, stamp
+        if self.request.mode == "text":
+            return self.request, None, None, None
+        (image, entered, stamp), self.image = self.image, None
+        return self.request, image, entered, stamp
 
     def put(self, drawn: Drawn) -> None:
-        """A picture for it."""
+        """Queue a finished image."""
         self._out = drawn
-        self._loop.call_soon_threadsafe(self.leaves.set)
+        self._loop.call_soon_threadsafe(self.output_ready.set)
 
-    def tell(self, message: str, fatal: bool = False) -> None:
-        """A message for it."""
+    def report(self, message: str, fatal: bool = False) -> None:
+        """Queue an error message. fatal: its connection ends then."""
         self._texts.append(json.dumps({"type": "error", "message": message[:1000]}))
         self.fatal |= fatal
-        self._loop.call_soon_threadsafe(self.leaves.set)
+        self._loop.call_soon_threadsafe(self.output_ready.set)
 
     # -- the event loop ---------------------------------------------------------------------------------------------------
 
-    def say(self, **message: Any) -> None:
-        """Something to be sent; of much that waits, the latest."""
+    def post(self, **message: Any) -> None:
+        """Queue a message to be sent. Of more than 8, the oldest are dropped."""
         self._texts.append(json.dumps(message))
-        self.leaves.set()
+        self.output_ready.set()
 
     def offer(self, data: bytes) -> None:
-        """A picture's message; it takes the place of one that was not yet decoded."""
-        stamp, picture = pictures.split(data)
-        if self.raw is not None:
+        """Take an image's message. It replaces one that is not decoded yet."""
+        stamp, image = images.split(data)
+        if self.undecoded is not None:
             self._metrics.count("drops", "in")
-        self.raw = picture, time.monotonic(), stamp
-        self.came.set()
+        self.undecoded = image, time.monotonic(), stamp
+        self.input_arrived.set()
 
     def decoded(self, image: Any, entered: float, stamp: float) -> None:
-        """A picture to be drawn; it takes the place of one that was not yet drawn."""
+        """Take a decoded image. It replaces one that is not drawn yet."""
         with self._worker.lock:
-            if self.picture is not None:
+            if self.image is not None:
                 self._metrics.count("drops", "in")
-            self.picture = image, entered, stamp
+            self.image = image, entered, stamp
         self._worker.wake()
 
-    def change(self, wish: Wish) -> None:
-        """From the next turn on."""
+    def change(self, request: DrawRequest) -> None:
+        """Use this request from the next turn on."""
         with self._worker.lock:
-            self.wish = wish
+            self.request = request
         self._worker.wake()
 
     def acknowledge(self) -> None:
-        """A picture was shown."""
+        """Note that the viewer has shown an image."""
         with self._worker.lock:
             self.unacknowledged = max(0, self.unacknowledged - 1)
         self._worker.wake()
 
     def next_out(self) -> Drawn | None:
-        """The picture to be sent; from here on it is on its way."""
+        """The image to be sent, counted as unacknowledged from now on; None where there is none."""
         with self._worker.lock:
             drawn, self._out = self._out, None
             self.unacknowledged += drawn is not None
         return drawn
 
     def next_text(self) -> str | None:
-        """The oldest message that waits."""
+        """The oldest message that waits, or None."""
         return self._texts.popleft() if self._texts else None
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest picture came that waits to be drawn."""
-        waiting = [one[1] for one in (self.picture, self.raw) if one is not None]
+        """When the oldest image that waits to be drawn arrived, or None."""
+        waiting = [one[1] for one in (self.image, self.undecoded) if one is not None]
         return min(waiting, default=None)
 
 
 class Session:
-    """A viewer's socket, from `welcome` to its end."""
+    """A viewer's socket, from the `welcome` message to its end."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Session:
         self._shown = deque(maxlen=GIF_FRAMES)  # when, for the GIF's pace
 
     async def run(self) -> None:
-        """Until the viewer leaves, or is let go."""
+        """Run until the viewer disconnects, or the server ends its connection."""
         loops = (self._receive(), self._decode(), self._send())
         tasks = [asyncio.ensure_future(one) for one in loops]
         try:
@@ -202,62 +202,62 @@ class Session:
             try:
                 if message.get("bytes") is not None:
                     self._viewer.offer(message["bytes"])
-                elif wishes.longer(message["text"], self._server.max_text_bytes):
+                elif messages.longer(message["text"], self._server.max_text_bytes):
                     self._refused("large text")
                     return await self._socket.close(TOO_LARGE, f"a text is at most {self._server.max_text_bytes} bytes")
                 else:
-                    await self._follow(wishes.read(message["text"]))
+                    await self._handle(messages.read(message["text"]))
             except BadMessage as error:
                 if await self._mistake(error):
                     return
-            await asyncio.sleep(0)  # messages that wait are no reason to keep the event loop
+            await asyncio.sleep(0)  # other tasks run between two messages
 
     async def _mistake(self, error: BadMessage) -> bool:
-        """Say what was wrong; whether it was once too often."""
+        """Report an invalid message. Return whether the connection was ended because there were too many."""
         self._metrics.count("refused", "message")
         self._mistakes += 1
         if self._mistakes > MAX_MISTAKES:
-            await self._socket.close(TOO_WRONG, "too many messages that cannot be followed")
+            await self._socket.close(TOO_WRONG, "too many invalid messages")
             return True
-        self._viewer.say(type="error", message=str(error))
+        self._viewer.post(type="error", message=str(error))
         return False
 
-    async def _follow(self, message: dict[str, Any]) -> None:
-        if message["type"] not in FOLLOW:
-            raise BadMessage(f"type: choose one of {', '.join(FOLLOW)}")
-        await FOLLOW[message["type"]](self, message)
+    async def _handle(self, message: dict[str, Any]) -> None:
+        if message["type"] not in HANDLERS:
+            raise BadMessage(f"type: choose one of {', '.join(HANDLERS)}")
+        await HANDLERS[message["type"]](self, message)
 
     async def _set(self, message: dict[str, Any]) -> None:
-        new = wishes.changed(self._viewer.wish, message.get("settings"), self._worker.models, self._server.max_steps)
+        new = messages.changed(self._viewer.request, message.get("settings"), self._worker.models, self._server.max_steps)
         number = message.get("number")
-        if number is not None and not (isinstance(number, int) and abs(number) <= wishes.MAX_NUMBER):
-            raise BadMessage(f"number: an integer of at most {wishes.MAX_NUMBER}")
+        if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
+            raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
         self._viewer.change(new)
-        self._viewer.say(type="settings", settings=new.model_dump(), number=number)
+        self._viewer.post(type="settings", settings=new.model_dump(), number=number)
 
     async def _acknowledge(self, message: dict[str, Any]) -> None:
         self._viewer.acknowledge()
 
     async def _gif(self, message: dict[str, Any]) -> None:
         if not self._kept:
-            raise BadMessage("there is no picture yet")
+            raise BadMessage("no image has been drawn yet")
         if not self._gifs.take():
-            raise BadMessage(f"one GIF every {GIF_EVERY:g} seconds")
+            raise BadMessage(f"at most one GIF every {GIF_EVERY:g} seconds")
         span = (self._shown[-1] - self._shown[0]) / max(1, len(self._shown) - 1)
-        data = await self._in_pool(self._pools.gif, pictures.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
+        data = await self._in_pool(self._pools.gif, images.gif, tuple(self._kept), max(20, min(500, round(1000 * span))))
         await self._socket.send_bytes(packed({"type": "gif"}, data))
 
     async def _decode(self) -> None:
         viewer, (width, height) = self._viewer, self._worker.size
-        most = min(self._server.max_picture_pixels, OVERSIZE * width * height)
+        most = min(self._server.max_image_pixels, OVERSIZE * width * height)
         while True:
-            await viewer.came.wait()
-            viewer.came.clear()
-            if viewer.raw is None:
+            await viewer.input_arrived.wait()
+            viewer.input_arrived.clear()
+            if viewer.undecoded is None:
                 continue
-            (data, entered, stamp), viewer.raw = viewer.raw, None
+            (data, entered, stamp), viewer.undecoded = viewer.undecoded, None
             try:
-                image = await self._in_pool(self._pools.decode, pictures.decode, data, most, width, height)
+                image = await self._in_pool(self._pools.decode, images.decode, data, most, width, height)
                 viewer.decoded(image, entered, stamp)
             except BadMessage as error:
                 if await self._mistake(error):
@@ -266,22 +266,22 @@ class Session:
     async def _send(self) -> None:
         viewer = self._viewer
         while True:
-            await viewer.leaves.wait()
-            viewer.leaves.clear()
+            await viewer.output_ready.wait()
+            viewer.output_ready.clear()
             while (text := viewer.next_text()) is not None:
                 await self._socket.send_text(text)
             if viewer.fatal:
-                return await self._socket.close(FAILED, "drawing failed again and again")
+                return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
                 self._worker.wake()
-                await self._picture(drawn)
+                await self._image(drawn)
 
-    async def _picture(self, drawn: Drawn) -> None:
-        data = await self._in_pool(self._pools.encode, pictures.jpeg, drawn.pixels)
+    async def _image(self, drawn: Drawn) -> None:
+        data = await self._in_pool(self._pools.encode, images.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
         age = time.monotonic() - drawn.entered
-        header = {"type": "picture", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
+        header = {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
         await self._socket.send_bytes(packed({**header, "age_ms": round(1000 * age, 1)}, data))
         self._metrics.count("frames")
         self._metrics.observe("end_to_end_seconds", age)
@@ -290,7 +290,7 @@ class Session:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
-FOLLOW = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif}
+HANDLERS = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif}
 
 
 def packed(header: dict[str, Any], data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What the server is told by its owner. Nothing of a viewer, nothing of a model."""
+"""The server's settings. Knows no viewer and no model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Server(Section):
     behind_proxy: bool = Field(False, description="a proxy in front ends TLS")
     origins: tuple[str, ...] = Field((), description="other origins that may connect, such as https://my.example")
     max_viewers: int = Field(4, ge=1, le=64, description="at once; one more is refused and may come again")
-    max_fps: float = Field(60.0, gt=0, description="pictures a second that one viewer gets at most")
+    max_fps: float = Field(60.0, gt=0, description="images a second that one viewer gets at most")
     max_steps: int = Field(8, ge=1, le=100, description="that a viewer may ask for")
-    max_message_bytes: int = Field(4_000_000, ge=1024, description="of one message, pictures included")
+    max_message_bytes: int = Field(4_000_000, ge=1024, description="of one message, images included")
     max_text_bytes: int = Field(16_384, ge=1024, description="of one text message; more ends its connection")
-    max_picture_pixels: int = Field(
-        8_000_000, ge=4096, description="of one picture from a viewer; never more than 16 times the model's own size"
+    max_image_pixels: int = Field(
+        8_000_000, ge=4096, description="of one image from a viewer; never more than 16 times the model's own size"
     )
     max_messages_per_second: float = Field(150.0, gt=0, description="of one viewer; more ends its connection")
     max_connections: int = Field(512, ge=8, description="open at once; the oldest without a request is closed for a new one")

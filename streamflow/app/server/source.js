@@ -1,4 +1,4 @@
-// Where pictures come from: webcam, screen, a drawing, a file. Each is drawn, cut to the middle, on the input canvas.
+// Where images come from: webcam, screen, a drawing, a file. Each is drawn, cut to the middle, on the input canvas.
 
 export class Source {
   constructor(canvas, brush) {
@@ -32,7 +32,7 @@ export class Source {
     await this.video.play();
   }
 
-  // The newest picture as a JPEG; null where there is none.
+  // The newest image as a JPEG; null where there is none.
   async grab() {
     if (!this.kind) return null;
     if (this.video.srcObject) {

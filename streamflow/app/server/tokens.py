@@ -17,7 +17,7 @@ SHORTEST = 16
 
 @dataclass(frozen=True)
 class Holder:
-    """One user: how many streams at once, and how many pictures a second over all of them; None: the server's limits."""
+    """One user: how many streams at once, and how many images a second over all of them; None: the server's limits."""
 
     name: str
     streams: int | None = None
@@ -38,7 +38,7 @@ class Tokens:
         return len(self._holders)
 
     def holder(self, token: str) -> Holder | None:
-        """Whose token this is, None if nobody's; every holder's is compared, in constant time."""
+        """The holder of this token, or None. All tokens are compared, in constant time."""
         if not self._holders:
             return ANYONE
         digest, found = _digest(token), None
@@ -78,7 +78,7 @@ def parse(text: str, where: str) -> Tokens:
 
 def _holder(words: list[str], where: str) -> Holder:
     if len(words) < 2 or len(words[1]) < SHORTEST:
-        raise ValueError(f"{where}: a name and a token of {SHORTEST} characters or more are wanted")
+        raise ValueError(f"{where}: write a name and a token of at least {SHORTEST} characters")
     quotas: dict[str, float] = {}
     for word in words[2:]:
         name, _, value = word.partition("=")

@@ -1,5 +1,5 @@
-"""The model's thread: opens the models, then gives turns to viewers, one after another. Whoever has had the least of the
-model's time is next, so viewers share it equally whatever they draw. Knows places and viewers; no socket."""
+"""The model's thread: opens the models, then gives turns to viewers, one after another. The viewer that has used the least
+time is next, so viewers share the model equally whatever they draw. Knows slots and viewers; no socket."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from typing import Any, Protocol
 
 from streamflow._threads import Thread
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.place import Place
+from streamflow.app.server.slot import Slot
 
 logger = logging.getLogger(__name__)
 NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
-MAX_ERRORS = 5  # in a row, until a viewer is let go
+MAX_ERRORS = 5  # in a row, after which a viewer is dropped
 MAX_RESTARTS = 1
 
 
 class Client(Protocol):
-    """What the worker needs of a viewer. All but `tell` and `gone` are called with the worker's lock held."""
+    """What the worker needs of a viewer. All but `report` and `gone` are called with the worker's lock held."""
 
     used: float
-    place: Place | None
+    slot: Slot | None
     gone: bool
     model: str
 
     def due(self, now: float) -> bool:
-        """Whether it has something to draw and somewhere to put it."""
+        """Whether it has something to draw and room for the result."""
 
     def take(self) -> tuple[Any, ...]:
-        """(wish, picture or None, when it came, its stamp): what is to be drawn next."""
+        """The next draw: (request, input image or None, its arrival, its stamp)."""
 
     def put(self, drawn: Any) -> None:
-        """A finished picture."""
+        """Take a finished image."""
 
-    def tell(self, message: str, fatal: bool = False) -> None:
-        """What went wrong; fatal ends its connection."""
+    def report(self, message: str, fatal: bool = False) -> None:
+        """Report an error; fatal ends its connection."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a viewer wanted when it was chosen; later changes are for its next turn."""
+    """What a viewer requested when it was chosen. Later changes apply to its next turn."""
 
     client: Client
-    wish: Any
+    request: Any
     image: Any
     entered: float | None
     stamp: float | None
 
 
 class Worker(Thread):
-    """`open_places` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
+    """`open_slots` is called first, in the thread; `ready` is set when it is done, `failed` holds why it could not.
 
-    Should the thread's work end with an error, the models are opened again and the viewers stay, once (`restarts`). The
-    second time the thread ends, and its viewers are told.
+    If the thread's work ends with an error, the models are opened again and the viewers stay, once (`restarts`). The
+    second time the thread ends, and its viewers get an error message.
     """
 
-    def __init__(self, open_places: Callable[[], dict[str, list[Place]]], metrics: Metrics):
+    def __init__(self, open_slots: Callable[[], dict[str, list[Slot]]], metrics: Metrics):
         super().__init__(self._work, "model")
-        self._open, self._metrics = open_places, metrics
+        self._open, self._metrics = open_slots, metrics
         self._wake = threading.Condition()
         self._clients: list[Client] = []
         self._errors: dict[int, int] = {}
@@ -70,13 +70,13 @@ class Worker(Thread):
         self.ready = threading.Event()
         self.failed: BaseException | None = None
         self.restarts = 0
-        self.places: dict[str, list[Place]] = {}
+        self.slots: dict[str, list[Slot]] = {}
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
 
     @property
     def lock(self) -> threading.Condition:
-        """Held to change what a viewer wants; `wake` after."""
+        """Hold it to change a viewer's state; call `wake` after."""
         return self._wake
 
     def wake(self) -> None:
@@ -85,14 +85,14 @@ class Worker(Thread):
             self._wake.notify_all()
 
     def add(self, client: Client) -> None:
-        """A new viewer starts level with the one who has had the least."""
+        """Add a viewer. It starts with the used time of the viewer that has used the least."""
         with self._wake:
             client.used = min((one.used for one in self._clients), default=0.0)
             self._clients.append(client)
             self._wake.notify_all()
 
     def remove(self, client: Client) -> None:
-        """Its place is free for the next, once a turn under way has ended."""
+        """Remove a viewer. Its slot is free once a turn under way has ended."""
         with self._wake:
             client.gone = True
             self._wake.notify_all()
@@ -108,24 +108,24 @@ class Worker(Thread):
             self.restarts += 1
         with self._wake:
             for client in () if self._stopping else self._clients:
-                self._call(client, client.tell, "the model's thread has ended", True)
+                self._call(client, client.report, "the model's thread has ended", True)
             self._clients.clear()
-            self.places.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
+            self.slots.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
 
     def _open_all(self) -> bool:
         try:
-            self.places = self._open()
-        except Exception as error:  # whatever it is, the server goes on to say so
+            self.slots = self._open()
+        except Exception as error:  # the server goes on, and its health says so
             logger.exception("the model cannot be opened")
             self.failed = error
             return False
-        self.models = tuple(self.places)
-        self.size = self.places[self.models[0]][0].size
+        self.models = tuple(self.slots)
+        self.size = self.slots[self.models[0]][0].size
         self.ready.set()
         return True
 
     def _give_turns(self) -> bool:
-        """Whether it was asked to stop; False after an error, with every viewer's place given up."""
+        """Give turns until `stop` (True), or until an error (False), after which no viewer has a slot."""
         try:
             while (turn := self._next()) is not None:
                 self._turn(turn)
@@ -134,73 +134,73 @@ class Worker(Thread):
             log_failure("the model's thread has ended", error)
         with self._wake:
             self.ready.clear()
-            self.places = {}
+            self.slots = {}
             for client in self._clients:
-                client.place = None
+                client.slot = None
         return False
 
     def _next(self) -> Turn | None:
         """The turn of the due viewer with the least used time; None when it is over."""
         with self._wake:
             while not self._stopping:
-                self._let_go()
+                self._drop_gone()
                 if (turn := self._choose(time.monotonic())) is not None:
                     return turn
                 self._wake.wait(NAP)
         return None
 
     def _choose(self, now: float) -> Turn | None:
-        """Choose a viewer, take what it wants and give it a place: one step under the lock, so nothing changes between."""
+        """Choose a viewer, take what it wants and give it a slot: one step under the lock, so nothing changes between."""
         due = [one for one in self._clients if self._call(one, one.due, now)]
         if not due:
             return None
         chosen = min(due, key=lambda one: one.used)
-        for other in self._clients:  # who waited for itself has no claim to that time later
+        for other in self._clients:  # a viewer that had nothing to draw does not catch up later
             if other not in due:
                 other.used = max(other.used, chosen.used)
         return self._call(chosen, self._take, chosen)
 
     def _take(self, client: Client) -> Turn:
         turn = Turn(client, *client.take())
-        if client.place is None or client.model != turn.wish.model:
+        if client.slot is None or client.model != turn.request.model:
             self._free(client)
-            client.place = self.places[turn.wish.model].pop()
-            client.model = turn.wish.model
+            client.slot = self.slots[turn.request.model].pop()
+            client.model = turn.request.model
         return turn
 
     def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
-        """What the method returns. None where it fails, and the viewer is let go: its state must not end the thread."""
+        """Call a viewer's method. Where it fails, drop the viewer and return None: its state must not end the thread."""
         try:
             return method(*arguments)
         except Exception as error:
-            log_failure("a viewer is let go", error)
+            log_failure("a viewer is dropped", error)
             client.gone = True
             return None
 
-    def _let_go(self) -> None:
+    def _drop_gone(self) -> None:
         for client in [one for one in self._clients if one.gone]:
             self._clients.remove(client)
             self._errors.pop(id(client), None)
             self._free(client)
 
     def _free(self, client: Client) -> None:
-        place, client.place = client.place, None
-        if place is not None:
-            place.reset()
-            self.places[client.model].append(place)
+        slot, client.slot = client.slot, None
+        if slot is not None:
+            slot.reset()
+            self.slots[client.model].append(slot)
 
     def _turn(self, turn: Turn) -> None:
         client, began = turn.client, time.monotonic()
         drawn = None
         try:
             try:
-                client.place.follow(turn.wish)
+                client.slot.apply(turn.request)
             except (ValueError, TypeError) as error:
-                self._call(client, client.tell, str(error))
-            if client.place.prepared:
-                drawn = client.place.draw(turn.image, turn.entered, turn.stamp)
+                self._call(client, client.report, str(error))
+            if client.slot.prepared:
+                drawn = client.slot.draw(turn.image, turn.entered, turn.stamp)
             self._errors.pop(id(client), None)
-        except Exception as error:  # of one viewer's draw; the others go on
+        except Exception as error:  # of one viewer's draw; the other viewers go on
             self._failed(client, error)
         seconds = time.monotonic() - began
         self._metrics.observe("tick_seconds", seconds)
@@ -213,12 +213,12 @@ class Worker(Thread):
         log_failure("a draw failed", error)
         self._metrics.count("errors")
         errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1
-        client.place.reset()
+        client.slot.reset()
         message = f"drawing failed ({type(error).__name__}); trying again"
-        self._call(client, client.tell, message, errors >= MAX_ERRORS)
+        self._call(client, client.report, message, errors >= MAX_ERRORS)
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log where an error came from and of which type. Its message may quote a viewer's prompt and is left out."""
+    """Log an error's type and traceback. Its message is left out, since it may quote a viewer's prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s: %s, its message is not logged since it may quote a viewer\n%s", what, type(error).__name__, frames)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Controls:
-    """Inputs that are open, the knobs they turn, and `keys`. Call `tick` once a frame, from the thread that draws."""
+    """The open inputs, their knobs, and `keys`. Call `tick` once a frame, from the thread that draws."""
 
     def __init__(self, settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> None:
         self.keys = Keys(settings.keys)
@@ -33,16 +33,16 @@ class Controls:
         self.osc_bound: tuple[str, int] | None = None
         with ExitStack() as opened:
             if settings.osc is not None:
-                osc = OscInput(*socket_of(settings.osc), self.hear)
+                osc = OscInput(*socket_of(settings.osc), self.receive)
                 opened.callback(osc.close)
                 self.osc_bound = osc.bound
             if settings.midi is not None:
-                opened.callback(MidiInput(settings.midi, self.hear).close)
+                opened.callback(MidiInput(settings.midi, self.receive).close)
             self._opened = opened.pop_all()
 
     @property
     def settings(self) -> Control:
-        """As they stand, with what was learned."""
+        """The settings, with the mappings that were learned."""
         return self._settings.model_copy(update={"mappings": self._knobs.mappings})
 
     def tick(self, now: float) -> None:
@@ -60,7 +60,7 @@ class Controls:
                 logger.warning("%s = %.200r is refused and dropped: %s", field, value, error)
 
     def _refusal(self, fields: dict[str, Any]) -> Exception | None:
-        """None where the update is taken, else why it is not."""
+        """Send an update. Return the error where it is refused, else None."""
         try:
             self._update(**fields)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -68,18 +68,18 @@ class Controls:
         self._refused.difference_update(fields)
         return None
 
-    def learn(self, field: str, range: tuple[float, float] = (0.0, 1.0), smoothing: float = 0.0) -> Learner:
-        """Let the next knob that is moved turn this field from then on; `wait` of what is returned gives its mapping.
-        Another call takes this one's place. ValidationError: as `Mapping`."""
+    def learn(self, field: str, range: tuple[float, float] | None = None, smoothing: float = 0.0) -> Learner:
+        """Map the next knob that moves to this field. `wait` of the result returns the mapping. Another call replaces this
+        one. ValidationError: as `Mapping`."""
         self._learner = Learner(field, range, smoothing)
         return self._learner
 
-    def hear(self, address: str, *values: Any) -> None:
-        """What an input says, from any thread: the inputs call it, and so may one of your own."""
+    def receive(self, address: str, *values: Any) -> None:
+        """Take what an input sent, from any thread. The inputs call it, and so may an input of your own."""
         learner = self._learner
-        if learner is not None and (mapping := learner.hear(address, *values)) is not None:
+        if learner is not None and (mapping := learner.receive(address, *values)) is not None:
             self._knobs.add(mapping)
-            logger.info("%s turns %s from now on", mapping.address, mapping.field)
+            logger.info("%s changes %s from now on", mapping.address, mapping.field)
         self._knobs.put(address, *values)
 
     def close(self) -> None:
@@ -94,10 +94,10 @@ class Controls:
 
 
 def open_control(settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> Controls:
-    """Open what the settings name. stream_update: `StreamFlow.update`, or what passes on to the stream that is drawn.
+    """Open the inputs that the settings name. stream_update: `StreamFlow.update` of the stream that draws.
     weights: of the prompt's texts at the start.
 
     Raises:
-        ImportError: a package is missing, with the command that brings it. OSError: an address or port cannot be had.
+        ImportError: a package is missing, with the command that brings it. OSError: an address or port is not available.
     """
     return Controls(settings, stream_update, weights)

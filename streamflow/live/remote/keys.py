@@ -1,4 +1,4 @@
-"""What keys do to a show. Pure state: who asks acts on it."""
+"""The state that keys change in a show. The drawing and the output read it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FLAGS: dict[Action, str] = {"pause": "paused", "freeze": "frozen", "blackout": "
 
 
 class Keys:
-    """`press` a key, from any thread, and a flag turns on, or off again; `next` scenes are counted.
+    """Each `press` of a key, from any thread, turns its flag on or off. Presses of the key for the next scene are counted.
 
-    paused: nothing enters, nothing is drawn. frozen: it is drawn, and the picture of that moment is shown. black: black is
-    shown. panic: the last good picture is shown.
+    paused: nothing enters and nothing is drawn. frozen: the stream draws on, and the image of that moment is shown. black: a
+    black image is shown. panic: the last good image is shown.
     """
 
     def __init__(self, actions: Mapping[str, Action] = KEYS) -> None:
@@ -31,7 +31,7 @@ class Keys:
                 setattr(self, FLAGS[action], not getattr(self, FLAGS[action]))
 
     def next(self) -> int:
-        """How often the next scene was asked for since the last call."""
+        """How often the key for the next scene was pressed since the last call."""
         with self._lock:
             count, self._next = self._next, 0
             return count

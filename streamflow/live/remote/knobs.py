@@ -1,4 +1,4 @@
-"""What comes from knobs, on its way to `update`: scaled, smoothed, and given out when changed. Pure; time is passed in."""
+"""Values of knobs on their way to `update`: scaled, smoothed, and returned when they change. The time is passed in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 REACHED = 1e-3  # of the range: nearer than this, a smoothed value is at its end
 
 
-def fits(kind: str, value: Any) -> bool:
-    """Whether a knob may send this to a field of the kind: a text, or a finite number."""
+def accepts(kind: str, value: Any) -> bool:
+    """Whether a field of this kind takes the value: a text, or a finite number."""
     if kind == "text":
         return isinstance(value, str)
     return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
@@ -25,13 +25,13 @@ def fits(kind: str, value: Any) -> bool:
 class Knobs:
     """Values in by address, from any thread; fields of `update` out.
 
-    weights: of the prompt's texts at the start, which those of no knob keep; 1 where it is not given.
+    weights: of the prompt's texts at the start. Those without a knob keep them; the default is 1.
     """
 
     def __init__(self, mappings: Iterable[Mapping] = (), weights: Sequence[float] = ()) -> None:
         self._mappings = {one.address: one for one in mappings}
         self._lock = threading.Lock()
-        self._targets: dict[str, tuple[Mapping, Any]] = {}  # by field: what is still on its way, and which knob turned last
+        self._targets: dict[str, tuple[Mapping, Any]] = {}  # by field: the value to be reached, and the knob that moved last
         self._values: dict[str, Any] = {f"prompt_weights.{i}": float(weight) for i, weight in enumerate(weights)}
         self._sent: dict[str, Any] = {}
         self._refused: set[str] = set()
@@ -39,22 +39,23 @@ class Knobs:
 
     @property
     def mappings(self) -> tuple[Mapping, ...]:
-        """As they stand, with what was added."""
+        """All mappings, those that were added included."""
         with self._lock:
             return tuple(self._mappings.values())
 
     def add(self, mapping: Mapping) -> None:
-        """One more knob; what its address turned before, it turns no more."""
+        """Add a mapping. It replaces an earlier one of the same address."""
         with self._lock:
             self._mappings[mapping.address] = mapping
 
     def put(self, address: str, *values: Any) -> None:
-        """What a knob sent. Addresses of no knob are passed over; what the field cannot take is logged, once an address."""
+        """Take what a knob sent. An address without a mapping is ignored. A value that the field cannot take is logged,
+        once for each address."""
         with self._lock:
             mapping = self._mappings.get(address)
             if mapping is None:
                 return
-            taken = len(values) == 1 and fits(mapping.kind, values[0])
+            taken = len(values) == 1 and accepts(mapping.kind, values[0])
             if taken:
                 self._targets[mapping.field] = mapping, scaled(mapping, values[0])
             first = not taken and address not in self._refused
@@ -65,23 +66,23 @@ class Knobs:
             logger.warning("%s sent %.200r, and %s takes %s: dropped", address, values, mapping.field, wanted)
 
     def due(self, now: float) -> dict[str, Any]:
-        """Fields that changed since the last call, as `update` takes them. now: seconds of a clock that does not go back."""
+        """The fields that changed since the last call, as `update` takes them. now: seconds of a monotonic clock."""
         with self._lock:
             elapsed = 0.0 if self._before is None else max(0.0, now - self._before)
             self._before = now
             changed = {}
             for field, (mapping, target) in list(self._targets.items()):
-                value = approached(mapping, self._values.get(field), target, elapsed)
+                value = smoothed(mapping, self._values.get(field), target, elapsed)
                 self._values[field] = value
                 if value == target:
                     del self._targets[field]
                 out = round(value) if mapping.kind == "integer" else value
                 if self._sent.get(field) != out:
                     self._sent[field] = changed[field] = out
-            return self._gathered(changed)
+            return self._with_weight_list(changed)
 
-    def _gathered(self, changed: dict[str, Any]) -> dict[str, Any]:
-        """All weights in one list where one of them changed."""
+    def _with_weight_list(self, changed: dict[str, Any]) -> dict[str, Any]:
+        """The changes, with all prompt weights in one list where one of them changed."""
         fields = {field: value for field, value in changed.items() if weight_number(field) is None}
         if len(fields) < len(changed):
             known = (*self._values, *(one.field for one in self._mappings.values()))
@@ -91,7 +92,7 @@ class Knobs:
 
 
 def scaled(mapping: Mapping, value: Any) -> Any:
-    """What a knob sent, held within its ends, in the field's range; a text as it is."""
+    """A knob's value, clamped to its ends and scaled to the field's range; a text unchanged."""
     if mapping.kind == "text":
         return value
     (begin, end), (low, high) = mapping.ends, mapping.range
@@ -99,7 +100,7 @@ def scaled(mapping: Mapping, value: Any) -> Any:
     return float(low + share * (high - low)) if share < 1 else float(high)
 
 
-def approached(mapping: Mapping, value: Any, target: Any, elapsed: float) -> Any:
+def smoothed(mapping: Mapping, value: Any, target: Any, elapsed: float) -> Any:
     """The value after `elapsed` seconds: `target + (value - target) exp(-elapsed / smoothing)`."""
     if value is None or not mapping.smoothing:
         return target

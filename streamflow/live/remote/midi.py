@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from streamflow.io.picture import need
+from streamflow.io.protocols import need
 
-READ: dict[str, Callable[[Any], tuple[str, int, int]]] = {
+MESSAGE_KINDS: dict[str, Callable[[Any], tuple[str, int, int]]] = {
     "control_change": lambda message: ("cc", message.control, message.value),
     "note_on": lambda message: ("note", message.note, message.velocity),
     "note_off": lambda message: ("note", message.note, 0),
 }
 
 
-def heard(message: Any) -> tuple[str, int] | None:
-    """Address and value, 0 to 127, of a message of mido's; None of kinds that no knob sends. Channels count from 1."""
-    if message.type not in READ:
+def parse_message(message: Any) -> tuple[str, int] | None:
+    """Address and value (0 to 127) of a mido message; None for kinds that no knob sends. Channels count from 1."""
+    if message.type not in MESSAGE_KINDS:
         return None
-    kind, number, value = READ[message.type](message)
+    kind, number, value = MESSAGE_KINDS[message.type](message)
     return f"midi:{kind}:{message.channel + 1}:{number}", value
 
 
-def chosen(name: str, ports: Sequence[str]) -> str:
+def find_port(name: str, ports: Sequence[str]) -> str:
     """The port of this name, or the one whose name has it as a part. OSError names the ports there are."""
     found = [port for port in ports if port == name] or [port for port in ports if name.lower() in port.lower()]
     if len(set(found)) != 1:
@@ -32,28 +32,28 @@ def chosen(name: str, ports: Sequence[str]) -> str:
 
 
 class MidiInput:
-    """Calls `hear("midi:cc:1:74", value)` in the driver's thread.
+    """Calls `receive("midi:cc:1:74", value)` in the driver's thread.
 
     Raises:
         ImportError: without mido or python-rtmidi. OSError: no such port, or this machine has no MIDI.
     """
 
-    def __init__(self, name: str, hear: Callable[..., None]) -> None:
+    def __init__(self, name: str, receive: Callable[..., None]) -> None:
         for module in ("mido", "rtmidi"):
             need(module, '"streamflow-rf[control]"')
         import mido
 
         def take(message: Any) -> None:
-            if (read := heard(message)) is not None:
-                hear(*read)
+            if (read := parse_message(message)) is not None:
+                receive(*read)
 
         backend = mido.Backend("mido.backends.rtmidi")
         try:
             ports = backend.get_input_names()
         except OSError as error:
             raise OSError(f"this machine has no MIDI: {error}") from error
-        self._port = backend.open_input(chosen(name, ports), callback=take)
+        self._port = backend.open_input(find_port(name, ports), callback=take)
 
     def close(self) -> None:
-        """Let go of the port."""
+        """Close the port."""
         self._port.close()

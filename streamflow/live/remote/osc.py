@@ -8,48 +8,48 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from streamflow.io.picture import need
+from streamflow.io.protocols import need
 
 logger = logging.getLogger(__name__)
 
 
 class OscInput:
-    """Listens in a thread of its own, and calls `hear("osc:/address", *values)` there. Time tags are not waited for, and
+    """Listens in a thread of its own, and calls `receive("osc:/address", *values)` there. Time tags are not waited for, and
     nothing is ever sent back.
 
-    host: 127.0.0.1 is this machine alone. port: 0 is any that is free. `bound` tells both, as they came to be.
+    host: 127.0.0.1 is this machine alone. port: 0 is any that is free. `bound` holds both.
 
     Raises:
-        ImportError: without python-osc. OSError: that address cannot be had.
+        ImportError: without python-osc. OSError: the address is not available.
     """
 
-    def __init__(self, host: str, port: int, hear: Callable[..., None]) -> None:
+    def __init__(self, host: str, port: int, receive: Callable[..., None]) -> None:
         need("pythonosc", '"streamflow-rf[control]"')
         from pythonosc.dispatcher import Dispatcher
         from pythonosc.osc_server import BlockingOSCUDPServer
 
-        def heard(address: str, *values: Any) -> None:
-            hear(f"osc:{address}", *values)
+        def handle(address: str, *values: Any) -> None:
+            receive(f"osc:{address}", *values)
 
         dispatcher = Dispatcher(strict_timing=False)  # strict: one message for next year would hold up all others
-        dispatcher.set_default_handler(heard)
+        dispatcher.set_default_handler(handle)
         try:
             self._server = BlockingOSCUDPServer((host, port), dispatcher)
         except OSError as error:
             raise OSError(f"OSC cannot listen at {host}:{port}: {error}") from error
-        self._server.handle_error = self._broken
-        self._said = False
+        self._server.handle_error = self._log_malformed
+        self._logged = False
         self.bound: tuple[str, int] = self._server.server_address[:2]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="streamflow control osc", daemon=True
         )
         self._thread.start()
 
-    def _broken(self, request: Any, client: Any) -> None:
+    def _log_malformed(self, request: Any, client: Any) -> None:
         """Called where a datagram could not be read, while that error is handled."""
-        if not self._said:
-            self._said = True
-            logger.warning("what came from %s is no OSC and is dropped: %r", client, sys.exc_info()[1])
+        if not self._logged:
+            self._logged = True
+            logger.warning("a datagram from %s is not OSC and is dropped: %r", client, sys.exc_info()[1])
 
     def close(self) -> None:
         """Stop listening; the thread has ended when this returns."""

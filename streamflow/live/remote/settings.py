@@ -1,9 +1,9 @@
-"""Which knob turns what, told by the owner. Names, addresses and ranges; no network, no device, no stream."""
+"""Which knob or key changes what: names, addresses and ranges. Knows no network, no device and no stream."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,8 +13,8 @@ Action = Literal["pause", "freeze", "blackout", "next", "panic"]
 KEYS: dict[str, Action] = {"space": "pause", "f": "freeze", "b": "blackout", "n": "next", "p": "panic"}
 
 
-class Takes(NamedTuple):
-    """What a field of `StreamFlow.update` takes; numbers from low to high."""
+class FieldRange(NamedTuple):
+    """The values of a field of `StreamFlow.update`: a text, or numbers from low to high."""
 
     kind: Literal["number", "integer", "text"] = "number"
     low: float = -1e9
@@ -22,15 +22,15 @@ class Takes(NamedTuple):
 
 
 FIELDS = {
-    "prompt": Takes("text"),
-    "negative_prompt": Takes("text"),
-    "seed": Takes("integer", 0, 2**53),
-    "guidance_scale": Takes(),
-    "delta": Takes(),
-    "strength": Takes("number", 0, 1),
-    "num_inference_steps": Takes("integer", 1, 1000),
-    "feedback": Takes("number", 0, 0.999),
-    "noise_period": Takes("integer", 1),
+    "prompt": FieldRange("text"),
+    "negative_prompt": FieldRange("text"),
+    "seed": FieldRange("integer", 0, 2**53),
+    "guidance_scale": FieldRange(),
+    "delta": FieldRange(),
+    "strength": FieldRange("number", 0.01, 1),  # the stream takes what is above 0
+    "num_inference_steps": FieldRange("integer", 1, 1000),
+    "feedback": FieldRange("number", 0, 0.999),
+    "noise_period": FieldRange("integer", 1),
 }
 WEIGHT = re.compile(r"prompt_weights\.(0|[1-9]\d?)")  # by the number of the text
 NUMBER = r"(0|[1-9]\d?|1[01]\d|12[0-7])"
@@ -50,16 +50,22 @@ def weight_number(field: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _default_range(data: dict[str, Any]) -> tuple[float, float]:
+    """0 to 1, within what a field of numbers takes."""
+    kind, low, high = FIELDS.get(data.get("field", ""), FieldRange())
+    return (max(0.0, low), min(1.0, high)) if kind == "number" else (0.0, 1.0)
+
+
 class Mapping(Section):
-    """One knob: what it sends from one end to the other moves a field from one end of its range to the other."""
+    """One knob: its values, from one end to the other, move a field from one end of `range` to the other."""
 
     address: str = Field(description="osc:/some/name; midi:cc:1:74 (channel 1, controller 74); midi:note:1:60 (velocity)")
-    field: str = Field(description="what it turns, such as guidance_scale, seed or prompt_weights.0")
-    range: tuple[float, float] = Field((0.0, 1.0), description="the field's values at the knob's ends")
+    field: str = Field(description="what it changes, such as guidance_scale, seed or prompt_weights.0")
+    range: tuple[float, float] = Field(default_factory=_default_range, description="the field's values at the knob's ends")
     source: tuple[float, float] | None = Field(
         None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
     )
-    smoothing: float = Field(0.0, ge=0, description="seconds in which it comes 63 % nearer; 0: at once")
+    smoothing: float = Field(0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
 
     @field_validator("address")
     @classmethod
@@ -76,7 +82,7 @@ class Mapping(Section):
     def _known_field(cls, field: str) -> str:
         if field not in FIELDS and weight_number(field) is None:
             known = ", ".join((*FIELDS, "prompt_weights.0", "prompt_weights.1", "..."))
-            raise ValueError(f"no knob turns {field!r}: choose one of {known}")
+            raise ValueError(f"a knob cannot change {field!r}: choose one of {known}")
         return field
 
     @model_validator(mode="after")
@@ -85,8 +91,8 @@ class Mapping(Section):
             self._check_text()
             return self
         if self.ends[0] == self.ends[1]:
-            raise ValueError(f"source is where the knob begins and ends, and both are {self.ends[0]:g}")
-        _, low, high = self.takes
+            raise ValueError(f"source holds the knob's two ends, and both are {self.ends[0]:g}")
+        _, low, high = self.field_range
         if not low <= min(self.range) <= max(self.range) <= high:
             raise ValueError(f"{self.field} is from {low:.10g} to {high:.10g}, and range is {list(self.range)}")
         return self
@@ -98,18 +104,18 @@ class Mapping(Section):
             raise ValueError(f"{self.field} is a text: leave range, source and smoothing out")
 
     @property
-    def takes(self) -> Takes:
-        """What the field takes."""
-        return FIELDS.get(self.field, Takes("number", 0))
+    def field_range(self) -> FieldRange:
+        """The values of the field."""
+        return FIELDS.get(self.field, FieldRange("number", 0))
 
     @property
     def kind(self) -> Literal["number", "integer", "text"]:
-        """Of the field's values."""
-        return self.takes.kind
+        """The kind of the field's values."""
+        return self.field_range.kind
 
     @property
     def ends(self) -> tuple[float, float]:
-        """What the knob sends at its ends."""
+        """The knob's values at its ends."""
         return self.source or ((0.0, 127.0) if self.address.startswith("midi:") else (0.0, 1.0))
 
 
@@ -117,14 +123,15 @@ class Control(Section):
     """Knobs over OSC and MIDI, and keys in the window."""
 
     osc: str | None = Field(
-        None, description="address to listen at, such as 127.0.0.1:9000; whoever reaches it turns the knobs. Empty: no OSC"
+        None,
+        description="address to listen at, such as 127.0.0.1:9000; whoever reaches it changes the fields. Empty: no OSC",
     )
     midi: str | None = Field(None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI")
     mappings: tuple[Mapping, ...] = Field(
         (), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
     )
     keys: dict[str, Action] = Field(
-        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last picture)"
+        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)"
     )
 
     @field_validator("osc")
@@ -138,10 +145,10 @@ class Control(Section):
     def _fit_together(self) -> Self:
         addresses = [one.address for one in self.mappings]
         if twice := sorted({one for one in addresses if addresses.count(one) > 1}):
-            raise ValueError(f"one knob turns one field, and there is more than one mapping of {', '.join(twice)}")
+            raise ValueError(f"a knob changes one field, and there is more than one mapping of {', '.join(twice)}")
         for kind, given in (("osc", self.osc), ("midi", self.midi)):
-            if given is None and (deaf := [one for one in addresses if one.startswith(f"{kind}:")]):
-                raise ValueError(f"{kind} is empty, and mappings need it: {', '.join(deaf)}")
+            if given is None and (unserved := [one for one in addresses if one.startswith(f"{kind}:")]):
+                raise ValueError(f"{kind} is empty, and mappings need it: {', '.join(unserved)}")
         return self
 
 

@@ -1,4 +1,4 @@
-"""One viewer's stream, of those that share a loaded pipe. Everything here is called by the model's thread only."""
+"""A session slot: one viewer's stream, of those that share a loaded pipe. Only the model's thread calls this module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamflow import models
 from streamflow.app.config import Settings
-from streamflow.app.server.wishes import Wish
+from streamflow.app.server.messages import DrawRequest
 from streamflow.image_utils import uint8_pixels
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults
 from streamflow.pipeline import StreamFlow
@@ -25,8 +25,8 @@ LEVELS = ("mode", "steps", "strength")  # what needs a new ring
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture, uint8 `[H, W, 3]`. frame: its number; entered: when it came in, `time.monotonic()`; stamp: the
-    viewer's own clock then, of a picture; ring: the frames in the ring by stage, the noisiest first, None for none."""
+    """A finished image, uint8 `[H, W, 3]`. frame: its number; entered: `time.monotonic()` when its input arrived; stamp: the
+    viewer's own clock then, of an input image; ring: the frames in the ring by stage, the noisiest first, or None."""
 
     pixels: np.ndarray
     frame: int
@@ -50,8 +50,8 @@ def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
     return pipe
 
 
-class Place:
-    """A stream that one viewer at a time draws with."""
+class Slot:
+    """A stream that one viewer at a time uses."""
 
     def __init__(self, pipe: Any, settings: Settings, extras: dict[str, Any]):
         s = settings
@@ -68,9 +68,9 @@ class Place:
         self.reset()
 
     def reset(self) -> None:
-        """As new: nothing in flight, nothing wished."""
-        self._wish: Wish | None = None  # what is drawn
-        self._tried: Wish | None = None  # what was last asked for
+        """Back to the initial state: nothing in flight, nothing requested."""
+        self._request: DrawRequest | None = None  # the request that is drawn
+        self._tried: DrawRequest | None = None  # the last request, refused ones included
         self._frames: dict[int, tuple[float, float | None]] = {}
         self._ring: tuple[int | None, ...] = ()
         self._count = 0
@@ -78,109 +78,112 @@ class Place:
 
     @property
     def prepared(self) -> bool:
-        """Whether there is something to draw."""
-        return self._wish is not None
+        """Whether a request has been applied."""
+        return self._request is not None
 
     def _look(self, step: Any) -> None:
         self._ring = tuple(None if copy else one for one, copy in zip(step.ids, step.copies, strict=True))
         self._left = step.ids[-1]
 
-    def settled(self, wish: Wish) -> bool:
-        """Whether another turn would draw nothing, or only the same picture again."""
-        if self._wish is None and wish == self._tried:
+    def settled(self, request: DrawRequest) -> bool:
+        """Whether another turn would draw nothing, or only the same image again."""
+        if self._request is None and request == self._tried:
             return True
-        still = wish.mode == "text" and wish.motion == "still" and wish == self._wish
+        still = request.mode == "text" and request.motion == "still" and request == self._request
         return still and self._since_change > len(self._ring)
 
-    def follow(self, wish: Wish) -> None:
-        """Draw this from now on. ValueError, TypeError: the stream cannot; it goes on with what it had."""
-        before = self._wish
-        if wish in (before, self._tried):
+    def apply(self, request: DrawRequest) -> None:
+        """Draw this request from now on. ValueError, TypeError: the stream refuses it and keeps the one before."""
+        before = self._request
+        if request in (before, self._tried):
             return
-        self._tried = wish
-        if before is None or any(getattr(wish, name) != getattr(before, name) for name in LEVELS):
-            self._prepare(wish)
-        elif changes := self._changes(before, wish):
+        self._tried = request
+        if before is None or any(getattr(request, name) != getattr(before, name) for name in LEVELS):
+            self._prepare(request)
+        elif changes := self._changes(before, request):
             self._stream.update(**changes)
-        self._wish, self._since_change = wish, 0
+        self._request, self._since_change = request, 0
 
-    def _prepare(self, wish: Wish) -> None:
-        picture = wish.mode == "picture"
-        strength = {"strength": stages_of(wish) / wish.steps} if picture else {}
+    def _prepare(self, request: DrawRequest) -> None:
+        takes_image = request.mode == "image"
+        strength = {"strength": stages_of(request) / request.steps} if takes_image else {}
         self._stream.prepare(
-            wish.prompts,
+            request.prompts,
             self._negative,
-            wish.steps,
-            wish.guidance if self._guided else None,
+            request.steps,
+            request.guidance if self._guided else None,
             self._delta,
-            seed=wish.seed,
+            seed=request.seed,
             **strength,
             **self._extras,
         )
         self._frames.clear()
         self._count = 0
 
-    def _changes(self, before: Wish, wish: Wish) -> dict[str, Any]:
+    def _changes(self, before: DrawRequest, request: DrawRequest) -> dict[str, Any]:
         wanted = {"prompt": "prompts", "seed": "seed", **({"guidance_scale": "guidance"} if self._guided else {})}
         return {
-            name: getattr(wish, field) for name, field in wanted.items() if getattr(wish, field) != getattr(before, field)
+            name: getattr(request, field)
+            for name, field in wanted.items()
+            if getattr(request, field) != getattr(before, field)
         }
 
     @torch.no_grad()
     def draw(self, image: Any = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
-        """One turn: a picture in, or one more frame from noise. None while the ring fills."""
+        """One turn: draw an input image, or a frame from noise. None while the ring fills."""
         self._frames[self._count] = time.monotonic() if entered is None else entered, stamp
         if image is not None:
-            picture = self._stream(image)
+            image = self._stream(image)
         else:
             latents = self._stream.predict_x0_batch(self._noise())
-            picture = None if latents is None else self._stream.decode_image(latents)
+            image = None if latents is None else self._stream.decode_image(latents)
         self._count += 1
         self._since_change += 1
-        if picture is None:
+        if image is None:
             return None
         left = self._left
         known = self._frames.get(left, self._frames[self._count - 1])
         self._frames = {one: when for one, when in self._frames.items() if one >= left}  # copies follow the first
-        return Drawn(uint8_pixels(picture)[0], left, *known, self._ring)
+        return Drawn(uint8_pixels(image)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
-        """Of the frame that enters: the seed's own, or on the great circle to the next (which keeps its variance)."""
-        if self._wish.motion == "still":
+        """The noise of the frame that enters: the seed's own, or a point on the great circle to the next one, which keeps
+        the variance."""
+        if self._request.motion == "still":
             return self._stream.frame_noise(0)
-        if self._wish.motion == "fresh":
+        if self._request.motion == "fresh":
             return self._stream.frame_noise(self._count)
         k, part = divmod(self._count, PERIOD)
         angle = part / PERIOD * math.pi / 2
         return math.cos(angle) * self._stream.frame_noise(k) + math.sin(angle) * self._stream.frame_noise(k + 1)
 
 
-def stages_of(wish: Wish) -> int:
-    """How many of the steps a picture goes through: at least one, and all of them, from pure noise, at strength 1 only."""
-    most = wish.steps if wish.strength == 1 else wish.steps - 1
-    return max(1, min(most, round(wish.strength * wish.steps)))
+def stages_of(request: DrawRequest) -> int:
+    """The number of steps an image goes through: at least one, and all of them (from pure noise) at strength 1 only."""
+    most = request.steps if request.strength == 1 else request.steps - 1
+    return max(1, min(most, round(request.strength * request.steps)))
 
 
-def open_places(settings: Settings) -> dict[str, list[Place]]:
-    """For every model that viewers may choose, a warm place for each viewer; the owner's own model first."""
+def open_slots(settings: Settings) -> dict[str, list[Slot]]:
+    """For every model that viewers may choose, a warm slot for each viewer; the owner's own model first."""
     server = settings.server
     wanted = {"model": (settings.model, None)}
     wanted |= {name: (model, None) for name, model in server.models.items()}
     wanted |= {name: (settings.model, lora) for name, lora in server.loras.items()}
-    places = {}
+    slots = {}
     for name, (model, lora) in wanted.items():
         pipe = open_pipe(settings, model, lora)
         extras = prompt_defaults(pipe) if model == "embedded" else {}
-        places[name] = [Place(pipe, settings, extras) for _ in range(server.max_viewers)]
-        for place in places[name]:
-            warm(place, first_wish(settings, name))
+        slots[name] = [Slot(pipe, settings, extras) for _ in range(server.max_viewers)]
+        for slot in slots[name]:
+            warm(slot, first_request(settings, name))
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # their warnings quote prompts that are too long
-    return places
+    return slots
 
 
-def first_wish(settings: Settings, model: str = "model") -> Wish:
-    """What a new viewer starts with."""
+def first_request(settings: Settings, model: str = "model") -> DrawRequest:
+    """The request that a new viewer starts with."""
     texts = ((settings.prompt, 1.0),) if isinstance(settings.prompt, str) else settings.prompt
     if len(texts) > 2:
         raise ValueError(f"the page blends two prompts, and the settings have {len(texts)}")
@@ -189,21 +192,21 @@ def first_wish(settings: Settings, model: str = "model") -> Wish:
     scale = {} if settings.guidance_scale is None else {"guidance": settings.guidance_scale}
     steps = min(settings.num_inference_steps, settings.server.max_steps)
     strength = {} if settings.strength is None else {"strength": settings.strength}
-    mode = {"txt2img": "text", "img2img": "picture"}[settings.mode]
+    mode = {"txt2img": "text", "img2img": "image"}[settings.mode]
     both = {"prompt": prompt, "other": other, "blend": blend}
-    return Wish(mode=mode, model=model, **both, seed=settings.seed, steps=steps, **scale, **strength)
+    return DrawRequest(mode=mode, model=model, **both, seed=settings.seed, steps=steps, **scale, **strength)
 
 
-def warm(place: Place, wish: Wish) -> None:
-    """Draw once in both modes and throw it away."""
-    width, height = place.size
-    place.follow(replace_mode(wish, "picture"))
-    place.draw(np.zeros((height, width, 3), np.uint8))
-    place.follow(replace_mode(wish, "text"))
-    place.draw()
-    place.reset()
+def warm(slot: Slot, request: DrawRequest) -> None:
+    """Warm up: draw once in both modes and discard the results."""
+    width, height = slot.size
+    slot.apply(replace_mode(request, "image"))
+    slot.draw(np.zeros((height, width, 3), np.uint8))
+    slot.apply(replace_mode(request, "text"))
+    slot.draw()
+    slot.reset()
 
 
-def replace_mode(wish: Wish, mode: str) -> Wish:
-    """The wish in another mode."""
-    return wish.model_copy(update={"mode": mode})
+def replace_mode(request: DrawRequest, mode: str) -> DrawRequest:
+    """The request in another mode."""
+    return request.model_copy(update={"mode": mode})

@@ -1,4 +1,4 @@
-"""What one viewer wants drawn, checked field by field as it comes off the network. Knows no stream."""
+"""A viewer's messages, parsed and checked field by field. Knows no stream."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_SEED = 2**32 - 1
 MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript below is exact to
 
 
-class Wish(Section):
-    """All that a viewer can set. `blend` is how much of `other` is in the prompt."""
+class DrawRequest(Section):
+    """All settings of a viewer. blend: the share of `other` in the prompt."""
 
-    mode: Literal["text", "picture"] = "text"
+    mode: Literal["text", "image"] = "text"
     model: str = Field("", max_length=100)
     prompt: str = Field("", max_length=MAX_TEXT)
     other: str = Field("", max_length=MAX_TEXT)
@@ -26,7 +26,7 @@ class Wish(Section):
     seed: int = Field(2, ge=0, le=MAX_SEED)
     steps: int = Field(4, ge=1, le=100)
     guidance: float = Field(2.0, ge=0, le=30)
-    strength: float = Field(0.6, ge=0, le=1)
+    strength: float = Field(0.6, gt=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
 
@@ -41,7 +41,7 @@ class Wish(Section):
 
 
 class BadMessage(ValueError):
-    """A message that cannot be followed; says why."""
+    """Raised for an invalid message, with the reason."""
 
 
 def longer(text: str, most: int) -> bool:
@@ -69,18 +69,18 @@ def _finite(text: str) -> float:
     return value if math.isfinite(value) else _refuse(text)
 
 
-def changed(wish: Wish, fields: Any, models: tuple[str, ...], max_steps: int) -> Wish:
-    """The wish with these fields replaced. BadMessage lists every mistake; the wish stays as it was."""
+def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_steps: int) -> DrawRequest:
+    """The request with these fields replaced. BadMessage lists every mistake; the request stays as it was."""
     if not isinstance(fields, dict):
         raise BadMessage("settings are an object of names and values")
     try:
-        data = json.dumps({**wish.model_dump(), **fields}, ensure_ascii=True)
-        new = Wish.model_validate_json(data)
+        data = json.dumps({**request.model_dump(), **fields}, ensure_ascii=True)
+        new = DrawRequest.model_validate_json(data)
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
-        raise BadMessage("; ".join(told)) from None
+        mistakes = [f"{'.'.join(map(str, one['loc']))[:60]}: {one['msg']}" for one in error.errors(include_url=False)[:8]]
+        raise BadMessage("; ".join(mistakes)) from None
     except (ValueError, RecursionError):
-        raise BadMessage("settings hold something that is no value") from None
+        raise BadMessage("settings hold something that is not a JSON value") from None
     if new.model not in models:
         raise BadMessage(f"model: choose one of {', '.join(models)}")
     if new.steps > max_steps:

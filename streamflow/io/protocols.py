@@ -1,4 +1,4 @@
-"""What passes through sources and sinks: a picture with its time, the two protocols, and what can go wrong.
+"""An image with its time, the protocols of sources and sinks, and their errors.
 
 Knows numpy and nothing else: no stream, no tensors, no kind of source.
 """
@@ -15,15 +15,16 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of image files
 _IMPORTING = threading.Lock()  # cyndilib's modules import each other, and fail when two threads begin at once
 
 
 class SourceLost(OSError):
-    """A device or connection that is not there, or not there any more. `close()` and `open()` again resumes."""
+    """A device or connection that is missing or was lost. `close()` and `open()` resume it."""
 
 
 class InvalidSource(ValueError):
-    """What a source was asked for can never be read, such as a monitor that does not exist: trying again does not help."""
+    """A source that can never be read, such as a monitor that does not exist. Opening it again does not help."""
 
 
 class SinkLost(OSError):
@@ -31,13 +32,13 @@ class SinkLost(OSError):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class TimedImage:
     """pixels: uint8 `[H, W, 3]`, RGB. time: seconds of `time.monotonic()` at capture. pts: seconds from the start of
     the file, None for what is live.
 
     Raises:
         TypeError: not an array of uint8.
-        ValueError: another shape, or an empty picture.
+        ValueError: another shape, or an empty image.
     """
 
     pixels: np.ndarray
@@ -54,33 +55,33 @@ class Picture:
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives pictures. All three are called from one thread; `close` may be called twice, `open` again after it."""
+    """Gives images. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
-        """Get hold of the device or file.
+        """Open the device or file.
 
-        SourceLost: it is not there now. FileNotFoundError, InvalidSource: what was asked for does not exist.
+        SourceLost: it is not available now. FileNotFoundError, InvalidSource: it does not exist.
         """
 
-    def read(self) -> Picture | None:
-        """Wait for the next picture; None when there will be none; SourceLost when the device went away."""
+    def read(self) -> TimedImage | None:
+        """Wait for the next image. None at the end; SourceLost when the device was lost."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes pictures. All three are called from one thread; `close` may be called twice, `open` again after it."""
+    """Takes images. All three are called from one thread; `close` may be called twice, `open` again after it."""
 
     def open(self) -> None:
-        """Get hold of the device or file; what needs a picture's size waits for the first `write`."""
+        """Open the device or file. A sink that needs the size of the images waits for the first `write`."""
 
-    def write(self, picture: Picture) -> None:
-        """Take one picture; SinkLost when the user has ended the sink."""
+    def write(self, image: TimedImage) -> None:
+        """Take one image; SinkLost when the user has ended the sink."""
 
     def close(self) -> None:
-        """Finish and let go of it."""
+        """Finish the output and close it."""
 
 
 @contextmanager
