@@ -1,5 +1,5 @@
-"""Skip frames that look like the last one that was drawn: StreamDiffusion's stochastic similarity filter, made right.
-Its random numbers are its own and seeded, its skip count starts anew at every drawn frame, and it never waits."""
+"""Skip frames that resemble the last drawn one: StreamDiffusion's stochastic similarity filter, corrected. It has its own
+seeded random numbers, its skip count restarts at every drawn frame, and it never waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SimilarImageFilter:
-    """`filter(x)` gives x back, or None if the frame is to be skipped.
+    """`filter(x)` returns x, or None if the frame is skipped.
 
     The chance to skip rises from 0 at a cosine similarity of `threshold` to 1 for an equal frame (Kodaira et al.,
     arXiv 2312.12491, section 3.4). After `max_skip_frame` skips in a row the next frame is drawn whatever it looks

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -36,7 +36,7 @@ _KEEPING = frozenset(
 _JOINING = frozenset("cat concat concatenate stack hstack vstack dstack column_stack row_stack".split())
 _SEVERAL = frozenset("atleast_1d atleast_2d atleast_3d".split())  # of one tensor or several, each by itself
 _COPYING = {"copy_": 1, "__setitem__": 2}  # which argument holds the values that go into the first one
-# Functions that write into their first argument; those whose names end in one underscore do so, too.
+# Functions that write into their first argument, as functions with names that end in one underscore do.
 _WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ data= real=".split())
 
 
@@ -56,7 +56,7 @@ class Normalized(Tensor):
         keeps = bool(sources) and is_marked(sources) and not _reinterprets(name, args, kwargs)
         if name in _JOINING and not keeps:
             raise ValueError(
-                f"{name} of tensors that are marked as images in [-1, 1] with others, whose range is unknown: pass these "
+                f"{name} of tensors that are marked as images in [-1, 1] with others of unknown range: pass these "
                 f"through stream.preprocess first, or drop the mark, image.as_subclass(torch.Tensor)"
             )
         with torch._C.DisableTorchFunctionSubclass():
@@ -71,7 +71,7 @@ class Normalized(Tensor):
                 _unmark(args[0])
             return result.as_subclass(Tensor) if type(result) is cls else result
 
-    def __deepcopy__(self, memo: dict) -> Normalized:
+    def __deepcopy__(self, memo: dict) -> Tensor:
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -131,7 +131,7 @@ def _mark(result: Any) -> Any:
 def _unmark(value: Any) -> None:
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if type(one) is Normalized:
-            one.__class__ = Tensor
+            object.__setattr__(one, "__class__", Tensor)
 
 
 def is_marked(image: Any) -> bool:
@@ -141,7 +141,7 @@ def is_marked(image: Any) -> bool:
 
 
 def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
-    """A copy of a diffusers image processor whose `preprocess` marks what it makes and takes a marked tensor as it is.
+    """A copy of a diffusers image processor. Its `preprocess` marks its results, and returns a marked tensor unchanged.
     `convert` is what happens to any other image first."""
 
     def preprocess(image: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,8 +215,9 @@ def normalize_image(
 ) -> Normalized:
     """As `image_tensor`, marked as being in [-1, 1]. A marked tensor of this size comes back unchanged."""
     made = image_tensor(image, height, width, input_range, resize, check)
-    same = isinstance(image, Tensor) and is_marked(image) and image.shape[-3:] == made.shape[-3:]
-    return (image if image.ndim == 4 else image[None]) if same else mark(made)
+    if not isinstance(image, Normalized) or not is_marked(image) or image.shape[-3:] != made.shape[-3:]:
+        return mark(made)
+    return image if image.ndim == 4 else mark(image[None])
 
 
 def image_tensor(
@@ -258,7 +259,7 @@ def image_tensor(
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """An image in mode RGB: what is transparent becomes white, grey stays grey, 16 bits a pixel become 8. Each kind of
-    change is logged once. ValueError for a mode whose range PIL does not say (I, F)."""
+    change is logged once. ValueError for a mode without a defined range (I, F)."""
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F"):
@@ -267,10 +268,10 @@ def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             f"uint8 or in the stream's input_range"
         )
     if image.mode.startswith("I;16"):
-        _say_once("an image of 16 bits a pixel is taken as 0 (black) to 65535 (white)")
+        _log_once("an image of 16 bits a pixel is taken as 0 (black) to 65535 (white)")
         return PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        _say_once(f"an image in mode {image.mode} is put on white where it is transparent; image.convert('RGB') drops that")
+        _log_once(f"an image in mode {image.mode} is put on white where it is transparent; image.convert('RGB') drops that")
         image = image.convert("RGBA")
         return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -284,7 +285,7 @@ def as_rgb_where_pil(image: Any) -> Any:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.info(message)
 
 
@@ -296,7 +297,10 @@ class ImageFileError(OSError, ValueError):
 
 
 def open_image(
-    source: str | Path | bytes, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS, side: int | None = None
+    source: str | Path | bytes,
+    formats: list[str] | tuple[str, ...] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    side: int | None = None,
 ) -> PIL.Image.Image:
     """The image in a file, or in the bytes of one: upright as its EXIF data says, of an animation the first frame, with all
     pixels read, in whatever mode; `as_rgb` makes it RGB. This is the one reader of image files.
@@ -357,7 +361,8 @@ def _from_tensor(
         raise ValueError(f"an image without pixels: {list(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"a tensor of pixels is uint8 (0..255) or floating, not {image.dtype}")
-    _check_size(*image.shape[-2:], height, width, resize)
+    h, w = image.shape[-2:]
+    _check_size(h, w, height, width, resize)
     image = image if image.ndim == 4 else image[None]
     if is_marked(image):
         low, high = -1.0, 1.0
@@ -367,7 +372,7 @@ def _from_tensor(
         check(image, low, high)
     image = image.as_subclass(Tensor).float()
     image = 2.0 * ((image - low) / (high - low)) - 1.0
-    if image.shape[-2:] != (height, width):
+    if (h, w) != (height, width):
         image = torch.nn.functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
     return image.contiguous()
 
@@ -387,7 +392,10 @@ def _check_size(h: int, w: int, height: int, width: int, resize: bool) -> None:
 # -- StreamDiffusion's helpers -----------------------------------------------------------------------------------------
 
 
-def denormalize(images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+Values = TypeVar("Values", Tensor, np.ndarray)
+
+
+def denormalize(images: Values) -> Values:
     """[-1, 1] to [0, 1], clamped."""
     return (images / 2 + 0.5).clip(0, 1)
 

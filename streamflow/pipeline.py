@@ -1,4 +1,4 @@
-"""StreamFlow: StreamDiffusion's class for rectified flows. It wires the parts together and holds no maths of its own.
+"""StreamFlow: StreamDiffusion's class for rectified flows. It connects the parts; their work is in `streamflow.stream`.
 
 prompt -> cond; image -> latent -> noised latent -> ring (guidance, velocity, Euler) -> latent -> image
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from streamdiffusion import StreamDiffusion
@@ -22,11 +22,12 @@ from streamflow.image_utils import as_rgb_where_pil, marking
 from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
+from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 from streamflow.stream import forwards
 from streamflow.stream.attributes import READ_ONLY, Attributes
 from streamflow.stream.controlnets import ControlNets
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.forwards import Attribute
+from streamflow.stream.forwards import Attribute, DiffusersAttribute
 from streamflow.stream.frame_loop import FrameLoop
 from streamflow.stream.hooks import Hooks
 from streamflow.stream.inpainting import Inpainting
@@ -35,7 +36,7 @@ from streamflow.stream.loras import Loras
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.planner import Planner
-from streamflow.stream.request import Request
+from streamflow.stream.request import Request, Seeds
 from streamflow.stream.steps import Steps
 from streamflow.stream.updates import Updates
 
@@ -103,7 +104,7 @@ class StreamFlow(StreamDiffusion):
             t_index_list = check_indices(t_index_list)
         check_policy(noise, noise_period)
         self._model = model = Model(pipe, adapter_for(pipe, family), height, width, frame_buffer_size, torch_dtype)
-        adapter = model.adapter
+        adapter, frames = model.adapter, model.frames
         planner = Planner(model)
         planner.check(cfg_type, do_add_noise)
         self._denoiser = denoiser = Denoiser(model, use_denoising_batch)
@@ -134,18 +135,11 @@ class StreamFlow(StreamDiffusion):
         denoiser.on_close.add(accelerator.put_back)
         model.before_change.add(accelerator.put_back, outputs.redraw)
         model.after_change.add(accelerator.rebuild)
-        super().__init__(  # what it assigns and we derive is dropped (`__setattr__`)
-            base_view(pipe, adapter.net, adapter.factor),
-            list(t_index_list or [0]),
-            model.dtype,
-            model.width,
-            model.height,
-            do_add_noise,
-            use_denoising_batch,
-            frame_buffer_size,
-            cfg_type,
-        )
-        self.pipe, self.adapter = pipe, adapter
+        view = cast(Any, base_view(pipe, adapter.net, adapter.factor))
+        # `__setattr__` ignores what the base class assigns to properties
+        super().__init__(view, list(t_index_list or [0]), model.dtype, model.width, model.height, frame_buffer_size=frames)
+        self.pipe: Pipeline = pipe
+        self.adapter = adapter
         self.image_processor = marking(pipe.image_processor, as_rgb_where_pil)
         self._constructed = True
         self._controlnets.add_pipe_nets()
@@ -164,8 +158,8 @@ class StreamFlow(StreamDiffusion):
         """One call of the stream: F images in, F finished images out, `[F, 3, height, width]` in [-1, 1].
 
         Without an image it is `txt2img()`. On an empty ring an image is followed by S - 1 copies of itself, so calls 1 to
-        S return the first image and call k > S that of call k - S + 1; `frames` and `flush` tell copies apart.
-        `mask`: draw the image where it is white and keep it elsewhere, in this call only (`inpaint` says what masks are).
+        S return the first image and call k > S that of call k - S + 1; `frames` and `flush` leave copies out.
+        `mask`: draw the image where it is white and keep it elsewhere, in this call only (`inpaint` describes masks).
         `control`: for each control net its image, or F of them (`add_control`).
         Where the decoder raises, the finished frames stay, and the next call begins with decoding them.
 
@@ -191,7 +185,7 @@ class StreamFlow(StreamDiffusion):
                 return outputs.prev_image_result.clone()
             return outputs.show(outputs.enter(inputs.group(denoiser.next_ids(len(images)), conditions, images)))
         except BaseException:
-            outputs.similar_filter.forget()  # no frame is skipped for looking like one that was not drawn
+            outputs.similar_filter.forget()  # no frame is skipped for resembling a frame that was not drawn
             raise
         finally:
             outputs.timer.stop(began)
@@ -271,7 +265,7 @@ class StreamFlow(StreamDiffusion):
                 stream.update_prompt("a fox, 3d render")
                 print(show.wait())  # its Statistics, when the window was closed
 
-        `streamflow.live.show.Live` says what the arguments are. On a CPU it draws faster where the stream was prepared in a
+        `streamflow.live.show.Live` describes the arguments. On a CPU it draws faster where the stream was prepared in a
         thread that has ended (`streamflow.app.scenes.aside`).
 
         Raises:
@@ -282,14 +276,7 @@ class StreamFlow(StreamDiffusion):
 
         self._denoiser.check_free("live()")
         return Live(
-            self,
-            source,
-            sinks,
-            target_fps=target_fps,
-            policy=policy,
-            mode=mode,
-            on_error=on_error,
-            controls=controls,
+            self, source, sinks, target_fps=target_fps, policy=policy, mode=mode, on_error=on_error, controls=controls
         )
 
     def __enter__(self) -> Self:
@@ -300,9 +287,30 @@ class StreamFlow(StreamDiffusion):
 
     # -- the parts' methods and attributes ------------------------------------------------------------------------------
 
-    prepare = forwards.method("_updates", Updates.prepare)
+    @forwards.override("_updates", Updates.prepare)
+    def prepare(self): ...
+    @forwards.override("_updates", Updates.update_prompt)
+    def update_prompt(self): ...
+    @forwards.override("_loras", Loras.load_lora)
+    def load_lora(self): ...
+    @forwards.override("_loras", Loras.fuse_lora)
+    def fuse_lora(self): ...
+    @forwards.override("_loras", Loras.load_lcm_lora)
+    def load_lcm_lora(self): ...
+    @forwards.override("_outputs", Outputs.enable_filter)
+    def enable_similar_image_filter(self): ...
+    @forwards.override("_steps", Steps.add_noise)
+    def add_noise(self): ...
+    @forwards.override("_steps", Steps.encode_image)
+    def encode_image(self): ...
+    @forwards.override("_steps", Steps.decode_image)
+    def decode_image(self): ...
+    @forwards.override("_steps", Steps.scheduler_step_batch)
+    def scheduler_step_batch(self): ...
+    @forwards.override("_steps", Steps.unet_step)
+    def unet_step(self): ...
+
     update = forwards.method("_updates", Updates.update)
-    update_prompt = forwards.method("_updates", Updates.update_prompt)
     flush = forwards.method("_denoiser", Denoiser.flush)
     reset = forwards.method("_denoiser", Denoiser.reset)
     close = forwards.method("_denoiser", Denoiser.close)
@@ -311,28 +319,19 @@ class StreamFlow(StreamDiffusion):
     add_control = forwards.method("_controlnets", ControlNets.add_control)
     remove_control = forwards.method("_controlnets", ControlNets.remove_control)
     set_control_scale = forwards.method("_controlnets", ControlNets.set_control_scale)
-    load_lora = forwards.method("_loras", Loras.load_lora)
     set_adapters = forwards.method("_loras", Loras.set_adapters)
     unload_lora = forwards.method("_loras", Loras.unload_lora)
-    fuse_lora = forwards.method("_loras", Loras.fuse_lora)
     unfuse_lora = forwards.method("_loras", Loras.unfuse_lora)
-    load_lcm_lora = forwards.method("_loras", Loras.load_lcm_lora)
     on_step = forwards.method("_hooks", Hooks.on_step)
     trace = forwards.method("_hooks", Hooks.trace)
     use_tiny_vae = forwards.method("_model", Model.use_tiny_vae)
     set_denoising_batch = forwards.method("_denoiser", Denoiser.set_batched)
-    enable_similar_image_filter = forwards.method("_outputs", Outputs.enable_filter)
     preprocess = forwards.method("_reader", ImageReader.preprocess)
-    add_noise = forwards.method("_steps", Steps.add_noise)
-    encode_image = forwards.method("_steps", Steps.encode_image)
-    decode_image = forwards.method("_steps", Steps.decode_image)
     frame_noise = forwards.method("_steps", Steps.frame_noise)
-    scheduler_step_batch = forwards.method("_steps", Steps.scheduler_step_batch)
-    unet_step = forwards.method("_steps", Steps.unet_step)
 
     velocity = Attribute[nn.Module]("_model", "velocity", Model.velocity)
-    unet = Attribute[nn.Module]("_model", "unet", Model.unet)
-    vae = Attribute[nn.Module]("_model", "vae", Model.vae)
+    unet = DiffusersAttribute[Network]("_model", "unet", Model.unet)
+    vae = DiffusersAttribute[VAE]("_model", "vae", Model.vae)
     codec = Attribute[Codec]("_model", "codec", "The codec in use, accelerated or not.")
     accelerate = forwards.method("_accelerator", Accelerator.accelerate)
     acceleration = Attribute[str]("_accelerator", "kind", Accelerator.kind)
@@ -354,9 +353,9 @@ class StreamFlow(StreamDiffusion):
     prepared = Attribute[bool]("_attributes", "prepared", Attributes.prepared)
     request = Attribute[Request]("_attributes", "request", Attributes.request)
     use_denoising_batch = Attribute[bool]("_attributes", "use_denoising_batch", Attributes.use_denoising_batch)
-    scheduler = Attribute[Any]("_attributes", "scheduler", Attributes.scheduler)
-    text_encoder = Attribute[Any]("_attributes", "text_encoder", Attributes.text_encoder)
-    seed = Attribute[Any]("_attributes", "seed", Attributes.seed)
+    scheduler = DiffusersAttribute[Scheduler]("_attributes", "scheduler", Attributes.scheduler)
+    text_encoder = Attribute[nn.Module | None]("_attributes", "text_encoder", Attributes.text_encoder)
+    seed = Attribute[Seeds | None]("_attributes", "seed", Attributes.seed)
     generator = Attribute[torch.Generator | None]("_attributes", "generator", Attributes.generator)
     prompt_embeds = Attribute[Tensor]("_attributes", "prompt_embeds", Attributes.prompt_embeds)
     init_noise = Attribute[Tensor]("_attributes", "init_noise", Attributes.init_noise)
@@ -375,7 +374,7 @@ class StreamFlow(StreamDiffusion):
     inference_time_ema = Attribute[float]("_attributes", "inference_time_ema", Attributes.inference_time_ema)
 
     def parts(self) -> Parts | None:
-        """The plain modules, each with inputs as a tick gives them; None before `prepare`."""
+        """The plain modules, each with its inputs in a tick; None before `prepare`."""
         return _parts(self._model, self._denoiser, self._steps, self._controlnets)
 
 

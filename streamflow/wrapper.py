@@ -37,7 +37,7 @@ _CONTROL = (
 _STYLE = "image prompts (IP-Adapter) are not offered"
 _CACHED = "cached attention over earlier frames (V2V) is not offered; StreamFlow(..., feedback=...) holds a video still"
 _HOOKS = "images are pre- and postprocessed by the caller, before and after each call"
-_MEMORY = "engines are built for what a stream needs, and torch says where memory is short"
+_MEMORY = "engines are built for what a stream needs, and torch raises an error where memory is short"
 NOT_HERE = {
     **dict.fromkeys(("use_controlnet", "controlnet_config", "controlnets", "update_control_image"), _CONTROL),
     **dict.fromkeys(("update_control_image_efficient", "get_last_processed_image", "cleanup_controlnets"), _CONTROL),
@@ -65,7 +65,7 @@ READ_ONLY = {
     "similar_image_filter_max_skip_frame": _FILTER,
     "batch_size": "it follows from t_index_list and frame_buffer_size: update(t_index_list=...)",
     "t_index_list": "call update(t_index_list=...)",
-    "sd_turbo": "it says whether the model's name holds 'turbo'",
+    "sd_turbo": "it is whether the model's name holds 'turbo'",
     "acceleration": "call wrapper.stream.accelerate(...)",
 }
 SETTABLE = (
@@ -104,7 +104,7 @@ class StreamFlowWrapper:
         seed: of all noise, in every `prepare`; -1 stands for a random one, which is logged.
         use_safety_checker: every image goes through a safety checker, and `nsfw_fallback_img` (black) takes the place of
             those that it objects to.
-        like: width and height of an image, whose proportions the size takes where neither width nor height is given.
+        like: (width, height) of an image. Without `width` and `height`, the size has the proportions of that image.
         prepare: arguments of the preparation in this constructor; by default the prompt "" and 50 steps, as
             StreamDiffusionWrapper's.
         safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
@@ -119,7 +119,7 @@ class StreamFlowWrapper:
 
     Raises:
         ValueError, TypeError, NotImplementedError, FileNotFoundError, OSError: for what cannot be, before anything is loaded
-            where that can be told.
+            where that is possible.
     """
 
     _constructed = False
@@ -500,12 +500,12 @@ class StreamFlowWrapper:
 
     def _same_places(self, steps: int) -> list[int] | None:
         """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
-        asked = self.stream._updates.requested()
-        given = asked.request.t_index_list is not None and asked.request.strength is None
+        requested = self.stream._updates.requested()
+        given = requested.request.t_index_list is not None and requested.request.strength is None
         if not given or not isinstance(steps, int) or steps < 1:
             return None  # `update` says what is wrong with `steps`
-        last = max(1, len(asked.schedule) - 1)
-        return list(dict.fromkeys(round(i * (steps - 1) / last) for i in asked.stages.indices))
+        last = max(1, len(requested.schedule) - 1)
+        return list(dict.fromkeys(round(i * (steps - 1) / last) for i in requested.stages.indices))
 
     def clear_caches(self) -> None:
         """Forget the prompts that are kept encoded; those in force stay."""
@@ -520,13 +520,13 @@ class StreamFlowWrapper:
     def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
-        stream, asked = self.stream, self.stream._updates.requested()
-        request, seed = asked.request, asked.noise.seed
+        stream, requested = self.stream, self.stream._updates.requested()
+        request, seed = requested.request, requested.noise.seed
         return {
             **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
             "use_denoising_batch": stream.use_denoising_batch,
             "cfg_type": request.cfg_type,
-            "guidance_scale": asked.guidance_scale,
+            "guidance_scale": requested.guidance_scale,
             "delta": request.delta,
             "device": stream.device.type,
             "dtype": str(self.dtype),
@@ -538,7 +538,7 @@ class StreamFlowWrapper:
             "normalize_prompt_weights": request.normalize,
             "normalize_seed_weights": True,
             "negative_prompt": request.negative_prompt or "",
-            "t_index_list": list(asked.stages.indices),
+            "t_index_list": list(requested.stages.indices),
             "current_seed": seed,
             "num_inference_steps": request.num_inference_steps,
             "controlnet_config": [
@@ -552,7 +552,7 @@ class StreamFlowWrapper:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _prepared(self) -> None:
-        """Prepare with the defaults, if nobody has yet."""
+        """Prepare with the defaults, unless the wrapper is prepared."""
         if not self.stream.prepared:
             self.prepare()
 
@@ -584,8 +584,8 @@ def _check(value: str, known: Sequence[str], what: str) -> None:
 
 
 def _refuse(what: str, names: Mapping[str, Any]) -> None:
-    """Raise for arguments that are not there: TypeError for unknown ones, NotImplementedError for those that the fork knows
-    and that ask for something."""
+    """Raise TypeError for unknown arguments, and NotImplementedError for arguments of the fork that are not offered here and
+    are not empty."""
     for name, value in names.items():
         if name not in NOT_HERE:
             raise TypeError(f"{what} takes no argument {name!r}")
@@ -596,7 +596,7 @@ def _refuse(what: str, names: Mapping[str, Any]) -> None:
 def _mixed_seeds(seed_list: Sequence[tuple[int, float]], method: str) -> list[tuple[int, float]]:
     """Seeds with weights. Their noises are mixed to variance one, which "linear" and "slerp" both come to."""
     _check(method, tuple(METHODS), "seed_interpolation_method")
-    return [tuple(one) for one in seed_list]
+    return list(seed_list)
 
 
 def _is_embedded(model: str) -> bool:

@@ -188,7 +188,7 @@ FAILS = {
     "no number": (lambda s, lora: s.set_adapters({"a": float("nan")}), "a LoRA's weight must be finite, not nan"),
     "too few weights": (lambda s, lora: s.set_adapters(["a"], [0.1, 0.2]), "adapter names 1 is not equal to.* weights 2"),
     "unloading what is not there": (lambda s, lora: s.unload_lora("c"), "no LoRA is named 'c': loaded are a"),
-    "fusing nothing": (lambda s, lora: s.fuse_lora(False, False), "neither the network nor the text encoders"),
+    "fusing nothing": (lambda s, lora: s.fuse_lora(False, False), "choose the network, the text encoders or both"),
 }
 BLOCK = "transformer.transformer_blocks.{}.attn.to_q.lora_{}.weight"
 WIDE = {BLOCK.format(i, m): torch.ones(n) for i, k in ((0, 32), (1, 48)) for m, n in (("A", (2, k)), ("B", (k, 2)))}

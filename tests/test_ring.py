@@ -1,11 +1,18 @@
 """The ring loses nothing, doubles nothing and says which frame is which, on every call pattern."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import random_pipelines as random_weights
 import torch
 from conftest import noises, relative_error, streamed
+
+from streamflow.conditioning.prompt import Cond, Prompt
+from streamflow.flow.guidance import MODES, Mode
+from streamflow.flow.schedule import Schedule
+from streamflow.flow.solvers import EULER, STOCHASTIC, Rule
+from streamflow.stream.ring import Carried, Group, Ring, Settings
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -223,3 +230,77 @@ def test_a_network_that_fails_loses_only_the_frame_that_was_to_enter(cfg_type, s
         else:
             drawn.append(stream.predict_x0_batch(x))
     assert torch.equal(torch.cat([x for x in drawn if x is not None] + stream.flush()), undisturbed)
+
+
+# -- the ring by itself ---------------------------------------------------------------------------------------------------
+
+PROMPT = Prompt(Cond({"text": torch.ones(1, 2)}), Cond({"text": torch.zeros(1, 2)}))
+
+
+def ring_of(stages: int = 3, guidance: Mode = MODES["none"], rule: Rule = EULER) -> Ring:
+    """A ring of rows of two numbers, one frame a group."""
+    schedule = Schedule(torch.arange(stages, 0, -1.0), torch.linspace(1, 0, stages + 1))
+    settings = Settings(
+        stages=schedule.pick(range(stages)),
+        frames=1,
+        mode=guidance,
+        rule=rule,
+        shape=(2,),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return Ring(settings)
+
+
+def group_of(k: int, **carried: float) -> Group:
+    """Group k, which carries one number by each name; -1 stands in the rows without it."""
+    values = {name: Carried(torch.full((1, 1), value), fill=-1.0) for name, value in carried.items()}
+    return Group(torch.full((1, 2), float(k)), (PROMPT,), (k,), values)
+
+
+def drift(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return x + text.mean()
+
+
+def test_a_network_that_raises_leaves_the_ring_as_it_was():
+    own_noise = STOCHASTIC.with_own_noise()
+    ring, calm = ring_of(3, MODES["initialize"], own_noise), ring_of(3, MODES["initialize"], own_noise)
+    groups = [
+        replace(group_of(k, tag=k), carried={**group_of(k, tag=k).carried, "noise": Carried(torch.ones(1, 2))})
+        for k in range(5)
+    ]
+    for group in groups[:3]:
+        ring.push(group, drift)
+        calm.push(group, drift)
+
+    def fails(x, t, text):
+        raise RuntimeError("out of memory")
+
+    before = ring._flight
+    kept = {name: one.value.clone() for name, one in before.carried.items()}
+    x, waiting = before.x.clone(), ring.waiting.clone()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ring.push(groups[3], fails)
+    assert ring._flight is before and not ring.holds(groups[3]) and ring.groups_in_flight == 2
+    assert set(kept) == {"tag", "noise", "anchor"}
+    assert all(torch.equal(before.carried[name].value, value) for name, value in kept.items())
+    assert torch.equal(before.x, x) and torch.equal(ring.waiting, waiting)
+    for group in groups[3:]:
+        assert torch.equal(ring.push(group, drift).x0, calm.push(group, drift).x0)
+
+
+def test_what_is_carried_travels_with_its_rows_and_is_dropped_with_the_last_group_that_brought_it():
+    ring, tags = ring_of(3), []
+    for k, carried in enumerate([{}, {"tag": 7.0}, {}, {"tag": 9.0}, {}, {}, {}]):
+        ring.push(group_of(k, **carried), drift)
+        held = ring._flight.carried.get("tag")
+        tags.append(None if held is None else held.value.flatten().tolist())
+    assert tags == [None, [7.0, -1.0, -1.0], [-1.0, 7.0, -1.0], [9.0, -1.0, 7.0], [-1.0, 9.0, -1.0], [-1.0, -1.0, 9.0], None]
+
+
+def test_what_the_rule_needs_of_every_row_is_carried_where_no_group_brings_it():
+    ring = ring_of(2, rule=STOCHASTIC.with_own_noise())
+    ring.push(group_of(0), drift)
+    assert ring._flight.carried["noise"].value.tolist() == [[0.0, 0.0]] * 2
+    ring.reset()
+    assert ring.empty and set(ring._flight.carried) == {"noise"}

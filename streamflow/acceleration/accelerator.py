@@ -1,5 +1,5 @@
-"""Which acceleration is requested for a set of parts, and which is in force. Knows parts and kinds; what the parts are of is
-its caller's."""
+"""The acceleration that is requested for a set of parts, and the one in force. It handles parts and kinds, not families or
+streams."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """What can be accelerated. acceleration: the kind that is requested, and its checked options. accelerated: the modules
-    in force, None where these are the plain ones."""
+    """A model that can be accelerated. acceleration: the kind that is requested, and its checked options. accelerated: the
+    modules in force, None for the plain ones."""
 
     device: torch.device
     acceleration: tuple[str, Any]
@@ -26,13 +26,14 @@ class Model(Protocol):
 
     def use(self, accelerated: Accelerated | None) -> None:
         """Draw with these modules, or with the plain ones."""
+        ...
 
 
 class Accelerator:
-    """Accelerates the parts of a model, and accelerates them anew when they have been replaced.
+    """Accelerates the parts of a model, and accelerates them again after they have been replaced.
 
-    model: what is accelerated. parts: gives its plain modules with their inputs, or None as long as shapes are not known.
-    accelerate: `acceleration.accelerate`, or a function like it. check: raises what speaks against a kind and its options.
+    parts: returns the model's plain modules with their inputs, or None before their shapes are known. accelerate:
+    `acceleration.accelerate`, or a function like it. check: raises an error where a kind with its options is not possible.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Accelerator:
 
         Raises:
             ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. Whatever compilation
-            raises; then the stream is as it was without acceleration.
+            raises; then the stream is not accelerated.
         """
         kind = acceleration.resolve(kind, self._model.device)
         checked = acceleration.check_options(kind, self._model.device, options)
@@ -73,7 +74,7 @@ class Accelerator:
 
     @computing
     def rebuild(self) -> None:
-        """Accelerate what is there now, as requested, once shapes are known."""
+        """Accelerate the present parts by the requested kind. Does nothing before their shapes are known."""
         model = self._model
         kind, options = model.acceleration
         parts = None if kind == "none" else self._parts()
@@ -89,7 +90,7 @@ class Accelerator:
         logger.info("accelerated by %s: %s", kind, times)
 
     def put_back(self) -> None:
-        """Undo what acceleration changed; what was requested stays requested."""
+        """Undo the acceleration. The kind stays requested, for `rebuild`."""
         accelerated = self._model.accelerated
         if accelerated is not None:
             accelerated.undo()

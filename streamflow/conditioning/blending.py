@@ -1,5 +1,5 @@
-"""Several prompts as one, at run time: weighted lists, linear and spherical blends of what the text encoders made of
-each, and a bounded cache of that. Knows conds and numbers; no text encoder, no family."""
+"""Several prompts as one, at run time: weighted lists, linear and spherical blends of encoded prompts, and a bounded cache.
+It handles conds and numbers, not text encoders or families."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def shares(weighted: Weighted, normalize: bool) -> list[float]:
 def blend(conds: Sequence[Cond], weights: Sequence[float], method: str, names: Collection[str]) -> Cond:
     """One cond of several: the tensors of these names blended by `METHODS[method]`, the others the first one's.
 
-    Texts of other lengths are blended token by token, each token among the texts that have it, whose weights are made up to
-    the sum of all; a mask is that of all texts together. Position ids are those of the longest. Texts of weight 0 are left
-    out.
+    Texts of other lengths are blended token by token. A token that only some texts have is blended among these, with weights
+    scaled to the sum of all weights. A mask is the union of all masks. Position ids are the longest text's. Texts of weight
+    0 are left out.
     """
     conds, weights = zip(*((cond, w) for cond, w in zip(conds, weights, strict=True) if w), strict=True)
     if len(conds) == 1 and weights[0] == 1.0:
@@ -110,8 +110,7 @@ def blend(conds: Sequence[Cond], weights: Sequence[float], method: str, names: C
 
 
 def _mask(cond: Cond, value: Tensor) -> Tensor | None:
-    """Which of a text's tokens are there, `[1, tokens]`; None where it has no mask for them. A mask may go on over the
-    image's tokens."""
+    """The mask of a text's tokens, `[1, tokens]`, or None. A mask may be longer, where it covers image tokens too."""
     if value.ndim < 3:
         return None
     tokens = value.shape[1]
@@ -133,13 +132,13 @@ def _blended(values: Sequence[Tensor], masks: Sequence[Tensor | None], weights: 
         return METHODS[method](torch.stack([value.float() for value in values]), share).to(like.dtype)
     length = max(value.shape[1] for value in values)
     tokens = torch.stack([pad(value.float(), (0, 0, 0, length - value.shape[1])) for value in values])
-    there = torch.stack([_there(value, mask, length) for value, mask in zip(values, masks, strict=True)])
-    share = w.reshape(-1, 1, 1) * there
+    present = torch.stack([_present(value, mask, length) for value, mask in zip(values, masks, strict=True)])
+    share = w.reshape(-1, 1, 1) * present
     share = share * (w.sum() / share.sum(0).clamp(min=TINY))
     return METHODS[method](tokens, share.unsqueeze(-1)).to(like.dtype)
 
 
-def _there(value: Tensor, mask: Tensor | None, length: int) -> Tensor:
+def _present(value: Tensor, mask: Tensor | None, length: int) -> Tensor:
     own = torch.ones(value.shape[:2], device=value.device) if mask is None else mask.float()
     return pad(own, (0, length - own.shape[1]))
 
@@ -160,9 +159,9 @@ def spherical(values: Tensor, share: Tensor) -> Tensor:
     q = _unit((share * u).sum(0))
     for _ in range(ROUNDS):
         cosine = (u * q).sum(-1, keepdim=True).clamp(-1, 1)
-        aside = u - cosine * q
-        angle = torch.atan2(aside.norm(dim=-1, keepdim=True), cosine)
-        step = (share * angle * _unit(aside)).sum(0)
+        tangent = u - cosine * q
+        angle = torch.atan2(tangent.norm(dim=-1, keepdim=True), cosine)
+        step = (share * angle * _unit(tangent)).sum(0)
         far = step.norm(dim=-1, keepdim=True)
         q = _unit(torch.cos(far) * q + torch.sin(far) * _unit(step))
     return total * (share * lengths).sum(0) * q
@@ -175,11 +174,11 @@ def _unit(v: Tensor) -> Tensor:
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear, "slerp": spherical}
 
 
-# -- what was encoded before ----------------------------------------------------------------------------------------------
+# -- the cache ------------------------------------------------------------------------------------------------------------
 
 
 class Cache:
-    """The last `size` results by key; what has no hash is made anew each time."""
+    """The last `size` results by key. A result for a key without a hash is not kept."""
 
     def __init__(self, size: int = 64):
         self.size = size
@@ -189,7 +188,7 @@ class Cache:
         return len(self._kept)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is kept under the key, or what `make` gives, kept from now on."""
+        """The result that is kept under the key, or a new one by `make`, which is then kept."""
         try:
             hash(key)
         except TypeError:
@@ -202,5 +201,5 @@ class Cache:
         return self._kept[key]
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all results."""
         self._kept.clear()

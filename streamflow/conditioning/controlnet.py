@@ -1,14 +1,15 @@
-"""Control nets beside a network: what a family's are like, how they join its velocity, and what a frame's image becomes.
+"""Control nets of a network: a family's rule for them, the velocity with their residuals, and the prompt with a frame's
+control images.
 
-A net's residuals are weighed row by row, so that rows at different stages share a call. All that changes comes in as a
-tensor: a frame's images with its prompt, scales and windows as one table, `control_levels` `[nets, 3]`, float32: a scale,
-and the highest and the lowest time at which the net acts. This file knows no stream and no image's origin.
+A net's residuals are weighed row by row, so that rows at different stages share a call. All that changes is a tensor: the
+frame's control images are in its prompt, and scales and windows are one table, `control_levels` `[nets, 3]`, float32, of a
+scale and the highest and the lowest time at which the net acts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,14 +28,14 @@ Residuals = dict[str, Any]
 
 
 def image_name(i: int) -> str:
-    """What the image of net i is called among the network's arguments."""
+    """The name of net i's image among the network's arguments."""
     return f"{PREFIX}{i}"
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
     """A control net under a name. scale: of its residuals. start, end: the part of the steps in which it acts, as the
-    pipelines' `control_guidance_start` and `control_guidance_end`. mode: which of its kinds a union net is to be.
+    pipelines' `control_guidance_start` and `control_guidance_end`. mode: the control mode of a union net.
 
     Raises:
         TypeError, ValueError: where made, for numbers that cannot be.
@@ -74,11 +75,11 @@ def check_scale(name: str, value: Any) -> None:
 
 
 class ControlRule:
-    """What a family's control nets are like; a subclass states the class attributes and gives `call`.
+    """The rule of a family's control nets. A subclass sets the class attributes and defines `call`.
 
     model: the name of the diffusers class of its nets. same: entries of a net's config that must equal the network's own.
     blocks: the net's lists of output layers. lends: the prompt's row inputs that the nets take from the prompt for negative
-    rows too, where the pipeline asks them once for both.
+    rows too, where the pipeline calls them once for both.
     """
 
     model: ClassVar[str]
@@ -91,11 +92,11 @@ class ControlRule:
         raise NotImplementedError
 
     def image(self, item: Control, images: Tensor, encode: Callable[[Tensor], Tensor], vae: VAE) -> Tensor:
-        """What the net sees of images `[n, 3, H, W]` in [-1, 1]; by default their latents in the network's form."""
+        """The net's input for images `[n, 3, H, W]` in [-1, 1]; by default their latents in the network's form."""
         return encode(images)
 
     def ready(self, item: Control, network: Network) -> None:
-        """Give the net what its pipeline gives it."""
+        """Set up the net as its pipeline does."""
 
     def check(self, item: Control, network: Network, others: Sequence[Control]) -> None:
         """Raise TypeError or ValueError for a net that does not belong to this network, or not beside the others."""
@@ -111,7 +112,7 @@ class ControlRule:
         extra = [name for name in ("extra_conditioning_channels", "extra_condition_channels") if net.config.get(name)]
         if extra:
             raise ValueError(
-                f"control {item.name!r} takes {net.config[extra[0]]} channels beside a image's, for an inpainting mask: "
+                f"control {item.name!r} takes {net.config[extra[0]]} channels besides an image's, for an inpainting mask: "
                 f"a stream gives images only"
             )
         if item.mode is not None and not getattr(net, "union", False):
@@ -194,12 +195,12 @@ def _times(value: Any, scale: Tensor) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ControlledPrompt(Prompt):
-    """A prompt with what the control nets see of one frame: `images`, `[1, ...]` each, and the table `levels`."""
+    """A prompt with one frame's inputs of the control nets: `images`, `[1, ...]` each, and the table `levels`."""
 
-    plain: Prompt | None = None
-    images: Mapping[str, Tensor] | None = None
-    levels: Tensor | None = None
-    lends: tuple[str, ...] = ()
+    plain: Prompt = field(kw_only=True)
+    images: Mapping[str, Tensor] = field(kw_only=True)
+    levels: Tensor = field(kw_only=True)
+    lends: tuple[str, ...] = field(kw_only=True)
 
     def taking(self, other: Prompt, names: frozenset[str]) -> Prompt:
         """As `Prompt.taking`; the images stay the frame's own."""
@@ -212,7 +213,8 @@ def controlled(plain: Prompt, images: Mapping[str, Tensor], levels: Tensor, lend
     if plain.uncond is not None:
         rows |= {f"{LENT}{name}": plain.cond.rows[name] for name in lends if name in plain.cond.rows}
 
-    def with_control(cond: Cond | None) -> Cond | None:
-        return cond and Cond({**cond.rows, **rows}, {**cond.shared, LEVELS: levels})
+    def with_control(cond: Cond) -> Cond:
+        return Cond({**cond.rows, **rows}, {**cond.shared, LEVELS: levels})
 
-    return ControlledPrompt(with_control(plain.cond), with_control(plain.uncond), plain, images, levels, lends)
+    uncond = None if plain.uncond is None else with_control(plain.uncond)
+    return ControlledPrompt(with_control(plain.cond), uncond, plain=plain, images=images, levels=levels, lends=lends)

@@ -5,7 +5,7 @@ the row's noise level, made with the frame's own noise; so it ends as it is, and
 
 It is the rule of diffusers' inpainting pipelines for networks without mask channels (pipelines/stable_diffusion_3/
 pipeline_stable_diffusion_3_inpaint.py, pipelines/flux/pipeline_flux_inpaint.py, the end of the denoising loop). A mask is 1
-where the frame is drawn. This file knows masks, latents and images; no network, no prompt, no stage.
+where the frame is drawn. This file handles masks, latents and images, not networks, prompts or stages.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """What is known of one frame. `mask` bool `[1, 1, H, W]`, true where it is drawn, and `latent_mask` `[1, ...]`, the same
-    in the form of latents. `image` `[1, 3, H, W]` in [-1, 1] and its clean latent `x0` `[1, ...]`; None: the frame's own.
-    paste: put the image's pixels back into the drawn one. given: the mask as a call brought it; None: it was set before."""
+    """The known part of one frame. `mask` bool `[1, 1, H, W]`, true where it is drawn, and `latent_mask` `[1, ...]`, the
+        same in the form of latents. `image` `[1, 3, H, W]` in [-1, 1] and its clean latent `x0` `[1, ...]`; None: the
+        frame's own. paste: put the image's pixels back into the drawn one. given: the mask as a call brought it; None: it
+    was set before."""
 
     mask: Tensor
     latent_mask: Tensor
@@ -48,7 +49,7 @@ def put_known(x: Tensor, known: Mapping[str, Tensor], sigma: Tensor, path: Path)
 
 @dataclass(frozen=True, eq=False)
 class Paste:
-    """Pixels that are put back: `pixels` `[F, 3, H, W]` in [-1, 1] where `drawn`, bool `[F, 1, H, W]`, is false."""
+    """Known pixels to put back: `pixels` `[F, 3, H, W]` in [-1, 1] where `drawn`, bool `[F, 1, H, W]`, is false."""
 
     pixels: Tensor
     drawn: Tensor
@@ -60,7 +61,7 @@ class Paste:
 
 
 def known_rows(regions: Sequence[Region | None], x0: Tensor | None, noise: Tensor) -> dict[str, Tensor]:
-    """What is known of the frames that enter, as `put_known` takes it, by one region a frame, at least one of which is not
+    """The known parts of the frames that enter, as `put_known` takes them. regions: one a frame, at least one of them not
     None. x0: `[F, ...]`, the frames' own clean latents, where they came from images. noise: `[F, ...]`, the frames' own."""
     free = torch.ones_like(next(one for one in regions if one).latent_mask)
     latents = [noise[i : i + 1] if one is None else _first(one.x0, x0, i) for i, one in enumerate(regions)]
@@ -69,27 +70,31 @@ def known_rows(regions: Sequence[Region | None], x0: Tensor | None, noise: Tenso
 
 
 def paste_of(regions: Sequence[Region | None], images: Tensor | None) -> Paste | None:
-    """What is to be put back into the frames' images; None: nothing. `images` `[F, 3, H, W]`: the frames' own."""
+    """The known pixels of the frames' images, or None. `images` `[F, 3, H, W]`: the frames' own."""
     pasting = [one if one and one.paste else None for one in regions]
     if not any(pasting):
         return None
     like = next(one for one in pasting if one)
-    shown = images if like.image is None else like.image
-    everywhere, black = torch.ones_like(like.mask), torch.zeros_like(shown[:1])
+    everywhere, black = torch.ones_like(like.mask), torch.zeros_like(_first(like.image, images, 0))
     pixels = [black if one is None else _first(one.image, images, i) for i, one in enumerate(pasting)]
     return Paste(torch.cat(pixels), torch.cat([everywhere if one is None else one.mask for one in pasting]))
 
 
 def _first(own: Tensor | None, frames: Tensor | None, i: int) -> Tensor:
-    return frames[i : i + 1] if own is None else own
+    """The region's own tensor, or row i of the frames'."""
+    if own is not None:
+        return own
+    if frames is None:
+        raise ValueError(f"frame {i} has a mask and no image, so that nothing of it is known: pass an image too")
+    return frames[i : i + 1]
 
 
 # -- masks from outside ------------------------------------------------------------------------------------------------
 
 
 def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor:
-    """Make bool `[n, 1, height, width]` of a mask or several, true (white) where images are to be drawn; from one half on,
-    as diffusers' mask processor decides.
+    """Make bool `[n, 1, height, width]` of one mask or several, true (white) where images are drawn. Grey counts as white
+    from one half on, as in diffusers' mask processor.
 
     mask: a PIL image in mode "1", "L" or "RGB"; an array or tensor `[H, W]`, `[n, H, W]` or `[n, 1, H, W]`, of bool, of
         uint8 (0..255) or floating (0..1); or a list of masks. check: also look at the values of tensors that are not on
@@ -128,7 +133,7 @@ def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor
 def _as_tensor(mask: Any) -> Tensor:
     if isinstance(mask, PIL.Image.Image):
         if mask.mode not in ("1", "L", "RGB"):
-            raise ValueError(f"a mask in mode {mask.mode}: pass mask.convert('L'), white where the image is to be drawn")
+            raise ValueError(f"a mask in mode {mask.mode}: pass mask.convert('L'), white where the image is drawn")
         mask = np.array(mask.convert("L"))
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))

@@ -1,8 +1,8 @@
-"""What a prompt becomes, and how the prompts of a batch's rows become the network's arguments.
+"""Encoded prompts, and how the prompts of a batch's rows become the network's arguments.
 
-A `Cond` is one prompt's tensors under the names of the network's own arguments. Rows whose conds have one signature
-(names, shapes, dtypes) share a call of the network; where signatures differ there is one call for each, so lengths
-are never padded and the result is exact for every family.
+A `Cond` is one prompt's tensors by the names of the network's own arguments. Rows with conds of one signature (names,
+shapes, dtypes) share a call of the network. There is one call for each signature, so that texts are never padded and the
+result is exact for every family.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Cond:
 
     @cached_property
     def signature(self) -> tuple:
-        """What must be equal for two conds to share a call: names, shapes and dtypes, and the shared tensors' too."""
+        """Names, shapes and dtypes of all tensors. Conds with equal signatures can share a call."""
         rows = tuple((name, tuple(t.shape[1:]), t.dtype) for name, t in sorted(self.rows.items()))
         return rows, tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(self.shared.items()))
 
@@ -38,6 +38,13 @@ class Prompt:
     cond: Cond
     uncond: Cond | None = None
 
+    @property
+    def negative(self) -> Cond:
+        """`uncond`. ValueError where the prompt has none."""
+        if self.uncond is None:
+            raise ValueError("this prompt was encoded without a negative prompt, and this guidance needs one")
+        return self.uncond
+
     def differing(self, other: Prompt) -> frozenset[str]:
         """The names of the tensors in which another prompt differs. On a GPU the host waits for the answer."""
         pairs = [(self.cond, other.cond)] + ([(self.uncond, other.uncond)] if self.uncond and other.uncond else [])
@@ -47,16 +54,17 @@ class Prompt:
         """This prompt with the tensors of these names from another one."""
         if names >= set(self.cond.rows):
             return other
-        return Prompt(_taking(self.cond, other.cond, names), _taking(self.uncond, other.uncond, names))
+        uncond = self.uncond
+        if uncond is not None and other.uncond is not None:
+            uncond = _taking(uncond, other.uncond, names)
+        return Prompt(_taking(self.cond, other.cond, names), uncond)
 
 
 def _equal(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.shape == b.shape and torch.equal(a, b)
 
 
-def _taking(cond: Cond | None, other: Cond | None, names: frozenset[str]) -> Cond | None:
-    if cond is None or other is None:
-        return cond
+def _taking(cond: Cond, other: Cond, names: frozenset[str]) -> Cond:
     return Cond({name: other.rows[name] if name in names else value for name, value in cond.rows.items()}, cond.shared)
 
 
@@ -81,7 +89,7 @@ class CondBatch:
         self.arguments: dict[str, Tensor] | None = None  # of all rows, where one call serves them
 
     def set(self, conds: tuple[Cond, ...]) -> None:
-        """Row i is under conds[i] from now on."""
+        """Give row i the cond conds[i]."""
         self._calls = self._build(conds)
         self.arguments = self._calls[0].arguments if self._calls[0].rows is None else None
 

@@ -1,4 +1,4 @@
-"""The one convention of this library, as pure maths on tensors. It knows no model, no schedule, no device.
+"""The one convention of this library, as pure maths on tensors. It has no models, schedules or devices.
 
 sigma is in [0, 1]: 1 is noise, 0 is the image. The path and its velocity are
 

@@ -1,5 +1,5 @@
-"""The four ways to guide, as a table. A mode says how many extra (negative) rows a call of the network carries, and
-turns what the network said into one velocity a row. It knows rows, not prompts and not models.
+"""The four modes of guidance, as a table. A mode defines how many extra (negative) rows a call of the network has, and how
+the network's outputs become one velocity a row. It handles rows, not prompts or models.
 
 `none` and `full` are the pipelines' own. `self` and `initialize` are StreamDiffusion's residual guidance
 (Kodaira et al., arXiv 2312.12491, section 3.2) in velocity form, and one idea: carry an anchor, the clean latent that the
@@ -23,11 +23,11 @@ ALWAYS, NEVER = 0.0, 2.0  # of `Weight.until`: below, and above, every sigma
 
 
 class Weight(float):
-    """The guidance weight w, a number, which knows how its pipeline guides with it.
+    """The guidance weight w, a number, with its pipeline's rule of guidance.
 
-    rule: (v_cond, v_uncond, w) to the guided velocity; by default `convention.guide`. A pipeline that goes on to
-        normalise what it guided says so here. Called with w > 1 only.
-    until: rows whose sigma is below it take their own velocity, for pipelines that stop guiding at some step.
+    rule: (v_cond, v_uncond, w) to the guided velocity; by default `convention.guide`. Pipelines that normalise the guided
+        velocity have their own rule. Called with w > 1 only.
+    until: rows with a sigma below it are not guided, for pipelines that stop guiding at some step.
     """
 
     rule: Rule
@@ -102,21 +102,21 @@ def mode(cfg_type: str) -> Mode:
 @dataclass
 class Anchors:
     """What rows carry under `self` and `initialize`: `x0` float32 `[rows, ...]`, and `known`, bool `[rows]`, None for all.
-    A row whose anchor is not known takes its own velocity, unguided."""
+    A row without a known anchor is not guided."""
 
     x0: Tensor
     known: Tensor | None = None
 
 
 class Lines(Protocol):
-    """Where the first rows' answers of the network lead, and which answers lead to given images (`ring.Rows`)."""
+    """From outputs of the network for the first rows to estimates of images, and back (`ring.Rows`)."""
 
     def x0(self, x: Tensor, v: Tensor) -> Tensor:
-        """The image that these answers head for."""
+        """The estimate of the image, given these outputs."""
         ...
 
     def toward(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The answers that head for this image."""
+        """The outputs that lead to this image."""
         ...
 
 
@@ -125,8 +125,8 @@ def combine(
 ) -> Tensor:
     """The guided velocity of all rows, `[rows, ...]`.
 
-    v_cond is what the network said of the rows, v_extra `[extra_rows, ...]` of their negative twins. With anchors the twins'
-    rows get theirs measured here, and it is kept.
+    v_cond: the network's output for the rows. v_extra `[extra_rows, ...]`: its output for their negative twins. With
+    anchors, the anchors of the twins' rows are measured here and kept.
     """
     n = len(v_extra)
     if anchors is not None and n:

@@ -1,5 +1,5 @@
 """Noise for frames: one float32 draw a frame on the CPU, by (seed, frame id), so that neither the batch nor the
-call pattern nor the device can change a image. No global random state is read or written."""
+call pattern nor the device can change an image. No global random state is read or written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import random
+from functools import reduce
 from numbers import Integral
 from typing import Any
 
@@ -42,9 +43,10 @@ def resolve_seeds(seed: Any) -> Any:
         drawn = random.SystemRandom().randrange(RANDOM_SEEDS)
         logger.info("seed -1 stands for a random one: seed=%d draws the same images again", drawn)
         return drawn
-    if not 0 <= seed <= _MASK:
+    number = int(seed)
+    if not 0 <= number <= _MASK:
         raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, or -1 for a random one, not {seed}")
-    return int(seed)
+    return number
 
 
 class NoiseSource:
@@ -73,6 +75,7 @@ class NoiseSource:
         self.shape = tuple(shape)
         self.seed, self.period = seed, period
         self.generator = generator
+        self._seeds = seed if isinstance(seed, tuple) else () if seed is None else ((seed, 1.0),)
         self._fixed: Tensor | None = None
         self._fixed_steps: Tensor | None = None
 
@@ -116,24 +119,24 @@ class NoiseSource:
         return self._fixed_steps
 
     def preview(self) -> Tensor:
-        """What `fixed` would give, drawn aside: a generator's state stays as it is."""
+        """The noise that `fixed` would return. A generator's state stays as it is."""
         if self._fixed is not None or self.generator is None:
             return self.fixed()
-        aside = torch.Generator(self.generator.device)
-        return NoiseSource(self.shape, generator=aside.set_state(self.generator.get_state())).fixed()
+        scratch = torch.Generator(self.generator.device)
+        return NoiseSource(self.shape, generator=scratch.set_state(self.generator.get_state())).fixed()
 
     def _normal(self, key: tuple[int, ...]) -> Tensor:
-        if isinstance(self.seed, tuple):
-            mixed = sum(weight * self._of_one(_generator(seed, key)) for seed, weight in self.seed)
-            return mixed / math.hypot(*(weight for _, weight in self.seed))
-        return self._of_one(self.generator or _generator(self.seed, key))
+        if self.generator is not None:
+            return self._of_one(self.generator)
+        drawn = [weight * self._of_one(_generator(seed, key)) for seed, weight in self._seeds]
+        return reduce(torch.add, drawn) / math.hypot(*(weight for _, weight in self._seeds))
 
     def _of_one(self, generator: torch.Generator) -> Tensor:
         return torch.randn((1, *self.shape), generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def _generator(seed: int, key: tuple[int, ...]) -> torch.Generator:
-    """A generator whose state mixes the seed with the key, so that neighbouring seeds and frames share nothing."""
+    """A generator whose state mixes the seed with the key, so that neighbouring seeds and frames have independent noise."""
     state = 0
     for part in (seed, *key):
         state = _mix(state ^ (part & _MASK))

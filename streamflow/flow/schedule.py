@@ -63,7 +63,7 @@ class Stages:
         return len(self.indices)
 
     def same_levels(self, other: Stages) -> bool:
-        """Whether both stop at the same noise levels and tell the network the same times."""
+        """Whether both have the same noise levels and the same times of the network."""
         mine, others = ((s.sigmas, s.timesteps, *s.coefficients.values()) for s in (self, other))
         return self.coefficients.keys() == other.coefficients.keys() and all(map(torch.equal, mine, others))
 
@@ -91,7 +91,7 @@ class Schedule:
         if not (torch.isfinite(self.sigmas).all() and falls and self.sigmas[-1] == 0 and starts):
             raise ValueError(
                 f"sigmas must fall strictly from at most 1 (noise) to 0 (image), not {self.sigmas.tolist()}: "
-                f"pass other `sigmas`, or a scheduler whose schedule does"
+                f"pass other `sigmas`, or a scheduler with such a schedule"
             )
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
-"""How a row takes its step: a table of rules. A rule says what it needs of every stage, whether rows need noise, where a
-step leads, what image it heads for, and which answer of the network would head for a given image.
+"""Solvers: a table of rules for the step of a row. A rule defines the coefficients that it needs of every stage, whether
+rows need noise, the step, the estimate of the image, and the network's output that leads to a given image.
 
 A rule's `levels` hold float32 tensors, one entry a stage; a step gets them as `at`, `[rows, 1, ...]`, on the device, so
-that it is arithmetic alone: no table is looked up and the host waits for nothing. It knows rows and noise levels; no
-scheduler, no network. What the network says is called v, though a family's may be something else than a velocity.
+that it is arithmetic alone: no table is looked up and the host does not wait. Rules handle rows and noise levels, not
+schedulers or networks. The network's output is called v, though it is not a velocity in every family.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ At = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. levels: what a step needs of the stages beside sigma, sigma_next and dt, `[S]` by name.
+    """One row of the table. levels: what a step needs of the stages besides sigma, sigma_next and dt, `[S]` by name.
 
     noise: "none"; "own", the noise that the frame started from; or "fresh", one draw a frame and stage.
-    step(x, v, at, noise): x at sigma_next. x0(x, v, at): the image it heads for, float32. toward(x, x0, at): the v that
-    heads for x0, float32. All `[rows, ...]`.
+    step(x, v, at, noise): x at sigma_next. x0(x, v, at): the estimate of the image, float32. toward(x, x0, at): the v that
+    leads to x0, float32. All `[rows, ...]`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Rule:
 
 
 def _renoise(x: Tensor, v: Tensor, at: At, noise: Tensor | None) -> Tensor:
-    """Euler without noise: of a single step that is asked for by itself."""
+    """The stochastic step. Without noise, as in a single step outside of a stream, it is Euler's."""
     return euler(x, v, at["dt"]) if noise is None else renoise(x, v, at["sigma"], at["sigma_next"], noise)
 
 
@@ -84,7 +84,7 @@ def _angles(stages: Stages) -> dict[str, Tensor]:
 
 
 def _trig(x: Tensor, v: Tensor, at: At, noise: Tensor | None) -> Tensor:
-    """SCMScheduler.step: the image it heads for, and noise put back. Without noise the flow's own arc, its DDIM step."""
+    """SCMScheduler.step: the estimate of the image, with noise added again. Without noise it is a DDIM step of the flow."""
     x0 = _trig_x0(x, v, at)
     noise = at["sin"] * x + at["cos"] * v if noise is None else noise
     return (at["cos_next"] * x0 + at["sin_next"] * noise).to(v.dtype)

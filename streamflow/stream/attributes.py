@@ -9,18 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamflow._validation import check_bool
 from streamflow.flow.convention import per_row, velocity_from
 from streamflow.flow.guidance import Mode, mode
 from streamflow.flow.schedule import check_indices
 from streamflow.models.pipe_parts import check_sampling
+from streamflow.models.protocols import Scheduler
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
-from streamflow.stream.request import Request
+from streamflow.stream.request import Request, Seeds
 from streamflow.stream.ring import Ring
 from streamflow.stream.updates import Updates
 
@@ -160,10 +161,10 @@ class Attributes:
             self._denoiser.set_batched(value)
 
     @property
-    def scheduler(self) -> Any:
-        """The scheduler whose schedule the stream follows: its copy of the pipe's, or one assigned here, which the pipe does
-        not get and which acts at the next call, after the frames under way have finished. What is set on it (`set_shift`)
-        acts at the next `prepare`."""
+    def scheduler(self) -> Scheduler:
+        """The scheduler of the stream: its copy of the pipe's, or the one that was assigned here. Assigning one acts at the
+        next call, after the frames in flight have finished, and leaves the pipe unchanged. The scheduler's own settings,
+        such as `set_shift`, act at the next `prepare`."""
         return self._model.adapter.scheduler
 
     @scheduler.setter
@@ -179,12 +180,12 @@ class Attributes:
             raise
 
     @property
-    def text_encoder(self) -> Any:
+    def text_encoder(self) -> nn.Module | None:
         """The pipe's first text encoder."""
         return getattr(self._model.pipe, "text_encoder", None)
 
     @property
-    def seed(self) -> Any:
+    def seed(self) -> Seeds | None:
         """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
         `update(seed=...)`."""
         return None if self._denoiser.state is None else self._updates.requested().noise.seed
@@ -197,8 +198,8 @@ class Attributes:
 
     @property
     def generator(self) -> torch.Generator | None:
-        """What all noise is drawn from; None where it is a function of the seed. Assigning one draws from it from the next
-        frame on."""
+        """The generator of all noise; None where noise is a function of the seed. A generator that is assigned acts from the
+        next frame on."""
         return None if self._denoiser.state is None else self._updates.requested().noise.generator
 
     @generator.setter
@@ -208,7 +209,9 @@ class Attributes:
         if generator is None and self.generator is None:
             return
         self._updates.amend(
-            lambda asked: replace(asked, noise=self._updates.planner.noise(generator, None, asked.request.period))
+            lambda requested: replace(
+                requested, noise=self._updates.planner.noise(generator, None, requested.request.period)
+            )
         )
 
     @property
@@ -219,7 +222,7 @@ class Attributes:
         Assigning embeddings of one prompt, in this layout or `[1, tokens, width]` without a negative one, acts on all rows,
         until another prompt is given. ValueError where rows differ: a stream has one prompt at a time.
         """
-        prompt, (count, rows) = self._updates.requested().prompt, self._asked_rows()
+        prompt, (count, rows) = self._updates.requested().prompt, self._next_row_counts()
         cond = self._embeds(prompt.cond).expand(count, -1, -1)
         if not rows:
             return cond.clone()
@@ -233,7 +236,7 @@ class Attributes:
 
     @prompt_embeds.setter
     def prompt_embeds(self, value: Tensor) -> None:
-        own, (count, rows) = self._embeds(self._updates.requested().prompt.cond), self._asked_rows()
+        own, (count, rows) = self._embeds(self._updates.requested().prompt.cond), self._next_row_counts()
         if not isinstance(value, Tensor) or value.ndim != 3 or len(value) not in (1, count, rows + count):
             raise ValueError(
                 f"prompt_embeds is a tensor [{rows + count}, tokens, width] or [1, tokens, width], not "
@@ -287,7 +290,7 @@ class Attributes:
                 f"init_noise is a tensor [rows, {', '.join(map(str, self._model.shape))}], not "
                 f"{_shape_or_type(value)}; update(seed=...) draws another one"
             )
-        self._updates.amend(lambda asked: replace(asked, noise=asked.noise.with_fixed(value[:1])))
+        self._updates.amend(lambda requested: replace(requested, noise=requested.noise.with_fixed(value[:1])))
 
     @property
     def stock_noise(self) -> Tensor:
@@ -310,7 +313,7 @@ class Attributes:
         if torch.equal(value.to(now), now):
             return
         with self._denoiser.ticks:
-            engine = self._denoiser.engine
+            engine = self._denoiser.running()
             if not isinstance(engine, Ring) or engine.anchors is None or engine.waiting is None:
                 raise AttributeError(
                     f"no frame under way has a residual noise that could be changed (cfg_type {self.cfg_type!r}, "
@@ -324,7 +327,8 @@ class Attributes:
     def x_t_latent_buffer(self) -> Tensor | None:
         """The rows under way, `[(S - 1) F, ...]`, newest first; None with one stage. Assigning a tensor of this shape
         replaces their latents; assigning None is `reset()`."""
-        waiting = self._denoiser.running().waiting
+        engine = self._denoiser.running()
+        waiting = engine.waiting if isinstance(engine, Ring) else None
         return None if waiting is None else waiting.clone()
 
     @x_t_latent_buffer.setter
@@ -333,19 +337,21 @@ class Attributes:
             return self._denoiser.empty("reset()")
         self._denoiser.check_step("x_t_latent_buffer = ...")
         with self._denoiser.ticks:
-            waiting = self._denoiser.running().waiting
-            if waiting is None or not isinstance(value, Tensor) or value.shape != waiting.shape:
+            engine = self._denoiser.running()
+            waiting = engine.waiting if isinstance(engine, Ring) else None
+            same = waiting is not None and isinstance(value, Tensor) and value.shape == waiting.shape
+            if not isinstance(engine, Ring) or not same:
                 raise ValueError(
                     f"x_t_latent_buffer is "
                     f"{'None, there are no rows under way' if waiting is None else list(waiting.shape)}, not "
                     f"{_shape_or_type(value)}; None empties the ring"
                 )
-            if self._denoiser.engine.empty:
+            if engine.empty:
                 raise AttributeError(
-                    "no frame is under way whose latents could be replaced: predict_x0_batch(latents) and "
+                    "no frame is in flight, so there are no latents to replace: predict_x0_batch(latents) and "
                     "txt2img(latents=...) take latents in"
                 )
-            self._denoiser.engine.set_waiting(value.to(self._model.device, self._model.dtype))
+            engine.set_waiting(value.to(self._model.device, self._model.dtype))
             self._outputs.redraw()
 
     # -- what follows from it -------------------------------------------------------------------------------------------
@@ -365,16 +371,15 @@ class Attributes:
         """The rows of a call of the network, with those of the negative prompt."""
         return sum(self._row_counts())
 
-    def _asked_rows(self) -> tuple[int, int]:
+    def _next_row_counts(self) -> tuple[int, int]:
         """As `_row_counts`, of the next call."""
-        asked = self._updates.requested()
-        return self._counts(len(asked.stages), asked.request.mode)
+        requested = self._updates.requested()
+        return self._counts(len(requested.stages), requested.request.mode)
 
     def _row_counts(self) -> tuple[int, int]:
         """(rows that are advanced, rows of the negative prompt) of a call."""
         if self._denoiser.engine is not None:
-            rows = self._denoiser.engine.rows if self._denoiser.batched else self._denoiser.engine.stages[0]
-            return rows.count, rows.extra
+            return self._denoiser.engine.row_counts
         return self._counts(len(self.t_list), mode(self.cfg_type))
 
     def _counts(self, stages: int, mode: Mode) -> tuple[int, int]:

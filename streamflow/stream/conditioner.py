@@ -1,5 +1,5 @@
-"""The protocol of what frames are drawn under beside their prompt. A new condition of each frame is a class of this form in
-the table of `StreamFlow`."""
+"""The protocol of conditions of frames besides their prompt. To add a condition, write a class of this protocol and add it
+to `Inputs.conditioners` in `StreamFlow`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from streamflow.stream.ring import Group
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What the frames of a group start from. noise: `[F, ...]`, their own. sigma: the noise level, `[1, 1, ...]`. x0,
-    images: the clean latents and images; None for frames that start from noise."""
+    """The start of the frames of a group. noise: `[F, ...]`, their own. sigma: the noise level, `[1, 1, ...]`. x0, images:
+    the clean latents and images; None for frames that start from noise."""
 
     noise: Tensor
     sigma: Tensor
@@ -24,10 +24,10 @@ class Start:
 
 
 class Conditioner(Protocol):
-    """A condition that calls bring by an argument, read frame by frame.
+    """A condition that is an argument of calls, with one entry a frame.
 
-    name: of that argument. active: frames need the condition, or have it, where a call does not bring it. uses_image: a
-    frame under it makes use of its own image, also where its noise hides that.
+    name: the argument's name. active: `read` is called for calls without the argument too. uses_image: a frame under the
+    condition uses its own image even where it starts from pure noise.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Conditioner(Protocol):
     uses_image: bool
 
     def read(self, given: Any, images: Tensor | None, positions: range) -> list[Any]:
-        """What a call brings for some frames, one entry a frame, None for a frame without the condition. images:
+        """Read a call's argument for some frames. Returns one entry a frame, None for a frame without the condition. images:
         `[n, 3, H, W]` in [-1, 1], the frames' own; None for frames that start from noise. positions: the frames' rows,
-        counted from the first row of a group. Raises TypeError or ValueError before anything has changed."""
+        counted from the first row of a group. Raises TypeError or ValueError, and changes nothing."""
         ...
 
     def compared(self, entries: Sequence[Any]) -> Tensor | None:
-        """What the similarity filter compares beside the frames' images, `[n, C, H, W]`; None: nothing."""
+        """What the similarity filter compares besides the frames' images, `[n, C, H, W]`; None: nothing."""
         ...
 
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:
-        """The group under the condition, by one entry a row."""
+        """The group with the condition, given one entry a row."""
         ...
 
 

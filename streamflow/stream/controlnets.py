@@ -1,5 +1,5 @@
-"""Control nets as a condition of frames: adding and removing them, their scales, and the images that each frame brings for
-them. What a family's nets are like is in `streamflow.models.controlnets`."""
+"""Control nets as a condition of frames: adding and removing them, their scales, and the control images of each frame. The
+families' rules are in `streamflow.models.controlnets`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from streamflow.conditioning.controlnet import (
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
 from streamflow.models import control_rule
+from streamflow.models.protocols import Network
 from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
@@ -35,8 +36,8 @@ from streamflow.stream.ring import Group
 
 @dataclass(frozen=True, eq=False)
 class ControlImages:
-    """What the control nets see of one frame: tensors `[1, ...]` by the network's names, and the images themselves,
-    `[1, 3 nets, H, W]` in [-1, 1]."""
+    """The control images of one frame: the nets' inputs `[1, ...]` by the names of the network's arguments, and the images
+    themselves, `[1, 3 nets, H, W]` in [-1, 1]."""
 
     rows: Mapping[str, Tensor]
     images: Tensor
@@ -53,7 +54,7 @@ class ControlNets:
         self.active = False  # there are control nets, for which every frame needs an image
         self.scales: Mapping[str, float] = {}
         self._lock = threading.Lock()  # of scales, which any thread may change
-        self._levels: Tensor | None = None
+        self._levels = torch.zeros(0, 3)  # the table `control_levels`, on the model's device
         self._levels_of: tuple[Stages | None, Mapping[str, float]] = (None, {})
         self.blank: Mapping[str, Tensor] | None = None
 
@@ -72,7 +73,7 @@ class ControlNets:
         model: a diffusers ControlNet model of this family, on the network's device, in its dtype.
         scale: the pipelines' `controlnet_conditioning_scale`. start, end: their `control_guidance_start` and
             `control_guidance_end`, parts of the stages that a frame goes through.
-        mode: of a union net (Flux), which of its kinds it is to be.
+        mode: the control mode of a union net (Flux).
 
         Several nets' residuals are added. Frames under way finish first with the nets that they have; later calls deliver
         them before anything newer. What is accelerated is accelerated anew. To be called by the thread that draws.
@@ -83,7 +84,7 @@ class ControlNets:
         """
         rule, held = self._rule(), self._model.adapter.controls
         items = held.items if held else ()
-        item = Control(name, model, scale, start, end, mode)
+        item = Control(name, cast(Network, model), scale, start, end, mode)
         if name in self.scales:
             raise ValueError(f"there is a control named {name!r}: remove_control({name!r}) first, or choose another name")
         rule.check(item, self._model.adapter.net, items)
@@ -95,9 +96,10 @@ class ControlNets:
         """Take a control net out; as `add_control`, frames under way finish first. ValueError: an unknown name."""
         self._rule()
         self._check_names([name])
-        left = tuple(item for item in self._model.adapter.controls.items if item.name != name)
+        controls = self._controls()
+        left = tuple(item for item in controls.items if item.name != name)
         scales = {one: scale for one, scale in self.scales.items() if one != name}
-        self._put(Controls(self._model.adapter.controls.rule, left) if left else None, scales)
+        self._put(Controls(controls.rule, left) if left else None, scales)
 
     def set_control_scale(self, name: str, scale: float) -> None:
         """How strongly a control net acts on all rows, those under way too, from the next tick on. From any thread.
@@ -127,7 +129,7 @@ class ControlNets:
     # -- of frames ------------------------------------------------------------------------------------------------------
 
     def read(self, given: Any, images: Tensor | None, positions: range) -> list[ControlImages | None]:
-        """What the frames bring for the control nets; None where there are none."""
+        """The control images of each frame; None without control nets."""
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"control is a mapping of names to images, not {type(given).__name__}")
         given, count = given or {}, len(positions)
@@ -141,7 +143,7 @@ class ControlNets:
             )
         if not self.scales:
             return [None] * count
-        by_net = [self._images(name, given[name], count) for name in self._model.adapter.controls.names]
+        by_net = [self._images(name, given[name], count) for name in self._controls().names]
         batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net)]
         rows = [self._inputs(batch) for batch in zip(*batches, strict=True)]
         by_frame = [{name: one[name][i : i + 1] for name in one} for one in rows for i in range(len(one[image_name(0)]))]
@@ -154,15 +156,22 @@ class ControlNets:
         return torch.cat(images) if images else None
 
     def join(self, group: Group, entries: Sequence[ControlImages | None], start: Start) -> Group:
-        """The group with what its frames are controlled by."""
+        """The group with its frames' control images in their prompts."""
         pairs = zip(group.prompts, entries, strict=True)
         return replace(group, prompts=tuple(self.prompt(prompt, one and one.rows) for prompt, one in pairs))
 
     def prompt(self, prompt: Prompt, rows: Mapping[str, Tensor] | None) -> Prompt:
-        """A prompt for a frame that the control nets see so; without control images it is left as it is."""
-        return prompt if rows is None else controlled(prompt, rows, self._levels, self._model.adapter.controls.rule.lends)
+        """A prompt with a frame's inputs of the control nets; without them, the prompt itself."""
+        return prompt if rows is None else controlled(prompt, rows, self._levels, self._controls().rule.lends)
 
     # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _controls(self) -> Controls:
+        """The control nets that the velocity has. RuntimeError where it has none."""
+        controls = self._model.adapter.controls
+        if controls is None:
+            raise RuntimeError("this stream has no control nets: add_control(name, model) adds one")
+        return controls
 
     def _rule(self) -> ControlRule:
         self._model.check_open()
@@ -182,7 +191,7 @@ class ControlNets:
             raise ValueError(f"no control is named {', '.join(map(repr, unknown))}; there are {known}")
 
     def _put(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
-        """Let what is under way finish, then go on with these nets; or as before, if that fails."""
+        """Let the frames in flight finish, then use these nets. If that fails, the former nets stay."""
         before, model = (self._model.adapter.controls, self.scales), self._model
         with self._denoiser.ticks:
             if self._denoiser.engine is not None:
@@ -202,7 +211,7 @@ class ControlNets:
         self.scales, self._levels_of, self.blank = scales, (None, {}), None
         self.active = bool(scales)
         count = len(controls.items) if controls else 0
-        self._levels = torch.zeros(count, 3, device=model.device) if count else None
+        self._levels = torch.zeros(count, 3, device=model.device)
         self._denoiser.before_step = Callbacks(self._take_levels) if count else None
         if count:
             images = torch.zeros(1, 3, model.height, model.width, device=model.device)
@@ -210,8 +219,8 @@ class ControlNets:
 
     @computing
     def _inputs(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the nets see of images `[n, 3, H, W]`, one tensor of them a net, on the device."""
-        model, controls = self._model, self._model.adapter.controls
+        """The nets' inputs of images `[n, 3, H, W]`, one tensor of images for each net, on the device."""
+        model, controls = self._model, self._controls()
         inputs = {}
         for i, (item, one) in enumerate(zip(controls.items, images, strict=True)):
             codec = model.codec if len(one) == model.frames else model.plain_codec
@@ -225,11 +234,11 @@ class ControlNets:
         return images.expand(count, -1, -1, -1)
 
     def _take_levels(self) -> None:
-        """Let scales and stages that have changed act. Only the drawing thread comes here, before a step."""
-        stages, scales = self._denoiser.state.stages, self.scales
+        """Copy scales and stages that have changed to the device. Only the drawing thread calls this, before a step."""
+        stages, scales = self._denoiser.prepared().stages, self.scales
         if self._levels_of[0] is stages and self._levels_of[1] is scales:
             return
-        table = self._model.adapter.controls.levels(stages.timesteps, scales)
+        table = self._controls().levels(stages.timesteps, scales)
         if self._levels.device.type == "cuda":
             table = table.pin_memory()
         self._levels.copy_(table, non_blocking=True)

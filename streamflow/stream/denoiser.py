@@ -1,5 +1,5 @@
-"""The frames in flight of one stream: the engine, the queue of finished groups, the frames' numbers, and who may advance
-them. Knows groups and threads; no image, no prompt's text."""
+"""The frames in flight of one stream: the engine, the queue of finished groups, the numbers of frames, and the lock of the
+thread that advances them. It handles groups, not images or prompt texts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class PassEnded(RuntimeError):
-    """A call has emptied the ring under a pass of `frames`."""
+    """Raised by the iterator of `frames` after another call has emptied the ring."""
 
 
 @dataclass(eq=False)
 class Pass:
-    """One pass of `frames` over its inputs, of which `taken` came in and `answered` have their frame. `ended_by`: the call
-    that has emptied the ring meanwhile, and `returned` how many of the frames that call gave to its caller."""
+    """One pass of `frames` over its inputs. taken: the number of inputs read. answered: the number of frames yielded.
+    ended_by: the call that has emptied the ring during the pass. returned: the number of frames that this call returned."""
 
     order: Order
     taken: int = 0
@@ -47,7 +47,7 @@ class Pass:
     ended_by: str | None = None
 
     def check(self) -> None:
-        """PassEnded where a call has ended this pass and inputs are not answered."""
+        """Raise PassEnded if a call has ended this pass and inputs have no frame yet."""
         if self.ended_by is not None and self.taken > self.answered:
             returned = f" {self.returned} of its frames were returned there, and" if self.returned else ""
             raise PassEnded(
@@ -58,13 +58,13 @@ class Pass:
 
 
 class Denoiser:
-    """Advances frames and keeps those that are finished until they are handed out.
+    """Advances frames, and keeps the finished ones until they are handed out.
 
-    state: what is drawn; None before `prepare`. engine: what keeps the frames in flight. ticks: the lock of whoever
-    advances or empties the engine. finished: groups that have left, oldest first. next_id: the number of the next frame.
-    last_x0: the clean latent `[1, ...]` of the frame that has left last. ranges: checks of images that have entered. queue:
-    where updates wait, which is told who draws. before_step, on_empty, on_close: called before every step, when the
-    engine is emptied, and on `close`.
+    state: what is drawn; None before `prepare`. Updates assigns it. engine: holds the frames in flight. ticks: the lock of
+    the thread that advances or empties the engine. finished: groups that have left the engine, oldest first. next_id: the
+    number of the next frame. last_x0: the clean latent `[1, ...]` of the last frame that has left. ranges: checks of images
+    that have entered. queue: the queue of updates, in which the denoiser records the thread that draws. before_step,
+    on_empty, on_close: functions that are called before every step, when the engine is emptied, and on `close`.
     """
 
     def __init__(self, model: Model, batched: bool) -> None:
@@ -86,19 +86,29 @@ class Denoiser:
     # -- what may be called when ----------------------------------------------------------------------------------------
 
     def prepared(self) -> Prepared:
-        """What is drawn. RuntimeError after `close`, NotPreparedError before `prepare`."""
-        self._model.check_open()
+        """`state`. Raises RuntimeError after `close`, NotPreparedError before `prepare`."""
         if self.state is None:
-            raise NotPreparedError("call prepare(prompt) first")
+            raise self._not_ready()
         return self.state
 
     def running(self) -> Engine:
-        """The engine; raises as `prepared`."""
-        self.prepared()
+        """`engine`. Raises as `prepared`."""
+        if self.engine is None:
+            raise self._not_ready()
         return self.engine
 
+    def drawing(self) -> tuple[Prepared, Engine]:
+        """(`state`, `engine`). Raises as `prepared`."""
+        if self.state is None or self.engine is None:
+            raise self._not_ready()
+        return self.state, self.engine
+
+    def _not_ready(self) -> RuntimeError:
+        self._model.check_open()
+        return NotPreparedError("call prepare(prompt) first")
+
     def check_step(self, call: str) -> None:
-        """RuntimeError inside a step of this thread."""
+        """Raise RuntimeError inside a step of this thread."""
         if self._stepping is not None and self._stepping == _threads.acting_thread():
             raise RuntimeError(
                 f"{call} was called inside a step, from on_step's function or a hook of the network: call it once the call "
@@ -106,22 +116,22 @@ class Denoiser:
             )
 
     def check_free(self, call: str) -> None:
-        """Raise unless this call may draw: RuntimeError inside a step of this thread or while `frames` is under way, whose
-        frames it would take; as `prepared`; ValueError for an earlier image on a GPU that was out of range."""
-        if self._model.closed or self.state is None:
-            self.prepared()
+        """Raise unless this call may draw: RuntimeError inside a step of this thread, or during a loop over `frames`, which
+        would lose frames to the call; as `prepared`; ValueError for an earlier image on a GPU that was out of range."""
+        if self.state is None:
+            raise self._not_ready()
         if self._stepping is not None:
             self.check_step(call)
         if self.current_pass is not None:
             raise RuntimeError(
-                f"{call} was called while a loop over frames() is under way, whose frames it would take: let the loop end, "
+                f"{call} was called while a loop over frames() is under way, and would take its frames: let the loop end, "
                 f"close() its iterator, or call reset()"
             )
         if self.ranges.pending:
             self.ranges.raise_failed()
 
     def end_pass(self, call: str) -> Pass | None:
-        """End the pass that is under way, which is returned, with an error: this call empties the ring."""
+        """End the present pass with an error, because this call empties the ring. Returns the pass."""
         ended, self.current_pass = self.current_pass, None
         if ended is not None:
             ended.ended_by = call
@@ -136,21 +146,21 @@ class Denoiser:
 
     @property
     def stages(self) -> int:
-        """How many stages a frame goes through until it leaves, call by call: 1 without a batch."""
+        """The number of calls from a frame's entering to its leaving: its stages, or 1 without the denoising batch."""
         return len(self.engine.settings.stages) if self.batched and self.engine is not None else 1
 
     @property
     def calls_behind(self) -> int:
-        """How many calls of the stream return earlier frames before the one whose input was given last returns: S - 1 in a
-        ring of S stages that is full, more after new noise levels or an error of the decoder, 0 without a batch."""
+        """The number of calls that return earlier frames before the last input's frame returns: S - 1 in a full ring of S
+        stages, more after new noise levels or an error of the decoder, 0 without the denoising batch."""
         return self.running().groups_in_flight + len(self.finished)
 
     def in_flight(self) -> int:
-        """How many frames are under way or wait to be handed out, copies not counted."""
-        return self.engine.in_flight + sum(len(done.ids) for done in self.finished if not done.copy)
+        """The number of frames in flight or waiting to be handed out, without copies."""
+        return self.running().in_flight + sum(len(done.ids) for done in self.finished if not done.copy)
 
     def next_ids(self, count: int) -> tuple[int, ...]:
-        """The numbers of the next frames, which they have once they have entered."""
+        """The numbers of the next frames. They are taken once the frames have entered."""
         return tuple(range(self.next_id, self.next_id + count))
 
     # -- the engine -----------------------------------------------------------------------------------------------------
@@ -160,8 +170,9 @@ class Denoiser:
         return self._model.adapter.rule(do_add_noise)
 
     def install(self, stages: Stages) -> None:
-        """Make the engine for these stages; what was in flight has to be out before."""
-        model, request = self._model, self.state.request
+        """Make the engine for these stages. The old engine must be empty."""
+        model, state = self._model, self.prepared()
+        request = state.request
         settings = Settings(
             stages=stages,
             frames=model.frames,
@@ -172,11 +183,11 @@ class Denoiser:
             device=model.device,
             path=model.adapter.path,
         )
-        self.engine = make_engine(model.adapter, settings, self.state.weight, self.batched)
+        self.engine = make_engine(model.adapter, settings, state.weight, self.batched)
         self.engine.observer = self.observer
 
     def watch(self, observer: Observer | None) -> None:
-        """Let this function see every step."""
+        """Call this function after every step; None: no function."""
         self.observer = observer
         if self.engine is not None:
             self.engine.observer = observer
@@ -194,13 +205,14 @@ class Denoiser:
             if self.in_flight():
                 raise RuntimeError(f"{self.in_flight()} frames are in flight: flush() or reset() first")
             self.batched = batched
-            self.install(self.state.stages)
+            self.install(self.prepared().stages)
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Inside the engine advances: one thread at a time, and no call from within that would advance or empty it."""
+        """A context in which the engine advances, for one thread at a time. Inside it, other calls that advance or empty the
+        engine raise RuntimeError."""
         with self.ticks:
             if self._stepping is not None:
                 self.check_step("a call that draws")
@@ -214,12 +226,14 @@ class Denoiser:
                 self._stepping = None
 
     def tick(self, group: Group, of: Pass | None = None) -> None:
-        """Let a group enter and everything advance by a stage. Whatever leaves is queued. `of`: the pass of `frames` that
-        the group belongs to."""
+        """Let a group enter and all frames advance by one stage. The group that leaves is queued. of: the pass of `frames`
+        that the group belongs to."""
         with self.step():
             if of is not None:
                 of.check()
             engine = self.engine
+            if engine is None:
+                raise self._not_ready()
             try:
                 done = engine.push(group, self._model.velocity)
             except BaseException:
@@ -240,13 +254,13 @@ class Denoiser:
         self.last_x0 = done.x0[-1:].clone()
 
     def run_out(self) -> None:
-        """Let what is in flight run to its end, and queue it."""
+        """Run the frames in flight to their end, and queue them."""
         with self.step():
             for done in self.running().drain(self._model.velocity):
                 self.leave(done)
 
     def drained(self, ticks: Iterator[Done], of: Pass) -> bool:
-        """Whether these ticks, of `drain`, let out one more group."""
+        """Run the next of these ticks, of `drain`. Returns whether a group has left."""
         with self.step():
             of.check()
             done = next(ticks, None)
@@ -255,7 +269,7 @@ class Denoiser:
         return done is not None
 
     def drain(self) -> Iterator[Done]:
-        """The ticks that run out what is in flight, for `drained`."""
+        """The ticks that run the frames in flight to their end, for `drained`."""
         return self.running().drain(self._model.velocity)
 
     # -- what has left --------------------------------------------------------------------------------------------------
@@ -266,7 +280,7 @@ class Denoiser:
             return self.finished[0] if self.finished else None
 
     def hand_out(self, given: Sequence[Done]) -> None:
-        """Take these groups, the oldest, out of the queue: their caller has them."""
+        """Remove these groups, the oldest, from the queue. Their caller has them."""
         with self.ticks:
             while self.finished and any(one is self.finished[0] for one in given):
                 self.finished.popleft()
@@ -296,7 +310,8 @@ class Denoiser:
         self.empty("reset()")
 
     def empty(self, call: str) -> None:
-        """Drop what is in flight, for this call, and start frame numbers anew. How many frames that dropped is logged."""
+        """Drop the frames in flight and restart frame numbers at 0. The number of dropped frames is logged. call: the call
+        that does it, for errors."""
         self._model.check_open()
         self.check_step(call)
         with self.ticks:
@@ -317,6 +332,6 @@ class Denoiser:
             if self._model.closed:
                 return
             self.empty("close()")
-            self.engine = self.state = None
             self._model.closed = True
+            self.engine = self.state = None
             self.on_close()

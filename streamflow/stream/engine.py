@@ -1,4 +1,4 @@
-"""What keeps frames in flight: the protocol of engines, and the table of them by the names that adapters use."""
+"""What keeps frames in flight: the protocol of engines, and the table of engines by the names that adapters use."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from streamflow.conditioning.prompt import Prompt, Velocity
+from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.guidance import Weight
 from streamflow.flow.schedule import Stages
+from streamflow.models.adapter import FlowAdapter
 from streamflow.stream.pipeline_calls import PipelineCalls
 from streamflow.stream.ring import Done, Group, Loop, Observer, Ring, Settings
 
+Network = Callable[..., Any]  # `Model.velocity`, which an engine calls as its adapter defines
+
 
 class Engine(Protocol):
-    """Takes groups of F frames in and gives them back drawn, oldest first.
+    """Takes groups of F frames and returns them drawn, oldest first.
 
     settings: what shapes the frames in flight. weight: the guidance weight of all rows. first_sigma: the noise level at
-    which frames enter, `[1, 1, ...]`. observer: sees every step, and answers with the latents to go on with.
+    which frames enter, `[1, 1, ...]`. observer: sees every step, and returns the latents to go on with.
     """
 
     settings: Settings
@@ -27,42 +30,57 @@ class Engine(Protocol):
     observer: Observer | None
 
     @property
+    def row_counts(self) -> tuple[int, int]:
+        """(rows that a call of the network advances, rows of the negative prompt in that call)."""
+        ...
+
+    @property
     def in_flight(self) -> int:
-        """How many frames are under way, copies not counted."""
+        """The number of frames in flight, without copies."""
+        ...
 
     @property
     def groups_in_flight(self) -> int:
-        """How many groups are under way, copies too."""
+        """The number of groups in flight, with copies."""
+        ...
 
     @property
     def empty(self) -> bool:
         """Whether no frame is in flight."""
+        ...
 
     @property
     def leaving(self) -> tuple[Done, ...]:
-        """The group that the last push has let out, if it did."""
+        """The group that the last push returned, or none. Read where an observer raised after the step."""
+        ...
 
     def holds(self, group: Group) -> bool:
-        """Whether this very group is under way."""
+        """Whether this group is in flight."""
+        ...
 
-    def push(self, group: Group, network: Velocity) -> Done | None:
-        """Take a group in, advance all frames, and return the oldest group if it is done."""
+    def push(self, group: Group, network: Network) -> Done | None:
+        """Take a group, advance all frames, and return the oldest group if it is done."""
+        ...
 
-    def drain(self, network: Velocity) -> Iterator[Done]:
-        """Run what is in flight to its end, one group after another, oldest first."""
+    def drain(self, network: Network) -> Iterator[Done]:
+        """Run the frames in flight to their end, one group after another, oldest first."""
+        ...
 
     def reset(self) -> None:
-        """Drop what is in flight."""
+        """Drop the frames in flight."""
+        ...
 
     def set_levels(self, stages: Stages) -> None:
-        """Change the noise levels, as many as before, of all rows."""
+        """Change the noise levels of all rows. The number of stages stays."""
+        ...
 
     def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
-        """Give all rows under way the tensors of these names from this prompt."""
+        """Give all rows in flight the tensors of these names from this prompt."""
+        ...
 
 
 def _ring(adapter: Any, settings: Settings, weight: Weight, batched: bool) -> Engine:
-    return (Ring if batched else Loop)(settings, weight)
+    return Ring(settings, weight) if batched else Loop(settings, weight)
 
 
 def _pipeline_calls(adapter: Any, settings: Settings, weight: Weight, batched: bool) -> Engine:
@@ -72,9 +90,9 @@ def _pipeline_calls(adapter: Any, settings: Settings, weight: Weight, batched: b
 ENGINES: dict[str, Callable[[Any, Settings, Weight, bool], Engine]] = {"ring": _ring, "pipeline_calls": _pipeline_calls}
 
 
-def make_engine(adapter: Any, settings: Settings, weight: Weight, batched: bool) -> Engine:
+def make_engine(adapter: FlowAdapter, settings: Settings, weight: Weight, batched: bool) -> Engine:
     """The engine that an adapter names. batched: frames at different steps share calls of the network; without it each
-    group runs to its end by itself. ValueError for an unknown name, with those known."""
+    group runs to its end by itself. ValueError for an unknown name, with the known names."""
     if adapter.engine not in ENGINES:
         known = ", ".join(ENGINES)
         raise ValueError(f"unknown engine {adapter.engine!r} of {type(adapter).__name__}: choose one of {known}")

@@ -21,6 +21,12 @@ def method(part: str, of: Callable[Concatenate[Any, P], R]) -> Callable[Concaten
     return forward
 
 
+def override(part: str, of: Callable[Concatenate[Any, P], R]) -> Callable[[Any], Callable[Concatenate[Any, P], R]]:
+    """A decorator that replaces a stub with `method(part, of)`. It is for names that a base class declares: type checkers
+    give an assigned method the base class's signature, and a decorated one its own."""
+    return lambda stub: method(part, of)
+
+
 class Attribute(property, Generic[T]):
     """A property that reads and assigns this attribute of `self.<part>`. of: the attribute in the part's class, or its
     docstring where instances hold it."""
@@ -46,4 +52,12 @@ class Attribute(property, Generic[T]):
         return super().__get__(instance, owner)
 
     def __set__(self, instance: Any, value: T) -> None:
+        super().__set__(instance, value)
+
+
+class DiffusersAttribute(Attribute[T]):
+    """An attribute for objects of diffusers. Any object can be assigned, since diffusers' classes do not declare the members
+    of `T`."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
         super().__set__(instance, value)

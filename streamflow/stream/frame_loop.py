@@ -151,9 +151,9 @@ class FrameLoop:
             for one in self._inputs.conditioners
             if one.name in names
         ]
-        images = None if padded[0].image is None else torch.cat([one.image for one in padded])
+        images = [one.image for one in padded if one.image is not None]  # of all frames, or of none
         rows, prompts = tuple(one.id for one in padded), tuple(one.prompt for one in padded)
-        group = self._inputs.group(rows, conditions, images, prompts=prompts)
+        group = self._inputs.group(rows, conditions, torch.cat(images) if images else None, prompts=prompts)
         self._denoiser.tick(replace(group, ids=rows[: len(buffer)]), now)
         buffer.clear()
 

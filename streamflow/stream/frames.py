@@ -39,7 +39,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """An input of `StreamFlow.frames` that is more than a image: what `stream(image, ...)` takes, by the same names."""
+    """An input of `StreamFlow.frames` that is more than an image: what `stream(image, ...)` takes, by the same names."""
 
     image: Any = None
     mask: Any = None
@@ -48,7 +48,7 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A frame that has come in and waits for its group to be full: its image `[1, 3, H, W]` or None, its prompt,
+    """A frame that waits for its group to be full: its image `[1, 3, H, W]` or None, its prompt,
     and its entries by the names of conditioners."""
 
     id: int
@@ -74,12 +74,12 @@ class Order:
         self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
-        """An input came in; its image will be that of frame `source`, which is itself unless it was skipped."""
+        """Add an input. Its image is that of frame `source`: the input's own frame, unless it was skipped."""
         self._inputs.append(_Input(frame_id, source, time.perf_counter()))
 
     @property
     def undecoded(self) -> list[Any]:
-        """The groups whose images have not arrived, oldest first."""
+        """The groups without images yet, oldest first."""
         return [group for group, _ in self._decoding]
 
     @property
@@ -88,13 +88,13 @@ class Order:
         return [*self._arrived, *self.undecoded]
 
     def decoding(self, group: Any, decoding: Any) -> None:
-        """Images of a group, of which `ids` are the frames, are under way: `decoding.done()` says when,
-        `decoding.result()` waits and gives them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
+        """Add a group that is being decoded, with its frames' `ids`. `decoding.done()`: whether its images are ready.
+        `decoding.result()`: waits, and returns them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((group, decoding))
 
     def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:
-        """The frames whose turn it is, waiting only for those beyond `most` that are still under way. A image is let go
-        when no later input can refer to it. `copies`: later inputs may, so that each frame gets a image of its own."""
+        """The frames whose turn it is, waiting only for those beyond `most` that are still under way. An image is dropped
+        when no later input can refer to it. `copies`: later inputs may, so that each frame gets an image of its own."""
         failed = None
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
             group, decoding = self._decoding[0]
@@ -128,4 +128,6 @@ class Order:
 def _event(images: Tensor) -> torch.cuda.Event | None:
     if images.device.type != "cuda":
         return None
-    return torch.cuda.current_stream(images.device).record_event()
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(images.device))
+    return event

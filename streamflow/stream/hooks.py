@@ -1,6 +1,6 @@
-"""Looking into a stream while it draws: a function called after every step (`on_step`), and whole trajectories (`trace`).
+"""Observing a stream while it draws: a function called after every step (`on_step`), and whole trajectories (`trace`).
 
-It knows rows, steps and frame ids; no pipeline, no prompt. While nobody looks, a tick costs one comparison with None.
+It handles rows, steps and frame ids. Without an observer, a tick costs one comparison with None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Step:
     sigma, sigma_next: float32 `[rows]`, the levels that each row went from and to.
     x: `[rows, ...]`, at sigma, what the network was shown. v: the guided velocity. x_next: the latents at sigma_next.
 
-    The tensors are the stream's own: not to be written into, and to be cloned if they are to be kept.
+    The tensors are the stream's own: do not write into them, and clone those that you keep.
     """
 
     ids: tuple[int | None, ...]
@@ -84,7 +84,7 @@ class Trace:
 
     @property
     def done(self) -> bool:
-        """Whether all frames that were asked for are there."""
+        """Whether all frames are recorded."""
         return len(self.frames) == self.count
 
     def add(self, step: Step) -> None:
@@ -109,7 +109,7 @@ class Trace:
 
 
 class Hooks:
-    """What looks into a stream: the function of `on_step`, and the traces that are recorded."""
+    """The observers of a stream: the function of `on_step`, and the traces that are being recorded."""
 
     def __init__(self, model: Model, denoiser: Denoiser) -> None:
         self._model, self._denoiser = model, denoiser
@@ -183,11 +183,11 @@ class Hooks:
 
     @property
     def observer(self) -> Observer | None:
-        """What the engine is to call after every step; None while nothing looks."""
-        return self._see if self._on_step is not None or self._traces else None
+        """The function that the engine calls after every step; None without a function and traces."""
+        return self._observe if self._on_step is not None or self._traces else None
 
-    def _see(self, rows: Rows, groups: Sequence[Group | None], x: Tensor, v: Tensor, x_next: Tensor) -> Tensor:
-        """The engine's observer: show the step to all who look, and return the latents to go on with."""
+    def _observe(self, rows: Rows, groups: Sequence[Group | None], x: Tensor, v: Tensor, x_next: Tensor) -> Tensor:
+        """The engine's observer: pass the step to the function and the traces, and return the latents of the next step."""
         step = step_of(rows, groups, x, v, x_next)
         try:
             changed = None if self._on_step is None else self._on_step(step)

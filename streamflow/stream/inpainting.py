@@ -1,4 +1,4 @@
-"""Inpainting as a condition of frames: what `inpaint` sets, and the masks of single calls. The rule itself is in
+"""Inpainting as a condition of frames: the settings of `inpaint`, and the masks of single calls. The mathematics is in
 `streamflow.conditioning.inpaint`."""
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ class Inpainting:
         regions = self._regions
         if images is None:
             if given is not None:
-                raise ValueError(
-                    "a mask says what of an image is known, and there is none: pass both, or inpaint(image, mask)"
-                )
+                raise ValueError("a mask belongs to an image, and there is none: pass both, or call inpaint(image, mask)")
             if regions and any(one.image is None for one in regions):
                 raise ValueError(
                     "inpaint(mask=...) keeps each frame's own image, and a frame drawn from noise has none: "
@@ -91,7 +89,7 @@ class Inpainting:
         return torch.cat(masks) if masks else None
 
     def join(self, group: Group, entries: Sequence[Region | None], start: Start) -> Group:
-        """The group with what is known of its frames."""
+        """The group with the known parts of its frames."""
         if not any(entries):
             return group
         known = known_rows(entries, start.x0, start.noise)
@@ -121,10 +119,17 @@ class Inpainting:
         images = None if images is None else model.upload(images)
         whole = drawn > 0.5
         return tuple(
-            Region(_row(whole, i), _row(small, i), _row(images, i), _row(x0, i), paste) for i in range(model.frames)
+            Region(
+                mask=_row(whole, i),
+                latent_mask=_row(small, i),
+                image=None if images is None else _row(images, i),
+                x0=None if x0 is None else _row(x0, i),
+                paste=paste,
+            )
+            for i in range(model.frames)
         )
 
 
-def _row(values: Tensor | None, i: int) -> Tensor | None:
-    """Row i of these, or their only one."""
-    return None if values is None else values[i % len(values)].unsqueeze(0)
+def _row(values: Tensor, i: int) -> Tensor:
+    """Row i of these, or their only row, `[1, ...]`."""
+    return values[i % len(values)].unsqueeze(0)

@@ -1,4 +1,4 @@
-"""What enters: images, noise and conditions become groups of rows. Knows no engine but its settings."""
+"""What enters a stream: images, noise and conditions become groups of rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from streamflow.stream.conditioner import Conditioner, Conditions, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.image_checks import RangeChecks
 from streamflow.stream.model import Model
+from streamflow.stream.request import Prepared
 from streamflow.stream.ring import Carried, Group
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class ImageReader:
         self.input_range, self._resize, self.check = input_range, resize, check
 
     def read(self, image: Any, what: str) -> Tensor:
-        """An image or several as `[n, 3, height, width]` in [-1, 1]; `what` it is, for errors."""
+        """An image or several as `[n, 3, height, width]` in [-1, 1]. what: the image's name in errors."""
         model = self._model
         return image_tensor(image, model.height, model.width, self.input_range, self._resize, self._checked(what))
 
@@ -56,7 +57,7 @@ class ImageReader:
 
 
 class Inputs:
-    """Reads what a call brings, and makes the group that enters. conditioners: the conditions that calls can bring."""
+    """Reads the arguments of calls, and makes the groups that enter. conditioners: the conditions that are arguments."""
 
     def __init__(
         self,
@@ -66,8 +67,8 @@ class Inputs:
         conditioners: Sequence[Conditioner] = (),
     ) -> None:
         self._model, self._denoiser, self._reader, self.conditioners = model, denoiser, reader, conditioners
-        self._fixed: tuple[NoiseSource | None, Tensor | None] = (None, None)
-        self._said: set[str] = set()
+        self._fixed: tuple[NoiseSource, Tensor] | None = None  # a source, and its fixed noise on the device
+        self._logged: set[str] = set()
 
     # -- images ---------------------------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ class Inputs:
         return self._reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def conditions(self, given: Mapping[str, Any], images: Tensor | None, positions: range) -> Conditions:
-        """What a call brings beside images, read by each conditioner that has to do with these frames."""
+        """The arguments of a call besides images, read by each conditioner that is active or has an argument here."""
         return [
             (one, one.read(given.get(one.name), images, positions))
             for one in self.conditioners
@@ -84,13 +85,13 @@ class Inputs:
         ]
 
     def compared(self, images: Tensor, conditions: Conditions) -> Tensor:
-        """What the similarity filter is to compare, `[n, C, H, W]`."""
-        beside = [one.compared(entries) for one, entries in conditions]
-        parts = [part.to(images.device, images.dtype) for part in beside if part is not None]
+        """What the similarity filter compares, `[n, C, H, W]`: the images, and what the conditioners add."""
+        added = [one.compared(entries) for one, entries in conditions]
+        parts = [part.to(images.device, images.dtype) for part in added if part is not None]
         return torch.cat((images, *parts), 1) if parts else images
 
     def group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
-        """How many groups a call of txt2img is to return."""
+        """The number of groups that a call of txt2img returns."""
         frames = self._model.frames
         n = batch_size if batch_size is not None else frames if latents is None else len(latents)
         if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % frames:
@@ -117,12 +118,12 @@ class Inputs:
         prompts: one a frame; by default the stream's own.
         """
         model, denoiser = self._model, self._denoiser
-        state, engine = denoiser.state, denoiser.engine
+        state, engine = denoiser.drawing()
         mode, rule = engine.settings.mode, engine.settings.rule
         fixed = images is not None and state.request.noise == "fixed"
         x0, carried = None, {}
         if fixed:
-            noise = self.fixed_noise()
+            noise = self.fixed_noise(state.noise)
         elif latents is None:
             noise = model.to_device(torch.cat([state.noise.draw(i) for i in ids]))
         else:
@@ -130,7 +131,7 @@ class Inputs:
         x = noise
         if images is not None:
             if state.stages.sigmas[0] >= 1.0 and not any(one.uses_image and any(entries) for one, entries in conditions):
-                self._say_once("t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
+                self._log_once("t_index_list starts at sigma 1, pure noise, so the image's pixels are ignored")
             x0 = model.encode(images)
             noise = noise.expand_as(x0)
             start = x0
@@ -139,12 +140,12 @@ class Inputs:
             x = model.adapter.path(start, noise, engine.first_sigma)
             anchor = start
         elif mode.name == "self" and latents is None:
-            self._say_once("text frames have no anchor: under cfg_type='self' they are drawn without guidance")
+            self._log_once("text frames have no anchor: under cfg_type='self' they are drawn without guidance")
         if mode.carries_anchor and anchor is not None:
             carried["anchor"] = Carried(anchor.float())
         if rule.noise == "own":
             carried["noise"] = Carried(noise)
-        draws = self._draws(ids, fixed) if rule.noise == "fresh" else None
+        draws = self._draws(state, ids, fixed) if rule.noise == "fresh" else None
         group = Group(x, prompts or (state.prompt,) * len(ids), ids, carried, draws)
         if conditions:
             start = Start(noise, engine.first_sigma, x0, images)
@@ -152,30 +153,27 @@ class Inputs:
                 group = one.join(group, entries, start)
         return group
 
-    def fixed_noise(self) -> Tensor:
-        """The noise that image frames share, `[1, ...]` on the device."""
-        source, held = self._fixed
-        if source is not self._denoiser.state.noise:
-            source = self._denoiser.state.noise
-            held = self._model.to_device(source.fixed())
-            self._fixed = source, held
-        return held
+    def fixed_noise(self, source: NoiseSource) -> Tensor:
+        """The noise of a source that image frames share, `[1, ...]` on the device."""
+        if self._fixed is None or self._fixed[0] is not source:
+            self._fixed = source, self._model.to_device(source.fixed())
+        return self._fixed[1]
 
     @staticmethod
     def with_feedback(x0: Tensor, feedback: float, last: Tensor) -> Tensor:
         """Clean latents with those of the last frame that has left mixed in, where these are finite."""
         return torch.where(torch.isfinite(last).all(), torch.lerp(x0, last.expand_as(x0), feedback), x0)
 
-    def _draws(self, ids: tuple[int, ...], fixed: bool) -> Tensor:
+    def _draws(self, state: Prepared, ids: tuple[int, ...], fixed: bool) -> Tensor:
         """Noise for every step of these frames, float32 `[S, F, ...]`; `fixed`: the same for all frames."""
-        source, steps = self._denoiser.state.noise, len(self._denoiser.state.stages)
+        source, steps = state.noise, len(state.stages)
         if fixed:
             draws = source.fixed_steps(steps).unsqueeze(1).expand(-1, len(ids), *self._model.shape)
         else:
             draws = torch.stack([source.draw_steps(i, steps) for i in ids], dim=1)
         return self._model.to_device(draws, torch.float32)
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
             logger.warning(message)

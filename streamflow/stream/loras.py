@@ -1,7 +1,7 @@
-"""LoRA in a stream: load, weigh, fuse, swap and unload, between two ticks and from any thread.
+"""LoRAs of a stream: load, weigh, fuse, swap and unload them between two ticks, from any thread.
 
-diffusers' and peft's own methods do the work, on the pipe that is streamed, which draws with the same LoRAs. This file
-knows when they may work, when prompts must be encoded anew, and how to leave nothing half done. It knows no family.
+diffusers' and peft's own methods do the work, on the pipe that is streamed, so that the pipe draws with the same LoRAs. This
+file adds the lock, the encoding of prompts after a change of text encoders, and the restoring after an error.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DOWN = re.compile(r"(lora_A|lora_linear_layer\.down|lora\.down|lokr_w1|lokr_w1_a
 
 
 class Loras:
-    """The LoRAs of a stream. What is done here acts on all rows from the next tick on; where a text encoder takes part, the
-    prompt is encoded anew for frames that enter from then on. An error leaves networks and stream as they were.
+    """The LoRAs of a stream. A change acts on all rows from the next tick on. If it includes a text encoder, the prompt is
+    encoded again for frames that enter from then on. An error leaves networks and stream as they were.
 
     redraw: called when what is drawn has changed.
     """
@@ -42,7 +42,7 @@ class Loras:
 
     @property
     def loras(self) -> tuple[str, ...]:
-        """The names of the LoRAs that are loaded, in the order in which they came."""
+        """The names of the LoRAs that are loaded, in the order of loading."""
         return _names(_parts(self._model.pipe))
 
     def load_lora(
@@ -88,7 +88,7 @@ class Loras:
         """
         if isinstance(adapter_names, Mapping):
             if adapter_weights is not None:
-                raise TypeError("pass the weights in the mapping or beside the names, not both")
+                raise TypeError("pass the weights in the mapping or as adapter_weights, not both")
             adapter_names, adapter_weights = list(adapter_names), list(adapter_names.values())
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for weight in adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]:
@@ -149,7 +149,7 @@ class Loras:
             loader.unfuse_lora(self._fusible(unfuse_unet, unfuse_text_encoder))
 
     def load_lcm_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Not for flows: NotImplementedError says why."""
+        """Raises NotImplementedError: flows do not need LCM-LoRA."""
         raise NotImplementedError(
             "LCM-LoRA teaches a diffusion UNet to draw in few steps; a rectified flow does that by itself. "
             "Leave the call out; for other LoRAs there is load_lora"
@@ -190,13 +190,13 @@ class Loras:
     def _fusible(self, network: bool, texts: bool) -> list[str]:
         wanted = [name for name in _parts(self._model.pipe) if (network if name == self._model.adapter.network else texts)]
         if not wanted:
-            raise ValueError("nothing is asked for: neither the network nor the text encoders")
+            raise ValueError("there is nothing to fuse: choose the network, the text encoders or both")
         return wanted
 
     @contextmanager
     def _adapting(self, values: bool = False) -> Iterator[None]:
-        """Inside no tick runs and no prompt is encoded. An error puts everything back, with `values` also adapters that
-        change in place; else prompts follow the text encoders."""
+        """A context in which no tick runs and no prompt is encoded. An error restores everything, with `values` the
+        adapters' values too. Otherwise prompts are encoded again if a text encoder has changed."""
         self._denoiser.check_step("a call that changes LoRAs")
         with self._denoiser.ticks:
             self._redraw()
@@ -215,12 +215,12 @@ def _parts(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name in names if isinstance(part := getattr(pipe, name, None), nn.Module)}
 
 
-def _layers(part: nn.Module) -> list[nn.Module]:
-    """Its layers that carry adapters."""
+def _layers(part: nn.Module) -> list[Any]:
+    """Its layers that have adapters, which are peft's."""
     return [m for m in part.modules() if hasattr(m, "base_layer") and hasattr(m, "merged_adapters")]
 
 
-def _has_its_shape(layer: nn.Module, name: str) -> bool:
+def _has_its_shape(layer: Any, name: str) -> bool:
     """Whether the matrices of an adapter have this layer's width and height; swapped in place, nothing else checks them."""
     if name not in getattr(layer, "lora_A", ()):
         return True  # another kind of adapter than LoRA
@@ -245,7 +245,7 @@ def _settings(part: nn.Module) -> list[tuple]:
 
 
 def _fitting(pipe: Any, call: Callable[..., Any], lora: Any, **kwargs: Any) -> Any:
-    """What a loader of diffusers' returns; ValueError says that this LoRA does not fit, where that is why it failed."""
+    """The result of a loader of diffusers. ValueError where the loader fails because this LoRA does not fit."""
     try:
         return call(lora, **kwargs)
     except torch.OutOfMemoryError:

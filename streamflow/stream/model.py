@@ -1,12 +1,12 @@
-"""What draws: the pipe's network and VAE as a velocity and a codec, of one image size. It follows the pipe where parts of
-that are replaced. Knows no frame."""
+"""The model of a stream: the pipe's network and VAE as a velocity and a codec, for one image size. It follows the pipe when
+parts of the pipe are replaced. It has no frames."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
+from streamflow.models.protocols import VAE, Network, Pipeline
 from streamflow.stream.callbacks import Callbacks
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ class Model:
     """The model of one stream.
 
     adapter: of the pipe's family. height, width: of images, in pixels; by default the pipeline's own. frames: F, the frame
-    buffer size. shape: of a frame's latents. codec: the codec in use, `plain_codec` without acceleration. acceleration: the
-    kind that is requested, and its options. accelerated: the modules in force. before_change, after_change: called before
-    and after a part is replaced. closed: nothing can be drawn any more.
+    buffer size. shape: of a frame's latents. codec: the codec in use; `plain_codec`: the codec without acceleration.
+    acceleration: the kind that is requested, and its options. accelerated: the modules in force. before_change,
+    after_change: called before and after a part is replaced. closed: set by `close`.
     """
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         adapter: FlowAdapter,
         height: int | None,
         width: int | None,
@@ -75,12 +76,12 @@ class Model:
         self.after_change()
 
     @property
-    def unet(self) -> nn.Module:
+    def unet(self) -> Network:
         """The network, UNet or transformer. Assigning another one rebuilds the velocity; the pipe keeps its own."""
         return self.adapter.net
 
     @unet.setter
-    def unet(self, network: nn.Module) -> None:
+    def unet(self, network: Any) -> None:
         if network is None:
             raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
         check_network(network)
@@ -89,19 +90,19 @@ class Model:
         self.after_change()
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> VAE:
         """The VAE. Assigning another one, such as a tiny twin, rebuilds the codec; ValueError for other latents."""
         return self._vae
 
     @vae.setter
-    def vae(self, vae: nn.Module) -> None:
+    def vae(self, vae: Any) -> None:
         codec = self.codec_of(vae)
         self.before_change()
         self.codec = self.plain_codec = codec
         self._vae = vae
         self.after_change()
 
-    def codec_of(self, vae: nn.Module) -> Codec:
+    def codec_of(self, vae: Any) -> Codec:
         """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`). TypeError or
         ValueError for what cannot be this stream's VAE."""
         if vae is None:
@@ -111,7 +112,7 @@ class Model:
         if not hasattr(vae, "config"):
             raise TypeError(f"a VAE of diffusers is needed, not {vae!r}")
 
-        def make(one: nn.Module) -> Codec:
+        def make(one: VAE) -> Codec:
             return self.adapter.codec(one, self.height, self.width)
 
         return vae.codec_of(make) if hasattr(vae, "codec_of") else make(vae)
@@ -124,14 +125,14 @@ class Model:
             else the one that is published for the family, downloaded once.
 
         Raises:
-            ValueError: none is known for this family, with what to pass; latents of another kind, with the numbers. OSError:
-            there is none, or the hub cannot be reached. The stream is as it was.
+            ValueError: no small VAE is known for this family, with what to pass; latents of another kind, with the numbers.
+            OSError: the folder does not exist, or the hub cannot be reached. The stream stays unchanged.
         """
         from streamflow.models import load_tiny_vae
         from streamflow.models.tiny_vae import check_scale, find
 
         self.check_open()
-        vae = load_tiny_vae(path or find(self.pipe, self.adapter.tiny_vae), self.device, self.unet.dtype)
+        vae = cast(VAE, load_tiny_vae(path or find(self.pipe, self.adapter.tiny_vae), self.device, self.unet.dtype))
         self.adapter.check_vae(vae)
         check_scale(vae, self.adapter.factor)
         self.vae = vae
@@ -144,20 +145,18 @@ class Model:
 
     # -- the pipe -------------------------------------------------------------------------------------------------------
 
-    def settle_shape(self) -> bool:
-        """Find the latents' shape where only the arguments of `prepare` told it; whether it was found now."""
-        if self.shape:
-            return False
-        self.shape = self.adapter.latent_shape(self.height, self.width)
-        return True
+    def settle_shape(self) -> None:
+        """Set the latents' shape where it was unknown before the arguments of `prepare`."""
+        if not self.shape:
+            self.shape = self.adapter.latent_shape(self.height, self.width)
 
     @contextmanager
     def following_pipe(self) -> Iterator[None]:
-        """Inside, the pipe's parts as they are now are what is planned with; afterwards they are what is drawn with. An
-        error leaves the model as it was.
+        """A context in which a stream is planned with the pipe's present parts. On exit the model draws with these parts.
+        An error leaves the model unchanged.
 
         Raises:
-            ValueError: what has become of the pipe cannot be taken over, with the remedy.
+            ValueError: a part of the pipe was replaced or moved in a way that this model cannot follow, with the remedy.
         """
         seen, now, adapter = self._seen, PipeParts.of(self.pipe, self.adapter.network), self.adapter
         now.check_same_place(seen, [item.net for item in adapter.controls.items] if adapter.controls else [])
@@ -179,7 +178,7 @@ class Model:
             self.before_change()  # `prepare` accelerates anew
         if new_network:
             adapter.rebuild(now.network)
-        if codec is not None:
+        if codec is not None and now.vae is not None:
             self._vae, self.codec, self.plain_codec = now.vae, codec, codec
         self._seen = now
 
@@ -187,14 +186,14 @@ class Model:
         shape = list(self.adapter.latent_shape(self.height, self.width))
         if shape != list(self.shape):
             raise ValueError(
-                f"pipe.{self.adapter.network} was replaced by one whose latents are {shape}, and this stream's are "
+                f"pipe.{self.adapter.network} was replaced by a network with latents {shape}, and this stream's are "
                 f"{list(self.shape)}: make a new StreamFlow of the pipe"
             )
 
     # -- tensors ----------------------------------------------------------------------------------------------------------
 
     def upload(self, images: Tensor) -> Tensor:
-        """Images on the device of the model, without a wait."""
+        """Images on the model's device, copied without waiting."""
         return images.as_subclass(Tensor).to(self.device, non_blocking=True)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -202,7 +201,7 @@ class Model:
         return self.codec.encode(self.upload(images)).to(self.dtype)
 
     def to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Noise drawn on the CPU, on the device, without a wait."""
+        """Noise that was drawn on the CPU, on the model's device, copied without waiting."""
         if self.device.type == "cuda" and noise.device.type == "cpu":
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True).to(dtype or self.dtype)

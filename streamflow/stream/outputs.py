@@ -1,4 +1,4 @@
-"""What leaves: finished groups become images, images like the last one are skipped, and calls are timed. Knows no engine."""
+"""What leaves a stream: finished groups become images, frames like the last one are skipped, and calls are timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.stream.denoiser import Denoiser
-from streamflow.stream.image_checks import OnItsWay
+from streamflow.stream.image_checks import HostCopy
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Done, Group
 
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Finishing:
-    """A decode that has been started (`Codec.decode_later`), to whose images `finish` is applied when they are asked for."""
+    """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
 
     decoding: Any
     finish: Callable[[Tensor], Tensor]
 
     def done(self) -> bool:
-        """Whether the images are there."""
+        """Whether the images are ready."""
         return self.decoding.done()
 
     def result(self) -> Tensor:
-        """The images, once they are there."""
+        """The images. Waits until they are ready."""
         return self.finish(self.decoding.result())
 
 
 class Outputs:
-    """Decodes groups and hands images out.
+    """Decodes groups and returns images.
 
     similar_filter: decides which image frames are skipped, where `similar_image_filter` is on. prev_image_result: the
     images that the last call returned, which a skipped call returns again. timer: of calls.
@@ -59,18 +59,18 @@ class Outputs:
         return images if done.finish is None else done.finish(images)
 
     def decode_later(self, done: Done) -> Any:
-        """As `decode`, started and not waited for (`Codec.decode_later`)."""
+        """Start what `decode` does, without waiting for the images (`Codec.decode_later`)."""
         decoding = self._model.codec.decode_later(done.x0)
         return decoding if done.finish is None else Finishing(decoding, done.finish)
 
     def enter(self, group: Group) -> Tensor:
-        """The images of the oldest group once this one has entered, copies of which fill an empty ring. A group that is
-        finished already is decoded first: where that fails, nothing enters."""
+        """Let a group enter, and return the images of the oldest group. Copies of the group fill an empty ring. A group that
+        was finished before is decoded first, and if that fails, nothing enters."""
         denoiser = self._denoiser
         done = denoiser.oldest()
         images = None if done is None else self.decode(done)
         denoiser.tick(group)
-        while done is None:
+        while done is None or images is None:
             done = denoiser.oldest()
             if done is None:
                 denoiser.tick(replace(group, copy=True))
@@ -80,13 +80,13 @@ class Outputs:
         return images
 
     def show(self, images: Tensor) -> Tensor:
-        """Return these images; where the filter is on, keep a copy for calls that skip, or the last one where these are not
-        finite."""
+        """Return these images. Where the filter is on, keep a copy for calls that skip a frame. Images that are not finite
+        do not replace the last copy."""
         finite = self.count_finite(images)
         if not self.similar_image_filter:
             self.prev_image_result = images
             if self.similar_filter.prev_tensor is not None:
-                self.similar_filter.forget()  # that image is not the one that it has seen last
+                self.similar_filter.forget()  # its last frame is older than these images
             return images
         last = self.prev_image_result
         if last is None or last.shape != images.shape:
@@ -95,11 +95,11 @@ class Outputs:
         return images
 
     def count_finite(self, images: Tensor) -> Tensor:
-        """Count those of these images `[n, 3, H, W]` that hold NaN or infinite values. Whether all are finite, a scalar on
-        their device. The first that is not is logged."""
+        """Count the images `[n, 3, H, W]` that hold NaN or infinite values, and log the first. Returns whether all are
+        finite, a scalar on their device."""
         counted, finite = self.finite.known, self.finite.add(images)
         if self.finite.known > counted:
-            self.similar_filter.forget()  # no call may skip for looking like the frame of such an image
+            self.similar_filter.forget()  # no frame may be skipped for resembling such an image's frame
             if not counted:
                 logger.warning(
                     "images with NaN or infinite values are drawn; not_finite counts them. Look at the weights and the "
@@ -109,16 +109,16 @@ class Outputs:
 
     @property
     def not_finite(self) -> int:
-        """How many of the images that this stream has drawn held NaN or infinite values. Counted without a wait: on a GPU
-        an image counts a call or two later."""
+        """The number of images of this stream that held NaN or infinite values. Counted without waiting: on a GPU an image
+        counts a call or two later."""
         return self.finite.read()
 
     def skips(self, compared: Tensor) -> bool:
-        """Whether these frames are skipped for looking like the last that was drawn."""
+        """Whether these frames are skipped because they resemble the last frames that were drawn."""
         return self.similar_filter(compared) is None
 
     def enable_filter(self, threshold: float = 0.98, max_skip_frame: float = 10) -> None:
-        """Skip image frames that look like the last drawn one; at most `max_skip_frame` in a row."""
+        """Skip image frames that resemble the last drawn frame, at most `max_skip_frame` in a row."""
         SimilarImageFilter(threshold, max_skip_frame)  # both are checked before either is set
         self.similar_filter.set_threshold(threshold)
         self.similar_filter.set_max_skip_frame(max_skip_frame)
@@ -126,7 +126,7 @@ class Outputs:
         self.similar_image_filter = True
 
     def redraw(self) -> None:
-        """What is drawn has changed: no frame is skipped until those that enter from now on have left."""
+        """Skip no frame until the frames that enter from now on have left. Called when what is drawn has changed."""
         self.similar_filter.forget(self._denoiser.stages * self._model.frames)
 
     def _clear(self) -> None:
@@ -135,7 +135,7 @@ class Outputs:
 
 
 class CallTimer:
-    """A moving average of a call's seconds, without ever waiting: on CUDA it reads the events of calls that are over."""
+    """A moving average of the seconds of a call. It never waits: on CUDA it reads the events of calls that have finished."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -143,7 +143,7 @@ class CallTimer:
         self.average = 0.0
 
     def start(self) -> Any:
-        """Note the begin of a call; the mark goes to `stop`."""
+        """Start timing a call. Returns the argument of `stop`."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -151,7 +151,7 @@ class CallTimer:
         return event
 
     def stop(self, began: Any) -> None:
-        """Add the call that began at this mark to the average."""
+        """Add the call that `start` began to the average."""
         if not self._cuda:
             self.average = 0.9 * self.average + 0.1 * (time.perf_counter() - began)
             return
@@ -162,27 +162,27 @@ class CallTimer:
 
 
 class FiniteCheck:
-    """Counts images that hold NaN or infinite values, without a wait: on a GPU they are counted on the device, and the
-    number is read when it has arrived."""
+    """Counts images that hold NaN or infinite values, without waiting: on a GPU they are counted on the device, and the
+    number is read when it has arrived on the host."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self._on_its_way: OnItsWay | None = None
-        self.known = 0  # how many there were among the images whose number has arrived
+        self._copy: HostCopy | None = None
+        self.known = 0  # the last number that has arrived
 
     def add(self, images: Tensor) -> Tensor:
-        """Count those of `images` `[n, ...]` that are not finite. Whether all are, a scalar on their device."""
+        """Count the images `[n, ...]` that are not finite. Returns whether all are finite, a scalar on their device."""
         bad = (~torch.isfinite(images)).flatten(1).any(1).sum()
         self._total = bad if self._total is None else self._total.to(bad.device) + bad
         if bad.device.type != "cuda":
             self.known = int(self._total)
         else:
             self.read()
-            self._on_its_way = self._on_its_way or OnItsWay(self._total)
+            self._copy = self._copy or HostCopy(self._total)
         return bad == 0
 
     def read(self) -> int:
-        """`known`, with what has arrived meanwhile."""
-        if self._on_its_way is not None and self._on_its_way.arrived():
-            self.known, self._on_its_way = int(self._on_its_way.value()), None
+        """`known`, updated by a number that has arrived since."""
+        if self._copy is not None and self._copy.arrived():
+            self.known, self._copy = int(self._copy.value()), None
         return self.known

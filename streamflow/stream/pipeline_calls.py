@@ -7,16 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Protocol
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
+from streamflow.conditioning.prompt import Prompt
+from streamflow.flow.guidance import UNGUIDED
+from streamflow.flow.schedule import Stages
 from streamflow.models.protocols import Arguments
 from streamflow.stream.coroutine import Coroutine
-from streamflow.stream.ring import Done, Group, Settings
+from streamflow.stream.ring import Done, Group, Observer, Settings
 
 FrameCall = Coroutine[Arguments, Tensor]  # one frame: its requests are calls of the network
 MergedNetwork = Callable[[list[Arguments]], list[Any]]  # the arguments of several calls to their outputs
@@ -39,17 +41,19 @@ class PipelineCalls:
     Where the network raises, nothing changes, and the next push calls it again.
     """
 
-    waiting = None
-    anchors = None
-
     def __init__(self, adapter: Caller, settings: Settings, to_the_end: bool):
         self._adapter, self.settings, self._to_the_end = adapter, settings, to_the_end
         self._groups: Groups = deque()
-        self.weight = 1.0
-        self.observer = None
-        self.rows = SimpleNamespace(count=len(settings.stages) * settings.frames, extra=0)
-        self.stages = [self.rows]
+        self.weight = UNGUIDED
+        self.observer: Observer | None = None
+        sigma = settings.stages.sigmas[:1].to(settings.device)
+        self.first_sigma = sigma.reshape(-1, *([1] * len(settings.shape)))
         self._finalize = finalize(self, _stop, self._groups)
+
+    @property
+    def row_counts(self) -> tuple[int, int]:
+        """(a row for each frame and stage, 0)."""
+        return len(self.settings.stages) * self.settings.frames, 0
 
     @property
     def in_flight(self) -> int:
@@ -75,6 +79,14 @@ class PipelineCalls:
     def reset(self) -> None:
         """Stop all frames, and wait for their threads to end."""
         _stop(self._groups)
+
+    def set_levels(self, stages: Stages) -> None:
+        """NotImplementedError: the pipeline sets the noise levels of its calls."""
+        raise NotImplementedError("a frame that is a call of its pipeline keeps its noise levels")
+
+    def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
+        """NotImplementedError: the pipeline has encoded the prompts of its calls."""
+        raise NotImplementedError("a frame that is a call of its pipeline keeps its prompt")
 
     def push(self, group: Group, network: MergedNetwork) -> Done | None:
         """Take F new frames, let all frames make one call of the network, and return the oldest group if it is done."""

@@ -1,5 +1,5 @@
-"""What a request comes to: the schedule, the stages, the prompt's cond, the weight in force and the noise. It asks the
-pipeline through the adapter, keeps nothing, and changes nothing."""
+"""Planning: a request becomes a schedule, stages, an encoded prompt, a guidance weight and noise. The adapter calls the
+pipeline for it. A planner keeps only its cache of encoded prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamflow.flow.noise import NoiseSource, resolve_seeds
 from streamflow.flow.schedule import Schedule, Stages
 from streamflow.models.adapter import FlowAdapter
 from streamflow.stream.model import Model
-from streamflow.stream.request import AssignedEmbeds, Prepared, Request, is_plain, same
+from streamflow.stream.request import AssignedEmbeds, Prepared, Request, Seeds, is_plain, same
 
 DEFAULT_SEED = 2
 RESIDUAL_GUIDANCE = 1.2
@@ -26,7 +26,7 @@ RESIDUAL_GUIDANCE = 1.2
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for one model. `cache` holds what prompts became since the last `plan`."""
+    """Plans requests for one model. cache: the schedules and prompts that were encoded since the last `plan`."""
 
     model: Model
     cache: Cache = field(default_factory=Cache, compare=False)
@@ -42,8 +42,8 @@ class Planner:
         if mode(cfg_type).extra_rows(1, 1):
             self.adapter.check_guided()
 
-    def plan(self, request: Request, generator: torch.Generator | None, seed: int | None) -> Prepared:
-        """What this request comes to, from nothing. Raises what is wrong with it."""
+    def plan(self, request: Request, generator: torch.Generator | None, seed: Seeds | None) -> Prepared:
+        """Plan a request from the start. Raises TypeError or ValueError for what the pipeline cannot draw."""
         self.check(request.cfg_type, request.do_add_noise)
         noise, scale = self.noise(generator, seed, request.period), self._scale(request)
         self.forget_prompts()
@@ -51,33 +51,33 @@ class Planner:
         guidance = self._guidance(request, scale, schedule)
         return Prepared(request, schedule, self._pick(request, schedule), prompt, *guidance, noise)
 
-    def change(self, asked: Prepared, request: Request, seed: int | None) -> Prepared:
-        """What `asked` becomes under another request; the pipeline is asked again only where it must be."""
+    def change(self, current: Prepared, request: Request, seed: Seeds | None) -> Prepared:
+        """Plan another request, starting from `current`. The pipeline encodes again only where the request needs it."""
         self.check(request.cfg_type, request.do_add_noise)
-        noise = asked.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
+        noise = current.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
         scale, name = self._scale(request), self.adapter.guidance_argument
-        schedule, prompt = asked.schedule, asked.prompt
-        if not same(request.read_key(name), asked.request.read_key(name)):
+        schedule, prompt = current.schedule, current.prompt
+        if not same(request.read_key(name), current.request.read_key(name)):
             schedule, prompt = self._read(request)
-        elif any(a is not b for a, b in zip(request.assigned_embeds, asked.request.assigned_embeds, strict=True)):
+        elif any(a is not b for a, b in zip(request.assigned_embeds, current.request.assigned_embeds, strict=True)):
             prompt = self._read(request)[1]
         guidance = self._guidance(request, scale, schedule)
         stages = self._pick(request, schedule)
-        if stages.same_levels(asked.stages):
-            stages = asked.stages
+        if stages.same_levels(current.stages):
+            stages = current.stages
         return Prepared(request, schedule, stages, prompt, *guidance, noise)
 
     def forget_prompts(self) -> None:
-        """Encode prompts anew when they are asked for again."""
+        """Clear the cache, so that prompts are encoded again."""
         self.cache.clear()
         self.adapter.texts.clear()
 
-    def plan_again(self, asked: Prepared) -> Prepared:
-        """`asked` as the pipeline's text encoders and scheduler make it now."""
+    def plan_again(self, current: Prepared) -> Prepared:
+        """`current`, planned again with the pipeline's present text encoders and scheduler."""
         self.forget_prompts()
-        again = self.plan(asked.request, None, DEFAULT_SEED)
-        same = again.stages.same_levels(asked.stages)
-        return replace(again, noise=asked.noise, stages=asked.stages if same else again.stages)
+        again = self.plan(current.request, None, DEFAULT_SEED)
+        same = again.stages.same_levels(current.stages)
+        return replace(again, noise=current.noise, stages=current.stages if same else again.stages)
 
     def noise(self, generator: torch.Generator | None, seed: Any, period: int | None = None) -> NoiseSource:
         """Noise from a generator, from a seed or from several with weights; from the default seed where none is given. A
@@ -97,46 +97,48 @@ class Planner:
         return resolve_seeds(as_weighted("seed", seed, Integral, "7"))
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
-        """What the pipeline would do with this request, of which it is asked text by text."""
+        """The schedule and the prompt of a request. Each text is encoded by itself."""
         schedule, prompt = self._encoded(request)
         return schedule, self._assigned(prompt, request.assigned_embeds)
 
     def _assigned(self, prompt: Prompt, embeds: AssignedEmbeds) -> Prompt:
-        """The prompt with embeddings that were assigned in the place of its own."""
+        """The prompt with the embeddings that were assigned."""
         if embeds[0] is None and embeds[1] is None:
             return prompt
-        name = self.adapter.embeds.get("prompt_embeds")
-        cond, uncond = (
-            one if one is None or value is None else Cond({**one.rows, name: _fitting(value, one, name)}, one.shared)
-            for one, value in zip((prompt.cond, prompt.uncond), embeds, strict=True)
-        )
+        name = self.adapter.embeds["prompt_embeds"]
+        cond, uncond = prompt.cond, prompt.uncond
+        if embeds[0] is not None:
+            cond = _with_embeds(cond, name, embeds[0])
+        if embeds[1] is not None and uncond is not None:
+            uncond = _with_embeds(uncond, name, embeds[1])
         return replace(prompt, cond=cond, uncond=uncond)
 
     def _encoded(self, request: Request) -> tuple[Schedule, Prompt]:
         if not isinstance(request.prompt, tuple) and not isinstance(request.negative_prompt, tuple):
-            return self._ask(request, request.prompt, request.negative_prompt)
+            return self._cached(request, request.prompt, request.negative_prompt)
         self.adapter.check_offers("blending")
         positive, negative = parts(request.prompt), parts(request.negative_prompt)
         one = replace(request, prompt=positive[0][0], negative_prompt=negative[0][0])
-        asked = [self._ask(replace(one, prompt=text), "prompt", text) for text, _ in positive]
-        cond = self._blend(request, [prompt.cond for _, prompt in asked], positive)
-        if asked[0][1].uncond is None:
-            return asked[0][0], Prompt(cond)
-        against = [self._ask(replace(one, negative_prompt=text), "negative_prompt", text) for text, _ in negative]
-        return asked[0][0], Prompt(cond, self._blend(request, [prompt.uncond for _, prompt in against], negative))
+        encoded = [self._cached(replace(one, prompt=text), "prompt", text) for text, _ in positive]
+        schedule, prompt = encoded[0]
+        cond = self._blend(request, [prompt.cond for _, prompt in encoded], positive)
+        if prompt.uncond is None:
+            return schedule, Prompt(cond)
+        encoded = [self._cached(replace(one, negative_prompt=text), "negative_prompt", text) for text, _ in negative]
+        return schedule, Prompt(cond, self._blend(request, [prompt.negative for _, prompt in encoded], negative))
 
     def _blend(self, request: Request, conds: list[Cond], weighted: Weighted) -> Cond:
         weights = shares(weighted, request.normalize)
         return blend(conds, weights, request.blend, set(self.adapter.embeds.values()))
 
-    def _ask(self, request: Request, *texts: str | None) -> tuple[Schedule, Prompt]:
-        """As `_read`, of one prompt and one negative prompt; kept under these texts, since weights change more often."""
+    def _cached(self, request: Request, *texts: object) -> tuple[Schedule, Prompt]:
+        """As `_encode`, from the cache where these texts are in it."""
         *_, steps, scale, arguments = request.read_key(self.adapter.guidance_argument)
         key = (texts, steps, scale, request.guided, repr(sorted(arguments.items())))
         return self.cache.get(key, lambda: self._encode(request)) if is_plain(arguments) else self._encode(request)
 
     def _encode(self, request: Request) -> tuple[Schedule, Prompt]:
-        """Ask the pipeline what it would do with this request."""
+        """The schedule and the prompt of a request with one text for each prompt, by the pipeline's own code."""
         self.adapter.check_embeds(request.arguments)
         arguments = dict(request.arguments)
         if request.prompt is not None:
@@ -153,15 +155,19 @@ class Planner:
         return schedule.pick(range(len(schedule)) if request.t_index_list is None else request.t_index_list)
 
     def _scale(self, request: Request) -> float:
-        """The pipeline's guidance scale that is asked for, by name or by default."""
+        """The pipeline's guidance scale: the requested one, or the default."""
         adapter, name = self.adapter, self.adapter.guidance_argument
-        scale = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
-        check_number(name, scale)
+        scale = None
+        if name is not None:
+            scale = request.guidance_scale if name == "guidance_scale" else request.arguments.get(name)
+            check_number(name, scale)
         if request.mode.name == "none":
             return adapter.unguided
         if scale is not None:
             return float(scale)
-        return RESIDUAL_GUIDANCE - (1.0 - adapter.unguided) if request.mode.carries_anchor else adapter.default(name)
+        if request.mode.carries_anchor or name is None:
+            return RESIDUAL_GUIDANCE - (1.0 - adapter.unguided)
+        return adapter.default(name)
 
     def _guidance(self, request: Request, scale: float, schedule: Schedule) -> tuple[float, Weight]:
         """(the pipeline's guidance_scale, the weight in force) under this request."""
@@ -173,9 +179,9 @@ class Planner:
         return float(scale if shown is None else shown), adapter.weight(in_force, request.arguments, schedule)
 
 
-def _fitting(value: Tensor, cond: Cond, name: str) -> Tensor:
-    """Embeddings in the place of those of this name. ValueError for another width, or for another number of tokens where
-    other tensors of the cond depend on that."""
+def _with_embeds(cond: Cond, name: str, value: Tensor) -> Cond:
+    """A cond with these embeddings as its tensor of this name. ValueError for another width, or for another number of tokens
+    where other tensors of the cond depend on that."""
     own = cond.rows[name]
     fixed = cond.shared or any("mask" in one for one in cond.rows)
     if value.shape[-1] != own.shape[-1] or (fixed and value.shape != own.shape):
@@ -183,4 +189,4 @@ def _fitting(value: Tensor, cond: Cond, name: str) -> Tensor:
             f"prompt_embeds was assigned as {list(value.shape)}, and the prompt is {list(own.shape)} now: embeddings of "
             f"another size come by update(prompt_embeds=...), with what the pipeline takes beside them"
         )
-    return value.to(own.device, own.dtype)
+    return Cond({**cond.rows, name: value.to(own.device, own.dtype)}, cond.shared)

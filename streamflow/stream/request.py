@@ -1,4 +1,4 @@
-"""What a caller asked of a stream, and a change of it on its way to the ticking thread. Plain immutable values."""
+"""The request of a caller, what it is planned to, and a change that waits for the drawing thread. Plain immutable values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from streamflow.flow.noise import NoiseSource, check_policy
 from streamflow.flow.schedule import Schedule, Stages
 
 SCOPES = (None, "now", "frame")
+Texts = str | Sequence[tuple[str, float]]
+Seeds = int | Sequence[tuple[int, float]]
 AssignedEmbeds = tuple[Tensor | None, Tensor | None]
 
 
@@ -36,8 +38,8 @@ class Request:
         TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
     """
 
-    prompt: str | Sequence[tuple[str, float]] | None
-    negative_prompt: str | Sequence[tuple[str, float]] | None = ""
+    prompt: Texts | None
+    negative_prompt: Texts | None = ""
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     delta: float = 1.0
@@ -114,9 +116,9 @@ class Request:
         negative = any(name.startswith("negative_prompt") for name in names)
         return None if positive else self.assigned_embeds[0], None if negative else self.assigned_embeds[1]
 
-    def read_key(self, weight_name: str) -> tuple:
-        """What the pipeline must be asked about again when it changes; the guidance weight, known as `weight_name`, is
-        not among it."""
+    def read_key(self, weight_name: str | None) -> tuple:
+        """The fields that make the pipeline encode again when they change. The guidance weight, an argument of the name
+        `weight_name`, is left out."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
         how = self.blend, self.normalize, self.guided
@@ -142,7 +144,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def owned(value: Any) -> Any:
-    """A value of which the caller may change what he has: tensors and arrays copied, lists and mappings with theirs."""
+    """A copy of a value, so that the caller may change the original: tensors, arrays, and the lists and mappings of them."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):
@@ -161,8 +163,8 @@ def is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a request came to: the schedule, the stages picked from it, the prompt's cond, the pipeline's guidance_scale,
-    the guidance weight in force, and noise."""
+    """A planned request: the schedule, the stages picked from it, the encoded prompt, the pipeline's guidance_scale, the
+    guidance weight in force, and the noise."""
 
     request: Request
     schedule: Schedule
@@ -175,15 +177,15 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """An update on its way, made and checked in the caller's thread: what the stream is to be, which of the prompt's
-    tensors rows under way take too, and whether they take the new noise levels."""
+    """An update that waits for the drawing thread. target: what the stream draws afterwards. entries: the names of the
+    prompt's tensors that rows in flight take too. levels_now: rows in flight take the new noise levels."""
 
     target: Prepared
     entries: frozenset[str] = frozenset()
     levels_now: bool = False
 
     def spares_waiting(self, before: Prepared) -> bool:
-        """Whether frames that have come in, but wait for their group to be full, stay as they are."""
+        """Whether this update leaves frames unchanged that wait for their group to be full."""
         now, then = self.target, before
         kept = all(getattr(now.request, name) == getattr(then.request, name) for name in _OF_ENTERING)
         return kept and not self.entries and now.noise is then.noise and now.stages is then.stages
@@ -201,12 +203,12 @@ def _one_text(name: str, value: Any) -> Any:
     """A text out of a list of one, as diffusers takes it. TypeError for a list of several texts."""
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
         return value
-    if len(value) > 1:
-        raise TypeError(
-            f"{name} as a list holds pairs such as ('a cat', 0.5), which are blended, and here it holds {len(value)} texts: "
-            f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before each input of stream.frames"
-        )
-    return value[0]
+    if len(value) == 1:
+        return value[0]
+    raise TypeError(
+        f"{name} as a list holds pairs such as ('a cat', 0.5), which are blended, and here it holds {len(value)} texts: "
+        f"to draw one frame of each, call stream.update_prompt(text, scope='frame') before each input of stream.frames"
+    )
 
 
 def check_feedback(value: Any) -> None:

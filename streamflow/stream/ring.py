@@ -1,6 +1,6 @@
-"""The frames in flight. `Ring` is the denoising batch: S stages of F frames, newest first; one `push` takes F new rows,
-advances every row by one stage with one call of the network, and gives back the F rows that are done. `Loop` is the
-same step in a loop, one group at a time: the sequential reference. They know rows, not prompts' texts, not pixels.
+"""The frames in flight. `Ring` is the denoising batch: S stages of F frames, newest first. One `push` takes F new rows,
+advances every row by one stage with one call of the network, and returns the F rows that are done. `Loop` is the same step
+in a loop, one group at a time: the sequential reference. Both handle rows, not prompt texts or pixels.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ALWAYS = ("noise", "anchor")  # carried by every row where the rule, or the mode
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """What the frames of a group take along from stage to stage. value: `[F, ...]`, one row a frame. fill: what stands in
-    the rows of frames without it."""
+    """A tensor that travels with the frames of a group from stage to stage. value: `[F, ...]`, one row a frame. fill: the
+    value in the rows of frames that do not have it."""
 
     value: Tensor
     fill: float = 0.0
@@ -63,7 +63,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that shapes the frames in flight; a change of it needs a new ring."""
+    """The settings of an engine. A change of them needs a new engine."""
 
     stages: Stages
     frames: int
@@ -122,7 +122,7 @@ class Rows:
         times = self.t if t is None else torch.cat((t[:extra], t))
         rows = torch.cat((x[:extra], x)) if extra else x
         if prompts != self._prompts:
-            conds = (*(prompt.uncond for prompt in prompts[:extra]), *(prompt.cond for prompt in prompts))
+            conds = (*(prompt.negative for prompt in prompts[:extra]), *(prompt.cond for prompt in prompts))
             self._prompts = ()
             self._conds.set(conds)
             self._prompts = prompts  # if that failed, the next call does it again
@@ -137,7 +137,7 @@ class Rows:
         return self.settings.rule.step(x, v, self.at, noise)
 
     def x0(self, x: Tensor, v: Tensor) -> Tensor:
-        """The image that the first `len(x)` rows head for with v, float32 `[n, ...]`."""
+        """The estimate of the image of the first `len(x)` rows, given v, float32 `[n, ...]`."""
         return self.settings.rule.x0(x, v, self._first(len(x)))
 
     def toward(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -190,8 +190,13 @@ class Ring:
         self._flight = Flight((None,) * len(s.stages), (), empty, empty, carried)
 
     @property
+    def row_counts(self) -> tuple[int, int]:
+        """(rows that a call of the network advances, rows of the negative prompt in that call)."""
+        return self.rows.count, self.rows.extra
+
+    @property
     def _waiting(self) -> tuple[Group | None, ...]:
-        """The groups under way between two pushes: all but the one that the last push let out."""
+        """The groups in flight between two pushes: all but the group that the last push returned."""
         return self._flight.groups[:-1]
 
     @property
@@ -210,7 +215,7 @@ class Ring:
         return not any(self._waiting)
 
     def holds(self, group: Group) -> bool:
-        """Whether this very group is under way."""
+        """Whether this group is in flight."""
         return any(one is group for one in self._flight.groups)
 
     @property
@@ -220,7 +225,7 @@ class Ring:
 
     @property
     def waiting(self) -> Tensor | None:
-        """The rows that the next push advances beside the new ones, `[(S - 1) F, ...]`; None with a single stage."""
+        """The rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._flight.advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
     @property
@@ -285,7 +290,7 @@ class Ring:
 
     @property
     def leaving(self) -> tuple[Done, ...]:
-        """The group that the last push has let out, if it did."""
+        """The group that the last push returned, or none."""
         oldest = self._flight.groups[-1]
         if oldest is None:
             return ()
@@ -316,17 +321,16 @@ class Ring:
         return list(self.drain(network))
 
     def _shifted(self, group: Group, groups: Sequence[Group | None]) -> dict[str, Carried]:
-        """What the rows carry once this group has entered: the new frames' first, the oldest frames' left out. What no
-        group brings any more is dropped, but for what the rule or the mode needs of all rows."""
-        frames, carried = self.settings.frames, {}
-        for name in {**self._flight.carried, **group.carried}:
-            new, rows = group.carried.get(name), self._flight.carried.get(name)
+        """What the rows carry after this group has entered: the new frames' values first, without the oldest frames'. An
+        entry that no group in flight has is dropped, except those that the rule or the mode needs of all rows."""
+        frames, before, entering = self.settings.frames, self._flight.carried, group.carried
+        carried = {}
+        for name, like in {**before, **entering}.items():
             if name not in ALWAYS and not any(one is not None and name in one.carried for one in groups):
                 continue
-            like = new or rows
             shape, fill = like.value.shape[1:], like.fill
-            first = new.value if new else rows.value.new_full((frames, *shape), fill)
-            rest = rows.value if rows else new.value.new_full((self.rows.count, *shape), fill)
+            first = like.value if name in entering else like.value.new_full((frames, *shape), fill)
+            rest = before[name].value if name in before else like.value.new_full((self.rows.count, *shape), fill)
             carried[name] = Carried(torch.cat((first, rest[:-frames])), fill)  # a copy: measured anchors are written into it
         return carried
 
@@ -334,7 +338,8 @@ class Ring:
         """Each row's noise for the step that it is about to take; zeros where there is none."""
         if self.settings.rule.noise == "own":
             return carried["noise"].value
-        nothing = torch.zeros_like(groups[0].x, dtype=torch.float32)
+        s = self.settings
+        nothing = torch.zeros((s.frames, *s.shape), dtype=torch.float32, device=s.device)
         by_stage = enumerate(groups)
         return torch.cat([nothing if g is None or g.draws is None else g.draws[stage] for stage, g in by_stage])
 
@@ -346,7 +351,7 @@ class Ring:
         return Anchors(carried["anchor"].value, self._mask_of(known)) if any(known) else None
 
     def _mask_of(self, known: tuple[bool, ...]) -> Tensor | None:
-        """Bool `[rows]`: the rows of these stages; None for all. Made anew only where it changes."""
+        """Bool `[rows]`: the rows of these stages; None for all. Made again only when it changes."""
         if known != self._known_rows[0]:
             frames, mask = self.settings.frames, None
             if not all(known):
@@ -363,16 +368,20 @@ class Loop:
     observer: Observer | None = None
     in_flight = groups_in_flight = 0
     empty = True
-    waiting = None
-    anchors = None
+    leaving: tuple[Done, ...] = ()
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         self.settings, self.weight = settings, weight
         self.stages = [Rows(settings, i, i + 1) for i in range(len(settings.stages))]
         self.first_sigma = self.stages[0].sigma[:1]
 
+    @property
+    def row_counts(self) -> tuple[int, int]:
+        """(rows that a call of the network advances, rows of the negative prompt in the first stage's call)."""
+        return self.stages[0].count, self.stages[0].extra
+
     def holds(self, group: Group) -> bool:
-        """Whether this very group is under way: never."""
+        """False: no group stays in flight."""
         return False
 
     def reset(self) -> None:

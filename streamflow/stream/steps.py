@@ -28,8 +28,8 @@ class Steps:
     def encode_image(self, image_tensors: Tensor) -> Tensor:
         """Images `[n, 3, H, W]` in [-1, 1] to latents noised to the first stage with the stream's fixed noise."""
         x0 = self._model.encode(image_tensors)
-        first_sigma = self._denoiser.running().first_sigma
-        return self._model.adapter.path(x0, self._inputs.fixed_noise(), first_sigma)
+        state, engine = self._denoiser.drawing()
+        return self._model.adapter.path(x0, self._inputs.fixed_noise(state.noise), engine.first_sigma)
 
     @computing
     def decode_image(self, x_0_pred_out: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class Steps:
         return self.rows(idx).step(x_t_latent_batch, model_pred_batch)
 
     @computing
-    def unet_step(self, x_t_latent: Tensor, t_list: Tensor, idx: int | None = None) -> tuple[Tensor, Tensor]:
+    def unet_step(self, x_t_latent: Tensor, t_list: Tensor | list[int], idx: int | None = None) -> tuple[Tensor, Tensor]:
         """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
-        rows, state = self.rows(idx), self._denoiser.state
+        rows, (state, engine) = self.rows(idx), self._denoiser.drawing()
         self._model.check_rows(x_t_latent, rows.count)
-        anchors = self._denoiser.engine.anchors if idx is None else None
+        anchors = engine.anchors if idx is None and isinstance(engine, Ring) else None
         if anchors is not None:
             anchors = Anchors(anchors.x0.clone(), anchors.known)
         times = torch.as_tensor(t_list, dtype=torch.float32, device=self._model.device)

@@ -1,5 +1,5 @@
-"""Updates from many threads, one after another, so that they leave the thread that draws its time. Knows threads and clocks;
-nothing of what is updated."""
+"""Updates from many threads, made one after another, with pauses that leave time for the thread that draws. It handles
+threads and clocks, not the updates' contents."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ class UpdateQueue:
 
     def apply(self, names: Collection[str], scope: str | None, make: Callable[[], int], parts: Collection[str] = ()) -> int:
         """Call `make`, which sets these fields and gives the update's number; give that number, or the one of the later
-        update that took its place. What `make` raises is raised, and an update whose place it took is made after all."""
+        update that replaced it. What `make` raises is raised, and an update that it had replaced is made after all."""
         mine = _Ticket(frozenset(names), frozenset(parts), scope)
         try:
-            if not self._turn(mine):
-                return mine.replaced_by.number
+            later = self._turn(mine)
+            if later is not None:
+                return later
             began = self._clock()
             try:
                 mine.number = make()
@@ -70,8 +71,8 @@ class UpdateQueue:
         finally:
             self._end(mine)
 
-    def _turn(self, mine: _Ticket) -> bool:
-        """Wait until it is this one's turn; False where a later update took its place."""
+    def _turn(self, mine: _Ticket) -> int | None:
+        """Wait until it is this one's turn: None. Or the number of the later update that replaces it."""
         with self._guard:
             self._replace(mine)
             self._waiting.append(mine)
@@ -80,13 +81,13 @@ class UpdateQueue:
             with self._guard:
                 if mine.replaced_by is not None and mine.replaced_by.over:
                     if mine.replaced_by.number is not None:
-                        return False
+                        return mine.replaced_by.number
                     mine.replaced_by = None  # that one failed
                 left = self._left(mine)
                 if left == 0:
                     self._busy = True
                     self._waiting.remove(mine)
-                    return True
+                    return None
                 mine.wake.clear()
             mine.wake.wait(left)
 
@@ -102,7 +103,7 @@ class UpdateQueue:
                 between |= one.parts
 
     def _left(self, mine: _Ticket) -> float | None:
-        """Seconds until it is this one's turn; None where it is to be woken."""
+        """Seconds until it is this one's turn; None where another thread sets its event."""
         if mine.replaced_by is not None or self._busy:
             return None
         if mine.thread == self.drawn_by:  # what it waits for would wait for it
@@ -117,7 +118,7 @@ class UpdateQueue:
         return next((one for one in self._waiting if one.replaced_by is None), None)
 
     def _wake_next(self) -> None:
-        """Wake those whose turn may have come."""
+        """Set the events of updates that may be next."""
         first = self._first()
         for one in self._waiting:
             if one is first or one.thread == self.drawn_by:

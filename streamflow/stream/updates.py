@@ -1,10 +1,9 @@
-"""What is drawn, and how it changes: `prepare`, and updates from any thread, which the drawing thread takes at the start of
-its next call."""
+"""`prepare`, and updates from any thread. The drawing thread takes an update at the start of its next call."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,18 +18,16 @@ from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.planner import DEFAULT_SEED, Planner
-from streamflow.stream.request import SCOPES, Change, Prepared, Request, check_feedback, owned
-
-Texts = str | Sequence[tuple[str, float]]
-Seeds = int | Sequence[tuple[int, float]]
+from streamflow.stream.request import SCOPES, Change, Prepared, Request, Seeds, Texts, check_feedback, owned
 
 
 class Updates:
     """Plans what is drawn, and keeps the one change that is pending.
 
-    pending: the change that the next call takes. count: of updates so far. defaults: the fields of a request that `prepare`
-    takes from the stream's constructor: t_index_list, cfg_type, do_add_noise, noise, noise_period, feedback. Locks are taken
-    in this order: the denoiser's `ticks`, `callers`, `slot`.
+    pending: the change that the next call takes. count: the number of updates so far. defaults: the fields of a request that
+    `prepare` takes from the stream's constructor: t_index_list, cfg_type, do_add_noise, noise, noise_period, feedback.
+    callers: the lock of the thread that plans. slot: the lock of `pending` and of the denoiser's `state`. Locks are taken in
+    this order: the denoiser's `ticks`, `callers`, `slot`.
     """
 
     def __init__(self, model: Model, planner: Planner, denoiser: Denoiser, outputs: Outputs, **defaults: Any) -> None:
@@ -85,7 +82,7 @@ class Updates:
         model, denoiser, planner = self._model, self._denoiser, self.planner
         model.check_open()
         denoiser.check_step("prepare()")
-        arguments = self._without_nothing(pipeline_arguments)
+        arguments = self._without_defaults(pipeline_arguments)
         model.adapter.check_arguments(arguments)
         request = Request(
             prompt=prompt,
@@ -107,9 +104,9 @@ class Updates:
                 with model.following_pipe():
                     state = planner.plan(request, generator, seed)
             except BaseException:
-                planner.forget_prompts()  # they may be of parts of the pipe that are not taken over
+                planner.forget_prompts()  # they may have been encoded by parts that the stream does not use
                 raise
-            if generator is not None and seed is not None:
+            if generator is not None and isinstance(seed, int):
                 generator.manual_seed(seed)
             seed = state.noise.seed
             self._outputs.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
@@ -120,13 +117,13 @@ class Updates:
         if model.accelerated is None:
             model.after_change()
 
-    def _without_nothing(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's arguments, less those that request what happens anyway."""
-        anyway = {**ASKS_FOR_NOTHING, "height": self._model.height, "width": self._model.width}
+    def _without_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments, without those that have their default value here."""
+        defaults = {**ASKS_FOR_NOTHING, "height": self._model.height, "width": self._model.width}
         refused = {*RESERVED, *self._model.adapter.refused}
-        nothing = {name for name, value in arguments.items() if value is None and name in refused}
-        nothing |= {name for name, value in arguments.items() if name in anyway and value == anyway[name]}
-        return {name: value for name, value in arguments.items() if name not in nothing}
+        left_out = {name for name, value in arguments.items() if value is None and name in refused}
+        left_out |= {name for name, value in arguments.items() if name in defaults and value == defaults[name]}
+        return {name: value for name, value in arguments.items() if name not in left_out}
 
     # -- update ---------------------------------------------------------------------------------------------------------
 
@@ -168,7 +165,7 @@ class Updates:
         if scope != "frame":
             adapter.check_offers("update now")
         own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
-        arguments = self._without_nothing(changes)
+        arguments = self._without_defaults(changes)
         adapter.check_arguments(arguments)
         if own.get("t_index_list") is not None:
             own["t_index_list"] = check_indices(own["t_index_list"])
@@ -182,7 +179,7 @@ class Updates:
 
     @computing
     def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], arguments: dict[str, Any]) -> int:
-        """Make the pending change of these fields; the update's number."""
+        """Plan these changes, and make them the pending change. Returns the update's number."""
         with self.callers:
             with self.slot:
                 pending, state = self.pending, self._denoiser.prepared()
@@ -210,15 +207,15 @@ class Updates:
     def _entries(
         self, before: Prepared, after: Prepared, names: set[str], scope: str | None, held: frozenset[str]
     ) -> frozenset[str]:
-        """Which of the prompt's tensors rows under way are to take; `held`: those of the update that still waits."""
-        if names - (_UPDATABLE - _TEXTS) - {self._model.adapter.guidance_argument}:  # it says something of the prompt
+        """The names of the prompt's tensors that rows in flight take; `held`: those of the update that is pending."""
+        if names - (_UPDATABLE - _TEXTS) - {self._model.adapter.guidance_argument}:  # these belong to the prompt
             return frozenset() if scope == "frame" else frozenset(after.prompt.cond.rows)
         if scope == "frame" or after.prompt is before.prompt:
             return held
         return held | before.prompt.differing(after.prompt)
 
     def amend(self, change: Callable[[Prepared], Prepared]) -> None:
-        """Let the next call take what `change` makes of what is requested now, for frames that enter from then on."""
+        """Let the next call take `change(current)` of what is requested now, for frames that enter from then on."""
         with self.callers:
             with self.slot:
                 pending, state = self.pending, self._denoiser.prepared()
@@ -232,27 +229,27 @@ class Updates:
                 self.pending = made
 
     def requested(self) -> Prepared:
-        """What the next call will draw: with an update that it has yet to take."""
+        """What the next call draws, with the pending update."""
         state = self._denoiser.prepared()
         with self.slot:
             return self.pending.target if self.pending else state
 
     def _close(self) -> None:
-        """Drop what is pending."""
+        """Drop the pending update."""
         self.pending = None
 
     # -- in the drawing thread --------------------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Let a pending update act. Only the drawing thread comes here, at the start of a call."""
+        """Take the pending update, if there is one. Only the drawing thread calls this, at the start of a call."""
         while not self.take_one(self.pending):
             pass
 
     def take_one(self, change: Change | None) -> bool:
-        """Let this pending update act; False where another has been merged with it meanwhile."""
+        """Take this pending update. Returns False where another one has been merged with it since."""
         if change is None:
             return True
-        denoiser, before = self._denoiser, self._denoiser.state
+        denoiser, before = self._denoiser, self._denoiser.prepared()
         new_levels = change.target.stages is not before.stages
         installs = not self._fits(change.target.request) or (new_levels and not change.levels_now)
         if installs:
@@ -263,17 +260,18 @@ class Updates:
             self.pending, denoiser.state = None, change.target
         if installs:
             denoiser.install(change.target.stages)
-        elif new_levels:
-            denoiser.engine.set_levels(change.target.stages)
+        engine = denoiser.running()
+        if new_levels and not installs:
+            engine.set_levels(change.target.stages)
         self._outputs.redraw()
         if change.entries:
-            denoiser.engine.set_prompt(change.target.prompt, change.entries)
-        denoiser.engine.weight = change.target.weight
+            engine.set_prompt(change.target.prompt, change.entries)
+        engine.weight = change.target.weight
         return True
 
     def _fits(self, request: Request) -> bool:
-        """Whether the engine guides and steps as this requests."""
-        settings = self._denoiser.engine.settings
+        """Whether the engine's guidance and steps are those of this request."""
+        settings = self._denoiser.running().settings
         return settings.mode is request.mode and settings.rule == self._denoiser.rule(request.do_add_noise)
 
 

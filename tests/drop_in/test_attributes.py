@@ -351,7 +351,7 @@ def test_latents_under_way_are_replaced_or_dropped(stream_of, picture):
     fresh = image_stream(stream_of, cfg_type="none")
     assert torch.equal(stream(picture(1)), fresh(picture(1)))
     empty = image_stream(stream_of)
-    with pytest.raises(AttributeError, match="no frame is under way whose latents could be replaced"):
+    with pytest.raises(AttributeError, match="no frame is in flight, so there are no latents to replace"):
         empty.x_t_latent_buffer = torch.zeros_like(empty.x_t_latent_buffer)
     single = stream_of("sd3", [2])
     assert single.x_t_latent_buffer is None
@@ -484,7 +484,7 @@ def test_the_scheduler_of_the_pipe_may_be_set_in_place():
         (lambda pipe: pipe.to(torch.bfloat16), "moved, pipe.to.*, from torch.float32 on cpu to torch.bfloat16 on cpu"),
         (lambda pipe: setattr(pipe, "vae", None), "None is none: assign the pipe's own, or use_tiny_vae"),
         (lambda pipe: setattr(pipe, "transformer", None), "has no transformer: assign pipe.transformer first"),
-        (lambda pipe: setattr(pipe, "transformer", small()), r"whose latents are \[8, 8, 8\], and this stream's are \[16"),
+        (lambda pipe: setattr(pipe, "transformer", small()), r"with latents \[8, 8, 8\], and this stream's are \[16"),
         (lambda pipe: setattr(pipe, "vae", random_tiny_vae(4)), "has 4 latent channels, the network draws 16"),
         (lambda pipe: offloaded(pipe), "are offloaded, so a stream would move them at every frame"),
     ],
