@@ -28,7 +28,12 @@ _MODULES = {
 }
 
 
+_FOLDERS = "acceleration benchmark image_filter image_utils io live models parallel pipeline wrapper".split()
+
+
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"streamflow.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)

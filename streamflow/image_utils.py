@@ -430,7 +430,7 @@ def postprocess_image(
 ) -> Tensor | np.ndarray | list[PIL.Image.Image]:
     """Images `[n, C, H, W]` in [-1, 1] to what a caller wants.
 
-    output_type: `"latent"` (as it is), `"pt"` and `"np"` (in [0, 1]) or `"pil"`. do_denormalize: one flag a image;
+    output_type: `"latent"` (as it is), `"pt"` and `"np"` (in [0, 1]) or `"pil"`. do_denormalize: one flag for each image;
     False for one that is in [0, 1] already.
     """
     if not isinstance(image, Tensor):

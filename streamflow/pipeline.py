@@ -201,7 +201,7 @@ class StreamFlow(StreamDiffusion):
         denoiser, inputs, outputs, frames = self._denoiser, self._inputs, self._outputs, self._model.frames
         denoiser.check_free("txt2img()")
         groups = inputs.group_count(batch_size, latents)
-        conditions = inputs.conditions({"mask": None, "control": control}, None, range(groups * frames))
+        conditions = inputs.conditions({"control": control}, None, range(groups * frames))
         outputs.similar_filter.forget()
         began = outputs.timer.start()
         self._updates.take()
@@ -242,7 +242,7 @@ class StreamFlow(StreamDiffusion):
         denoiser = self._denoiser
         denoiser.check_free("predict_x0_batch()")
         self._model.check_rows(x_t_latent, self._model.frames)
-        conditions = self._inputs.conditions({"mask": None, "control": None}, None, range(len(x_t_latent)))
+        conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
         self._updates.take()
         ids = denoiser.next_ids(len(x_t_latent))
         denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))

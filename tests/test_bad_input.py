@@ -32,7 +32,7 @@ CONSTRUCTOR = {
     "height": ({"height": 8}, ValueError, "height must be a positive multiple of 16 pixels, not 8: try 16"),
     "no width": ({"width": 0}, ValueError, "not 0: try 16"),
     "negative width": ({"width": -64}, ValueError, "not -64: try 16"),
-    "too large": ({"width": 1024, "height": 64}, ValueError, "1024x64 is beyond .*: at most 256 a side"),
+    "too large": ({"width": 1024, "height": 64}, ValueError, "1024x64 is larger than .*: at most 256 a side"),
     "width in words": ({"width": "wide"}, TypeError, "width must be an integer number of pixels, not 'wide'"),
     "cfg_type": ({"cfg_type": "cfg"}, ValueError, "'cfg': choose one of 'none', 'full', 'self', 'initialize'"),
     "family": ({"family": "sd9"}, ValueError, r"'sd9': choose one of .*flux, .*instaflow, .*sd3.* or register\(\) yours"),

@@ -209,9 +209,26 @@ class Sinks:
 
 
 class Live:
-    """Runs from when it is made until the source ends, the last sink is gone, or `stop`.
+    """Runs from when it is made until the source ends, the last sink is gone, or `stop`. `StreamFlow.live` makes one. In a
+    `with`, it ends with the block.
 
-    `StreamFlow.live` makes one; its arguments are describe there. Used in a `with`, it ends with the block.
+    source: an address (`streamflow.io`), an object with `open`, `read` and `close`, or None. Its images are cropped to the
+        stream's proportions.
+    sinks: one or several addresses or objects with `open`, `write` and `close`.
+    target_fps: images a second that are shown, at even intervals: where nothing new is there, the last one again.
+    policy: "newest" draws the newest image of the source and shows the newest that is drawn; "every" leaves none out, and
+        the source waits.
+    mode: "fed" (the ring, one tick an input), "free" (the ring, always ticking on the newest input), "sequential" (one input
+        to its end); "auto" measures all three on the first image, for 2 s, and takes the one of the lowest latency among
+        those that hold the rate. Measured again when size or number of stages change.
+    on_error: "hold" keeps the last good image when the source, a sink or the stream raises, logs it once, and goes on after
+        pauses of 0.25 s that double up to 5 s, in which source or sink are opened again; a recording goes on in a new file.
+        What that cannot mend ends the show: a missing file or package, no sink left that works. "raise" ends it at any
+        error. `wait()` and `stop()` raise what ended it, and what raised while it was closed.
+    controls: the result of `streamflow.live.remote.open_control`: OSC, MIDI, keys.
+
+    Raises:
+        ValueError: an unknown address, policy, mode or on_error, a rate that is none, more than one frame a group.
     """
 
     def __init__(

@@ -95,8 +95,7 @@ class FrameLoop:
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
             image = None if given.image is None else self._one_image(given.image)
-            brought = {"mask": given.mask, "control": given.control}
-            conditions = self._inputs.conditions(brought, image, range(len(buffer), len(buffer) + 1))
+            conditions = self._inputs.conditions(given.conditions, image, range(len(buffer), len(buffer) + 1))
             with denoiser.ticks:
                 now.check()
                 (frame_id,) = denoiser.next_ids(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class Input:
     image: Any = None
     mask: Any = None
     control: Any = None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What it brings beside its image, by the names of conditioners."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "image"}
 
 
 @dataclass(frozen=True, eq=False)
