@@ -28,11 +28,13 @@ _MODULES = {
 }
 
 
-_FOLDERS = "acceleration benchmark image_filter image_utils io live models parallel pipeline wrapper".split()
+_ENTRIES = (
+    "acceleration app benchmark conditioning flow image_filter image_utils io live models parallel pipeline stream wrapper"
+).split()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FOLDERS:
+    if name in _ENTRIES:
         return import_module(f"streamflow.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

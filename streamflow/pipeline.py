@@ -25,6 +25,7 @@ from streamflow.models.pipe_parts import base_view
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 from streamflow.stream import forwards
 from streamflow.stream.attributes import READ_ONLY, Attributes
+from streamflow.stream.callbacks import weak_call
 from streamflow.stream.controlnets import ControlNets
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.forwards import Attribute, DiffusersAttribute
@@ -142,6 +143,8 @@ class StreamFlow(StreamDiffusion):
         self.adapter = adapter
         self.image_processor = marking(pipe.image_processor, as_rgb_where_pil)
         self._constructed = True
+        if type(self).decode_image is not StreamFlow.decode_image:
+            outputs.decode_image = weak_call(self.decode_image)
         self._controlnets.add_pipe_nets()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -149,6 +152,8 @@ class StreamFlow(StreamDiffusion):
             return  # StreamDiffusion's constructor assigns what is derived here
         if self._constructed and name in READ_ONLY:
             raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {READ_ONLY[name]}")
+        if name == "decode_image":
+            self._outputs.decode_image = value
         super().__setattr__(name, value)
 
     # -- draw ---------------------------------------------------------------------------------------------------------
@@ -265,12 +270,8 @@ class StreamFlow(StreamDiffusion):
                 stream.update_prompt("a fox, 3d render")
                 print(show.wait())  # its Statistics, when the window was closed
 
-        `streamflow.live.show.Live` describes the arguments. On a CPU it draws faster where the stream was prepared in a
-        thread that has ended (`streamflow.app.scenes.aside`).
-
-        Raises:
-            RuntimeError: before `prepare` or after `close`. ValueError: an unknown address, policy, mode or on_error, a rate
-                that is none, more than one frame a group.
+        `streamflow.live.show.Live` describes the arguments and errors. On a CPU it draws faster where the stream was
+        prepared in a thread that has ended (`streamflow.app.scenes.aside`). RuntimeError: before `prepare`, after `close`.
         """
         from streamflow.live.show import Live
 
@@ -374,12 +375,13 @@ class StreamFlow(StreamDiffusion):
     inference_time_ema = Attribute[float]("_attributes", "inference_time_ema", Attributes.inference_time_ema)
 
     def parts(self) -> Parts | None:
-        """The plain modules, each with its inputs in a tick; None before `prepare`."""
+        """The plain modules, each with its inputs in a tick. RuntimeError before `prepare`."""
+        self._denoiser.prepared()
         return _parts(self._model, self._denoiser, self._steps, self._controlnets)
 
 
 def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlNets) -> Parts | None:
-    """As `StreamFlow.parts`."""
+    """As `StreamFlow.parts`; None before `prepare`."""
     from streamflow.acceleration import Parts
 
     if denoiser.state is None:

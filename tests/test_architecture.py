@@ -10,6 +10,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
+from conftest import PROMPT
 from streamdiffusion import StreamDiffusion
 
 import streamflow
@@ -94,6 +96,24 @@ def test_every_call_that_draws_enters_by_the_same_tick(call, stream_of, calls_of
     assert ("stream/inputs.py", "Inputs.group") in calls
     assert ("stream/denoiser.py", "Denoiser.tick") in calls
     assert ("stream/ring.py", "Ring.push") in calls
+
+
+class Inverting(StreamFlow):
+    def decode_image(self, x_0_pred_out):
+        return -super().decode_image(x_0_pred_out)
+
+
+def test_calls_decode_by_the_decode_image_of_a_subclass_or_of_an_instance(stream_of, picture):
+    """As StreamDiffusion's class does, whose users replace it."""
+    stream, pipe = stream_of("sd3", [2, 3]), stream_of("sd3", [2, 3]).pipe
+    other = Inverting(pipe, [2, 3], cfg_type="none")
+    other.prepare(PROMPT, num_inference_steps=4)
+    expected = stream(picture(0))
+    assert torch.equal(other(picture(0)), -expected)
+    stream.reset()
+    plain = stream.decode_image
+    stream.decode_image = lambda latents: plain(latents) / 2
+    assert torch.equal(stream(picture(0)), expected / 2)
 
 
 def test_a_stream_that_is_dropped_is_freed_at_once(stream_of):

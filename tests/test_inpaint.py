@@ -16,6 +16,7 @@ from PIL import Image
 
 from streamflow import StreamFlow
 from streamflow.conditioning.inpaint import read_mask
+from streamflow.image_utils import pil2tensor
 from streamflow.models.families.flux import unpack
 from streamflow.stream.frames import Input
 
@@ -280,3 +281,19 @@ def test_masks_come_and_go_without_a_new_graph_and_without_waiting(cuda_stream, 
     assert stream.velocity.captured == captured == 1
     expected = [frame.image for frame in loop.frames(inputs)]
     assert relative_error(torch.stack([frame.image for frame in drawn]), torch.stack(expected)) <= 1e-2
+
+
+def test_a_frame_after_one_from_noise_has_the_region_of_its_own_row(stream_of, picture):
+    """Two rows a group with regions of their own; a frame from noise between two images pushes the first by itself."""
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, :, :32], masks[1, :, 32:] = 1.0, 1.0
+    known = torch.cat([pil2tensor(picture(k)) for k in (5, 6)])
+
+    def drawn(inputs):
+        stream = stream_of("sd3", [1, 2, 3], frame_buffer_size=2)
+        stream.inpaint(known, masks)
+        return [frame.image for frame in stream.frames(inputs)]
+
+    mixed = drawn([picture(0), None, picture(1)])
+    for image, mask, kept in ((mixed[0], masks[0], known[0]), (mixed[2], masks[0], known[0])):
+        assert torch.allclose(image[:, mask[0] == 0], kept[:, mask[0] == 0], atol=1e-5), "both enter in row 0"

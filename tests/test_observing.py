@@ -175,3 +175,22 @@ def test_looking_under_a_graph_never_waits(cuda_stream):
     with never_waiting():
         looked_at = stream.txt2img(6)
     assert torch.equal(looked_at[2:], plain.txt2img(8)[4:]) and trace.done and trace.frames[5].x.shape[0] == 5
+
+
+def test_residual_noise_that_the_function_of_on_step_assigns_is_kept(stream_of, picture):
+    """What is replaced in flight during a step is in force at the next one."""
+    stream = stream_of("sd3", [1, 2, 3], cfg_type="self")
+
+    def halve(step):
+        stream.on_step(None)
+        stream.stock_noise = stream.stock_noise * 0.5
+
+    for k in range(3):
+        stream(picture(k))
+    before = stream.stock_noise
+    stream.on_step(halve)
+    stream(picture(3))
+    fresh = stream_of("sd3", [1, 2, 3], cfg_type="self")
+    for k in range(4):
+        fresh(picture(k))
+    assert not torch.equal(stream.stock_noise, fresh.stock_noise) and not torch.equal(before, stream.stock_noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakMethod
 
 
@@ -23,3 +24,17 @@ class Callbacks:
             method = reference()
             if method is not None:
                 method()
+
+
+def weak_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls this bound method and does not keep its object alive."""
+    reference = WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        alive = reference()
+        if alive is None:
+            raise RuntimeError(f"the object of {method_name} is gone: keep the stream while it draws")
+        return alive(*args, **kwargs)
+
+    method_name = method.__name__
+    return call

@@ -157,6 +157,12 @@ class ControlNets:
 
     def join(self, group: Group, entries: Sequence[ControlImages | None], start: Start) -> Group:
         """The group with its frames' control images in their prompts."""
+        names = None if self.blank is None else self.blank.keys()
+        if any((None if one is None else one.rows.keys()) != names for one in entries):
+            raise RuntimeError(
+                "control nets were added or removed while frames of frames() waited for their group to be full: change them "
+                "before the loop, or draw with frame_buffer_size=1"
+            )
         pairs = zip(group.prompts, entries, strict=True)
         return replace(group, prompts=tuple(self.prompt(prompt, one and one.rows) for prompt, one in pairs))
 

@@ -109,7 +109,7 @@ class Denoiser:
 
     def check_step(self, call: str) -> None:
         """Raise RuntimeError inside a step of this thread."""
-        if self._stepping is not None and self._stepping == _threads.acting_thread():
+        if self._stepping is not None and self._stepping in (threading.get_ident(), _threads.acting_thread()):
             raise RuntimeError(
                 f"{call} was called inside a step, from on_step's function or a hook of the network: call it once the call "
                 f"that draws has returned. Inside, update() may be called, and decode_image"
@@ -332,6 +332,6 @@ class Denoiser:
             if self._model.closed:
                 return
             self.empty("close()")
+            self.on_close()
             self._model.closed = True
             self.engine = self.state = None
-            self.on_close()

@@ -95,7 +95,9 @@ class FrameLoop:
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
             image = None if given.image is None else self._one_image(given.image)
-            conditions = self._inputs.conditions(given.conditions, image, range(len(buffer), len(buffer) + 1))
+            joins = bool(buffer) and (buffer[0].image is None) == (image is None)  # the group that waits
+            row = len(buffer) if joins else 0
+            conditions = self._inputs.conditions(given.conditions, image, range(row, row + 1))
             with denoiser.ticks:
                 now.check()
                 (frame_id,) = denoiser.next_ids(1)
@@ -104,7 +106,7 @@ class FrameLoop:
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
             if not skip:
-                if buffer and (buffer[0].image is None) != (image is None):
+                if buffer and not joins:
                     self._push(buffer, now)
                 if image is not None and frames > 1:
                     image = image.clone()  # it waits, and its memory is the caller's
@@ -148,7 +150,7 @@ class FrameLoop:
         conditions = [
             (one, [frame.conditions.get(one.name) for frame in padded])
             for one in self._inputs.conditioners
-            if one.name in names
+            if one.active or one.name in names
         ]
         images = [one.image for one in padded if one.image is not None]  # of all frames, or of none
         rows, prompts = tuple(one.id for one in padded), tuple(one.prompt for one in padded)

@@ -41,7 +41,8 @@ class Outputs:
     """Decodes groups and returns images.
 
     similar_filter: decides which image frames are skipped, where `similar_image_filter` is on. prev_image_result: the
-    images that the last call returned, which a skipped call returns again. timer: of calls.
+    images that the last call returned, which a skipped call returns again. timer: of calls. decode_image: what decodes
+    latents in the place of the codec, where a subclass or a program has replaced `StreamFlow.decode_image`.
     """
 
     def __init__(self, model: Model, denoiser: Denoiser) -> None:
@@ -49,13 +50,14 @@ class Outputs:
         self.similar_filter = SimilarImageFilter()
         self.similar_image_filter = False
         self.prev_image_result: Tensor | None = None
+        self.decode_image: Callable[[Tensor], Tensor] | None = None
         self.finite = FiniteCheck()
         self.timer = CallTimer(model.device)
         denoiser.on_empty.add(self._clear)
 
     def decode(self, done: Done) -> Tensor:
         """The images of a group, `[F, 3, H, W]` in [-1, 1]."""
-        images = self._model.codec.decode(done.x0)
+        images = (self.decode_image or self._model.codec.decode)(done.x0)
         return images if done.finish is None else done.finish(images)
 
     def decode_later(self, done: Done) -> Any:

@@ -282,7 +282,8 @@ class Ring:
             advanced = put_known(advanced, {name: one.value for name, one in carried.items()}, self.rows.sigma_next, s.path)
         self._flight = Flight(groups, prompts, x, advanced, carried)
         if self.observer is not None:
-            self._flight = replace(self._flight, advanced=self.observer(self.rows, groups, x, v, advanced))
+            changed = self.observer(self.rows, groups, x, v, advanced)  # which may replace what is in flight
+            self._flight = replace(self._flight, advanced=changed)
         oldest = groups[-1]
         if oldest is None:
             return None
