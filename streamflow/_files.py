@@ -14,6 +14,7 @@ from typing import IO, Any
 import yaml
 from yaml.composer import ComposerError
 
+Json = dict[str, Any]  # an object of JSON, or a mapping of YAML
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 32  # levels of lists and mappings
 LONGEST = 64  # characters of a number

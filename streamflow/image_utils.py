@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import PIL.Image
@@ -423,6 +423,18 @@ def numpy_to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
     images = images[None] if images.ndim == 3 else images
     pixels = (images * 255).round().astype("uint8")
     return [PIL.Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+
+
+@overload
+def postprocess_image(
+    image: Tensor, output_type: Literal["pil"] = "pil", do_denormalize: Sequence[bool] | None = None
+) -> list[PIL.Image.Image]: ...
+
+
+@overload
+def postprocess_image(
+    image: Tensor, output_type: str, do_denormalize: Sequence[bool] | None = None
+) -> Tensor | np.ndarray | list[PIL.Image.Image]: ...
 
 
 def postprocess_image(

@@ -84,7 +84,7 @@ def bind_arguments(
     names: Iterable[str], positional: tuple[Tensor, ...], keyword: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """The arguments of a call by name. Those that are None count as not passed."""
-    arguments = dict(zip(names, positional, strict=False)) | keyword
+    arguments = {**dict(zip(names, positional, strict=False)), **keyword}
     return {name: value for name, value in arguments.items() if value is not None}
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamflow.acceleration import run_backwards
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Network
 
 TORCH = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -54,7 +57,7 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
 def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
     from streamflow.models.attention_backend import set_backend
 
-    undo = [set_backend(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
+    undo = [set_backend(cast("Network", network), name) for network in module.modules() if hasattr(network, "set_attention_backend")]
     return partial(run_backwards, undo)
 
 

@@ -126,7 +126,7 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
     return undo
 
 
-def quantised(weight: nn.Parameter, config: Any) -> nn.Parameter:
+def quantised(weight: Tensor, config: object) -> Tensor:
     """The weight quantised by torchao's configuration. The given one is not changed."""
     from torchao.quantization import quantize_
 

@@ -37,7 +37,9 @@ def flops(subject: Subject, tiny: bool) -> dict[str, float]:
 
     with subject.stream(tiny) as stream:
         counted = {}
-        for part in (stream.parts().velocity, stream.parts().decoder):
+        parts = stream.parts()
+        assert parts is not None, "the stream is prepared"
+        for part in (parts.velocity, parts.decoder):
             counter = FlopCounterMode(display=False)
             with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
                 part.call()

@@ -30,7 +30,7 @@ class FileSource(Source):
 
     def __init__(self, path: str | Path, loop: bool = False) -> None:
         self.path, self.loop = Path(path), loop
-        self.rate: Fraction | None = None
+        self.rate = Fraction(30)
         self.audio: Path | None = None
         self.count: int | None = None
         self._container: Any = None
@@ -115,8 +115,8 @@ class FileSource(Source):
     def _image(self, frame: Any) -> TimedImage:
         period = float(1 / self.rate)
         seconds = frame.time if frame.time is not None else self._end - self._offset
-        self._first = seconds if self._first is None else self._first
-        pts = self._offset + max(seconds - self._first, 0.0)
+        first = self._first = seconds if self._first is None else self._first
+        pts = self._offset + max(seconds - first, 0.0)
         self._end = pts + period
         return TimedImage(upright(frame), time.monotonic(), pts)
 

@@ -37,7 +37,12 @@ class Recorder(Sink):
     """
 
     def __init__(
-        self, path: str | Path, rate: float = 30, clock: bool = True, audio: str | Path | None = None, quality: int = 20
+        self,
+        path: str | Path,
+        rate: float | Fraction = 30,
+        clock: bool = True,
+        audio: str | Path | None = None,
+        quality: int = 20,
     ) -> None:
         check_rate(rate)
         self.path = Path(path)
@@ -73,7 +78,7 @@ class Recorder(Sink):
 
     def _write(self, image: TimedImage) -> None:
         if self._video is None:
-            self._begin(image)
+            self._video = self._begin(image)
         if image.pixels.shape != self._shape:
             (h, w, _), (height, width, _) = image.pixels.shape, self._shape
             raise ValueError(f"an image of {w}x{h} in a recording of {width}x{height}: begin a new file")
@@ -106,7 +111,7 @@ class Recorder(Sink):
             self._failed = True
             raise
 
-    def _begin(self, image: TimedImage) -> None:
+    def _begin(self, image: TimedImage) -> Any:
         self._shape, self._first = image.pixels.shape, image.time
         height, width = _even(image.pixels).shape[:2]
         second = max(1, round(self.rate))
@@ -116,7 +121,7 @@ class Recorder(Sink):
         video.codec_context.gop_size = second
         video.options = {"crf": str(self.quality), "preset": "veryfast", "tune": "zerolatency"}
         self._sound = None if self.audio is None else _Sound(self.audio, self._output)
-        self._video = video
+        return video
 
     def _pts(self, image: TimedImage) -> int:
         seconds = image.time - self._first if self.clock else self._count / self.rate
@@ -137,7 +142,7 @@ class _Sound:
         self._packets: Iterator[Any] = (p for p in self._input.demux(template) if p.dts is not None)
         self._waiting = next(self._packets, None)
 
-    def copy(self, output: Any, until: float) -> None:
+    def copy(self, output: Any, until: float | Fraction) -> None:
         """Pass on what begins before `until`, in seconds."""
         while self._waiting is not None and self._waiting.dts * self._waiting.time_base < until:
             self._waiting.stream = self._stream

@@ -37,6 +37,8 @@ class Network(nn.Module):
     dtype: torch.dtype
     device: torch.device
     set_attention_backend: Callable[[str], None]
+    fuse_qkv_projections: Callable[[], None]
+    unfuse_qkv_projections: Callable[[], None]
 
 
 class VAE(Network):

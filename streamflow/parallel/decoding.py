@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamflow.models.protocols import VAE
 from streamflow.parallel.replicas import Devices
 from streamflow.parallel.tiles import decode_tiled
 from streamflow.parallel.vae import ShardedVAE, decode_images, shard_vae
 
 
 def decode(
-    vae: nn.Module,
+    vae: VAE,
     latents: Tensor,
     devices: Devices = "all",
     *,

@@ -114,8 +114,8 @@ def served(
     if own:
         dist.init_process_group("gloo", timeout=limit)
     device = next((p.device for module in modules.values() for p in module.parameters()), torch.device("cpu"))
-    control = dist.new_group(backend="gloo", timeout=limit)
-    data = dist.new_group(backend="nccl", timeout=limit) if device.type == "cuda" else control
+    control = _new_group("gloo", limit)
+    data = _new_group("nccl", limit) if device.type == "cuda" else control
     link = _Link(control, data, device)
     try:
         _check_same(modules, control)
@@ -134,6 +134,14 @@ def served(
             dist.destroy_process_group(group)
         if own:
             dist.destroy_process_group()
+
+
+def _new_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A process group of all ranks."""
+    group = dist.new_group(backend=backend, timeout=timeout)
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError(f"this rank is in no group of {backend}, and got {group!r}")
+    return group
 
 
 def _check(modules: Mapping[str, nn.Module], timeout: float) -> None:

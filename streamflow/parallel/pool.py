@@ -280,7 +280,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stop(state: _State, threads: list[threading.Thread]) -> None:
+def _stop(state: _State, threads: Sequence[threading.Thread]) -> None:
     with state.lock:
         state.closing = True
         state.wake_all()

@@ -71,7 +71,7 @@ class ShardedVelocity(nn.Module):
         return self.call(self.replicas, x, t, cond)
 
     @torch.no_grad()
-    def call(self, modules: Sequence[nn.Module], x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def call(self, modules: Sequence[nn.Module] | nn.ModuleList, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The velocity of all rows. modules: one for each device, which computes its share."""
         self._weights.update()
         shares = self._shares(len(x))
@@ -120,13 +120,13 @@ class InputCache:
         if value.is_inference():
             return self._copy(value, rows)  # such tensors have no version
         key = id(value), rows
-        _, version, copied = self._kept.pop(key, (value, None, None))
-        if version != value._version:
-            version, copied = value._version, self._copy(value, rows)
-        self._kept[key] = value, version, copied
+        kept = self._kept.pop(key, None)
+        if kept is None or kept[1] != value._version:
+            kept = value, value._version, self._copy(value, rows)
+        self._kept[key] = kept
         if len(self._kept) > CACHED_INPUTS:
             self._kept.popitem(last=False)
-        return copied
+        return kept[2]
 
     def _copy(self, value: Tensor, rows: Rows | None) -> Tensor:
         return (value if rows is None else _cut(value, rows)).to(self.device)

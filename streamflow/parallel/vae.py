@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.models.codec import Codec
+from streamflow.models.protocols import VAE, Function
 from streamflow.parallel.plan import chunks, shares, shares_by
 from streamflow.parallel.pool import Pending, Pool
 from streamflow.parallel.replicas import Devices, replicate, resolve_device, resolve_devices
@@ -61,7 +62,7 @@ class Settings:
     @property
     def target(self) -> torch.device | None:
         """The device of `output_device`; None for "decoder"."""
-        return None if self.output_device == KEEP else self.output_device
+        return None if self.output_device == KEEP else resolve_device(self.output_device)
 
 
 def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -79,14 +80,14 @@ def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tupl
     for turn in zip_longest(*pieces):  # the first piece of every device, then the second ones, so that no device waits
         for worker, rows in zip(workers, turn, strict=True):
             if rows is not None:
-                own = take_rows((args, dict(kwargs)), rows, n)
-                pending.append((rows.start, pool.submit(calls, *own, len(rows), target, worker)))
+                own_args, own_kwargs = take_rows((args, dict(kwargs)), rows, n)
+                pending.append((rows.start, pool.submit(calls, own_args, own_kwargs, len(rows), target, worker)))
     return join_rows([result.result() for _, result in sorted(pending, key=lambda one: one[0])])
 
 
 def _shares(pool: Pool, settings: Settings, workers: Sequence[int], n: int) -> tuple[range, ...]:
-    seconds = [pool.seconds_per_row[i] for i in workers]
-    if settings.balance == "equal" or not all(seconds):
+    seconds = [one for i in workers if (one := pool.seconds_per_row[i])]
+    if settings.balance == "equal" or len(seconds) < len(workers):
         return shares(n, len(workers))
     return shares_by(n, [1 / s for s in seconds])
 
@@ -95,7 +96,7 @@ class Sharded(nn.Module):
     """One module for each worker of a pool, such as a codec's decoder on every device. A call shares its rows; `submit`
     gives a whole call to one worker."""
 
-    def __init__(self, pool: Pool, settings: Settings, modules: Sequence[nn.Module]):
+    def __init__(self, pool: Pool, settings: Settings, modules: Sequence[Function]):
         super().__init__()
         self.pool, self.settings, self.replicas = pool, settings, tuple(modules)
 
@@ -140,7 +141,7 @@ class ShardedVAE(nn.Module):
     `disable_`, `set_`, `fuse_` or `unfuse_`, acts on every copy. The VAE that was passed is copied and stays as it is.
     """
 
-    def __init__(self, vae: nn.Module, devices: Devices = "all", settings: Settings | None = None):
+    def __init__(self, vae: VAE, devices: Devices = "all", settings: Settings | None = None):
         super().__init__()
         if isinstance(vae, ShardedVAE):
             raise TypeError(f"this VAE is sharded already, over {', '.join(map(str, vae.devices))}: pass the plain VAE")
@@ -270,7 +271,7 @@ def _call_all(modules: Sequence[nn.Module], name: str, *args: Any, **kwargs: Any
     return [getattr(one, name)(*args, **kwargs) for one in modules][0]
 
 
-def decode_images(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_images(vae: VAE | ShardedVAE, latents: Tensor) -> Tensor:
     """The tensor of images that `vae.decode` gives for these latents."""
     return vae.decode(latents, return_dict=False)[0]
 
@@ -280,7 +281,7 @@ def _device_of(vae: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def shard_vae(vae: nn.Module, devices: Devices = "all", **settings: Any) -> ShardedVAE:
+def shard_vae(vae: VAE, devices: Devices = "all", **settings: Any) -> ShardedVAE:
     """Copy a VAE to these devices. Use the result in its place.
 
     Args:

@@ -95,7 +95,7 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
     profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
-        engine = EngineModule(data, profile, library.load(kind), torch.device("cuda", target.index))
+        engine = EngineModule(data, profile, library.load(kind), target.device)
         if not options.use_cuda_graph:
             return engine
         from streamflow.acceleration.cuda_graph import Graphed

@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = arguments.dtype or ("float16" if cuda else "float32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(engine_dir=arguments.engine_dir or folder)
+        options = Options(engine_dir=arguments.engine_dir or Path(folder))
         for model in arguments.models:
-            parts = parts_of(load(model).to(torch.device("cuda", target.index) if cuda else "cpu", getattr(torch, dtype)))
+            parts = parts_of(load(model).to(target.device if cuda else "cpu", getattr(torch, dtype)))
             for part in (part for part in parts if part.name in arguments.parts):
                 row = {"model": model, "part": part.name, "dtype": dtype}
                 row |= _test(part, arguments.self_test, options, target, loaded)
@@ -107,7 +107,7 @@ def _test(part: Part, execute: bool, options: Options, target: Target, loaded: L
         if execute:
             from streamflow.acceleration.cuda_graph import Graphed
 
-            engine = EngineModule(data, profile, loaded, torch.device("cuda", target.index))
+            engine = EngineModule(data, profile, loaded, target.device)
             row["psnr_db"] = round(compare(part, profile, engine, options.tolerance_db), 1)
             for name, module in {"plain_ms": part.module, "engine_ms": engine, "graph_ms": Graphed(engine)}.items():
                 timer = Timer("call(module)", globals={"call": part.call, "module": module})

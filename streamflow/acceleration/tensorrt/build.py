@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def build(onnx: Path, profile: Profile, options: Options, library: Library, targ
     Raises:
         BuildError: with the stage, TensorRT's messages, the node if TensorRT names one, and the remedy.
     """
-    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path  # type: ignore[attr-defined]  # made at run time
 
     began = time.perf_counter()
     typed = hasattr(library.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # later versions have no other networks
@@ -154,8 +154,12 @@ class Build:
         return time.perf_counter() - self._began
 
     def result(self) -> nn.Module:
-        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child."""
-        return self._module.result()
+        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child;
+        CancelledError after `cancel`."""
+        module = self._module.result()
+        if module is None:
+            raise CancelledError(f"the engine of the {self.profile.part} was cancelled")
+        return module
 
     def cancel(self) -> None:
         """Stop the child and drop its engine, without waiting for either."""

@@ -75,6 +75,11 @@ class Target:
         index = torch.cuda.current_device() if device.index is None else device.index
         return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
 
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device. Without an index, torch's current one."""
+        return torch.device("cuda") if self.index is None else torch.device("cuda", self.index)
+
     def __str__(self) -> str:
         return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
 
@@ -115,15 +120,19 @@ def load(kind: str) -> Library:
     sys.modules.setdefault(kind, trt)  # polygraphy imports TensorRT for RTX under this name
     from polygraphy.backend.trt import util
 
-    util.TRT_LOGGER = _messages(trt)
-    library = Library(kind, trt, util.TRT_LOGGER)
+    messages = _messages(trt)
+    util.TRT_LOGGER = messages  # type: ignore[attr-defined]  # polygraphy makes it at run time
+    library = Library(kind, trt, messages)
     logger.info("loaded %s", library)
     return library
 
 
 def _import_rtx() -> ModuleType:
     """The RTX bindings. They do not find the shared libraries by themselves."""
-    folder = Path(next(iter(find_spec(_LIBRARIES).submodule_search_locations)))
+    spec = find_spec(_LIBRARIES)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingTensorRT(f"{_LIBRARIES}, the libraries of {_LABEL[RTX]}, is not installed. Run {command(RTX)}")
+    folder = Path(spec.submodule_search_locations[0])
     if sys.platform != "win32":
         for pattern in ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
             files = sorted(folder.glob(pattern))

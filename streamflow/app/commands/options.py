@@ -83,4 +83,4 @@ def _put(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))
-_LISTS = frozenset(path for path, field in _fields(Settings) if tuple in map(get_origin, _kinds(field)))
+_LISTS = frozenset(path for path, field in _fields(Settings) if any(get_origin(kind) is tuple for kind in _kinds(field)))

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -19,6 +19,11 @@ from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
 from streamflow.io import Reading, TimedImage, Writing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from streamflow.pipeline import StreamFlow
 
 EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
 
@@ -92,14 +97,15 @@ def restyle(
     }
 
 
-def _pass(stream: Any, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
+def _pass(stream: StreamFlow, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
     """Every image through the stream; how many, and whether a signal ended it."""
     from streamflow.image_utils import cropped, uint8_pixels
 
     times: deque[float] = deque()
 
-    def entering() -> Iterator[Any]:
+    def entering() -> Iterator[np.ndarray]:
         for image in images:
+            assert image.pts is not None, "the images of a file have their times"
             times.append(image.pts)
             yield cropped(image.pixels, stream.width, stream.height)
 

@@ -28,7 +28,7 @@ PING_SECONDS = 10.0  # between two pings, and for the answer to one
 CLOSE_SECONDS = 5.0  # for a connection to close once the server has ended it
 BACKLOG = 64  # connections that the event loop accepts at once
 DRAIN_SECONDS = 1  # for open requests when the server ends
-MALFORMED = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
+MALFORMED: dict[int, str] = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
 
 
 class Connections:
@@ -288,9 +288,9 @@ def uvicorn_config(app: Callable[..., Any], server: Server, connections: Connect
     """What uvicorn is run with, for a `Listener` of the same connections."""
     return uvicorn.Config(
         app,
-        loop=partial(EventLoop, server.request_seconds),  # type: ignore[arg-type]  # a factory, which uvicorn calls
-        http=partial(HttpProtocol, connections),
-        ws=partial(WebSocketProtocol, connections, server.max_messages_per_second),
+        loop=partial(EventLoop, server.request_seconds),  # type: ignore[arg-type]  # factories, which uvicorn calls
+        http=partial(HttpProtocol, connections),  # type: ignore[arg-type]
+        ws=partial(WebSocketProtocol, connections, server.max_messages_per_second),  # type: ignore[arg-type]
         backlog=BACKLOG,
         h11_max_incomplete_event_size=REQUEST_BYTES,
         ws_max_size=server.max_message_bytes,

@@ -19,14 +19,14 @@ class DrawRequest(Section):
     """All settings of a viewer. blend: the share of `other` in the prompt."""
 
     mode: Literal["text", "image"] = "text"
-    model: str = Field("", max_length=100)
-    prompt: str = Field("", max_length=MAX_TEXT)
-    other: str = Field("", max_length=MAX_TEXT)
-    blend: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(2, ge=0, le=MAX_SEED)
-    steps: int = Field(4, ge=1, le=100)
-    guidance: float = Field(2.0, ge=0, le=30)
-    strength: float = Field(0.6, gt=0, le=1)
+    model: str = Field(default="", max_length=100)
+    prompt: str = Field(default="", max_length=MAX_TEXT)
+    other: str = Field(default="", max_length=MAX_TEXT)
+    blend: float = Field(default=0.0, ge=0, le=1)
+    seed: int = Field(default=2, ge=0, le=MAX_SEED)
+    steps: int = Field(default=4, ge=1, le=100)
+    guidance: float = Field(default=2.0, ge=0, le=30)
+    strength: float = Field(default=0.6, gt=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
 
@@ -66,7 +66,9 @@ def _refuse(name: str) -> None:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_steps: int) -> DrawRequest:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from streamflow.app.server import images, messages
@@ -64,7 +65,7 @@ class Viewer:
         self.used, self.gone = 0.0, False
         self.slot: Slot | None = None
         self.unacknowledged = 0
-        self.image: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
+        self.image: tuple[np.ndarray, float, float] | None = None  # decoded, when it came, its stamp
         self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
         self._texts: deque[str] = deque(maxlen=8)
@@ -83,12 +84,13 @@ class Viewer:
             return False
         return all(pace.wait() == 0 for pace in self._paces)
 
-    def take(self) -> tuple[DrawRequest, Any, float | None, float | None]:
+    def take(self) -> tuple[DrawRequest, np.ndarray | None, float | None, float | None]:
         """The request, its input image, the image's arrival and the viewer's own clock then."""
         for pace in self._paces:
             pace.take()
         if self.request.mode == "text":
             return self.request, None, None, None
+        assert self.image is not None, "an image waits, or the viewer is not due"
         (image, entered, stamp), self.image = self.image, None
         return self.request, image, entered, stamp
 
@@ -118,7 +120,7 @@ class Viewer:
         self.undecoded = image, time.monotonic(), stamp
         self.input_arrived.set()
 
-    def decoded(self, image: Any, entered: float, stamp: float) -> None:
+    def decoded(self, image: np.ndarray, entered: float, stamp: float) -> None:
         """Take a decoded image. It replaces one that is not drawn yet."""
         with self._worker.lock:
             if self.image is not None:
@@ -184,8 +186,9 @@ class Session:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if not isinstance(task.exception(), (WebSocketDisconnect, RuntimeError, OSError, type(None))):
-                    raise task.exception()
+                error = task.exception()
+                if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
+                    raise error
         finally:
             for task in tasks:
                 task.cancel()

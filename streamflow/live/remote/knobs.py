@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 REACHED = 1e-3  # of the range: nearer than this, a smoothed value is at its end
 
 
-def accepts(kind: str, value: Any) -> bool:
+def accepts(kind: str, value: object) -> bool:
     """Whether a field of this kind takes the value: a text, or a finite number."""
     if kind == "text":
         return isinstance(value, str)
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and value < math.inf and not value <= -math.inf
 
 
 class Knobs:

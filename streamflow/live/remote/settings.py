@@ -63,9 +63,9 @@ class Mapping(Section):
     field: str = Field(description="what it changes, such as guidance_scale, seed or prompt_weights.0")
     range: tuple[float, float] = Field(default_factory=_default_range, description="the field's values at the knob's ends")
     source: tuple[float, float] | None = Field(
-        None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
+        default=None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
     )
-    smoothing: float = Field(0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
+    smoothing: float = Field(default=0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
 
     @field_validator("address")
     @classmethod
@@ -123,15 +123,18 @@ class Control(Section):
     """Knobs over OSC and MIDI, and keys in the window."""
 
     osc: str | None = Field(
-        None,
+        default=None,
         description="address to listen at, such as 127.0.0.1:9000; whoever reaches it changes the fields. Empty: no OSC",
     )
-    midi: str | None = Field(None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI")
+    midi: str | None = Field(
+        default=None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI"
+    )
     mappings: tuple[Mapping, ...] = Field(
-        (), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
+        default=(), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
     )
     keys: dict[str, Action] = Field(
-        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)"
+        default=KEYS,
+        description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)",
     )
 
     @field_validator("osc")
