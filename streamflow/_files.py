@@ -76,7 +76,7 @@ def read_json(text: str) -> Any:
         raise ValueError("lists and objects are nested too deeply") from error
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> Json:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -8,9 +8,9 @@ compilation, so it starts in a fraction of the time. Other modules are compiled 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
 
 if TYPE_CHECKING:
-    from streamflow.models.protocols import Network
+    from streamflow.models.protocols import Arguments, Network
 
 logger = logging.getLogger(__name__)
 RECOMPILATIONS = 64  # the limit of shapes per module; torch's default is 8
@@ -56,7 +56,7 @@ class Options:
     attention: str | None = None
     backend: str = "inductor"
     mode: str | None = None
-    options: Mapping[str, Any] | None = None
+    options: Arguments | None = None
     limit: int = 8
 
     def __post_init__(self) -> None:

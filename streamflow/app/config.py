@@ -10,12 +10,12 @@ import stat
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from streamflow._files import read_text, read_yaml, replacing
+from streamflow._files import Json, read_text, read_yaml, replacing
 from streamflow._validation import Section
 from streamflow.app.server.settings import Server
 from streamflow.live.remote.settings import Control
@@ -34,11 +34,11 @@ class Acceleration(Section):
     kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime"] = Field(
         default="auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
     )
-    options: dict[str, Any] = Field(default={}, description="of that kind, such as quantize: fp8")
+    options: Json = Field(default={}, description="of that kind, such as quantize: fp8")
 
     @field_validator("options")
     @classmethod
-    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _finite(cls, options: Json) -> Json:
         json.dumps(options, default=str, allow_nan=False)  # ValueError: NaN or infinity
         return options
 
@@ -104,7 +104,7 @@ class Settings(Section):
             raise ValueError("negative_prompt needs guidance, and cfg_type is none: choose full, self or initialize")
         return self
 
-    def wrapper_arguments(self) -> dict[str, Any]:
+    def wrapper_arguments(self) -> Json:
         """The arguments of `StreamFlowWrapper` that these settings stand for."""
         arguments = self.model_dump(include=_OF_WRAPPER)
         prepare = self.model_dump(include=_OF_PREPARE if self.strength is None else {*_OF_PREPARE, "strength"})
@@ -140,7 +140,7 @@ _OF_WRAPPER: set[str] = set(
 _OF_PREPARE = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta"}
 
 
-def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
+def parse(data: object, kind: type[Settings] = Settings) -> Settings:
     """Settings of plain data, as YAML gives it. Without a mode, that is img2img where a strength or a live source needs
     images. ConfigError lists every mistake."""
     if data is None:
@@ -157,7 +157,7 @@ def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
         raise ConfigError(f"a value is of a kind that settings do not have: {error}") from None
 
 
-def _needs_images(data: Mapping[Any, Any]) -> bool:
+def _needs_images(data: Mapping[object, object]) -> bool:
     live = data.get("live")
     return data.get("strength") is not None or (isinstance(live, Mapping) and bool(live.get("source")))
 
@@ -208,7 +208,7 @@ def commented(section: Section, indent: str = "") -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A value in one line of YAML; nothing for None."""
     if value is None:
         return ""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class FileSource(Source):
         return TimedImage(upright(frame), time.monotonic(), pts)
 
 
-def _container(av: Any, path: Path) -> Any:
+def _container(av: ModuleType, path: Path) -> Any:
     """The opened file. A recording that was cut within the head of a fragment can be opened only without its index."""
     try:
         return av.open(str(path))

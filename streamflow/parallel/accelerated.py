@@ -58,7 +58,7 @@ def _has_threads(module: object) -> TypeGuard[_WithThreads]:
     return hasattr(module, "start")
 
 
-def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """As `acceleration.accelerate`, for parts of which some are on several devices."""
     sharded = {part.name: module for part in parts if _is_sharded(module := part.module)}
     if kind == "none" or not sharded:
@@ -85,7 +85,7 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
 
 
 def _accelerate_copies(
-    kind: str, parts: Parts, part: Part, sharded: _ShardedModule, options: Any, undo: list[Callable[[], None]]
+    kind: str, parts: Parts, part: Part, sharded: _ShardedModule, options: object, undo: list[Callable[[], None]]
 ) -> list[nn.Module]:
     """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
     which is logged."""
@@ -104,7 +104,7 @@ def _accelerate_copies(
     return made
 
 
-def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: Any) -> Accelerated:
+def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: object) -> Accelerated:
     some = _SomeParts(parts.velocity, parts.decoder, parts.encoder, names)
     return import_module(KINDS[kind]).accelerate(some, options)
 

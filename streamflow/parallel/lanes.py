@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from torch import Tensor
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.parallel.trees import list_tensors, map_tensors
 
+T = TypeVar("T")
+
 Events = Mapping[torch.device, torch.cuda.Event]
 
 
-def current_events(value: Any) -> dict[torch.device, torch.cuda.Event]:
+def current_events(value: object) -> dict[torch.device, torch.cuda.Event]:
     """For each GPU with one of these tensors, an event recorded on its current stream. Empty on a CPU."""
     devices = {t.device for t in list_tensors(value) if t.is_cuda}
     return {device: _recorded(torch.cuda.current_stream(device)) for device in devices}
@@ -34,7 +36,7 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-def on_current_streams(value: Any, events: Events) -> Any:
+def on_current_streams(value: T, events: Events) -> T:
     """The result of a lane, safe to use on the caller's current streams. The host does not wait."""
     for device, event in events.items():
         torch.cuda.current_stream(device).wait_event(event)
@@ -60,8 +62,8 @@ class Lane:
 
     @torch.no_grad()
     def run(
-        self, call: Callable, args: tuple, kwargs: Mapping, rows: int, ready: Events, target: torch.device | None
-    ) -> tuple[Any, Events]:
+        self, call: Callable[..., T], args: tuple, kwargs: Mapping, rows: int, ready: Events, target: torch.device | None
+    ) -> tuple[T, Events]:
         """(the result of the call on this device, copied to `target` if there is one; the events after which it is
         complete). ready: the events after which the arguments are complete."""
         self._make_room()

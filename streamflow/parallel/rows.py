@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from streamflow.acceleration.watch import Watch, version_of
 from streamflow.parallel.plan import row_shares
 from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, resolve_devices
+
+if TYPE_CHECKING:
+    from streamflow.pipeline import StreamFlow
 
 Rows = tuple[range, ...]
 CACHED_INPUTS = 16  # inputs that a device keeps: timesteps and prompt embeddings
@@ -164,7 +167,7 @@ class WeightSync:
         self._versions = now
 
 
-def shard_denoiser(stream: Any, devices: Devices = "all") -> ShardedVelocity:
+def shard_denoiser(stream: StreamFlow, devices: Devices = "all") -> ShardedVelocity:
     """Share the rows of a stream's denoising batch between devices, in place. `stream.accelerate` then accelerates every
     copy. Call it again for other devices; `stream.velocity = sharded.source`, or assigning `stream.unet`, ends it.
 
@@ -202,5 +205,5 @@ def _put(v: Tensor, rows: Rows, part: Tensor) -> None:
         start += len(one)
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -128,7 +128,7 @@ class ControlNets:
 
     # -- of frames ------------------------------------------------------------------------------------------------------
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[ControlImages | None]:
+    def read(self, given: object, images: Tensor | None, positions: range) -> list[ControlImages | None]:
         """The control images of each frame; None without control nets."""
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"control is a mapping of names to images, not {type(given).__name__}")

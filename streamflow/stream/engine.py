@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
 
-def _ring(adapter: Any, settings: Settings, weight: Weight, batched: bool) -> Engine:
+def _ring(adapter: FlowAdapter, settings: Settings, weight: Weight, batched: bool) -> Engine:
     return Ring(settings, weight) if batched else Loop(settings, weight)
 
 

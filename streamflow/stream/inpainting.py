@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow.conditioning.inpaint import MASK, Region, known_rows, paste_of, put_known, read_mask
+from streamflow.image_utils import Images
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
@@ -38,7 +39,7 @@ class Inpainting:
         self._paste = True
 
     @computing
-    def inpaint(self, image: Any = None, mask: Any = None, paste: bool = True) -> None:
+    def inpaint(self, image: Images | None = None, mask: Images | None = None, paste: bool = True) -> None:
         """Draw only part of the frames that enter from now on; the rest is known and follows its own noised path. What is
         set stays, through `prepare` too, until `inpaint(None)` ends it; frames under way keep what they entered with.
 
@@ -101,10 +102,10 @@ class Inpainting:
             finish=paste_of(entries, None if start.images is None else self._model.upload(start.images)),
         )
 
-    def _read_mask(self, mask: Any) -> Tensor:
+    def _read_mask(self, mask: Images) -> Tensor:
         return read_mask(mask, self._model.height, self._model.width, self._reader.check)
 
-    def _make_regions(self, masks: Tensor, image: Any, paste: bool) -> tuple[Region, ...]:
+    def _make_regions(self, masks: Tensor, image: Images | None, paste: bool) -> tuple[Region, ...]:
         """One region a row of the frame buffer."""
         model = self._model
         images = None if image is None else self._reader.preprocess(image).clone()  # kept, and its memory is the caller's

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from streamflow.stream.image_checks import HostCopy
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Done, Group
 
+if TYPE_CHECKING:
+    from streamflow.stream.frames import Decoding
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Finishing:
     """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
 
-    decoding: Any
+    decoding: Decoding
     finish: Callable[[Tensor], Tensor]
 
     def done(self) -> bool:
@@ -58,7 +61,7 @@ class Outputs:
         images = self._model.codec.decode(done.x0)
         return images if done.finish is None else done.finish(images)
 
-    def decode_later(self, done: Done) -> Any:
+    def decode_later(self, done: Done) -> Decoding:
         """Start what `decode` does, without waiting for the images (`Codec.decode_later`)."""
         decoding = self._model.codec.decode_later(done.x0)
         return decoding if done.finish is None else Finishing(decoding, done.finish)

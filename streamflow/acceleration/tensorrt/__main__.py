@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -29,6 +28,7 @@ from streamflow.acceleration.tensorrt.library import Library, Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.conditioning.prompt import stack
 from streamflow.models import adapter_for, load
+from streamflow.models.protocols import Pipeline
 
 PARTS = ("velocity", "decoder", "encoder")
 COLUMNS = ("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error")
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
+def parts_of(pipe: Pipeline, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
     """The parts of a pipeline, with the inputs of a stream of `rows` rows.
 
     size: height and width of the images in pixels. None: the default of the pipeline.

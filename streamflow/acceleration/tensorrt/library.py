@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -84,13 +84,21 @@ class Target:
         return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
 
 
+class Messages(Protocol):
+    """TensorRT's logger."""
+
+    def errors(self) -> list[str]:
+        """The errors since the last call."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Library:
     """A loaded TensorRT. `trt`: its Python module. `messages`: its logger, whose `errors()` returns and clears them."""
 
     kind: str
     trt: ModuleType
-    messages: Any
+    messages: Messages
 
     def __str__(self) -> str:
         return f"{_LABEL[self.kind]} {self.trt.__version__}"
@@ -149,16 +157,16 @@ def _import_rtx() -> ModuleType:
         os.environ["PATH"] = path
 
 
-def _messages(trt: ModuleType) -> Any:
+def _messages(trt: ModuleType) -> Messages:
     severity = trt.ILogger.Severity
     levels = {severity.INTERNAL_ERROR: logging.ERROR, severity.ERROR: logging.ERROR, severity.WARNING: logging.WARNING}
 
-    class Messages(trt.ILogger):
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:
                 self._errors.append(message)
@@ -168,7 +176,7 @@ def _messages(trt: ModuleType) -> Any:
             found, self._errors = self._errors, []
             return found
 
-    return Messages()
+    return Logger()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from streamflow._command_line import Parser, above
+from streamflow._files import Json
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
@@ -84,7 +85,7 @@ class _TakesKeys(Protocol):
 
 def play(
     settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
-) -> dict[str, Any]:
+) -> Json:
     """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
     and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from streamflow._command_line import above, at_least
+from streamflow._files import Json
 from streamflow.app.commands import options
 from streamflow.conditioning.blending import METHODS
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw(settings: Settings, a: argparse.Namespace) -> dict[str, Any]:
+def draw(settings: Settings, a: argparse.Namespace) -> Json:
     """The frames into the file; what was done."""
     from streamflow.image_utils import image_grid
     from streamflow.wrapper import StreamFlowWrapper

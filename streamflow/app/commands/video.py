@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from streamflow._command_line import Parser
+from streamflow._files import Json
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
@@ -64,9 +65,7 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def restyle(
-    settings: Settings, source: Path, out: Path, stop: Stop, sound: bool = True, quiet: bool = False
-) -> dict[str, Any]:
+def restyle(settings: Settings, source: Path, out: Path, stop: Stop, sound: bool = True, quiet: bool = False) -> Json:
     """Every frame of `source`, restyled, into `out`; what was done. Reading and writing have threads of their own."""
     from streamflow.io.file import FileSource
     from streamflow.io.recorder import Recorder

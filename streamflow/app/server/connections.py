@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -19,6 +19,9 @@ from websockets.frames import CloseCode, Frame
 from streamflow.app.server.safety import Bucket, visitor
 from streamflow.app.server.session import TOO_MUCH
 from streamflow.app.server.settings import Server
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 REQUEST_BYTES = 16_384  # of a request's head and body together; no request of the page has a body
 SLICE = 4096  # bytes of a WebSocket that are parsed before its frames are counted
@@ -42,8 +45,8 @@ class Connections:
 
     def __init__(self, server: Server, refused: Callable[[str], None]):
         self._server, self.refused = server, refused
-        self._open: dict[Any, Connection] = {}
-        self._half_open: dict[Any, Connection] = {}  # the oldest first
+        self._open: dict[object, Connection] = {}
+        self._half_open: dict[object, Connection] = {}  # the oldest first
 
     @property
     def half_open(self) -> int:
@@ -80,11 +83,11 @@ class Connections:
             del self._open[connection.peer]
             self._half_open.pop(connection.peer, None)
 
-    def started(self, peer: Any) -> None:
+    def started(self, peer: object) -> None:
         """The head of a request has arrived."""
         self._half_open.pop(peer, None)
 
-    def finished(self, peer: Any) -> None:
+    def finished(self, peer: object) -> None:
         """The response was sent; the next request may come."""
         if peer in self._open:
             self._half_open[peer] = self._open[peer]
@@ -118,7 +121,7 @@ class Listener(socket.socket):
             self.close()
             raise
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def accept(self) -> tuple[socket.socket, object]:
         """The next connection and its peer. BlockingIOError: there is none, or all connections are in use."""
         accepted, peer = super().accept()
         connection = Connection(accepted, peer, self._connections)
@@ -284,7 +287,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
 
-def uvicorn_config(app: Callable[..., Any], server: Server, connections: Connections) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, server: Server, connections: Connections) -> uvicorn.Config:
     """What uvicorn is run with, for a `Listener` of the same connections."""
     return uvicorn.Config(
         app,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from streamflow._files import Json
 from streamflow._validation import Section
 
 MAX_TEXT = 500
@@ -49,7 +50,7 @@ def longer(text: str, most: int) -> bool:
     return len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most
 
 
-def read(text: str) -> dict[str, Any]:
+def read(text: str) -> Json:
     """A message: a JSON object with a "type". BadMessage for anything else, NaN, 1e999 and endless nesting included."""
     try:
         message = json.loads(text, parse_constant=_refuse, parse_float=_finite)
@@ -71,7 +72,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_steps: int) -> DrawRequest:
+def changed(request: DrawRequest, fields: object, models: tuple[str, ...], max_steps: int) -> DrawRequest:
     """The request with these fields replaced. BadMessage lists every mistake; the request stays as it was."""
     if not isinstance(fields, dict):
         raise BadMessage("settings are an object of names and values")

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,11 @@ from streamflow import models
 from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.messages import DrawRequest
-from streamflow.image_utils import uint8_pixels
+from streamflow.image_utils import Images, uint8_pixels
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults
+from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
+from streamflow.stream.hooks import Step
 
 PERIOD = 24  # frames of drift from one noise to the next
 LEVELS = ("mode", "steps", "strength")  # what needs a new ring
@@ -36,7 +37,7 @@ class Drawn:
     ring: tuple[int | None, ...]
 
 
-def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
+def open_pipe(settings: Settings, model: str, lora: str | None) -> Pipeline:
     """A loaded pipe, on its device, with its LoRA. Only safetensors are read."""
     device = settings.device or default_device()
     dtype = DTYPES[settings.dtype] if settings.dtype else torch.float32 if device == "cpu" else torch.bfloat16
@@ -54,7 +55,7 @@ def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
 class Slot:
     """A stream that one viewer at a time uses."""
 
-    def __init__(self, pipe: Any, settings: Settings, extras: dict[str, Any]):
+    def __init__(self, pipe: Pipeline, settings: Settings, extras: Json):
         s = settings
         self._stream = StreamFlow(
             pipe, None, width=s.width, height=s.height, do_add_noise=s.do_add_noise, cfg_type=s.cfg_type, family=s.family
@@ -82,7 +83,7 @@ class Slot:
         """Whether a request has been applied."""
         return self._request is not None
 
-    def _look(self, step: Any) -> None:
+    def _look(self, step: Step) -> None:
         self._ring = tuple(None if copy else one for one, copy in zip(step.ids, step.copies, strict=True))
         self._left = step.ids[-1]
 
@@ -121,7 +122,7 @@ class Slot:
         self._frames.clear()
         self._count = 0
 
-    def _changes(self, before: DrawRequest, request: DrawRequest) -> dict[str, Any]:
+    def _changes(self, before: DrawRequest, request: DrawRequest) -> Json:
         wanted = {"prompt": "prompts", "seed": "seed", **({"guidance_scale": "guidance"} if self._guided else {})}
         return {
             name: getattr(request, field)
@@ -130,9 +131,7 @@ class Slot:
         }
 
     @torch.no_grad()
-    def draw(
-        self, image: np.ndarray | None = None, entered: float | None = None, stamp: float | None = None
-    ) -> Drawn | None:
+    def draw(self, image: Images | None = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
         """One turn: draw an input image, or a frame from noise. None while the ring fills."""
         self._frames[self._count] = time.monotonic() if entered is None else entered, stamp
         if image is not None:
@@ -145,6 +144,7 @@ class Slot:
         if drawn is None:
             return None
         left = self._left
+        assert left is not None, "a finished frame has its number"
         known = self._frames.get(left, self._frames[self._count - 1])
         self._frames = {one: when for one, when in self._frames.items() if one >= left}  # copies follow the first
         return Drawn(uint8_pixels(drawn)[0], left, *known, self._ring)

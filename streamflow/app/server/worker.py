@@ -9,14 +9,17 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streamflow._threads import Thread
 from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.slot import Drawn, Slot
+
+if TYPE_CHECKING:
+    from streamflow.image_utils import Images
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
@@ -36,7 +39,7 @@ class Client(Protocol):
         """Whether it has something to draw and room for the result."""
         ...
 
-    def take(self) -> tuple[DrawRequest, np.ndarray | None, float | None, float | None]:
+    def take(self) -> tuple[DrawRequest, Images | None, float | None, float | None]:
         """The next draw: (request, input image or None, its arrival, its stamp)."""
         ...
 
@@ -53,7 +56,7 @@ class Turn:
 
     client: Client
     request: DrawRequest
-    image: np.ndarray | None
+    image: Images | None
     entered: float | None
     stamp: float | None
 
@@ -173,7 +176,7 @@ class Worker(Thread):
             client.model = turn.request.model
         return turn
 
-    def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, client: Client, method: Callable[..., T], *arguments: object) -> T | None:
         """Call a viewer's method. Where it fails, drop the viewer and return None: its state must not end the thread."""
         try:
             return method(*arguments)

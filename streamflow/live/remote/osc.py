@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from streamflow.io.protocols import need
 
@@ -28,7 +27,7 @@ class OscInput:
         from pythonosc.dispatcher import Dispatcher
         from pythonosc.osc_server import BlockingOSCUDPServer
 
-        def handle(address: str, *values: Any) -> None:
+        def handle(address: str, *values: object) -> None:
             receive(f"osc:{address}", *values)
 
         dispatcher = Dispatcher(strict_timing=False)  # strict: one message for next year would hold up all others

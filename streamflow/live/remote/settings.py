@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from streamflow._files import Json
 from streamflow._validation import Section
 
 Action = Literal["pause", "freeze", "blackout", "next", "panic"]
@@ -50,7 +51,7 @@ def weight_number(field: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _default_range(data: dict[str, Any]) -> tuple[float, float]:
+def _default_range(data: Json) -> tuple[float, float]:
     """0 to 1, within what a field of numbers takes."""
     kind, low, high = FIELDS.get(data.get("field", ""), FieldRange())
     return (max(0.0, low), min(1.0, high)) if kind == "number" else (0.0, 1.0)
