@@ -105,7 +105,7 @@ def _name(func: Any) -> str:
     return getattr(func.__self__, "__name__", "") + ("=" if name == "__set__" else "")
 
 
-def _sources(name: str, args: tuple, kwargs: dict) -> Sequence[object]:
+def _sources(name: str, args: tuple, kwargs: dict) -> Sequence[Any]:
     """Where the values of the result come from; nothing where it has computed them."""
     first = args[0] if args else kwargs.get("tensors", kwargs.get("input"))
     if name in _JOINING:

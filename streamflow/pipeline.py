@@ -398,7 +398,7 @@ def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlN
     return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
 
 
-def _accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+def _accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """Accelerate parts that may be on several devices."""
     from streamflow.parallel.accelerated import accelerate
 

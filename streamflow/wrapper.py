@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamflow import models, pretrained
 from streamflow.conditioning.blending import METHODS, parts
@@ -25,6 +25,11 @@ from streamflow.stream.planner import Planner
 from streamflow.stream.request import Seeds, Texts
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from streamflow.models.protocols import Function
+
+    Output = Tensor | np.ndarray | PIL.Image.Image | list[PIL.Image.Image]
     from streamflow.app.config import Settings
     from streamflow.models.protocols import Arguments, Call
 
@@ -157,7 +162,7 @@ class StreamFlowWrapper:
         *,
         like: tuple[int, int] | None = None,
         prepare: Arguments | None = None,
-        safety_checker: tuple[Any, Any] | None = None,
+        safety_checker: tuple[nn.Module, Function] | None = None,
         skip_diffusion: bool = False,
         family: str | None = None,
         acceleration_options: Arguments | None = None,
@@ -381,7 +386,7 @@ class StreamFlowWrapper:
         if generator is not None:
             self.stream.generator = generator
 
-    def __call__(self, image: Images | str | None = None, prompt: Texts | None = None) -> Any:
+    def __call__(self, image: Images | str | None = None, prompt: Texts | None = None) -> Output:
         """`img2img(image, prompt)` in mode "img2img", else `txt2img(prompt)`."""
         if self.mode == "txt2img":
             if image is not None:
@@ -391,7 +396,7 @@ class StreamFlowWrapper:
             raise ValueError("mode is 'img2img', and no image was given: make the wrapper with mode='txt2img'")
         return self.img2img(image, prompt)
 
-    def txt2img(self, prompt: Texts | None = None) -> Any:
+    def txt2img(self, prompt: Texts | None = None) -> Output:
         """The next image, or `frame_buffer_size` of them as a list; with a prompt, of it from here on."""
         if self.skip_diffusion:
             raise ValueError(
@@ -400,7 +405,7 @@ class StreamFlowWrapper:
         self._take(prompt)
         return self._out(self.stream.txt2img())
 
-    def img2img(self, image: Images | str, prompt: Texts | None = None) -> Any:
+    def img2img(self, image: Images | str, prompt: Texts | None = None) -> Output:
         """An image (PIL, array, tensor or path), or `frame_buffer_size` of them, restyled."""
         if self.skip_diffusion:
             return self._out(self.preprocess_image(image))
@@ -419,7 +424,7 @@ class StreamFlowWrapper:
         """An image (or a path) as `[1, 3, height, width]` in [-1, 1], which calls take as it is."""
         return self.stream.preprocess(_opened(image))
 
-    def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Any:
+    def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Output:
         """Images `[n, 3, H, W]` in [-1, 1] as this type; one alone is not in a list."""
         _check(output_type, OUTPUTS, "output_type")
         out = postprocess_image(image_tensor.as_subclass(Tensor), output_type)
@@ -563,7 +568,7 @@ class StreamFlowWrapper:
         if prompt is not None:
             self.stream.update_prompt(prompt)
 
-    def _out(self, images: Tensor) -> Any:
+    def _out(self, images: Tensor) -> Output:
         if self._uses_checker:
             from streamflow.models.safety_checker import replace_unsafe
 
@@ -605,7 +610,7 @@ def _is_embedded(model: str) -> bool:
     return model == "embedded" or Path(model).expanduser().resolve() == pretrained.FOLDER.resolve()
 
 
-def _opened(image: Images | str) -> Any:
+def _opened(image: Images | str) -> Images:
     """An image that a path names, or that is a PIL image, in mode RGB, as StreamDiffusionWrapper converts it."""
     if isinstance(image, (str, Path)):
         image = open_image(image)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def resolve(kind: str, device: torch.device) -> str:
     return kind
 
 
-def check_options(kind: str, device: torch.device, options: Arguments) -> Any:
+def check_options(kind: str, device: torch.device, options: Arguments) -> object:
     """The frozen `Options` of a kind. TypeError, with the known names, for an option that the kind does not have."""
     if kind == "none":
         if options:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -40,8 +40,8 @@ class Accelerator:
         self,
         model: Model,
         parts: Callable[[], Parts | None],
-        accelerate: Callable[[str, Parts, Any], Accelerated],
-        check: Callable[[str, Any], None],
+        accelerate: Callable[[str, Parts, object], Accelerated],
+        check: Callable[[str, object], None],
     ) -> None:
         self._model, self._parts, self._accelerate, self._check = model, parts, accelerate, check
 

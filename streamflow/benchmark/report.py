@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamflow._files import Json
 from streamflow.benchmark.settings import SWEEPS
-from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import CHAIN, SAME_VAE
 
 Result = Mapping[str, Any]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamflow._files import Json
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json, Spread, timed, wait
+from streamflow.benchmark.timing import Spread, timed, wait
 
 SIDE = {"cuda": 8192}  # of the matrices, so large that launches and edges are negligible
 SIDE_ELSEWHERE = 1024

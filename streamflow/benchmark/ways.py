@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamflow._files import Json
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json
 from streamflow.pipeline import StreamFlow
 
 if TYPE_CHECKING:

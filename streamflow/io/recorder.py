@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamflow.io.protocols import Sink, TimedImage, check_rate, need
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
 
 TICKS = 90_000  # a second, in which times are written
 
@@ -132,7 +135,7 @@ class Recorder(Sink):
 class _Sound:
     """The packets of a file's first sound, handed on in step with the images."""
 
-    def __init__(self, path: str | Path, output: Any) -> None:
+    def __init__(self, path: str | Path, output: OutputContainer) -> None:
         self._input = need("av", "av").open(str(path))
         if not self._input.streams.audio:
             self._input.close()
@@ -142,7 +145,7 @@ class _Sound:
         self._packets: Iterator[Any] = (p for p in self._input.demux(template) if p.dts is not None)
         self._waiting = next(self._packets, None)
 
-    def copy(self, output: Any, until: float | Fraction) -> None:
+    def copy(self, output: OutputContainer, until: float | Fraction) -> None:
         """Pass on what begins before `until`, in seconds."""
         while self._waiting is not None and self._waiting.dts * self._waiting.time_base < until:
             self._waiting.stream = self._stream

@@ -59,7 +59,7 @@ class _Link:
 
     def receive(self, rank: int) -> Any:
         """Wait for the next value from a rank."""
-        received: list[Any] = [None]
+        received: list[object] = [None]
         _transfer(dist.recv_object_list, received, rank, self.control)
         value = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device=self.device), received[0])
         for tensor in list_tensors(value):

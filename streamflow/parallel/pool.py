@@ -36,7 +36,7 @@ class Pending:
     def __init__(self) -> None:
         self._finished = threading.Event()
         self._started = time.perf_counter()
-        self._value: Any = None
+        self._value: object = None
         self._events: Events = {}
         self._error: Exception | None = None
         self.latency_s: float | None = None

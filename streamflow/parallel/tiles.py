@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
 from streamflow.parallel.replicas import free_bytes
 from streamflow.parallel.vae import ShardedVAE, decode_images
+
+T = TypeVar("T")
 
 PROBE = 8  # latents per side of the decode that shows the scale of each convolution
 SAMPLE = 24  # latents per side of the decode that measures the memory per latent
@@ -266,7 +268,7 @@ class _Blended(_Exact):
 # -- on the devices ----------------------------------------------------------------------------------------------------
 
 
-def _on_first(sharded: ShardedVAE, function: Callable, like: Tensor) -> Any:
+def _on_first(sharded: ShardedVAE, function: Callable[..., T], like: Tensor) -> T:
     """The result of a function of (VAE, latents) on the first device that works, computed in its own thread."""
     calls = [partial(function, one) for one in sharded.replicas]
     return sharded.pool.submit(calls, (like,), worker=sharded.pool.alive[0]).result()

@@ -87,7 +87,10 @@ def _pipeline_calls(adapter: Any, settings: Settings, weight: Weight, batched: b
     return PipelineCalls(adapter, settings, to_the_end=not batched)
 
 
-ENGINES: dict[str, Callable[[Any, Settings, Weight, bool], Engine]] = {"ring": _ring, "pipeline_calls": _pipeline_calls}
+ENGINES: dict[str, Callable[[FlowAdapter, Settings, Weight, bool], Engine]] = {
+    "ring": _ring,
+    "pipeline_calls": _pipeline_calls,
+}
 
 
 def make_engine(adapter: FlowAdapter, settings: Settings, weight: Weight, batched: bool) -> Engine:

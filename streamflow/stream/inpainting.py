@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class Inpainting:
         self._regions, self._paste, self.active = regions, paste, regions is not None
         self._redraw()
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[Region | None]:
+    def read(self, given: Images | None, images: Tensor | None, positions: range) -> list[Region | None]:
         """One region a frame, of the mask of this call or of what `inpaint` has set."""
         regions = self._regions
         if images is None:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def export(part: Part, profile: Profile, folder: Path) -> Path:
     except ImportError as error:
         raise MissingTensorRT(f"export needs onnx and onnxscript: {error}. Run {command(RTX)}") from error
     inputs: dict[str, Tensor] = {}
-    dynamic: dict[str, dict[int, Any] | None] = {}
+    dynamic: dict[str, dict[int, object] | None] = {}
     for name, value in part.inputs.items():
         r, batch = profile.ranges[name], () if name in part.shared else (0,)
         rows = value if name in part.shared else value[torch.arange(EXAMPLE_ROWS) % len(value)]

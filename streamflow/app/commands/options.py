@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, get_args, get_origin
 
 from streamflow._command_line import Parser
 from streamflow._files import Json, read_yaml
@@ -72,7 +72,7 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
         raise SystemExit(2) from None
 
 
-def _value(path: str, text: str) -> Any:
+def _value(path: str, text: str) -> object:
     """A text stays one where the field takes texts, unless it opens a list and the field takes lists; all else is YAML."""
     if path in _TEXTS and not (path in _LISTS and text.lstrip().startswith("[")):
         return text
