@@ -14,6 +14,7 @@ from typing import IO, Any
 import yaml
 from yaml.composer import ComposerError
 
+Json = dict[str, Any]  # an object of JSON, or a mapping of YAML
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 32  # levels of lists and mappings
 LONGEST = 64  # characters of a number
@@ -75,7 +76,7 @@ def read_json(text: str) -> Any:
         raise ValueError("lists and objects are nested too deeply") from error
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> Json:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

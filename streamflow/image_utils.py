@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import PIL.Image
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+Images = PIL.Image.Image | np.ndarray | Tensor | Sequence[Any]  # one image or several, as `image_tensor` takes them
+ControlArgument = Mapping[str, Images | None]  # by the names of the control nets
 Check = Callable[[Tensor, float, float], None]
 """`check(image, low, high)`: raise ValueError, now or later, unless the values of `image` are in [low, high]."""
 
@@ -49,7 +51,7 @@ class Normalized(Tensor):
     _stamp: int  # torch's count of writes into this memory when the mark was set
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
         sources = _sources(name, args, kwargs)
@@ -74,7 +76,7 @@ class Normalized(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         return self.clone()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> object:
         plain = self.as_subclass(Tensor)
         return (mark, (plain,)) if is_marked(self) else plain.__reduce_ex__(protocol)
 
@@ -120,7 +122,7 @@ def _reinterprets(name: str, args: tuple, kwargs: dict) -> bool:
     return name == "view" and any(isinstance(one, torch.dtype) for one in (*args, *kwargs.values()))
 
 
-def _mark(result: Any) -> Any:
+def _mark(result: object) -> Any:
     if isinstance(result, (list, tuple)):
         return type(result)(_mark(part) for part in result)
     if not isinstance(result, Tensor) or type(result) is Normalized:
@@ -128,19 +130,19 @@ def _mark(result: Any) -> Any:
     return mark(result) if result.is_floating_point() else result
 
 
-def _unmark(value: Any) -> None:
+def _unmark(value: object) -> None:
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if type(one) is Normalized:
             object.__setattr__(one, "__class__", Tensor)
 
 
-def is_marked(image: Any) -> bool:
+def is_marked(image: object) -> bool:
     """Whether this is a marked tensor, or a list of nothing else."""
     parts = image if isinstance(image, (list, tuple)) and image else (image,)
     return all(type(one) is Normalized and one._stamp == _writes(one) for one in parts)
 
 
-def marking(processor: Any, convert: Callable[[Any], Any]) -> Any:
+def marking(processor: Any, convert: Callable[[object], Any]) -> Any:
     """A copy of a diffusers image processor. Its `preprocess` marks its results, and returns a marked tensor unchanged.
     `convert` is what happens to any other image first."""
 
@@ -206,7 +208,7 @@ def check_extremes(extremes: Sequence[float], low: float, high: float, what: str
 
 
 def normalize_image(
-    image: Any,
+    image: Images,
     height: int,
     width: int,
     input_range: tuple[float, float] = (0, 1),
@@ -221,7 +223,7 @@ def normalize_image(
 
 
 def image_tensor(
-    image: Any,
+    image: Images,
     height: int,
     width: int,
     input_range: tuple[float, float] = (0, 1),
@@ -277,7 +279,7 @@ def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def as_rgb_where_pil(image: Any) -> Any:
+def as_rgb_where_pil(image: object) -> Any:
     """A PIL image, or each of a list of them, by `as_rgb`; anything else as it is."""
     if isinstance(image, (list, tuple)):
         return type(image)(as_rgb_where_pil(one) for one in image)
@@ -423,6 +425,18 @@ def numpy_to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
     images = images[None] if images.ndim == 3 else images
     pixels = (images * 255).round().astype("uint8")
     return [PIL.Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+
+
+@overload
+def postprocess_image(
+    image: Tensor, output_type: Literal["pil"] = "pil", do_denormalize: Sequence[bool] | None = None
+) -> list[PIL.Image.Image]: ...
+
+
+@overload
+def postprocess_image(
+    image: Tensor, output_type: str, do_denormalize: Sequence[bool] | None = None
+) -> Tensor | np.ndarray | list[PIL.Image.Image]: ...
 
 
 def postprocess_image(

@@ -18,7 +18,7 @@ from streamflow.acceleration.accelerator import Accelerator
 from streamflow.flow.noise import check_policy
 from streamflow.flow.schedule import check_indices
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_utils import as_rgb_where_pil, marking
+from streamflow.image_utils import ControlArgument, Images, as_rgb_where_pil, marking
 from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
@@ -44,6 +44,7 @@ from streamflow.stream.updates import Updates
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated, Parts
     from streamflow.io import Sink, Source
+    from streamflow.live.remote import Controls
     from streamflow.live.show import Live
 
 
@@ -83,7 +84,7 @@ class StreamFlow(StreamDiffusion):
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         t_index_list: Sequence[int] | None = None,
         torch_dtype: torch.dtype | None = None,
         width: int | None = None,
@@ -159,7 +160,9 @@ class StreamFlow(StreamDiffusion):
     # -- draw ---------------------------------------------------------------------------------------------------------
 
     @computing
-    def __call__(self, x: Any = None, mask: Any = None, control: Any = None) -> Tensor:
+    def __call__(
+        self, x: Images | None = None, mask: Images | None = None, control: ControlArgument | None = None
+    ) -> Tensor:
         """One call of the stream: F images in, F finished images out, `[F, 3, height, width]` in [-1, 1].
 
         Without an image it is `txt2img()`. On an empty ring an image is followed by S - 1 copies of itself, so calls 1 to
@@ -196,7 +199,12 @@ class StreamFlow(StreamDiffusion):
             outputs.timer.stop(began)
 
     @computing
-    def txt2img(self, batch_size: int | None = None, latents: Tensor | None = None, control: Any = None) -> Tensor:
+    def txt2img(
+        self,
+        batch_size: int | None = None,
+        latents: Tensor | None = None,
+        control: ControlArgument | None = None,
+    ) -> Tensor:
         """Draw from noise: exactly `batch_size` images (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
         On an empty ring S - 1 more groups of fresh frames follow the first; they leave at later calls or at `flush`.
@@ -262,7 +270,7 @@ class StreamFlow(StreamDiffusion):
         policy: str = "newest",
         mode: str = "auto",
         on_error: str = "hold",
-        controls: Any = None,
+        controls: Controls | None = None,
     ) -> Live:
         """Restyle a source live; draw from noise without one. Begins at once, in threads of its own, and returns.
 
@@ -370,8 +378,8 @@ class StreamFlow(StreamDiffusion):
     sub_timesteps_tensor = Attribute[Tensor]("_attributes", "sub_timesteps_tensor", Attributes.sub_timesteps_tensor)
     beta_prod_t_sqrt = Attribute[Tensor]("_attributes", "beta_prod_t_sqrt", Attributes.beta_prod_t_sqrt)
     alpha_prod_t_sqrt = Attribute[Tensor]("_attributes", "alpha_prod_t_sqrt", Attributes.alpha_prod_t_sqrt)
-    c_skip = Attribute[Any]("_attributes", "c_skip", Attributes.c_skip)
-    c_out = Attribute[Any]("_attributes", "c_out", Attributes.c_out)
+    c_skip = Attribute[Tensor]("_attributes", "c_skip", Attributes.c_skip)
+    c_out = Attribute[Tensor]("_attributes", "c_out", Attributes.c_out)
     inference_time_ema = Attribute[float]("_attributes", "inference_time_ema", Attributes.inference_time_ema)
 
     def parts(self) -> Parts | None:
@@ -392,7 +400,7 @@ def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlN
     return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
 
 
-def _accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+def _accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """Accelerate parts that may be on several devices."""
     from streamflow.parallel.accelerated import accelerate
 

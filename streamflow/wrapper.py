@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamflow import models, pretrained
 from streamflow.conditioning.blending import METHODS, parts
-from streamflow.image_utils import as_rgb, open_image, postprocess_image
+from streamflow.image_utils import Images, as_rgb, open_image, postprocess_image
 from streamflow.models.loading import default_device, prompt_defaults
 from streamflow.pipeline import StreamFlow
 from streamflow.stream.planner import Planner
+from streamflow.stream.request import Seeds, Texts
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from streamflow.models.protocols import Function
+
+    Output = Tensor | np.ndarray | PIL.Image.Image | list[PIL.Image.Image]
     from streamflow.app.config import Settings
+    from streamflow.models.protocols import Arguments, Call
 
 logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -154,12 +161,12 @@ class StreamFlowWrapper:
         engine_dir: str | Path | None = "engines",
         *,
         like: tuple[int, int] | None = None,
-        prepare: Mapping[str, Any] | None = None,
-        safety_checker: tuple[Any, Any] | None = None,
+        prepare: Arguments | None = None,
+        safety_checker: tuple[nn.Module, Function] | None = None,
         skip_diffusion: bool = False,
         family: str | None = None,
-        acceleration_options: Mapping[str, Any] | None = None,
-        stream_options: Mapping[str, Any] | None = None,
+        acceleration_options: Arguments | None = None,
+        stream_options: Arguments | None = None,
         **not_here: Any,
     ) -> None:
         _refuse(type(self).__name__, not_here)
@@ -297,12 +304,12 @@ class StreamFlowWrapper:
         self._output_type = value
 
     @property
-    def seed(self) -> Any:
+    def seed(self) -> Seeds:
         """Of all noise. Assigning it is `update(seed=...)`, and later calls of `prepare` keep it."""
         return self._seed
 
     @seed.setter
-    def seed(self, value: Any) -> None:
+    def seed(self, value: Seeds) -> None:
         self.update(seed=value)
 
     @property
@@ -330,7 +337,7 @@ class StreamFlowWrapper:
 
     def prepare(
         self,
-        prompt: Any = "",
+        prompt: Texts = "",
         negative_prompt: str = "",
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
@@ -357,7 +364,7 @@ class StreamFlowWrapper:
         if self.warmup:
             self._warm_up()
 
-    def _prepare_itself(self, arguments: Mapping[str, Any]) -> None:
+    def _prepare_itself(self, arguments: Arguments) -> None:
         try:
             self.prepare(**arguments)
         except ValueError as error:
@@ -379,7 +386,7 @@ class StreamFlowWrapper:
         if generator is not None:
             self.stream.generator = generator
 
-    def __call__(self, image: Any = None, prompt: Any = None) -> Any:
+    def __call__(self, image: Images | str | None = None, prompt: Texts | None = None) -> Output:
         """`img2img(image, prompt)` in mode "img2img", else `txt2img(prompt)`."""
         if self.mode == "txt2img":
             if image is not None:
@@ -389,7 +396,7 @@ class StreamFlowWrapper:
             raise ValueError("mode is 'img2img', and no image was given: make the wrapper with mode='txt2img'")
         return self.img2img(image, prompt)
 
-    def txt2img(self, prompt: Any = None) -> Any:
+    def txt2img(self, prompt: Texts | None = None) -> Output:
         """The next image, or `frame_buffer_size` of them as a list; with a prompt, of it from here on."""
         if self.skip_diffusion:
             raise ValueError(
@@ -398,7 +405,7 @@ class StreamFlowWrapper:
         self._take(prompt)
         return self._out(self.stream.txt2img())
 
-    def img2img(self, image: Any, prompt: Any = None) -> Any:
+    def img2img(self, image: Images | str, prompt: Texts | None = None) -> Output:
         """An image (PIL, array, tensor or path), or `frame_buffer_size` of them, restyled."""
         if self.skip_diffusion:
             return self._out(self.preprocess_image(image))
@@ -413,11 +420,11 @@ class StreamFlowWrapper:
         self._seed = self._seed if seed is None else seed
         return number
 
-    def preprocess_image(self, image: Any) -> Tensor:
+    def preprocess_image(self, image: Images | str) -> Tensor:
         """An image (or a path) as `[1, 3, height, width]` in [-1, 1], which calls take as it is."""
         return self.stream.preprocess(_opened(image))
 
-    def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Any:
+    def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Output:
         """Images `[n, 3, H, W]` in [-1, 1] as this type; one alone is not in a list."""
         _check(output_type, OUTPUTS, "output_type")
         out = postprocess_image(image_tensor.as_subclass(Tensor), output_type)
@@ -437,7 +444,7 @@ class StreamFlowWrapper:
 
     def update_prompt(
         self,
-        prompt: Any,
+        prompt: Texts,
         negative_prompt: str | None = None,
         prompt_interpolation_method: str = "slerp",
         clear_blending: bool = True,
@@ -517,7 +524,7 @@ class StreamFlowWrapper:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def get_stream_state(self, include_caches: bool = False) -> dict[str, Any]:
+    def get_stream_state(self, include_caches: bool = False) -> Call:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
         stream, requested = self.stream, self.stream._updates.requested()
@@ -556,12 +563,12 @@ class StreamFlowWrapper:
         if not self.stream.prepared:
             self.prepare()
 
-    def _take(self, prompt: Any) -> None:
+    def _take(self, prompt: Texts | None) -> None:
         self._prepared()
         if prompt is not None:
             self.stream.update_prompt(prompt)
 
-    def _out(self, images: Tensor) -> Any:
+    def _out(self, images: Tensor) -> Output:
         if self._uses_checker:
             from streamflow.models.safety_checker import replace_unsafe
 
@@ -583,7 +590,7 @@ def _check(value: str, known: Sequence[str], what: str) -> None:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
 
 
-def _refuse(what: str, names: Mapping[str, Any]) -> None:
+def _refuse(what: str, names: Arguments) -> None:
     """Raise TypeError for unknown arguments, and NotImplementedError for arguments of the fork that are not offered here and
     are not empty."""
     for name, value in names.items():
@@ -603,7 +610,7 @@ def _is_embedded(model: str) -> bool:
     return model == "embedded" or Path(model).expanduser().resolve() == pretrained.FOLDER.resolve()
 
 
-def _opened(image: Any) -> Any:
+def _opened(image: Images | str) -> Images:
     """An image that a path names, or that is a PIL image, in mode RGB, as StreamDiffusionWrapper converts it."""
     if isinstance(image, (str, Path)):
         image = open_image(image)

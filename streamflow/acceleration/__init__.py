@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from streamflow.models.adapter import FlowAdapter
+    from streamflow.models.codec import Codec
+    from streamflow.models.protocols import Arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,7 @@ class Parts:
     encoder: Part
 
     @classmethod
-    def of(cls, adapter: Any, codec: Any, inputs: Mapping[str, Tensor], latents: Tensor, images: Tensor) -> Parts:
+    def of(cls, adapter: FlowAdapter, codec: Codec, inputs: Mapping[str, Tensor], latents: Tensor, images: Tensor) -> Parts:
         """The parts of an adapter and a codec (`streamflow.models`).
 
         inputs: of the velocity, x and t first. latents: `[F, ...]`, of the decoder. images: `[F, 3, height, width]`, of the
@@ -84,7 +89,7 @@ def bind_arguments(
     names: Iterable[str], positional: tuple[Tensor, ...], keyword: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """The arguments of a call by name. Those that are None count as not passed."""
-    arguments = dict(zip(names, positional, strict=False)) | keyword
+    arguments = {**dict(zip(names, positional, strict=False)), **keyword}
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -129,7 +134,7 @@ def resolve(kind: str, device: torch.device) -> str:
     return kind
 
 
-def check_options(kind: str, device: torch.device, options: Mapping[str, Any]) -> Any:
+def check_options(kind: str, device: torch.device, options: Arguments) -> object:
     """The frozen `Options` of a kind. TypeError, with the known names, for an option that the kind does not have."""
     if kind == "none":
         if options:
@@ -142,7 +147,7 @@ def check_options(kind: str, device: torch.device, options: Mapping[str, Any]) -
     return module.Options(**options).for_device(device)
 
 
-def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """Accelerate the parts by a resolved kind with its checked options. Velocity and decoder are called once for warm-up.
     The encoder is not, since a stream without input images never calls it."""
     if kind == "none":
@@ -159,7 +164,7 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
     return dataclasses.replace(made, seconds=seconds)
 
 
-def first_call(part: Part, call: Callable[[], Any]) -> float:
+def first_call(part: Part, call: Callable[[], object]) -> float:
     """Run `call`, the first call of a part. Returns the seconds until its device has finished."""
     began = time.perf_counter()
     call()

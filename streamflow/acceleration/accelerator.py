@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ class Model(Protocol):
     modules in force, None for the plain ones."""
 
     device: torch.device
-    acceleration: tuple[str, Any]
+    acceleration: tuple[str, object]
     accelerated: Accelerated | None
 
     def use(self, accelerated: Accelerated | None) -> None:
@@ -40,8 +40,8 @@ class Accelerator:
         self,
         model: Model,
         parts: Callable[[], Parts | None],
-        accelerate: Callable[[str, Parts, Any], Accelerated],
-        check: Callable[[str, Any], None],
+        accelerate: Callable[[str, Parts, object], Accelerated],
+        check: Callable[[str, object], None],
     ) -> None:
         self._model, self._parts, self._accelerate, self._check = model, parts, accelerate, check
 
@@ -51,7 +51,7 @@ class Accelerator:
         return self._model.acceleration[0]
 
     @computing
-    def accelerate(self, kind: str = "auto", **options: Any) -> None:
+    def accelerate(self, kind: str = "auto", **options: object) -> None:
         """Make the network and the VAE faster; the images stay the same within the kind's bound.
 
         kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile, with a CUDA graph on

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamflow.acceleration import run_backwards
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Function, Network
 
 TORCH = {
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -54,7 +57,11 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
 def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
     from streamflow.models.attention_backend import set_backend
 
-    undo = [set_backend(network, name) for network in module.modules() if hasattr(network, "set_attention_backend")]
+    undo = [
+        set_backend(cast("Network", network), name)
+        for network in module.modules()
+        if hasattr(network, "set_attention_backend")
+    ]
     return partial(run_backwards, undo)
 
 
@@ -77,10 +84,10 @@ def force_backend(attentions: Sequence[nn.Module], backend: SDPBackend) -> Calla
     return undo
 
 
-def with_backend(plain: Callable[..., Any], backend: SDPBackend) -> Callable[..., Any]:
+def with_backend(plain: Function, backend: SDPBackend) -> Function:
     """A module's `forward` with one of torch's backends."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         with sdpa_kernel(backend):
             return plain(self, *args, **kwargs)
 

@@ -8,9 +8,9 @@ compilation, so it starts in a fraction of the time. Other modules are compiled 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from streamflow.acceleration import Accelerated, Part, Parts, run_backwards
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments, Network
 
 logger = logging.getLogger(__name__)
 RECOMPILATIONS = 64  # the limit of shapes per module; torch's default is 8
@@ -53,7 +56,7 @@ class Options:
     attention: str | None = None
     backend: str = "inductor"
     mode: str | None = None
-    options: Mapping[str, Any] | None = None
+    options: Arguments | None = None
     limit: int = 8
 
     def __post_init__(self) -> None:
@@ -117,11 +120,12 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         import torch._dynamo as dynamo
+        from torch._dynamo.exc import Unsupported
 
         with dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=8 * RECOMPILATIONS):
             try:
                 return self._call(*args, **kwargs)
-            except dynamo.exc.Unsupported as error:
+            except Unsupported as error:
                 raise RuntimeError(
                     f"{type(self.module).__name__} does not compile as one graph: pass fullgraph=False to allow breaks"
                 ) from error
@@ -177,7 +181,7 @@ def fuse_projections(part: Part) -> Callable[[], None]:
 
     ValueError: the network has adapters, or computes something else with fused projections, which two calls find out.
     Diffusers' fused attention of Stable Diffusion 3 omits the norms of queries and keys that SD 3.5 has."""
-    networks = [m for m in part.module.modules() if hasattr(m, "fuse_qkv_projections")]
+    networks = [cast("Network", m) for m in part.module.modules() if hasattr(m, "fuse_qkv_projections")]
     if any(getattr(network, "peft_config", None) for network in networks):
         raise ValueError("fuse_qkv cannot fuse projections with adapters (LoRA): fuse_lora() first, or leave it out")
     before = part.call()
@@ -201,7 +205,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def unfuse(networks: Sequence[nn.Module]) -> None:
+def unfuse(networks: Sequence[Network]) -> None:
     """Undo fused projections, and remove what diffusers leaves behind."""
     for network in networks:
         network.unfuse_qkv_projections()
@@ -210,4 +214,4 @@ def unfuse(networks: Sequence[nn.Module]) -> None:
                 if name in m._modules:
                     del m._modules[name]
             if getattr(m, "fused_projections", False):
-                m.fused_projections = False
+                m.__dict__["fused_projections"] = False

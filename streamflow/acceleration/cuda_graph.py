@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.watch import Watch
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 logger = logging.getLogger(__name__)
 # Torch captures one graph at a time in a process. One thread captures for all, since CUDA's libraries never free some of
@@ -92,9 +96,9 @@ class Capture:
     @torch.no_grad()
     def __init__(
         self,
-        module: nn.Module,
+        module: Callable[..., Tensor],
         inputs: Mapping[str, Tensor | None],
-        pool: object,
+        pool: _POOL_HANDLE,
         current: torch.cuda.Stream,
         side: torch.cuda.Stream,
     ):
@@ -115,8 +119,9 @@ class Capture:
     def replay(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
         """The module's output for these inputs, as a new tensor."""
         for name, value in inputs.items():
-            if value is not None and not self._holds(name, value):
-                self.inputs[name].copy_(value)
+            held = self.inputs[name]
+            if value is not None and held is not None and not self._holds(name, value):
+                held.copy_(value)
         self.graph.replay()
         return self.output.clone()
 
@@ -142,7 +147,7 @@ class Graphed(nn.Module):
         self.module, self.limit = module, limit
         self._watch = Watch(module)
         self._captures: OrderedDict[Signature, Capture] = OrderedDict()
-        self._pool = None
+        self._pool: _POOL_HANDLE | None = None
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
 
     @property

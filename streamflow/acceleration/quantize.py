@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +35,20 @@ class Kind:
     it supports. cpu: whether it works on a CPU.
     """
 
-    config: Callable[[], Any]
+    config: Callable[[], object]
     capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
     cpu: bool = False
 
 
-def _float8(granularity: str) -> Any:
+def _float8(granularity: str) -> object:
     from torchao import quantization
 
     scaled = getattr(quantization, granularity)()
     return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=scaled, set_inductor_config=False)
 
 
-def _int8() -> Any:
+def _int8() -> object:
     from torchao import quantization
 
     return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
@@ -126,7 +125,7 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
     return undo
 
 
-def quantised(weight: nn.Parameter, config: Any) -> nn.Parameter:
+def quantised(weight: Tensor, config: object) -> Tensor:
     """The weight quantised by torchao's configuration. The given one is not changed."""
     from torchao.quantization import quantize_
 
@@ -162,7 +161,7 @@ def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
     """The largest number of rows of each layer's output in one call of the part, without layers that are not called."""
     rows: dict[nn.Module, int] = {}
 
-    def count(layer: nn.Linear, inputs: Any, output: Tensor) -> None:
+    def count(layer: nn.Linear, inputs: object, output: Tensor) -> None:
         rows[layer] = max(rows.get(layer, 0), output.numel() // layer.out_features)
 
     hooks = [layer.register_forward_hook(count) for layer in layers]

@@ -3,10 +3,19 @@ the adapter strengths of its capture. It follows values that are changed in plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class AdapterLayer(Protocol):
+    """What this file reads of a peft layer with adapters."""
+
+    active_adapters: Collection[str]
+    scaling: Mapping[str, float]
+    disable_adapters: bool
 
 
 class Watch:
@@ -20,11 +29,12 @@ class Watch:
     def renew(self) -> None:
         """Remember the present state of the module."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        self._plain = [t for t in tensors if not is_traceable_wrapper_subclass(t)]
-        self._wrappers = [t for t in tensors if is_traceable_wrapper_subclass(t)]
+        wraps = [is_traceable_wrapper_subclass(t) for t in tensors]
+        self._plain = [t for t, wrapper in zip(tensors, wraps, strict=True) if not wrapper]
+        self._wrappers = [t for t, wrapper in zip(tensors, wraps, strict=True) if wrapper]
         modules = list(self.module.modules())
         self._networks = [m for m in modules if hasattr(m, "add_adapter")]
-        self._adapters = [m for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
+        self._adapters = [cast(AdapterLayer, m) for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
         self._seen = self._state()
 
     def changed(self) -> bool:
@@ -43,7 +53,7 @@ class Watch:
         names = [tuple(getattr(m, "peft_config", None) or ()) for m in self._networks]
         return names, [self._settings(m) for m in self._adapters]
 
-    def _settings(self, layer: nn.Module) -> tuple:
+    def _settings(self, layer: AdapterLayer) -> tuple:
         """The settings of a layer's adapters: which are active, their strengths, whether they are disabled, which are
         merged into the weights."""
         merged = tuple(getattr(layer, "merged_adapters", ()))
@@ -65,7 +75,10 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the memory of a wrapper subclass, such as a quantised weight. It has no address itself."""
+    """The tensors that hold the memory of a tensor: itself, or the inner ones of a wrapper subclass, such as a quantised
+    weight, which has no address itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
     for name in tensor.__tensor_flatten__()[0]:
-        inner = getattr(tensor, name)
-        yield from inner_tensors(inner) if is_traceable_wrapper_subclass(inner) else (inner,)
+        yield from inner_tensors(getattr(tensor, name))

@@ -10,12 +10,12 @@ import stat
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from streamflow._files import read_text, read_yaml, replacing
+from streamflow._files import Json, read_text, read_yaml, replacing
 from streamflow._validation import Section
 from streamflow.app.server.settings import Server
 from streamflow.live.remote.settings import Control
@@ -32,13 +32,13 @@ class Acceleration(Section):
     """How the network and the VAE are made faster."""
 
     kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime"] = Field(
-        "auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
+        default="auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
     )
-    options: dict[str, Any] = Field({}, description="of that kind, such as quantize: fp8")
+    options: Json = Field(default={}, description="of that kind, such as quantize: fp8")
 
     @field_validator("options")
     @classmethod
-    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _finite(cls, options: Json) -> Json:
         json.dumps(options, default=str, allow_nan=False)  # ValueError: NaN or infinity
         return options
 
@@ -46,49 +46,53 @@ class Acceleration(Section):
 class SimilarImages(Section):
     """Input images that look like the last one are not drawn again."""
 
-    threshold: float = Field(0.98, ge=0, le=1, description="from which likeness on (0 to 1) an image may be skipped")
-    max_skip_frame: int = Field(10, ge=0, description="at most so many in a row")
+    threshold: float = Field(default=0.98, ge=0, le=1, description="from which likeness on (0 to 1) an image may be skipped")
+    max_skip_frame: int = Field(default=10, ge=0, description="at most so many in a row")
 
 
 class Settings(Section):
     """A model, what it draws, and how. The names are those of `StreamFlow` and `prepare` where these have them."""
 
-    model: str = Field("embedded", description="embedded, a hub id, a folder, or a .safetensors file (then with a family)")
-    family: str | None = Field(None, description="a rectified-flow family, where the pipeline's class does not tell")
-    device: str | None = Field(None, description="cuda, cuda:1, cpu, mps; empty: a GPU where there is one")
+    model: str = Field(
+        default="embedded", description="embedded, a hub id, a folder, or a .safetensors file (then with a family)"
+    )
+    family: str | None = Field(default=None, description="a rectified-flow family, where the pipeline's class does not tell")
+    device: str | None = Field(default=None, description="cuda, cuda:1, cpu, mps; empty: a GPU where there is one")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
+        default=None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
-    devices: tuple[str, ...] = Field((), description="more devices: the VAE and the denoising rows are spread over all")
-    mode: Literal["txt2img", "img2img"] = Field("txt2img", description="images from text alone, or from images")
+    devices: tuple[str, ...] = Field(
+        default=(), description="more devices: the VAE and the denoising rows are spread over all"
+    )
+    mode: Literal["txt2img", "img2img"] = Field(default="txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(
-        "a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
+        default="a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
     )
-    negative_prompt: str = Field("", description="what not to draw; needs guidance")
-    num_inference_steps: int = Field(4, ge=1, description="the length of the schedule")
+    negative_prompt: str = Field(default="", description="what not to draw; needs guidance")
+    num_inference_steps: int = Field(default=4, ge=1, description="the length of the schedule")
     t_index_list: tuple[int, ...] | None = Field(
-        None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
+        default=None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
     )
     strength: float | None = Field(
-        None, gt=0, le=1, description="of img2img, instead of t_index_list: above 0; 1 ignores the image"
+        default=None, gt=0, le=1, description="of img2img, instead of t_index_list: above 0; 1 ignores the image"
     )
-    cfg_type: Literal["none", "full", "self", "initialize"] = Field("none", description="the kind of guidance")
-    guidance_scale: float | None = Field(None, description="its weight; empty: the pipeline's own")
-    delta: float = Field(1.0, description="moderates the weight of self and initialize")
-    seed: int = Field(2, ge=0, le=2**64 - 1, description="of all noise")
-    width: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
-    height: int | None = Field(None, ge=1, description="pixels; empty: the model's own")
-    frame_buffer_size: int = Field(1, ge=1, description="frames that enter and leave together")
-    use_denoising_batch: bool = Field(True, description="false draws frame by frame: lower rate, lower latency")
-    do_add_noise: bool = Field(False, description="put noise back at every step instead of stepping by Euler")
-    tiny_vae: bool | str = Field(False, description="true: the family's own tiny VAE; or a hub id or folder of one")
-    loras: dict[str, float] = Field({}, description="LoRAs, hub id or file, and how strong each is")
-    acceleration: Acceleration = Field(Acceleration(), description=Acceleration.__doc__)
-    similar_image_filter: SimilarImages | None = Field(None, description=SimilarImages.__doc__)
-    warmup: int = Field(10, ge=0, description="images drawn and thrown away at the start")
-    live: LiveSettings = Field(LiveSettings(), description=LiveSettings.__doc__)
-    control: Control = Field(Control(), description=Control.__doc__)
-    server: Server = Field(Server(), description=Server.__doc__)
+    cfg_type: Literal["none", "full", "self", "initialize"] = Field(default="none", description="the kind of guidance")
+    guidance_scale: float | None = Field(default=None, description="its weight; empty: the pipeline's own")
+    delta: float = Field(default=1.0, description="moderates the weight of self and initialize")
+    seed: int = Field(default=2, ge=0, le=2**64 - 1, description="of all noise")
+    width: int | None = Field(default=None, ge=1, description="pixels; empty: the model's own")
+    height: int | None = Field(default=None, ge=1, description="pixels; empty: the model's own")
+    frame_buffer_size: int = Field(default=1, ge=1, description="frames that enter and leave together")
+    use_denoising_batch: bool = Field(default=True, description="false draws frame by frame: lower rate, lower latency")
+    do_add_noise: bool = Field(default=False, description="put noise back at every step instead of stepping by Euler")
+    tiny_vae: bool | str = Field(default=False, description="true: the family's own tiny VAE; or a hub id or folder of one")
+    loras: dict[str, float] = Field(default={}, description="LoRAs, hub id or file, and how strong each is")
+    acceleration: Acceleration = Field(default=Acceleration(), description=Acceleration.__doc__)
+    similar_image_filter: SimilarImages | None = Field(default=None, description=SimilarImages.__doc__)
+    warmup: int = Field(default=10, ge=0, description="images drawn and thrown away at the start")
+    live: LiveSettings = Field(default=LiveSettings(), description=LiveSettings.__doc__)
+    control: Control = Field(default=Control(), description=Control.__doc__)
+    server: Server = Field(default=Server(), description=Server.__doc__)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -100,7 +104,7 @@ class Settings(Section):
             raise ValueError("negative_prompt needs guidance, and cfg_type is none: choose full, self or initialize")
         return self
 
-    def wrapper_arguments(self) -> dict[str, Any]:
+    def wrapper_arguments(self) -> Json:
         """The arguments of `StreamFlowWrapper` that these settings stand for."""
         arguments = self.model_dump(include=_OF_WRAPPER)
         prepare = self.model_dump(include=_OF_PREPARE if self.strength is None else {*_OF_PREPARE, "strength"})
@@ -129,14 +133,14 @@ class Settings(Section):
 
 
 # The settings that are arguments of the wrapper, or of its `prepare`, by the same names.
-_OF_WRAPPER = set(
+_OF_WRAPPER: set[str] = set(
     "t_index_list mode device dtype frame_buffer_size width height warmup do_add_noise use_denoising_batch cfg_type seed "
     "family".split()
 )
 _OF_PREPARE = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta"}
 
 
-def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
+def parse(data: object, kind: type[Settings] = Settings) -> Settings:
     """Settings of plain data, as YAML gives it. Without a mode, that is img2img where a strength or a live source needs
     images. ConfigError lists every mistake."""
     if data is None:
@@ -153,7 +157,7 @@ def parse(data: Any, kind: type[Settings] = Settings) -> Settings:
         raise ConfigError(f"a value is of a kind that settings do not have: {error}") from None
 
 
-def _needs_images(data: Mapping[Any, Any]) -> bool:
+def _needs_images(data: Mapping[object, object]) -> bool:
     live = data.get("live")
     return data.get("strength") is not None or (isinstance(live, Mapping) and bool(live.get("source")))
 
@@ -204,7 +208,7 @@ def commented(section: Section, indent: str = "") -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A value in one line of YAML; nothing for None."""
     if value is None:
         return ""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 from streamflow._environment import diffusers_problem, installed_version, streamdiffusion_problem
 
@@ -97,7 +97,7 @@ def versions() -> list[Line]:
     return lines + [Line(name, installed_version(name) or "not installed") for name in DISTRIBUTIONS]
 
 
-def import_torch() -> tuple[Any, str | None]:
+def import_torch() -> tuple[ModuleType | None, str | None]:
     """Torch and no error, or None and the reason why it cannot be imported."""
     if find_spec("torch") is None:
         return None, "torch is not installed"
@@ -108,7 +108,7 @@ def import_torch() -> tuple[Any, str | None]:
     return torch, None
 
 
-def cuda_lines(torch: Any) -> list[Line]:
+def cuda_lines(torch: ModuleType) -> list[Line]:
     """Each CUDA device with its memory, or why there is none."""
     if torch.cuda.is_available():
         lines = []
@@ -132,7 +132,7 @@ def cuda_lines(torch: Any) -> list[Line]:
     ]
 
 
-def devices(torch: Any) -> list[Line]:
+def devices(torch: ModuleType | None) -> list[Line]:
     """What can compute."""
     if torch is None:
         return []
@@ -181,7 +181,7 @@ EXTRAS = {
 }
 
 
-def accelerations(torch: Any) -> list[Line]:
+def accelerations(torch: ModuleType | None) -> list[Line]:
     """What could be faster or reach further, available or with the command that brings it."""
     if torch is None:
         return []

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code of a command that a signal keeps from finishing
@@ -32,9 +32,9 @@ class Stop:
         """From now on, set `received` and call this."""
         self._on_stop = on_stop
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, sig: int, frame: FrameType | None) -> None:
         if self._on_stop is None:
-            os.write(2, f"ended by {signal.Signals(number).name} before anything was open\n".encode())
+            os.write(2, f"ended by {signal.Signals(sig).name} before anything was open\n".encode())
             os._exit(self.exit_code)
         self.received = True
         self._on_stop()

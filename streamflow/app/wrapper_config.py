@@ -9,7 +9,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from streamflow._files import read_json, read_text, read_yaml
+from streamflow._files import Json, read_json, read_text, read_yaml
 from streamflow.models.loading import DTYPES
 from streamflow.wrapper import NOT_HERE, StreamFlowWrapper
 
@@ -25,7 +25,7 @@ BLENDING = {"prompt_blending": "prompt_list", "seed_blending": "seed_list"}
 UNUSED = {"name", "description", "pipeline_type", "use_taesd", "safety_checker", "build_engines_if_missing"}  # there as here
 
 
-def load_config(config_path: str | Path) -> dict[str, Any]:
+def load_config(config_path: str | Path) -> Json:
     """What such a file holds, checked by `check_config`.
 
     Raises:
@@ -44,7 +44,7 @@ def load_config(config_path: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Any) -> None:
+def check_config(config: object) -> None:
     """ValueError unless this is a mapping with a model_id and known keys; all that is wrong with them in one message."""
     if not isinstance(config, Mapping):
         raise ValueError(f"a configuration is keys and values, not {type(config).__name__}")

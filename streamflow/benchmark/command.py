@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from streamflow._files import Json
 from streamflow.benchmark import plot, report
 from streamflow.benchmark.latency import measure_latency
 from streamflow.benchmark.machine import clocks, compile_cache, machine
@@ -20,7 +21,6 @@ from streamflow.benchmark.measure import measure_all
 from streamflow.benchmark.settings import parse
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.sweep import measure_sweeps, points
-from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import VARIANTS
 
 

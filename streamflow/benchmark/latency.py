@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from streamflow._files import Json
 from streamflow.benchmark.measure import attempt, clean
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json, wait
+from streamflow.benchmark.timing import wait
 from streamflow.live.latency_modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
 from streamflow.pipeline import StreamFlow
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from streamflow.benchmark.timing import Json
+from streamflow._files import Json
 
 PACKAGES = ("streamflow-rf", "torch", "diffusers", "transformers", "triton", "torchao", "tensorrt", "numpy")
 QUERY = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "driver_version")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from streamflow._decibels import decibels
+from streamflow._files import Json
 from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.subject import COMPARED, Subject
-from streamflow.benchmark.timing import Json, Spread, latencies, ticks_within, timed, wait
+from streamflow.benchmark.timing import Spread, latencies, ticks_within, timed, wait
 from streamflow.benchmark.ways import VARIANTS, Way, problem
 from streamflow.live.latency_modes import percentile
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamflow._files import Json
 from streamflow.benchmark.settings import SWEEPS
-from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import CHAIN, SAME_VAE
 
 Result = Mapping[str, Any]
@@ -207,7 +207,7 @@ def _mode(m: Mapping[str, float]) -> str:
     return f"{m['p50_ms']:.1f} ({m['p95_ms']:.1f}), {m['images_per_s']:.1f}/s"
 
 
-def rounded(value: Any, digits: int = 5) -> Any:
+def rounded(value: object, digits: int = 5) -> Any:
     """The value with its floats rounded to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")

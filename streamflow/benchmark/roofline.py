@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamflow._files import Json
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json, Spread, timed, wait
+from streamflow.benchmark.timing import Spread, timed, wait
 
 SIDE = {"cuda": 8192}  # of the matrices, so large that launches and edges are negligible
 SIDE_ELSEWHERE = 1024
@@ -37,7 +38,9 @@ def flops(subject: Subject, tiny: bool) -> dict[str, float]:
 
     with subject.stream(tiny) as stream:
         counted = {}
-        for part in (stream.parts().velocity, stream.parts().decoder):
+        parts = stream.parts()
+        assert parts is not None, "the stream is prepared"
+        for part in (parts.velocity, parts.decoder):
             counter = FlopCounterMode(display=False)
             with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
                 part.call()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from streamflow._files import Json
 from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.measure import attempt, clean, steady_rate
 from streamflow.benchmark.report import ratio
 from streamflow.benchmark.roofline import flops, matrix_rate
 from streamflow.benchmark.settings import Settings, with_value
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json
 from streamflow.benchmark.ways import streamed
 
 logger = logging.getLogger(__name__)

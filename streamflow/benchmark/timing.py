@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
 Call = Callable[[], object]
-Json = dict[str, Any]  # figures and results, as JSON
 
 
 def wait(device: torch.device) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamflow._files import Json
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject
-from streamflow.benchmark.timing import Json
 from streamflow.pipeline import StreamFlow
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
     if not stream.use_denoising_batch:
         return None
     parts = stream.parts()
+    assert parts is not None, "the stream is prepared"
     calls = ((parts.velocity, stream.velocity), (parts.decoder, stream.codec.decoder))
     graphs = [module for _, module in calls if isinstance(module, Graphed)]
 

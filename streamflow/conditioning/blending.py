@@ -20,7 +20,7 @@ ROUNDS = 8  # of the spherical mean: rounding is reached in fewer for directions
 TINY = 1e-12
 
 
-def as_weighted(name: str, value: Any, kind: type, what: str) -> Any:
+def as_weighted(name: str, value: object, kind: type, what: str) -> Any:
     """`value` itself, or a list of (thing, weight) pairs as a checked tuple.
 
     Raises:
@@ -50,7 +50,7 @@ def check_weights(name: str, weights: Sequence[Any]) -> None:
         raise ValueError(f"the weights of {name} sum to 0: nothing would be left")
 
 
-def check_sum(name: str, weighted: Any) -> None:
+def check_sum(name: str, weighted: object) -> None:
     """ValueError where there are weights that do not sum to 1, within a thousandth."""
     total = sum(weight for _, weight in weighted) if isinstance(weighted, tuple) else 1.0
     if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-3):
@@ -59,7 +59,7 @@ def check_sum(name: str, weighted: Any) -> None:
         )
 
 
-def with_weights(name: str, weighted: Any, weights: Sequence[float]) -> Weighted:
+def with_weights(name: str, weighted: object, weights: Sequence[float]) -> Weighted:
     """The same things under other weights. ValueError where their numbers differ, or there is no list."""
     if not isinstance(weighted, tuple):
         raise ValueError(f"{name} is one text, so there are no weights to change: pass {name}=[(text, weight), ...]")
@@ -69,7 +69,7 @@ def with_weights(name: str, weighted: Any, weights: Sequence[float]) -> Weighted
     return tuple((text, weight) for (text, _), weight in zip(weighted, weights, strict=True))
 
 
-def parts(value: Any) -> Weighted:
+def parts(value: object) -> Weighted:
     """A weighted list, or one thing at weight 1."""
     return value if isinstance(value, tuple) else ((value, 1.0),)
 
@@ -187,7 +187,7 @@ class Cache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
         """The result that is kept under the key, or a new one by `make`, which is then kept."""
         try:
             hash(key)

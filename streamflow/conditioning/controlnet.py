@@ -67,7 +67,7 @@ class Control:
         return (float(timesteps[kept[0]]), float(timesteps[kept[-1]])) if kept else (-torch.inf, torch.inf)
 
 
-def check_scale(name: str, value: Any) -> None:
+def check_scale(name: str, value: object) -> None:
     """Raise TypeError or ValueError unless value is a finite number."""
     if value is None:
         raise TypeError(f"{name} must be a number, not None")
@@ -186,7 +186,7 @@ def _plus(a: Any, b: Any) -> Any:
     return a + b if isinstance(a, Tensor) else a
 
 
-def _times(value: Any, scale: Tensor) -> Any:
+def _times(value: object, scale: Tensor) -> Any:
     """Residuals `[rows, ...]`, one or a list, times float32 `[rows]`, in their own dtype: the same bits as with a number."""
     if isinstance(value, (list, tuple)):
         return [_times(one, scale) for one in value]

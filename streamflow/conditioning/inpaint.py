@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+
+from streamflow.image_utils import Images
 
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,7 +93,7 @@ def _first(own: Tensor | None, frames: Tensor | None, i: int) -> Tensor:
 # -- masks from outside ------------------------------------------------------------------------------------------------
 
 
-def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor:
+def read_mask(mask: Images, height: int, width: int, check: bool = False) -> Tensor:
     """Make bool `[n, 1, height, width]` of one mask or several, true (white) where images are drawn. Grey counts as white
     from one half on, as in diffusers' mask processor.
 
@@ -130,7 +131,7 @@ def read_mask(mask: Any, height: int, width: int, check: bool = False) -> Tensor
     return mask >= 0.5
 
 
-def _as_tensor(mask: Any) -> Tensor:
+def _as_tensor(mask: Images) -> Tensor:
     if isinstance(mask, PIL.Image.Image):
         if mask.mode not in ("1", "L", "RGB"):
             raise ValueError(f"a mask in mode {mask.mode}: pass mask.convert('L'), white where the image is drawn")

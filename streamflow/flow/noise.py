@@ -19,7 +19,7 @@ RANDOM_SEEDS = 1_000_000  # random seeds are below it, as in StreamDiffusion's w
 POLICIES = ("fixed", "frame", "interpolated")
 
 
-def check_policy(noise: Any, period: Any) -> None:
+def check_policy(noise: object, period: object) -> None:
     """ValueError unless `noise` is one of `POLICIES` and `period` an integer of 1 or more frames."""
     if noise not in POLICIES:
         raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
@@ -27,7 +27,7 @@ def check_policy(noise: Any, period: Any) -> None:
         raise ValueError(f"noise_period must be an integer of 1 or more frames, not {period!r}")
 
 
-def resolve_seeds(seed: Any) -> Any:
+def resolve_seeds(seed: object) -> Any:
     """A seed as an integer, or seeds with weights; -1 is replaced by a random one, which is logged. None stays.
 
     Raises:

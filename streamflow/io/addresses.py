@@ -9,17 +9,18 @@ from typing import Any
 
 from streamflow.io.protocols import SUFFIXES, Sink, Source
 
+Options = dict[str, Any]  # arguments of a source or sink
 # kind: (module, class, what turns the address's rest into arguments)
-Entry = tuple[str, str, Callable[[str], dict[str, Any]]]
+Entry = tuple[str, str, Callable[[str], Options]]
 
 
-def _named(argument: str) -> Callable[[str], dict[str, Any]]:
+def _named(argument: str) -> Callable[[str], Options]:
     """The rest is that argument; where it is empty the class's own default holds."""
     return lambda rest: {argument: rest} if rest else {}
 
 
-def _required(argument: str, example: str) -> Callable[[str], dict[str, Any]]:
-    def parse(rest: str) -> dict[str, Any]:
+def _required(argument: str, example: str) -> Callable[[str], Options]:
+    def parse(rest: str) -> Options:
         if not rest:
             raise ValueError(f"something is missing after the colon: give {example}")
         return {argument: rest}
@@ -27,21 +28,21 @@ def _required(argument: str, example: str) -> Callable[[str], dict[str, Any]]:
     return parse
 
 
-def _still(rest: str) -> dict[str, Any]:
+def _still(rest: str) -> Options:
     return {**_required("path", "image:face.png")(rest), "loop": True}
 
 
-def _timed(rest: str) -> dict[str, Any]:
+def _timed(rest: str) -> Options:
     return {**_required("path", "file:out.mp4")(rest), "clock": False}
 
 
-def _nothing(rest: str) -> dict[str, Any]:
+def _nothing(rest: str) -> Options:
     if rest:
         raise ValueError(f"nothing belongs after the colon, and there is {rest!r}")
     return {}
 
 
-def _host_and_port(rest: str) -> dict[str, Any]:
+def _host_and_port(rest: str) -> Options:
     """HOST:PORT, PORT or nothing."""
     host, _, port = rest.removeprefix("http://").rstrip("/").rpartition(":")
     if port and not port.isdecimal():
@@ -75,7 +76,7 @@ SINKS: dict[str, Entry] = {
 }
 
 
-def open_source(address: str, **options: Any) -> Source:
+def open_source(address: str, **options: object) -> Source:
     """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, an image or a folder, or an
     http address of MJPEG. options: further arguments of its class.
 
@@ -86,7 +87,7 @@ def open_source(address: str, **options: Any) -> Source:
     return _make(SOURCES, "source", _spelled_out(address, SOURCES), options)
 
 
-def open_sink(address: str, **options: Any) -> Sink:
+def open_sink(address: str, **options: object) -> Sink:
     """The sink at an address, made and not yet opened: `KIND:REST`, or a path of an .mp4 or .mkv or of a folder.
 
     Raises ValueError as `open_source` does.
@@ -110,7 +111,7 @@ def _kind_of(path: Path, table: dict[str, Entry]) -> str:
     return "image" if "image" in table and path.suffix.lower() in SUFFIXES else "file"
 
 
-def _make(table: dict[str, Entry], what: str, address: str, options: dict[str, Any]) -> Any:
+def _make(table: dict[str, Entry], what: str, address: str, options: Options) -> Any:
     kind, _, rest = address.partition(":")
     if kind not in table:
         raise ValueError(f"unknown {what} {address!r}: give a path, or KIND:... with one of {', '.join(table)}")

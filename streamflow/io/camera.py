@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class CameraSource(Source):
         with as_source_lost(f"camera {self.device!r}"):
             self._capture = self._opened(cv2)
 
-    def _opened(self, cv2: Any) -> Any:
+    def _opened(self, cv2: ModuleType) -> Any:
         capture = cv2.VideoCapture(self.device)
         if not capture.isOpened():
             capture.release()

@@ -7,11 +7,16 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamflow.io.protocols import InvalidSource, Source, SourceLost, TimedImage, as_source_lost, need
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +35,11 @@ class FileSource(Source):
 
     def __init__(self, path: str | Path, loop: bool = False) -> None:
         self.path, self.loop = Path(path), loop
-        self.rate: Fraction | None = None
+        self.rate = Fraction(30)
         self.audio: Path | None = None
         self.count: int | None = None
         self._container: Any = None
-        self._frames: Iterator[Any] | None = None
+        self._frames: Iterator[VideoFrame] | None = None
         self._offset = self._end = 0.0
 
     def open(self) -> None:
@@ -86,7 +91,7 @@ class FileSource(Source):
         self._first: float | None = None
         self._frames = self._decoded()
 
-    def _decoded(self) -> Iterator[Any]:
+    def _decoded(self) -> Iterator[VideoFrame]:
         """All frames that can be decoded, as far as the file can be read."""
         broken = need("av", "av").error.FFmpegError
         packets = self._container.demux(self._container.streams.video[0])
@@ -112,16 +117,16 @@ class FileSource(Source):
             self._damaged = True
             logger.warning("%s is damaged or cut, and images that cannot be decoded are left out: %s", self.path, error)
 
-    def _image(self, frame: Any) -> TimedImage:
+    def _image(self, frame: VideoFrame) -> TimedImage:
         period = float(1 / self.rate)
         seconds = frame.time if frame.time is not None else self._end - self._offset
-        self._first = seconds if self._first is None else self._first
-        pts = self._offset + max(seconds - self._first, 0.0)
+        first = self._first = seconds if self._first is None else self._first
+        pts = self._offset + max(seconds - first, 0.0)
         self._end = pts + period
         return TimedImage(upright(frame), time.monotonic(), pts)
 
 
-def _container(av: Any, path: Path) -> Any:
+def _container(av: ModuleType, path: Path) -> InputContainer:
     """The opened file. A recording that was cut within the head of a fragment can be opened only without its index."""
     try:
         return av.open(str(path))
@@ -129,6 +134,6 @@ def _container(av: Any, path: Path) -> Any:
         return av.open(str(path), options={"fflags": "+ignidx"})
 
 
-def upright(frame: Any) -> np.ndarray:
+def upright(frame: VideoFrame) -> np.ndarray:
     """A PyAV frame's pixels `[H, W, 3]`, turned by the quarter turns that its display matrix asks for."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))

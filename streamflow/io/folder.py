@@ -53,20 +53,20 @@ class FolderSource(Source):
             try:
                 pixels = read_image(path)
             except (OSError, ValueError) as error:
-                self._leave_out(path, error)
+                self._leave_out(path, error, len(self._paths))
                 continue
             image = TimedImage(pixels, time.monotonic(), self._count / self.rate)
             self._count, self._in_a_row = self._count + 1, 0
             return image
         return None
 
-    def _leave_out(self, path: Path, error: Exception) -> None:
+    def _leave_out(self, path: Path, error: Exception, count: int) -> None:
         if path not in self._broken:
             self._broken.add(path)
             logger.warning("%s is left out: %s", path, error)
         self._in_a_row += 1
-        if self._in_a_row == len(self._paths):
-            raise SourceLost(f"none of the {len(self._paths)} images in {self.path} can be read: {error}") from error
+        if self._in_a_row == count:
+            raise SourceLost(f"none of the {count} images in {self.path} can be read: {error}") from error
 
     def close(self) -> None:
         self._paths = None

@@ -94,8 +94,8 @@ class _Response(http.client.HTTPResponse):
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """HTTP and HTTPS with `_Response`."""
 
-    def do_open(self, http_class: Any, request: Any, **options: Any) -> Any:
-        def connection(*arguments: Any, **named: Any) -> Any:
+    def do_open(self, http_class: Any, request: urllib.request.Request, **options: Any) -> Any:
+        def connection(*arguments: object, **named: object) -> http.client.HTTPConnection:
             made = http_class(*arguments, **named)
             made.response_class = _Response
             return made

@@ -7,10 +7,9 @@ import ipaddress
 import re
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import PIL.Image
 
@@ -90,7 +89,7 @@ class MjpegSink(Sink):
 class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, HALF_OPEN
 
-    def __init__(self, address: tuple[str, int], viewers: int, allows: Any) -> None:
+    def __init__(self, address: tuple[str, int], viewers: int, allows: Callable[[str], bool]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.slots, self.allows = threading.BoundedSemaphore(viewers), allows
         self._changed, self._data, self._number, self._over = threading.Condition(), b"", 0, False
@@ -116,11 +115,12 @@ class _Server(ThreadingHTTPServer):
             self._changed.wait_for(lambda: self._over or self._number > number)
             return None if self._over else (self._data, self._number)
 
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
+    def process_request(self, request: socket.socket, client_address: object) -> None:
         """Answer in a thread. Where too many requests are incomplete, the oldest of them is given up."""
         with self._changed:
             oldest = next(iter(self._half_open)) if len(self._half_open) >= HALF_OPEN else None
-            self._half_open.pop(oldest, None)
+            if oldest is not None:
+                del self._half_open[oldest]
             self._half_open[request] = None
         if oldest is not None:
             _end(oldest)
@@ -136,7 +136,7 @@ class _Server(ThreadingHTTPServer):
         with self._changed:
             self._half_open.pop(request, None)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """A viewer that goes away is no error of ours."""
 
 
@@ -147,6 +147,7 @@ def _end(connection: socket.socket) -> None:
 
 
 class _Viewer(BaseHTTPRequestHandler):
+    server: _Server
     timeout = 10  # seconds; after which a viewer that receives nothing is disconnected
 
     def setup(self) -> None:
@@ -191,5 +192,5 @@ class _Viewer(BaseHTTPRequestHandler):
             head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
             self.wfile.write(head.encode() + data + b"\r\n")
 
-    def log_message(self, *arguments: Any) -> None:
+    def log_message(self, *arguments: object) -> None:
         """Nothing: requests are not logged."""

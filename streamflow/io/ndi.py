@@ -22,6 +22,7 @@ class NdiSource(Source):
         self.name, self.timeout = name, timeout
         self._finder: Any = None
         self._receiver: Any = None
+        self._frame: Any = None
 
     def open(self) -> None:
         finder_module, receiver_module = need("cyndilib.finder", "cyndilib"), need("cyndilib.receiver", "cyndilib")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
@@ -105,7 +106,7 @@ def need(module: str, package: str) -> ModuleType:
         raise ImportError(f"{module} cannot be imported ({error}): pip install {package}") from error
 
 
-def check_rate(rate: float) -> None:
+def check_rate(rate: float | Fraction) -> None:
     """Raise ValueError unless this is a number of frames a second."""
     if not 0 < rate <= 1000:
         raise ValueError(f"a rate of {rate!r} frames a second: give one above 0 and up to 1000")

@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamflow.io.protocols import Sink, TimedImage, check_rate, need
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
 
 TICKS = 90_000  # a second, in which times are written
 
@@ -37,7 +40,12 @@ class Recorder(Sink):
     """
 
     def __init__(
-        self, path: str | Path, rate: float = 30, clock: bool = True, audio: str | Path | None = None, quality: int = 20
+        self,
+        path: str | Path,
+        rate: float | Fraction = 30,
+        clock: bool = True,
+        audio: str | Path | None = None,
+        quality: int = 20,
     ) -> None:
         check_rate(rate)
         self.path = Path(path)
@@ -73,7 +81,7 @@ class Recorder(Sink):
 
     def _write(self, image: TimedImage) -> None:
         if self._video is None:
-            self._begin(image)
+            self._video = self._begin(image)
         if image.pixels.shape != self._shape:
             (h, w, _), (height, width, _) = image.pixels.shape, self._shape
             raise ValueError(f"an image of {w}x{h} in a recording of {width}x{height}: begin a new file")
@@ -106,7 +114,7 @@ class Recorder(Sink):
             self._failed = True
             raise
 
-    def _begin(self, image: TimedImage) -> None:
+    def _begin(self, image: TimedImage) -> Any:
         self._shape, self._first = image.pixels.shape, image.time
         height, width = _even(image.pixels).shape[:2]
         second = max(1, round(self.rate))
@@ -116,7 +124,7 @@ class Recorder(Sink):
         video.codec_context.gop_size = second
         video.options = {"crf": str(self.quality), "preset": "veryfast", "tune": "zerolatency"}
         self._sound = None if self.audio is None else _Sound(self.audio, self._output)
-        self._video = video
+        return video
 
     def _pts(self, image: TimedImage) -> int:
         seconds = image.time - self._first if self.clock else self._count / self.rate
@@ -127,7 +135,7 @@ class Recorder(Sink):
 class _Sound:
     """The packets of a file's first sound, handed on in step with the images."""
 
-    def __init__(self, path: str | Path, output: Any) -> None:
+    def __init__(self, path: str | Path, output: OutputContainer) -> None:
         self._input = need("av", "av").open(str(path))
         if not self._input.streams.audio:
             self._input.close()
@@ -137,7 +145,7 @@ class _Sound:
         self._packets: Iterator[Any] = (p for p in self._input.demux(template) if p.dts is not None)
         self._waiting = next(self._packets, None)
 
-    def copy(self, output: Any, until: float) -> None:
+    def copy(self, output: OutputContainer, until: float | Fraction) -> None:
         """Pass on what begins before `until`, in seconds."""
         while self._waiting is not None and self._waiting.dts * self._waiting.time_base < until:
             self._waiting.stream = self._stream

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from streamflow.image_utils import cropped, uint8_pixels
 from streamflow.io import TimedImage
 from streamflow.live.feed import Backoff, Feed, describe
 from streamflow.live.latency_modes import Mode, ModeChooser, fed, free, percentile, sequential
+
+if TYPE_CHECKING:
+    from streamflow.live.remote import Controls
+    from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "fed", "free", "sequential")
@@ -42,7 +46,7 @@ class Scene:
     takes_images: whether images go in; otherwise it draws from noise.
     """
 
-    def __init__(self, stream: Any, takes_images: bool, mode: str, chooser: ModeChooser) -> None:
+    def __init__(self, stream: StreamFlow, takes_images: bool, mode: str, chooser: ModeChooser) -> None:
         if stream.frame_bff_size != 1:
             raise ValueError(f"live draws frame by frame, and this stream has frame_buffer_size={stream.frame_bff_size}")
         self.stream, self.takes_images = stream, takes_images
@@ -110,7 +114,7 @@ class Drawing(Thread):
     """
 
     def __init__(
-        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Any = None
+        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Controls | None = None
     ) -> None:
         super().__init__(self._draw_all, "streamflow live drawing")
         self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
@@ -143,18 +147,18 @@ class Drawing(Thread):
             while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
                 self._turn()
             if self.scene.takes_images and self.newest is not None:
-                self._drain()
+                self._drain(self.newest)
         except BaseException as error:  # raised by whoever waits for the end
             self.error = error
         finally:
             self.outbox.close()
 
-    def _drain(self) -> None:
+    def _drain(self, newest: TimedImage) -> None:
         """Finish the images that entered before the source ended. An error is held, `ATTEMPTS` times at most."""
         left, failures = self.scene.stream.calls_behind, 0
         while left > 0 and not self._ending.is_set():
             try:
-                self._put(self.scene.tick_unfiltered(self.newest, self.scene.batched))
+                self._put(self.scene.tick_unfiltered(newest, self.scene.batched))
             except Exception as error:
                 failures += 1
                 if not self.hold or failures == ATTEMPTS:
@@ -187,10 +191,10 @@ class Drawing(Thread):
             self._ending.wait(PATIENCE)
         return self.controls.keys.paused
 
-    def _next_image(self, timeout: float) -> TimedImage | None:
+    def _next_image(self, feed: Feed, timeout: float) -> TimedImage | None:
         """As `Feed.next`; what that raises, the feed itself does not hold, so it ends the drawing."""
         try:
-            return self.feed.next(timeout)
+            return feed.next(timeout)
         except Exception as error:
             self._feed_error = error
             raise
@@ -212,21 +216,23 @@ class Drawing(Thread):
 
     def _input(self, scene: Scene) -> bool:
         """Whether there is an image to draw now: a new one, or under "free" the newest again."""
+        feed = self.feed
+        assert feed is not None, "a scene that takes images has a feed"
         if self.newest is None:
-            self.newest = self._next_image(PATIENCE)
+            self.newest = self._next_image(feed, PATIENCE)
             if self.newest is None:
                 return False
-            self.feed.pause(True)  # while modes are measured
+            feed.pause(True)  # while modes are measured
             try:
                 self.mode_name = scene.mode(self.newest).name
             finally:
-                self.feed.pause(False)
+                feed.pause(False)
             return True
         mode = scene.mode(self.newest)
         self.mode_name = mode.name
-        new = self._next_image(PATIENCE if mode.waits else 0)
+        new = self._next_image(feed, PATIENCE if mode.waits else 0)
         self.newest = new or self.newest
-        return new is not None or not (mode.waits or self.feed.ended)
+        return new is not None or not (mode.waits or feed.ended)
 
     def _hold_error(self, error: Exception) -> None:
         self.errors += 1

@@ -65,15 +65,16 @@ class Feed:
 
     def next(self, timeout: float) -> TimedImage | None:
         """The next image; None where none came within `timeout` seconds, and after the source's end (`ended`)."""
-        if self._reading is None and not self._reopen(timeout):
+        reading = self._reading or self._reopen(timeout)
+        if reading is None:
             return None
         try:
-            image = self._reading.read(timeout)
+            image = reading.read(timeout)
         except Exception as error:
-            if error is self._reading.error:
-                self._lose(error)
+            if error is reading.error:
+                self._lose(reading, error)
             else:  # TimeoutError of read()
-                self._notice_silence()
+                self._notice_silence(reading)
             return None
         self.ended = image is None
         if image is not None:
@@ -87,18 +88,18 @@ class Feed:
             self._lost_at = None
             self._backoff.reset()
 
-    def _notice_silence(self) -> None:
-        if self._reading.waiting > SILENCE and not self._silent:
+    def _notice_silence(self, reading: Reading) -> None:
+        if reading.waiting > SILENCE and not self._silent:
             self._silent = True
-            logger.warning("the source does not answer: a call of it has not returned for %.0f s", self._reading.waiting)
+            logger.warning("the source does not answer: a call of it has not returned for %.0f s", reading.waiting)
 
-    def _lose(self, error: Exception) -> None:
-        self._opened = self._opened or self._reading.opened
+    def _lose(self, reading: Reading, error: Exception) -> None:
+        self._opened = self._opened or reading.opened
         never_there = isinstance(error, FileNotFoundError) and not self._opened
         if not self._hold or never_there or isinstance(error, (ImportError, InvalidSource)):
             raise error
         self._log_lost(error)
-        self._dropped, reading, self._reading = self.dropped, self._reading, None
+        self._dropped, self._reading = self.dropped, None
         reading.close()
         self._backoff.failed()
 
@@ -108,12 +109,12 @@ class Feed:
             self.losses += 1
             logger.warning("the source is lost, the last image stays, and it is opened again: %s", describe(error))
 
-    def _reopen(self, timeout: float) -> bool:
+    def _reopen(self, timeout: float) -> Reading | None:
         left = self._backoff.left
         time.sleep(min(left, timeout))
         if left <= timeout:
             self._reading = Reading(self._source, self._policy)
-        return left <= timeout
+        return self._reading
 
     def close(self) -> None:
         """Close the source; its thread has ended then. Raises what its `close` raised, and what nobody has read of its

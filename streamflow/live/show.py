@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import PIL.Image
@@ -23,6 +23,11 @@ from streamflow.live.draw import MODES, Drawing, Drawn, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, describe
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
 from streamflow.live.pacing import POLICIES, Pacer
+
+if TYPE_CHECKING:
+    from streamflow.live.remote import Controls
+    from streamflow.live.remote.keys import Keys
+    from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("hold", "raise")
@@ -105,6 +110,7 @@ class Output:
         since an image was last written."""
         self.error = error
         writing, self._writing = self._writing, None
+        assert writing is not None, "the error is of its thread"
         writing.close()
         self._dropped += self._given - writing.count + 1
         self.failures = 1 if writing.count else self.failures + 1
@@ -126,7 +132,7 @@ class Sinks:
     last error of a sink that has failed and has not taken an image since, too.
     """
 
-    def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Any = None) -> None:
+    def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Keys | None = None) -> None:
         self._hold, self._keys = hold, keys
         self._outputs = [Output(sink) for sink in sinks]
         self._dropped, self._size, self._frozen = 0, None, None
@@ -197,7 +203,7 @@ class Sinks:
         for one in list(self._outputs):
             try:
                 one.close()
-                if not one.works:
+                if one.error is not None and not one.works:
                     found.append(one.error)
             except SinkLost as error:
                 logger.info("%s ended: %s", type(one.sink).__name__, error)
@@ -233,7 +239,7 @@ class Live:
 
     def __init__(
         self,
-        stream: Any,
+        stream: StreamFlow,
         source: str | Source | None,
         sinks: str | Sink | Sequence[str | Sink],
         *,
@@ -241,7 +247,7 @@ class Live:
         policy: str = "newest",
         mode: str = "auto",
         on_error: str = "hold",
-        controls: Any = None,
+        controls: Controls | None = None,
         clock: Clock | None = None,
     ) -> None:
         for name, value, known in (("policy", policy, POLICIES), ("mode", mode, MODES), ("on_error", on_error, ON_ERROR)):
@@ -261,8 +267,8 @@ class Live:
         self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
         newest = self._has_source and policy == "newest"
         self._outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
-        self._feed = Feed(opened, policy, hold) if self._has_source else None
-        self._sinks = Sinks(outs, hold, controls and controls.keys)
+        self._feed = Feed(opened, policy, hold) if opened is not None else None
+        self._sinks = Sinks(outs, hold, None if controls is None else controls.keys)
         self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
         self._stopped = False
         self._shown: Drawn | None = None
@@ -272,7 +278,7 @@ class Live:
         self._clock_thread.start()
         atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
 
-    def _scene(self, stream: Any) -> Scene:
+    def _scene(self, stream: StreamFlow) -> Scene:
         return Scene(stream, self._has_source, self._mode, ModeChooser(self._rate))
 
     # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -283,7 +289,7 @@ class Live:
         return self._clock_thread.is_alive()
 
     @property
-    def stream(self) -> Any:
+    def stream(self) -> StreamFlow:
         """The stream that draws now."""
         return self._drawing.scene.stream
 
@@ -304,19 +310,19 @@ class Live:
             *(feed.losses if feed else 0, d.errors, self.stream.not_finite, d.latency(0.5), d.latency(0.95)),
         )
 
-    def warm(self, stream: Any) -> Scene:
+    def warm(self, stream: StreamFlow) -> Scene:
         """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
         its ring is full, so that `switch` has an image at the next tick. ValueError, RuntimeError: it cannot be drawn."""
         scene = self._scene(stream)
-        image = self._drawing.newest
-        if self._has_source and image is None:
-            image = TimedImage(np.zeros((stream.height, stream.width, 3), np.uint8), time.monotonic())
+        image = None
         if self._has_source:
+            black = np.zeros((stream.height, stream.width, 3), np.uint8)
+            image = self._drawing.newest or TimedImage(black, time.monotonic())
             scene.mode(image)
-        scene.fill(image if self._has_source else None)
+        scene.fill(image)
         return scene
 
-    def switch(self, scene: Scene, crossfade: float = 0.0) -> Any:
+    def switch(self, scene: Scene, crossfade: float = 0.0) -> StreamFlow:
         """Draw a warmed scene from the next tick on; returns the stream that was drawn before, once no tick of it is under
         way. crossfade: seconds in which the last image of the old scene fades. The output has the first scene's size.
 

@@ -152,7 +152,7 @@ def control_rule(adapter: FlowAdapter) -> ControlRule:
     return getattr(import_module(module), name)()
 
 
-def load(model: str = "embedded", **kwargs: Any) -> Pipeline:
+def load(model: str = "embedded", **kwargs: object) -> Pipeline:
     """A diffusers pipeline: the embedded one, or from a hub id, a folder or a file (`streamflow.models.loading.load`)."""
     return import_module("streamflow.models.loading").load(model, **kwargs)
 

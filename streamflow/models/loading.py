@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     family: str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pipeline:
     """A loaded pipeline, ready for `StreamFlow`.
 

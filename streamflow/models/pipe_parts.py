@@ -41,7 +41,7 @@ def base_network(network: Any) -> Network:
             return network
 
 
-def check_network(network: Any) -> None:
+def check_network(network: object) -> None:
     """Raise TypeError for what cannot be called, and ValueError for a network with a cache of the step before, which rows at
     different steps cannot share."""
     if not callable(network):

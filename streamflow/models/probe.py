@@ -65,7 +65,7 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_network"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | list[Tensor]]:
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor | list[Tensor]]:
         arguments = self._signature.bind(*args, **kwargs).arguments
         self.calls.append(arguments)
         x = arguments[self._sample]
@@ -79,7 +79,7 @@ def record(
     sample: str,
     scheduler: Scheduler | None = None,
     texts: Texts | None = None,
-    **arguments: Any,
+    **arguments: object,
 ) -> Recording:
     """Call a copy of `pipe` with `arguments` up to its first scheduler step, and return what its network was given.
 

@@ -37,6 +37,8 @@ class Network(nn.Module):
     dtype: torch.dtype
     device: torch.device
     set_attention_backend: Callable[[str], None]
+    fuse_qkv_projections: Callable[[], None]
+    unfuse_qkv_projections: Callable[[], None]
 
 
 class VAE(Network):
@@ -59,4 +61,4 @@ class Pipeline(Protocol):
 
     def __getattr__(self, name: str, /) -> Any: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: object, **kwargs: object) -> Any: ...

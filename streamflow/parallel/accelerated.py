@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamflow import acceleration
 from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call, run_backwards
@@ -35,27 +35,47 @@ class _SomeParts(Parts):
         return (part for part in super().__iter__() if part.name in self.names)
 
 
-def _is_sharded(module: nn.Module) -> bool:
+class _ShardedModule(Protocol):
+    """A module on several devices."""
+
+    replicas: Sequence[nn.Module]
+    devices: Sequence[torch.device]
+
+    def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def with_replicas(self, modules: Sequence[nn.Module]) -> nn.Module: ...
+
+
+def _is_sharded(module: object) -> TypeGuard[_ShardedModule]:
     return all(hasattr(module, name) for name in ("replicas", "devices", "inputs_of", "with_replicas"))
 
 
-def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
+class _WithThreads(_ShardedModule, Protocol):
+    def start(self, index: int, args: Sequence[Tensor]) -> None: ...
+
+
+def _has_threads(module: object) -> TypeGuard[_WithThreads]:
+    return hasattr(module, "start")
+
+
+def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """As `acceleration.accelerate`, for parts of which some are on several devices."""
-    sharded = [part for part in parts if _is_sharded(part.module)]
+    sharded = {part.name: module for part in parts if _is_sharded(module := part.module)}
     if kind == "none" or not sharded:
         return acceleration.accelerate(kind, parts, options)
     undo: list[Callable[[], None]] = []
     modules: dict[str, nn.Module] = {}
     seconds: dict[str, float] = {}
     try:
-        single = tuple(part.name for part in parts if part not in sharded)
+        single = tuple(part.name for part in parts if part.name not in sharded)
         made = _by_kind(kind, parts, single, options)
         undo.append(made.undo)
         modules.update(made.modules)
         for part in (one for one in parts if one.name in single and one.name != "encoder"):
             seconds[part.name] = first_call(part, partial(part.call, modules[part.name]))
-        for part in sharded:
-            modules[part.name] = part.module.with_replicas(_accelerate_copies(kind, parts, part, options, undo))
+        for part in (one for one in parts if one.name in sharded):
+            module = sharded[part.name]
+            modules[part.name] = module.with_replicas(_accelerate_copies(kind, parts, part, module, options, undo))
             if part.name != "encoder":
                 seconds[part.name] = first_call(part, partial(_start, modules[part.name], part))
     except BaseException:
@@ -64,12 +84,14 @@ def accelerate(kind: str, parts: Parts, options: Any) -> Accelerated:
     return Accelerated(modules, partial(run_backwards, undo), seconds)
 
 
-def _accelerate_copies(kind: str, parts: Parts, part: Part, options: Any, undo: list[Callable[[], None]]) -> list[nn.Module]:
+def _accelerate_copies(
+    kind: str, parts: Parts, part: Part, sharded: _ShardedModule, options: object, undo: list[Callable[[], None]]
+) -> list[nn.Module]:
     """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
     which is logged."""
-    made = []
-    for index, (module, device) in enumerate(zip(part.module.replicas, part.module.devices, strict=True)):
-        here = replace(part, module=module, inputs=part.module.inputs_of(index, part.inputs))
+    made: list[nn.Module] = []
+    for index, (module, device) in enumerate(zip(sharded.replicas, sharded.devices, strict=True)):
+        here = replace(part, module=module, inputs=sharded.inputs_of(index, part.inputs))
         fitting = _for_device(options, device)
         if fitting is None:
             logger.info("%s on %s is not accelerated: %s needs a CUDA device", part.name, device, kind)
@@ -82,7 +104,7 @@ def _accelerate_copies(kind: str, parts: Parts, part: Part, options: Any, undo: 
     return made
 
 
-def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: Any) -> Accelerated:
+def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: object) -> Accelerated:
     some = _SomeParts(parts.velocity, parts.decoder, parts.encoder, names)
     return import_module(KINDS[kind]).accelerate(some, options)
 
@@ -99,7 +121,7 @@ def _for_device(options: Any, device: torch.device) -> Any:
 
 def _start(module: nn.Module, part: Part) -> None:
     """Run every copy once, in the thread of its device where it has one."""
-    if not hasattr(module, "start"):
+    if not _has_threads(module):
         part.call(module)
         return
     for index in range(len(module.replicas)):

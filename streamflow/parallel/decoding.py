@@ -6,24 +6,24 @@ images = decode(vae, latents, ["cuda:0", "cuda:1"])
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from streamflow.models.protocols import VAE
 from streamflow.parallel.replicas import Devices
 from streamflow.parallel.tiles import decode_tiled
 from streamflow.parallel.vae import ShardedVAE, decode_images, shard_vae
 
 
 def decode(
-    vae: nn.Module,
+    vae: VAE,
     latents: Tensor,
     devices: Devices = "all",
     *,
     tile: int | str | None = None,
     output_device: str | int | torch.device | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> Tensor:
     """Decode latents `[N, ...]`, N >= 1, as the VAE's own `decode` takes them.
 

@@ -11,11 +11,11 @@ There is no failover: a lost rank ends the run with an error that names it. `str
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from streamflow.parallel.plan import shares
 from streamflow.parallel.trees import batch_size, join_rows, list_tensors, map_tensors, rows_of_call
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Function
 
 
 class RankLost(RuntimeError):
@@ -47,7 +50,7 @@ class _Link:
     data: dist.ProcessGroup
     device: torch.device
 
-    def send(self, value: Any, rank: int) -> None:
+    def send(self, value: object, rank: int) -> None:
         """Send tensors, in any tuples and dicts, to a rank."""
         layout = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), value)
         _transfer(dist.send_object_list, [layout], rank, self.control)
@@ -56,7 +59,7 @@ class _Link:
 
     def receive(self, rank: int) -> Any:
         """Wait for the next value from a rank."""
-        received: list[Any] = [None]
+        received: list[object] = [None]
         _transfer(dist.recv_object_list, received, rank, self.control)
         value = map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device=self.device), received[0])
         for tensor in list_tensors(value):
@@ -64,7 +67,7 @@ class _Link:
         return value
 
 
-def _transfer(act: Callable[..., Any], payload: Any, rank: int, group: dist.ProcessGroup) -> None:
+def _transfer(act: Function, payload: object, rank: int, group: dist.ProcessGroup) -> None:
     if isinstance(payload, Tensor):
         if not payload.numel():
             return
@@ -84,7 +87,7 @@ class SharedModule(nn.Module):
         self.name, self.local, self._link, self._shared = name, local, link, shared
 
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         own, *others = shares(batch_size(args), dist.get_world_size())
         ranks = [rank for rank, rows in enumerate(others, 1) if rows]
         for rank in ranks:
@@ -114,8 +117,8 @@ def served(
     if own:
         dist.init_process_group("gloo", timeout=limit)
     device = next((p.device for module in modules.values() for p in module.parameters()), torch.device("cpu"))
-    control = dist.new_group(backend="gloo", timeout=limit)
-    data = dist.new_group(backend="nccl", timeout=limit) if device.type == "cuda" else control
+    control = _new_group("gloo", limit)
+    data = _new_group("nccl", limit) if device.type == "cuda" else control
     link = _Link(control, data, device)
     try:
         _check_same(modules, control)
@@ -134,6 +137,14 @@ def served(
             dist.destroy_process_group(group)
         if own:
             dist.destroy_process_group()
+
+
+def _new_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A process group of all ranks."""
+    group = dist.new_group(backend=backend, timeout=timeout)
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError(f"this rank is in no group of {backend}, and got {group!r}")
+    return group
 
 
 def _check(modules: Mapping[str, nn.Module], timeout: float) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,24 @@ from torch import Tensor
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.parallel.trees import list_tensors, map_tensors
 
+T = TypeVar("T")
+
 Events = Mapping[torch.device, torch.cuda.Event]
 
 
-def current_events(value: Any) -> dict[torch.device, torch.cuda.Event]:
+def current_events(value: object) -> dict[torch.device, torch.cuda.Event]:
     """For each GPU with one of these tensors, an event recorded on its current stream. Empty on a CPU."""
     devices = {t.device for t in list_tensors(value) if t.is_cuda}
-    return {device: torch.cuda.current_stream(device).record_event() for device in devices}
+    return {device: _recorded(torch.cuda.current_stream(device)) for device in devices}
 
 
-def on_current_streams(value: Any, events: Events) -> Any:
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def on_current_streams(value: T, events: Events) -> T:
     """The result of a lane, safe to use on the caller's current streams. The host does not wait."""
     for device, event in events.items():
         torch.cuda.current_stream(device).wait_event(event)
@@ -54,8 +62,8 @@ class Lane:
 
     @torch.no_grad()
     def run(
-        self, call: Callable, args: tuple, kwargs: Mapping, rows: int, ready: Events, target: torch.device | None
-    ) -> tuple[Any, Events]:
+        self, call: Callable[..., T], args: tuple, kwargs: Mapping, rows: int, ready: Events, target: torch.device | None
+    ) -> tuple[T, Events]:
         """(the result of the call on this device, copied to `target` if there is one; the events after which it is
         complete). ready: the events after which the arguments are complete."""
         self._make_room()
@@ -66,14 +74,13 @@ class Lane:
             for device, event in ready.items():
                 self._stream(device).wait_event(event)
             args, kwargs = map_tensors(self._fetch, args), map_tensors(self._fetch, dict(kwargs))
-            started = self._timestamp()
-            value = call(*args, **kwargs)
-            self._record_time(started, rows)
+            with self._timed(rows):
+                value = call(*args, **kwargs)
             if target is not None:
                 # A copy to the host blocks until it is complete. It is this lane's thread that waits.
                 value = map_tensors(lambda t: t.to(target, non_blocking=target.type == "cuda"), value)
             home = target or self.device
-            return value, {home: self._stream(home).record_event()} if home.type == "cuda" else {}
+            return value, {home: _recorded(self._stream(home))} if home.type == "cuda" else {}
 
     def _fetch(self, tensor: Tensor) -> Tensor:
         if tensor.is_cuda:
@@ -87,19 +94,20 @@ class Lane:
             self._streams[device] = side_stream(self, device)
         return self._streams[device]
 
-    def _timestamp(self) -> float | torch.cuda.Event:
+    @contextmanager
+    def _timed(self, rows: int) -> Iterator[None]:
+        """Measure the time of the block, of so many rows: on the GPU by events, else on the host."""
         if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True, blocking=True)
-        event.record(self._stream(self.device))
-        return event
-
-    def _record_time(self, started: Any, rows: int) -> None:
-        ended = self._timestamp()
-        if self.device.type == "cuda":
-            self._unfinished.append((started, ended, rows))
-        else:
-            self._seconds.append((ended - started) / rows)
+            began = time.perf_counter()
+            yield
+            self._seconds.append((time.perf_counter() - began) / rows)
+            return
+        stream = self._stream(self.device)
+        started, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        started.record(stream)
+        yield
+        ended.record(stream)
+        self._unfinished.append((started, ended, rows))
 
     def _make_room(self) -> None:
         """Wait until fewer than `depth` jobs are unfinished on the GPU."""

@@ -11,14 +11,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from streamflow._threads import Thread
 from streamflow.parallel.lanes import Events, Lane, current_events, on_current_streams
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class Pending:
     def __init__(self) -> None:
         self._finished = threading.Event()
         self._started = time.perf_counter()
-        self._value: Any = None
+        self._value: object = None
         self._events: Events = {}
         self._error: Exception | None = None
         self.latency_s: float | None = None
@@ -53,7 +56,7 @@ class Pending:
             raise self._error
         return on_current_streams(self._value, self._events)
 
-    def _finish(self, value: Any = None, events: Events | None = None, error: Exception | None = None) -> None:
+    def _finish(self, value: object = None, events: Events | None = None, error: Exception | None = None) -> None:
         self._value, self._events, self._error = value, events or {}, error
         self.latency_s = time.perf_counter() - self._started
         self._finished.set()
@@ -63,7 +66,7 @@ class Pending:
 class _Job:
     calls: Sequence[Callable]  # one for each worker
     args: tuple
-    kwargs: Mapping[str, Any]
+    kwargs: Arguments
     rows: int
     target: torch.device | None
     ready: Events
@@ -149,7 +152,7 @@ class Pool:
         self,
         calls: Sequence[Callable],
         args: tuple,
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Arguments | None = None,
         rows: int = 1,
         target: torch.device | None = None,
         worker: int | None = None,
@@ -234,7 +237,7 @@ def _next_job(state: _State, worker: _Worker) -> _Job | None:
         return worker.queue.popleft()
 
 
-def _finish(state: _State, job: _Job, value: Any, events: Events) -> None:
+def _finish(state: _State, job: _Job, value: object, events: Events) -> None:
     """Deliver the result, and drop the workers that failed at the job, but never the last one."""
     job.pending._finish(value, events)
     if not job.causes:
@@ -280,7 +283,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stop(state: _State, threads: list[threading.Thread]) -> None:
+def _stop(state: _State, threads: Sequence[threading.Thread]) -> None:
     with state.lock:
         state.closing = True
         state.wake_all()

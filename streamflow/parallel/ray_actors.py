@@ -8,10 +8,10 @@ Failover is Ray's alone: it starts an ended actor again, on another machine wher
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import Future
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch import nn
 from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_not_offloaded, copy_to
 from streamflow.parallel.trees import batch_size, join_rows, map_tensors, rows_of_call
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments, Call
 
 
 class _Actor:
@@ -31,7 +34,7 @@ class _Actor:
         self.module = module.to(self.device)
 
     @torch.no_grad()
-    def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, args: tuple, kwargs: Call) -> Any:
         args, kwargs = map_tensors(lambda t: t.to(self.device), (args, kwargs))
         return map_tensors(lambda t: t.cpu(), self.module(*args, **kwargs))
 
@@ -81,11 +84,11 @@ class RayModule(nn.Module):
         pending = [_start(actor, *rows_of_call(args, kwargs, rows, self._shared)) for actor, rows in parts if rows]
         return map_tensors(lambda t: t.to(args[0].device), join_rows([one.result() for one in pending]))
 
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, *args: object, **kwargs: object) -> Future[Any]:
         """Give a whole call to the next actor in turn, and return at once. The result is on the CPU. It raises the module's
         error, or `ray.exceptions.ActorDiedError` after more restarts than `restarts`."""
         return _start(next(self._next), args, kwargs)
 
 
-def _start(actor: Any, args: tuple, kwargs: Mapping[str, Any]) -> Future[Any]:
+def _start(actor: Any, args: tuple, kwargs: Arguments) -> Future[Any]:
     return actor.call.remote(*map_tensors(lambda t: t.cpu(), (args, kwargs))).future()

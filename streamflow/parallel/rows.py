@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from streamflow.acceleration.watch import Watch, version_of
 from streamflow.parallel.plan import row_shares
 from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, resolve_devices
+
+if TYPE_CHECKING:
+    from streamflow.pipeline import StreamFlow
 
 Rows = tuple[range, ...]
 CACHED_INPUTS = 16  # inputs that a device keeps: timesteps and prompt embeddings
@@ -71,7 +74,7 @@ class ShardedVelocity(nn.Module):
         return self.call(self.replicas, x, t, cond)
 
     @torch.no_grad()
-    def call(self, modules: Sequence[nn.Module], x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def call(self, modules: Sequence[nn.Module] | nn.ModuleList, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The velocity of all rows. modules: one for each device, which computes its share."""
         self._weights.update()
         shares = self._shares(len(x))
@@ -120,13 +123,13 @@ class InputCache:
         if value.is_inference():
             return self._copy(value, rows)  # such tensors have no version
         key = id(value), rows
-        _, version, copied = self._kept.pop(key, (value, None, None))
-        if version != value._version:
-            version, copied = value._version, self._copy(value, rows)
-        self._kept[key] = value, version, copied
+        kept = self._kept.pop(key, None)
+        if kept is None or kept[1] != value._version:
+            kept = value, value._version, self._copy(value, rows)
+        self._kept[key] = kept
         if len(self._kept) > CACHED_INPUTS:
             self._kept.popitem(last=False)
-        return copied
+        return kept[2]
 
     def _copy(self, value: Tensor, rows: Rows | None) -> Tensor:
         return (value if rows is None else _cut(value, rows)).to(self.device)
@@ -164,7 +167,7 @@ class WeightSync:
         self._versions = now
 
 
-def shard_denoiser(stream: Any, devices: Devices = "all") -> ShardedVelocity:
+def shard_denoiser(stream: StreamFlow, devices: Devices = "all") -> ShardedVelocity:
     """Share the rows of a stream's denoising batch between devices, in place. `stream.accelerate` then accelerates every
     copy. Call it again for other devices; `stream.velocity = sharded.source`, or assigning `stream.unet`, ends it.
 
@@ -202,5 +205,5 @@ def _put(v: Tensor, rows: Rows, part: Tensor) -> None:
         start += len(one)
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

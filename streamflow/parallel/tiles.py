@@ -16,16 +16,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from streamflow._decibels import decibels
+from streamflow.models.protocols import VAE
 from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
 from streamflow.parallel.replicas import free_bytes
 from streamflow.parallel.vae import ShardedVAE, decode_images
+
+T = TypeVar("T")
 
 PROBE = 8  # latents per side of the decode that shows the scale of each convolution
 SAMPLE = 24  # latents per side of the decode that measures the memory per latent
@@ -96,7 +99,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # -- the receptive field of a decoder ----------------------------------------------------------------------------------
 
 
-def reach_of(vae: nn.Module, like: Tensor) -> Reach:
+def reach_of(vae: VAE | ShardedVAE, like: Tensor) -> Reach:
     """The reach of a decoder, measured by a decode of a few latents. like: latents of one position, `[1, ..., 1, 1]`, which
     set the channels, dtype and device."""
     small = like.expand(*like.shape[:-2], PROBE, PROBE)
@@ -112,7 +115,7 @@ def reach_of(vae: nn.Module, like: Tensor) -> Reach:
     return Reach(factor, halo, local and _is_confined(vae, like, halo, factor))
 
 
-def _record_modules(vae: nn.Module, latents: Tensor) -> tuple[list[tuple[nn.Module, int]], Tensor]:
+def _record_modules(vae: VAE | ShardedVAE, latents: Tensor) -> tuple[list[tuple[nn.Module, int]], Tensor]:
     """(the modules without children that ran in a decode, each with the width of its input; the images)."""
     ran: list[tuple[nn.Module, int]] = []
 
@@ -135,7 +138,7 @@ def _is_local(module: nn.Module, size: int) -> bool:
     return isinstance(module, POINTWISE) or type(module).__module__.endswith("activations")
 
 
-def _conv_reach(module: nn.Module) -> int:
+def _conv_reach(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int:
     """How many pixels to each side a convolution reaches, the larger of the two axes."""
     return max(step * (size - 1) // 2 for step, size in zip(module.dilation[-2:], module.kernel_size[-2:], strict=True))
 
@@ -150,7 +153,7 @@ def _in_latents(pixels: dict[int, int]) -> int:
     return math.ceil(reach / last)
 
 
-def _is_confined(vae: nn.Module, like: Tensor, halo: int, factor: int) -> bool:
+def _is_confined(vae: VAE | ShardedVAE, like: Tensor, halo: int, factor: int) -> bool:
     """Whether a change of one latent stays within the halo. This finds global operations outside of modules."""
     side = halo + 3
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +188,7 @@ def _room(sharded: ShardedVAE, latents: Tensor) -> int:
     return room_for(min(free), each)
 
 
-def bytes_per_latent(vae: nn.Module, like: Tensor) -> float:
+def bytes_per_latent(vae: VAE | ShardedVAE, like: Tensor) -> float:
     """The memory of a decode in bytes per latent, measured on a few latents. On CUDA it is the peak of torch's allocator,
     whose peak statistics are reset; on a CPU, twice the inputs and outputs of the largest module."""
     latents = torch.zeros(*like.shape[:-2], SAMPLE, SAMPLE, device=like.device, dtype=like.dtype)
@@ -197,7 +200,7 @@ def bytes_per_latent(vae: nn.Module, like: Tensor) -> float:
     return 2 * _largest_module(vae, latents) / SAMPLE**2
 
 
-def _largest_module(vae: nn.Module, latents: Tensor) -> int:
+def _largest_module(vae: VAE | ShardedVAE, latents: Tensor) -> int:
     """The largest sum of inputs and outputs of one module in a decode, in bytes."""
     sizes = [0]
 
@@ -218,7 +221,8 @@ class _Exact:
     """An image made of the cores of its tiles."""
 
     def __init__(self, latents: Tensor, reach: Reach):
-        self.size, self.factor, self.canvas = latents.shape[-2:], reach.factor, None
+        self.size, self.factor = latents.shape[-2:], reach.factor
+        self.canvas: Tensor | None = None
 
     def put(self, decoded: tuple[Tile, Pending]) -> None:
         """Wait for the pixels of a tile and write them."""
@@ -237,6 +241,7 @@ class _Exact:
         return canvas[..., rows.start * f : rows.stop * f, columns.start * f : columns.stop * f]
 
     def finished(self) -> Tensor:
+        assert self.canvas is not None, "there is one tile at least"
         return self.canvas
 
 
@@ -257,13 +262,13 @@ class _Blended(_Exact):
         self.region(canvas, tile.rows.window, tile.columns.window).add_(pixels.float() * weight)
 
     def finished(self) -> Tensor:
-        return self.canvas.to(self.dtype)
+        return super().finished().to(self.dtype)
 
 
 # -- on the devices ----------------------------------------------------------------------------------------------------
 
 
-def _on_first(sharded: ShardedVAE, function: Callable, like: Tensor) -> Any:
+def _on_first(sharded: ShardedVAE, function: Callable[..., T], like: Tensor) -> T:
     """The result of a function of (VAE, latents) on the first device that works, computed in its own thread."""
     calls = [partial(function, one) for one in sharded.replicas]
     return sharded.pool.submit(calls, (like,), worker=sharded.pool.alive[0]).result()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments, Function
 
-def map_tensors(function: Callable[..., Any], *values: Any) -> Any:
+T = TypeVar("T")
+
+
+def map_tensors(function: Function, *values: Any) -> Any:
     """The first value with every tensor replaced by `function` of it and of the tensors at its place in the other values,
     which have the same structure. An object with tensors as attributes (`DiagonalGaussianDistribution`) is copied."""
     first = values[0]
@@ -29,7 +34,7 @@ def map_tensors(function: Callable[..., Any], *values: Any) -> Any:
     return made
 
 
-def join_rows(values: list[Any]) -> Any:
+def join_rows(values: list[T]) -> T:
     """The results of several shares of rows as one: every tensor concatenated along its first dimension."""
     return values[0] if len(values) == 1 else map_tensors(_cat, *values)
 
@@ -40,12 +45,12 @@ def _cat(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors)
 
 
-def take_rows(value: Any, rows: range, n: int) -> Any:
+def take_rows(value: T, rows: range, n: int) -> T:
     """The value with these rows of every tensor that has n rows. Other tensors stay whole."""
     return map_tensors(lambda t: t[rows.start : rows.stop] if t.dim() and len(t) == n else t, value)
 
 
-def list_tensors(value: Any) -> list[Tensor]:
+def list_tensors(value: object) -> list[Tensor]:
     """All tensors of a value, in the order of `map_tensors`."""
     found: list[Tensor] = []
 
@@ -70,7 +75,7 @@ def batch_size(args: tuple) -> int:
     return len(args[0])
 
 
-def rows_of_call(args: tuple, kwargs: Mapping[str, Any], rows: range, shared: Collection[str] = ()) -> tuple:
+def rows_of_call(args: tuple, kwargs: Arguments, rows: range, shared: Collection[str] = ()) -> tuple:
     """(args, kwargs) of a call with these rows of its batch only. shared: names of arguments that stay whole."""
     n = len(args[0])
     return take_rows(args, rows, n), {

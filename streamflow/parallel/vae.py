@@ -9,20 +9,24 @@ copies record no gradients and use no autocast. Knows the interface of a VAE; no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow.models.codec import Codec
+from streamflow.models.protocols import VAE, Function
 from streamflow.parallel.plan import chunks, shares, shares_by
 from streamflow.parallel.pool import Pending, Pool
 from streamflow.parallel.replicas import Devices, replicate, resolve_device, resolve_devices
 from streamflow.parallel.trees import batch_size, join_rows, take_rows
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
 
 BALANCES = ("equal", "measured")
 KEEP = "decoder"  # of `Settings.output_device`
@@ -61,10 +65,10 @@ class Settings:
     @property
     def target(self) -> torch.device | None:
         """The device of `output_device`; None for "decoder"."""
-        return None if self.output_device == KEEP else self.output_device
+        return None if self.output_device == KEEP else resolve_device(self.output_device)
 
 
-def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tuple, kwargs: Arguments) -> Any:
     """The result of a call whose first argument is a batch, with the rows shared by the workers. Tensors with as many rows
     are shared with it; all else goes to every worker. calls: one for each worker.
 
@@ -79,14 +83,14 @@ def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tupl
     for turn in zip_longest(*pieces):  # the first piece of every device, then the second ones, so that no device waits
         for worker, rows in zip(workers, turn, strict=True):
             if rows is not None:
-                own = take_rows((args, dict(kwargs)), rows, n)
-                pending.append((rows.start, pool.submit(calls, *own, len(rows), target, worker)))
+                own_args, own_kwargs = take_rows((args, dict(kwargs)), rows, n)
+                pending.append((rows.start, pool.submit(calls, own_args, own_kwargs, len(rows), target, worker)))
     return join_rows([result.result() for _, result in sorted(pending, key=lambda one: one[0])])
 
 
 def _shares(pool: Pool, settings: Settings, workers: Sequence[int], n: int) -> tuple[range, ...]:
-    seconds = [pool.seconds_per_row[i] for i in workers]
-    if settings.balance == "equal" or not all(seconds):
+    seconds = [one for i in workers if (one := pool.seconds_per_row[i])]
+    if settings.balance == "equal" or len(seconds) < len(workers):
         return shares(n, len(workers))
     return shares_by(n, [1 / s for s in seconds])
 
@@ -95,7 +99,7 @@ class Sharded(nn.Module):
     """One module for each worker of a pool, such as a codec's decoder on every device. A call shares its rows; `submit`
     gives a whole call to one worker."""
 
-    def __init__(self, pool: Pool, settings: Settings, modules: Sequence[nn.Module]):
+    def __init__(self, pool: Pool, settings: Settings, modules: Sequence[Function]):
         super().__init__()
         self.pool, self.settings, self.replicas = pool, settings, tuple(modules)
 
@@ -109,10 +113,10 @@ class Sharded(nn.Module):
         """How many calls are computed at once: one for each device that works."""
         return len(self.pool.alive)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         return by_row(self.pool, self.settings, self.replicas, args, kwargs)
 
-    def submit(self, *args: Any, **kwargs: Any) -> Pending:
+    def submit(self, *args: object, **kwargs: object) -> Pending:
         """Give this call to the next device in turn. Returns at once, unless every queue is full."""
         return self.pool.submit(self.replicas, args, kwargs, batch_size(args), self.settings.target)
 
@@ -128,7 +132,7 @@ class Sharded(nn.Module):
         rows = next(chunks(cut[index] or cut[0], self.settings.batch))
         return {name: value.to(self.devices[index]) for name, value in take_rows(dict(inputs), rows, n).items()}
 
-    def start(self, index: int, args: Sequence[Any]) -> None:
+    def start(self, index: int, args: Sequence[Tensor]) -> None:
         """Call one of the modules in its own thread and wait for the end, for modules that compile or capture."""
         self.pool.submit(self.replicas, tuple(args), None, len(args[0]), torch.device("cpu"), index).result()
 
@@ -140,7 +144,7 @@ class ShardedVAE(nn.Module):
     `disable_`, `set_`, `fuse_` or `unfuse_`, acts on every copy. The VAE that was passed is copied and stays as it is.
     """
 
-    def __init__(self, vae: nn.Module, devices: Devices = "all", settings: Settings | None = None):
+    def __init__(self, vae: VAE, devices: Devices = "all", settings: Settings | None = None):
         super().__init__()
         if isinstance(vae, ShardedVAE):
             raise TypeError(f"this VAE is sharded already, over {', '.join(map(str, vae.devices))}: pass the plain VAE")
@@ -150,20 +154,20 @@ class ShardedVAE(nn.Module):
         self._own(pool=Pool(chosen, self.settings.depth))
         self._own(_images=Sharded(self.pool, self.settings, [partial(decode_images, one) for one in self.replicas]))
 
-    def _own(self, **attributes: Any) -> None:
+    def _own(self, **attributes: object) -> None:
         self.__dict__.update(attributes)
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode(self, z: Tensor, *args: object, **kwargs: object) -> Any:
         """As the VAE's own `decode`, for latents `[N, ...]`, N >= 1, whose rows the devices share."""
         return by_row(self.pool, self.settings, [one.decode for one in self.replicas], (z, *args), kwargs)
 
-    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def encode(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         """As the VAE's own `encode`, for images `[N, ...]`, N >= 1, whose rows the devices share."""
         return by_row(self.pool, self.settings, [one.encode for one in self.replicas], (x, *args), kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """As the VAE's own `forward`, by row."""
         return by_row(self.pool, self.settings, self.replicas, args, kwargs)
 
@@ -246,19 +250,19 @@ class ShardedVAE(nn.Module):
         _call_all(self.replicas, "requires_grad_", requires_grad)
         return self
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the first copy."""
         return self.replicas[0].named_parameters(*args, **kwargs)
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+    def named_buffers(self, *args: object, **kwargs: object) -> Iterator[tuple[str, Tensor]]:
         """The buffers of the first copy."""
         return self.replicas[0].named_buffers(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: object, **kwargs: object) -> Any:
         """The state of the first copy."""
         return self.replicas[0].state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, *args: object, **kwargs: object) -> Any:
         """Load it into every copy."""
         return _call_all(self.replicas, "load_state_dict", *args, **kwargs)
 
@@ -266,11 +270,11 @@ class ShardedVAE(nn.Module):
 _SETTERS = ("enable_", "disable_", "set_", "fuse_", "unfuse_")
 
 
-def _call_all(modules: Sequence[nn.Module], name: str, *args: Any, **kwargs: Any) -> Any:
+def _call_all(modules: Sequence[nn.Module], name: str, *args: object, **kwargs: object) -> Any:
     return [getattr(one, name)(*args, **kwargs) for one in modules][0]
 
 
-def decode_images(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_images(vae: VAE | ShardedVAE, latents: Tensor) -> Tensor:
     """The tensor of images that `vae.decode` gives for these latents."""
     return vae.decode(latents, return_dict=False)[0]
 
@@ -280,7 +284,7 @@ def _device_of(vae: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def shard_vae(vae: nn.Module, devices: Devices = "all", **settings: Any) -> ShardedVAE:
+def shard_vae(vae: VAE, devices: Devices = "all", **settings: Any) -> ShardedVAE:
     """Copy a VAE to these devices. Use the result in its place.
 
     Args:

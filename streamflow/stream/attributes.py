@@ -168,7 +168,7 @@ class Attributes:
         return self._model.adapter.scheduler
 
     @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
+    def scheduler(self, scheduler: Scheduler) -> None:
         self._model.check_open()
         check_sampling(scheduler)
         before, self._model.adapter.scheduler = self._model.adapter.scheduler, scheduler
@@ -191,7 +191,7 @@ class Attributes:
         return None if self._denoiser.state is None else self._updates.requested().noise.seed
 
     @seed.setter
-    def seed(self, value: Any) -> None:
+    def seed(self, value: Seeds) -> None:
         if value is None:
             raise TypeError("seed must be an integer or a list of (integer, weight), not None")
         self._updates.update(seed=value)
@@ -414,12 +414,12 @@ class Attributes:
         return 1.0 - self.beta_prod_t_sqrt
 
     @property
-    def c_skip(self) -> Any:
+    def c_skip(self) -> Tensor:
         """Raises AttributeError, with the reason."""
         raise AttributeError("c_skip belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
 
     @property
-    def c_out(self) -> Any:
+    def c_out(self) -> Tensor:
         """As `c_skip`."""
         raise AttributeError("c_out belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
 

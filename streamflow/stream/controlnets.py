@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Group
+
+if TYPE_CHECKING:
+    from streamflow.image_utils import Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +131,7 @@ class ControlNets:
 
     # -- of frames ------------------------------------------------------------------------------------------------------
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[ControlImages | None]:
+    def read(self, given: object, images: Tensor | None, positions: range) -> list[ControlImages | None]:
         """The control images of each frame; None without control nets."""
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"control is a mapping of names to images, not {type(given).__name__}")
@@ -233,7 +236,7 @@ class ControlNets:
             inputs[image_name(i)] = controls.rule.image(item, one, codec.encode, model.adapter.pipe.vae).to(model.dtype)
         return inputs
 
-    def _images(self, name: str, given: Any, count: int) -> Tensor:
+    def _images(self, name: str, given: Images, count: int) -> Tensor:
         images = self._reader.preprocess(given)
         if len(images) not in (1, count):
             raise ValueError(f"{len(images)} images for control {name!r} of {count} frames: pass one, or one each")

@@ -43,7 +43,7 @@ class Coroutine(Generic[Request, Result]):
         self._thread = Thread(self._run, "streamflow frame", (function, torch.is_inference_mode_enabled()))
         self._thread.start()
 
-    def resume(self, answer: Any = None) -> None:
+    def resume(self, answer: object = None) -> None:
         """Answer its request, and wait for its next request or its end."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self.request = None

@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
 
-def _ring(adapter: Any, settings: Settings, weight: Weight, batched: bool) -> Engine:
+def _ring(adapter: FlowAdapter, settings: Settings, weight: Weight, batched: bool) -> Engine:
     return Ring(settings, weight) if batched else Loop(settings, weight)
 
 
@@ -87,7 +87,10 @@ def _pipeline_calls(adapter: Any, settings: Settings, weight: Weight, batched: b
     return PipelineCalls(adapter, settings, to_the_end=not batched)
 
 
-ENGINES: dict[str, Callable[[Any, Settings, Weight, bool], Engine]] = {"ring": _ring, "pipeline_calls": _pipeline_calls}
+ENGINES: dict[str, Callable[[FlowAdapter, Settings, Weight, bool], Engine]] = {
+    "ring": _ring,
+    "pipeline_calls": _pipeline_calls,
+}
 
 
 def make_engine(adapter: FlowAdapter, settings: Settings, weight: Weight, batched: bool) -> Engine:

@@ -31,27 +31,27 @@ class Attribute(property, Generic[T]):
     """A property that reads and assigns this attribute of `self.<part>`. of: the attribute in the part's class, or its
     docstring where instances hold it."""
 
-    def __init__(self, part: str, name: str, of: Any) -> None:
+    def __init__(self, part: str, name: str, of: object) -> None:
         fixed = isinstance(of, property) and of.fset is None
 
-        def read(self: Any) -> Any:
+        def read(self: object) -> Any:
             return getattr(getattr(self, part), name)
 
-        def assign(self: Any, value: Any) -> None:
+        def assign(self: Any, value: object) -> None:
             setattr(getattr(self, part), name, value)
 
         super().__init__(read, None if fixed else assign, None, of if isinstance(of, str) else of.__doc__)
 
     @overload
-    def __get__(self, instance: None, owner: Any = None) -> Attribute[T]: ...
+    def __get__(self, instance: None, owner: type | None = None) -> Attribute[T]: ...
 
     @overload
-    def __get__(self, instance: Any, owner: Any = None) -> T: ...
+    def __get__(self, instance: object, owner: type | None = None) -> T: ...
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         return super().__get__(instance, owner)
 
-    def __set__(self, instance: Any, value: T) -> None:
+    def __set__(self, instance: object, value: T) -> None:
         super().__set__(instance, value)
 
 
@@ -59,5 +59,5 @@ class DiffusersAttribute(Attribute[T]):
     """An attribute for objects of diffusers. Any object can be assigned, since diffusers' classes do not declare the members
     of `T`."""
 
-    def __set__(self, instance: Any, value: Any) -> None:
+    def __set__(self, instance: object, value: Any) -> None:
         super().__set__(instance, value)

@@ -26,7 +26,7 @@ class FrameLoop:
         self._model, self._denoiser, self._updates = model, denoiser, updates
         self._inputs, self._outputs = inputs, outputs
 
-    def frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
+    def frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is an image, None for a frame
         drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
         other calls.
@@ -53,7 +53,7 @@ class FrameLoop:
             )
 
     @computing
-    def _frames(self, iterable: Iterable[Any]) -> Iterator[Frame]:
+    def _frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
         denoiser, order = self._denoiser, Order()
         now, left = Pass(order), False
         denoiser.check_step("frames()")

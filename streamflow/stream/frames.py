@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
+from streamflow.image_utils import ControlArgument, Images
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments, Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +45,12 @@ class Frame:
 class Input:
     """An input of `StreamFlow.frames` that is more than an image: what `stream(image, ...)` takes, by the same names."""
 
-    image: Any = None
-    mask: Any = None
-    control: Any = None
+    image: Images | None = None
+    mask: Images | None = None
+    control: ControlArgument | None = None
 
     @property
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self) -> Call:
         """What it brings beside its image, by the names of conditioners."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "image"}
 
@@ -59,7 +63,7 @@ class Waiting:
     id: int
     image: Tensor | None
     prompt: Prompt
-    conditions: Mapping[str, Any]
+    conditions: Arguments
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,24 @@ class _Input:
     since: float
 
 
+class Decoding(Protocol):
+    """Images that are being decoded."""
+
+    def done(self) -> bool:
+        """Whether they are ready."""
+        ...
+
+    def result(self) -> Tensor:
+        """The images, `[n, 3, H, W]`. Waits until they are ready."""
+        ...
+
+
 class Order:
     """Matches images with the inputs that wait for them. `expect` in input order, `decoding` in any, `ready` in order."""
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
-        self._decoding: deque[tuple[Any, Any]] = deque()
+        self._decoding: deque[tuple[Any, Decoding]] = deque()
         self._arrived: deque[Any] = deque()  # decoded, and none of their frames given
         self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
@@ -92,7 +108,7 @@ class Order:
         """The groups of which no frame has been given, oldest first."""
         return [*self._arrived, *self.undecoded]
 
-    def decoding(self, group: Any, decoding: Any) -> None:
+    def decoding(self, group: object, decoding: Decoding) -> None:
         """Add a group that is being decoded, with its frames' `ids`. `decoding.done()`: whether its images are ready.
         `decoding.result()`: waits, and returns them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((group, decoding))

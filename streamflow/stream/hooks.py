@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +162,7 @@ class Hooks:
         self._denoiser.watch(self.observer)
         return trace
 
-    def check_acceleration(self, kind: str, options: Any) -> None:
+    def check_acceleration(self, kind: str, options: object) -> None:
         """Raise where this stream cannot be accelerated in this way: RuntimeError after `close`, and where it would replay
         CUDA graphs and the function of `on_step` may wait; NotImplementedError where the family is not accelerated."""
         self._model.check_open()
@@ -205,7 +204,7 @@ class Hooks:
         self._denoiser.watch(self.observer)
 
 
-def check_graphs(kind: str, options: Any) -> None:
+def check_graphs(kind: str, options: object) -> None:
     """RuntimeError where a stream accelerated in this way replays CUDA graphs."""
     graphs = kind == "cuda-graph" or any(getattr(options, name, False) for name in ("cuda_graph", "use_cuda_graph"))
     if graphs:
@@ -215,7 +214,7 @@ def check_graphs(kind: str, options: Any) -> None:
         )
 
 
-def check_latents(given: Any, like: Tensor) -> None:
+def check_latents(given: object, like: Tensor) -> None:
     """TypeError or ValueError unless these can take the place of the latents `like`."""
     if not isinstance(given, Tensor):
         raise TypeError(f"on_step's function returns None or the latents to go on with, not {type(given).__name__}")

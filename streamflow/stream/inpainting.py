@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow.conditioning.inpaint import MASK, Region, known_rows, paste_of, put_known, read_mask
+from streamflow.image_utils import Images
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
@@ -38,7 +38,7 @@ class Inpainting:
         self._paste = True
 
     @computing
-    def inpaint(self, image: Any = None, mask: Any = None, paste: bool = True) -> None:
+    def inpaint(self, image: Images | None = None, mask: Images | None = None, paste: bool = True) -> None:
         """Draw only part of the frames that enter from now on; the rest is known and follows its own noised path. What is
         set stays, through `prepare` too, until `inpaint(None)` ends it; frames under way keep what they entered with.
 
@@ -66,7 +66,7 @@ class Inpainting:
         self._regions, self._paste, self.active = regions, paste, regions is not None
         self._redraw()
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[Region | None]:
+    def read(self, given: Images | None, images: Tensor | None, positions: range) -> list[Region | None]:
         """One region a frame, of the mask of this call or of what `inpaint` has set."""
         regions = self._regions
         if images is None:
@@ -101,10 +101,10 @@ class Inpainting:
             finish=paste_of(entries, None if start.images is None else self._model.upload(start.images)),
         )
 
-    def _read_mask(self, mask: Any) -> Tensor:
+    def _read_mask(self, mask: Images) -> Tensor:
         return read_mask(mask, self._model.height, self._model.width, self._reader.check)
 
-    def _make_regions(self, masks: Tensor, image: Any, paste: bool) -> tuple[Region, ...]:
+    def _make_regions(self, masks: Tensor, image: Images | None, paste: bool) -> tuple[Region, ...]:
         """One region a row of the frame buffer."""
         model = self._model
         images = None if image is None else self._reader.preprocess(image).clone()  # kept, and its memory is the caller's

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.noise import NoiseSource
-from streamflow.image_utils import Check, Normalized, check_range, check_values, image_tensor, normalize_image
+from streamflow.image_utils import Check, Images, Normalized, check_range, check_values, image_tensor, normalize_image
 from streamflow.stream.conditioner import Conditioner, Conditions, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.image_checks import RangeChecks
 from streamflow.stream.model import Model
 from streamflow.stream.request import Prepared
 from streamflow.stream.ring import Carried, Group
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,12 @@ class ImageReader:
         self._model, self._ranges = model, ranges
         self.input_range, self._resize, self.check = input_range, resize, check
 
-    def read(self, image: Any, what: str) -> Tensor:
+    def read(self, image: Images, what: str) -> Tensor:
         """An image or several as `[n, 3, height, width]` in [-1, 1]. what: the image's name in errors."""
         model = self._model
         return image_tensor(image, model.height, model.width, self.input_range, self._resize, self._checked(what))
 
-    def preprocess(self, image: Any) -> Normalized:
+    def preprocess(self, image: Images) -> Normalized:
         """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
         model, check = self._model, self._checked("an image given to preprocess")
         return normalize_image(image, model.height, model.width, self.input_range, self._resize, check)
@@ -72,11 +75,11 @@ class Inputs:
 
     # -- images ---------------------------------------------------------------------------------------------------------
 
-    def images(self, image: Any) -> Tensor:
+    def images(self, image: Images) -> Tensor:
         """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]."""
         return self._reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
-    def conditions(self, given: Mapping[str, Any], images: Tensor | None, positions: range) -> Conditions:
+    def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
         """The arguments of a call besides images, read by each conditioner that is active or has an argument here."""
         return [
             (one, one.read(given.get(one.name), images, positions))

@@ -10,15 +10,19 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from streamflow._validation import check_number
+from streamflow.models.protocols import Pipeline
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.model import Model
 from streamflow.stream.updates import Updates
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Function
 
 # The first of the two matrices of each layer, in the spellings that diffusers gives a LoRA that it has read.
 DOWN = re.compile(r"(lora_A|lora_linear_layer\.down|lora\.down|lokr_w1|lokr_w1_a)(\.weight)?$")
@@ -79,7 +83,7 @@ class Loras:
                 )
         return name
 
-    def set_adapters(self, adapter_names: str | Sequence[str] | Mapping[str, float], adapter_weights: Any = None) -> None:
+    def set_adapters(self, adapter_names: str | Sequence[str] | Mapping[str, float], adapter_weights: object = None) -> None:
         """Which LoRAs act, and how strongly: `set_adapters({"a": 0.7, "b": 0.3})`, or names and weights apart, as diffusers'
         method of this name takes them. Those not named rest. Weights are 1 by default; 0 and below are allowed.
 
@@ -148,7 +152,7 @@ class Loras:
         with self._adapting():
             loader.unfuse_lora(self._fusible(unfuse_unet, unfuse_text_encoder))
 
-    def load_lcm_lora(self, *args: Any, **kwargs: Any) -> None:
+    def load_lcm_lora(self, *args: object, **kwargs: object) -> None:
         """Raises NotImplementedError: flows do not need LCM-LoRA."""
         raise NotImplementedError(
             "LCM-LoRA teaches a diffusion UNet to draw in few steps; a rectified flow does that by itself. "
@@ -209,7 +213,7 @@ class Loras:
             self._updates.amend(self._updates.planner.plan_again)
 
 
-def _parts(pipe: Any) -> dict[str, nn.Module]:
+def _parts(pipe: Pipeline) -> dict[str, nn.Module]:
     """The networks of a pipe into which diffusers can load LoRAs, by name."""
     names = getattr(type(pipe), "_lora_loadable_modules", ())
     return {name: part for name in names if isinstance(part := getattr(pipe, name, None), nn.Module)}
@@ -244,7 +248,7 @@ def _settings(part: nn.Module) -> list[tuple]:
     ]
 
 
-def _fitting(pipe: Any, call: Callable[..., Any], lora: Any, **kwargs: Any) -> Any:
+def _fitting(pipe: Pipeline, call: Function, lora: object, **kwargs: object) -> Any:
     """The result of a loader of diffusers. ValueError where the loader fails because this LoRA does not fit."""
     try:
         return call(lora, **kwargs)

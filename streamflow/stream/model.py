@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Model:
         self.dtype = adapter.latent_dtype or dtype
         self._vae = pipe.vae
         self.codec = self.plain_codec = self.codec_of(pipe.vae)
-        self.acceleration: tuple[str, Any] = ("none", None)
+        self.acceleration: tuple[str, object] = ("none", None)
         self.accelerated: Accelerated | None = None
         self.before_change, self.after_change = Callbacks(), Callbacks()
         self.closed = False
@@ -81,7 +81,7 @@ class Model:
         return self.adapter.net
 
     @unet.setter
-    def unet(self, network: Any) -> None:
+    def unet(self, network: Network) -> None:
         if network is None:
             raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
         check_network(network)
@@ -95,14 +95,14 @@ class Model:
         return self._vae
 
     @vae.setter
-    def vae(self, vae: Any) -> None:
+    def vae(self, vae: VAE) -> None:
         codec = self.codec_of(vae)
         self.before_change()
         self.codec = self.plain_codec = codec
         self._vae = vae
         self.after_change()
 
-    def codec_of(self, vae: Any) -> Codec:
+    def codec_of(self, vae: VAE | None) -> Codec:
         """The codec of a VAE, on every device of one that has several (`streamflow.parallel.shard_vae`). TypeError or
         ValueError for what cannot be this stream's VAE."""
         if vae is None:
@@ -115,7 +115,8 @@ class Model:
         def make(one: VAE) -> Codec:
             return self.adapter.codec(one, self.height, self.width)
 
-        return vae.codec_of(make) if hasattr(vae, "codec_of") else make(vae)
+        of_several = getattr(vae, "codec_of", None)
+        return make(vae) if of_several is None else of_several(make)
 
     def use_tiny_vae(self, path: str | None = None) -> None:
         """Decode and encode by a small VAE of the same latents, much faster and a little coarser. The pipe keeps its own;

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from streamflow.stream.image_checks import HostCopy
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Done, Group
 
+if TYPE_CHECKING:
+    from streamflow.stream.frames import Decoding
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Finishing:
     """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
 
-    decoding: Any
+    decoding: Decoding
     finish: Callable[[Tensor], Tensor]
 
     def done(self) -> bool:
@@ -60,7 +63,7 @@ class Outputs:
         images = (self.decode_image or self._model.codec.decode)(done.x0)
         return images if done.finish is None else done.finish(images)
 
-    def decode_later(self, done: Done) -> Any:
+    def decode_later(self, done: Done) -> Decoding:
         """Start what `decode` does, without waiting for the images (`Codec.decode_later`)."""
         decoding = self._model.codec.decode_later(done.x0)
         return decoding if done.finish is None else Finishing(decoding, done.finish)
@@ -144,20 +147,21 @@ class CallTimer:
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=8)
         self.average = 0.0
 
-    def start(self) -> Any:
+    def start(self) -> float | torch.cuda.Event:
         """Start timing a call. Returns the argument of `stop`."""
-        if not self._cuda:
-            return time.perf_counter()
+        return self._record() if self._cuda else time.perf_counter()
+
+    def _record(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def stop(self, began: Any) -> None:
+    def stop(self, began: float | torch.cuda.Event) -> None:
         """Add the call that `start` began to the average."""
-        if not self._cuda:
+        if not isinstance(began, torch.cuda.Event):
             self.average = 0.9 * self.average + 0.1 * (time.perf_counter() - began)
             return
-        self._pending.append((began, self.start()))
+        self._pending.append((began, self._record()))
         while self._pending and self._pending[0][1].query():
             first, last = self._pending.popleft()
             self.average = 0.9 * self.average + 0.1 * first.elapsed_time(last) / 1000

@@ -28,7 +28,7 @@ Groups = deque[tuple[Group, list[FrameCall]]]
 class Caller(Protocol):
     """An adapter that draws a frame with one call of a pipeline, as `streamflow.models.fallback.adapter.Fallback` does."""
 
-    def draw(self, prompt: Any, latents: Tensor, call_network: Callable[[Arguments], Any], /) -> Tensor:
+    def draw(self, prompt: object, latents: Tensor, call_network: Callable[[Arguments], Any], /) -> Tensor:
         """The clean latents of the frame that starts from these latents."""
         ...
 

@@ -92,7 +92,7 @@ class Planner:
         return NoiseSource(self.model.shape, None if generator else seed, generator, period)
 
     @staticmethod
-    def seed(seed: Any) -> Any:
+    def seed(seed: object) -> Any:
         """A seed, or seeds with weights, as a stream keeps them: `streamflow.flow.noise.resolve_seeds`."""
         return resolve_seeds(as_weighted("seed", seed, Integral, "7"))
 

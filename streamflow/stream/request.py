@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.guidance import Mode, Weight, mode
 from streamflow.flow.noise import NoiseSource, check_policy
 from streamflow.flow.schedule import Schedule, Stages
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
 
 SCOPES = (None, "now", "frame")
 Texts = str | Sequence[tuple[str, float]]
@@ -45,7 +48,7 @@ class Request:
     delta: float = 1.0
     t_index_list: tuple[int, ...] | None = None
     strength: float | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
     blend: str = "linear"
     normalize: bool = True
     noise: str = "fixed"
@@ -95,7 +98,7 @@ class Request:
         """Frames from one noise to the next; None where each draw stands by itself."""
         return self.noise_period if self.noise == "interpolated" else None
 
-    def changed(self, changes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Request:
+    def changed(self, changes: Arguments, arguments: Arguments) -> Request:
         """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""
         kept, changes = dict(self.arguments), dict(changes)
         if "prompt_weights" in changes:
@@ -125,7 +128,7 @@ class Request:
         return self.prompt, self.negative_prompt, how, self.num_inference_steps, scale, arguments
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Whether two arguments are equal: numbers, texts, tensors and arrays by their values, and lists and mappings of them.
     On a GPU the host waits for the answer."""
     if a is b:
@@ -154,7 +157,7 @@ def owned(value: Any) -> Any:
     return {name: owned(one) for name, one in value.items()} if type(value) is dict else value
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Whether no tensor or array is in an argument."""
     if isinstance(value, (list, tuple, Mapping)):
         return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
@@ -194,12 +197,12 @@ class Change:
 _OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise")  # what decides how a frame enters
 
 
-def _has_embeds(arguments: Mapping[str, Any]) -> bool:
+def _has_embeds(arguments: Arguments) -> bool:
     """Whether a prompt is given as embeddings, under whatever name of the pipeline."""
     return any(name.startswith("prompt_embeds") and value is not None for name, value in arguments.items())
 
 
-def _one_text(name: str, value: Any) -> Any:
+def _one_text(name: str, value: object) -> Any:
     """A text out of a list of one, as diffusers takes it. TypeError for a list of several texts."""
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) for one in value):
         return value
@@ -218,6 +221,6 @@ def check_feedback(value: Any) -> None:
         raise ValueError(f"feedback must be 0 or more and below 1, where no input would be left, not {value!r}")
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(name: str, value: object) -> None:
     if value is not None and not isinstance(value, (str, tuple)):
         raise TypeError(f"{name} must be a string or a list of (string, weight), not {type(value).__name__} {value!r}")

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.planner import DEFAULT_SEED, Planner
 from streamflow.stream.request import SCOPES, Change, Prepared, Request, Seeds, Texts, check_feedback, owned
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Call
 
 
 class Updates:
@@ -117,7 +120,7 @@ class Updates:
         if model.accelerated is None:
             model.after_change()
 
-    def _without_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _without_defaults(self, arguments: Call) -> Call:
         """The pipeline's arguments, without those that have their default value here."""
         defaults = {**ASKS_FOR_NOTHING, "height": self._model.height, "width": self._model.width}
         refused = {*RESERVED, *self._model.adapter.refused}
@@ -178,7 +181,7 @@ class Updates:
         return queue.apply(names, scope, change, parts)
 
     @computing
-    def _change_to(self, scope: str | None, seed: Seeds | None, own: dict[str, Any], arguments: dict[str, Any]) -> int:
+    def _change_to(self, scope: str | None, seed: Seeds | None, own: Call, arguments: Call) -> int:
         """Plan these changes, and make them the pending change. Returns the update's number."""
         with self.callers:
             with self.slot:

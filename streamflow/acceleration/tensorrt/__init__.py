@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from streamflow._files import Json
 from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.tensorrt import library
 from streamflow.acceleration.tensorrt.adaptive import Adaptive
@@ -35,6 +36,10 @@ from streamflow.acceleration.tensorrt.errors import (
     TensorRTError,
 )
 from streamflow.acceleration.tensorrt.options import Options, Profile, default_engine_dir, profile_of
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
+    from streamflow.pipeline import StreamFlow
 
 __all__ = [
     "BuildError",
@@ -95,7 +100,7 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
     profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
-        engine = EngineModule(data, profile, library.load(kind), torch.device("cuda", target.index))
+        engine = EngineModule(data, profile, library.load(kind), target.device)
         if not options.use_cuda_graph:
             return engine
         from streamflow.acceleration.cuda_graph import Graphed
@@ -147,7 +152,7 @@ _MEANINGLESS = {
 }
 
 
-def build_options(given: Mapping[str, Any] | None, max_batch: int, min_batch: int) -> dict[str, Any]:
+def build_options(given: Arguments | None, max_batch: int, min_batch: int) -> Json:
     """StreamDiffusion's `engine_build_options` and batch sizes, or any fields of `Options`, as fields of `Options`.
 
     `opt_batch_size` and `onnx_opset` have no effect: an engine is tuned for the stream's own rows, and the exporter chooses
@@ -155,7 +160,7 @@ def build_options(given: Mapping[str, Any] | None, max_batch: int, min_batch: in
     """
     given = given or {}
     static, dynamic = given.get("build_static_batch"), given.get("build_dynamic_shape")
-    options: dict[str, Any] = {} if static else {"max_batch": max_batch, "min_batch": min_batch}
+    options: Json = {} if static else {"max_batch": max_batch, "min_batch": min_batch}
     for name, value in given.items():
         if name in _MEANINGLESS:
             if value:
@@ -169,13 +174,13 @@ def build_options(given: Mapping[str, Any] | None, max_batch: int, min_batch: in
 
 
 def accelerate_with_tensorrt(
-    stream: Any,
-    engine_dir: Any,
+    stream: StreamFlow,
+    engine_dir: str | Path,
     max_batch_size: int = 2,
     min_batch_size: int = 1,
     use_cuda_graph: bool = False,
-    engine_build_options: Mapping[str, Any] | None = None,
-) -> Any:
+    engine_build_options: Arguments | None = None,
+) -> StreamFlow:
     """StreamDiffusion's function: `stream.accelerate("tensorrt", ...)` with its names. Returns the stream.
 
     The range of batch sizes is widened to include the stream's own rows. Before `prepare` it takes effect there.

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -29,6 +28,7 @@ from streamflow.acceleration.tensorrt.library import Library, Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.conditioning.prompt import stack
 from streamflow.models import adapter_for, load
+from streamflow.models.protocols import Pipeline
 
 PARTS = ("velocity", "decoder", "encoder")
 COLUMNS = ("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error")
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = arguments.dtype or ("float16" if cuda else "float32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(engine_dir=arguments.engine_dir or folder)
+        options = Options(engine_dir=arguments.engine_dir or Path(folder))
         for model in arguments.models:
-            parts = parts_of(load(model).to(torch.device("cuda", target.index) if cuda else "cpu", getattr(torch, dtype)))
+            parts = parts_of(load(model).to(target.device if cuda else "cpu", getattr(torch, dtype)))
             for part in (part for part in parts if part.name in arguments.parts):
                 row = {"model": model, "part": part.name, "dtype": dtype}
                 row |= _test(part, arguments.self_test, options, target, loaded)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parts_of(pipe: Any, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
+def parts_of(pipe: Pipeline, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
     """The parts of a pipeline, with the inputs of a stream of `rows` rows.
 
     size: height and width of the images in pixels. None: the default of the pipeline.
@@ -107,7 +107,7 @@ def _test(part: Part, execute: bool, options: Options, target: Target, loaded: L
         if execute:
             from streamflow.acceleration.cuda_graph import Graphed
 
-            engine = EngineModule(data, profile, loaded, torch.device("cuda", target.index))
+            engine = EngineModule(data, profile, loaded, target.device)
             row["psnr_db"] = round(compare(part, profile, engine, options.tolerance_db), 1)
             for name, module in {"plain_ms": part.module, "engine_ms": engine, "graph_ms": Graphed(engine)}.items():
                 timer = Timer("call(module)", globals={"call": part.call, "module": module})

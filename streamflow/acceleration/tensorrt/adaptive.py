@@ -89,14 +89,15 @@ class Adaptive(nn.Module):
             self._advance(inputs, output)
         except (RuntimeError, ImportError, OSError) as error:  # the stream goes on, whatever stops an engine
             logger.warning("%s: no new engine, running the plain module: %s", self.part.name, error)
-            self._refused.append(self._next)
+            if self._next is not None:
+                self._refused.append(self._next)
             self._build, self._trial = None, None
         return output
 
     def _advance(self, inputs: Mapping[str, Tensor], output: Tensor) -> None:
         """Collect a finished build, compare the new engine in this call, or start a build for these inputs. Raises what
         stops the new engine."""
-        if self._build is not None and self._build.ready:
+        if self._build is not None and self._next is not None and self._build.ready:
             build, self._build = self._build, None
             engine = build.result()
             logger.info("%s: engine ready after %.1f s", self.part.name, build.seconds)
@@ -106,7 +107,7 @@ class Adaptive(nn.Module):
             self._trial = engine, Trial(self.part.name, self._tolerance)
         if not self.building:
             self._consider(inputs)
-        elif self._trial is not None and self._next.fits(inputs):
+        elif self._trial is not None and self._next is not None and self._next.fits(inputs):
             engine, trial = self._trial
             trial.add(engine(**inputs), output)
             if trial.done:

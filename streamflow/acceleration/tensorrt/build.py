@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamflow._files import Json
 from streamflow._threads import Thread
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import cache
@@ -61,7 +62,7 @@ def build(onnx: Path, profile: Profile, options: Options, library: Library, targ
     Raises:
         BuildError: with the stage, TensorRT's messages, the node if TensorRT names one, and the remedy.
     """
-    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path  # type: ignore[attr-defined]  # made at run time
 
     began = time.perf_counter()
     typed = hasattr(library.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # later versions have no other networks
@@ -94,14 +95,14 @@ def _stage(part: str, stage: str, library: Library) -> Iterator[None]:
         raise BuildError(part, stage, problem[:1500], remedy, node and node.group(1)) from error
 
 
-def _config(profile: Profile, options: Options, library: Library, target: Target) -> Any:
+def _config(profile: Profile, options: Options, library: Library, target: Target) -> object:
     """Polygraphy's builder configuration."""
     from polygraphy.backend import trt
 
     ranges = trt.Profile()
     for name, r in profile.ranges.items():
         ranges.add(name, min=r.smallest, opt=r.best, max=r.largest)
-    arguments: dict[str, Any] = {"profiles": [ranges], "builder_optimization_level": options.optimization_level}
+    arguments: Json = {"profiles": [ranges], "builder_optimization_level": options.optimization_level}
     if options.workspace_gb is not None:
         pool = library.trt.MemoryPoolType.WORKSPACE
         arguments["memory_pool_limits"] = {pool: int(options.workspace_gb * 2**30)}
@@ -109,7 +110,7 @@ def _config(profile: Profile, options: Options, library: Library, target: Target
         return trt.CreateConfig(tf32=options.tf32, **arguments)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    def set_tf32(builder: Any, network: Any, config: Any) -> None:
+    def set_tf32(builder: object, network: object, config: Any) -> None:
         (config.set_flag if options.tf32 else config.clear_flag)(library.trt.BuilderFlag.TF32)
 
     return trt.PostprocessConfig(CreateConfigRTX(compute_capabilities=[target.capability], **arguments), set_tf32)
@@ -154,8 +155,12 @@ class Build:
         return time.perf_counter() - self._began
 
     def result(self) -> nn.Module:
-        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child."""
-        return self._module.result()
+        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child;
+        CancelledError after `cancel`."""
+        module = self._module.result()
+        if module is None:
+            raise CancelledError(f"the engine of the {self.profile.part} was cancelled")
+        return module
 
     def cancel(self) -> None:
         """Stop the child and drop its engine, without waiting for either."""
@@ -163,7 +168,7 @@ class Build:
         if self._child is not None:
             self._child.kill()
 
-    def _run(self, job: dict[str, Any]) -> None:
+    def _run(self, job: Json) -> None:
         try:
             folder = cache.own_folder(job["options"].engine_dir)
             with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=folder) as snapshot:
@@ -173,7 +178,7 @@ class Build:
         except Exception as error:  # raised again by `result`, in the thread of the stream
             self._module.set_exception(error)
 
-    def _in_child(self, job: dict[str, Any], path: Path) -> bytes:
+    def _in_child(self, job: Json, path: Path) -> bytes:
         if (index := job["target"].index) is not None:
             torch.cuda.synchronize(index)  # another CUDA stream may still write the weights
         write_job(path, job)
@@ -208,7 +213,7 @@ def check_room(part: Part, options: Options, target: Target) -> None:
             raise BuildError(part.name, "before a build in a child process", problem, _IN_CHILD)
 
 
-def write_job(path: Path, job: dict[str, Any]) -> None:
+def write_job(path: Path, job: Json) -> None:
     """Pickle the arguments of `load_or_build`. BuildError if that is not possible, as for a module with a lambda."""
     try:
         torch.save(job, path)

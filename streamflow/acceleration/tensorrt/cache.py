@@ -18,16 +18,19 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from streamflow._files import replacing
+from streamflow._files import Json, replacing
 from streamflow._version import __version__
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt.library import Target
 from streamflow.acceleration.tensorrt.options import Options, Profile
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ _OF_NN_MODULE = frozenset(vars(nn.Module())) - {"training"}
 # -- the facts ------------------------------------------------------------------------------------------------------------
 
 
-def facts(part: Part, profile: Profile, options: Options, target: Target, version: str) -> dict[str, Any]:
+def facts(part: Part, profile: Profile, options: Options, target: Target, version: str) -> Json:
     """All that changes an engine's bytes, as JSON. version: the name and version of TensorRT."""
     return {
         "part": part.name,
@@ -69,7 +72,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def key(facts: Mapping[str, Any]) -> str:
+def key(facts: Arguments) -> str:
     """The hash of facts, in hex."""
     return digest(json.dumps(facts, sort_keys=True).encode())
 
@@ -95,7 +98,7 @@ def structure(module: nn.Module) -> str:
     return digest("\n".join(lines).encode())
 
 
-def _tensor(name: str, value: Any) -> str:
+def _tensor(name: str, value: object) -> str:
     if not isinstance(value, Tensor):
         return f"{name} {value!r}"
     flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -144,7 +147,7 @@ class Entry:
         self.record = self.directory / f"{self.stem}.json"
         self.scratch = self.directory / f".{self.stem}.work"
 
-    def read_record(self) -> dict[str, Any]:
+    def read_record(self) -> Json:
         """The record. DamagedEngine if it is missing, unreadable or of another engine."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
@@ -165,7 +168,7 @@ class Entry:
             raise DamagedEngine(f"{self.engine.name} has {len(data)} bytes, not those {record.get('bytes')} that were built")
         return data
 
-    def write(self, data: bytes, facts: Mapping[str, Any]) -> None:
+    def write(self, data: bytes, facts: Arguments) -> None:
         """Write both files, the record last. The lock must be held."""
         record = {"format": FORMAT, "key": key(facts), "facts": facts, "bytes": len(data), "checksum": digest(data)}
         record["built"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -217,12 +220,12 @@ def own_folder(directory: Path) -> Path:
     return directory
 
 
-def entry_for(directory: Path, name: str, facts: Mapping[str, Any]) -> Entry:
+def entry_for(directory: Path, name: str, facts: Arguments) -> Entry:
     """The entry of the engine with these facts, whether it exists or not."""
     return Entry(Path(directory), f"{name}-{key(facts)}")
 
 
-def get_or_build(entry: Entry, facts: Mapping[str, Any], build: Callable[[Path], bytes], rebuild: bool = False) -> bytes:
+def get_or_build(entry: Entry, facts: Arguments, build: Callable[[Path], bytes], rebuild: bool = False) -> bytes:
     """The engine out of the cache, or from `build(scratch folder)`, which is then kept. A damaged engine is logged and built
     again. PermissionError: see `own_folder`."""
     own_folder(entry.directory)

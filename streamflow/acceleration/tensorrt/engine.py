@@ -6,7 +6,7 @@ Polygraphy's TrtRunner is for debugging: it waits for the device in every call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +36,7 @@ class EngineModule(nn.Module):
     """
 
     def __init__(self, data: bytes, profile: Profile, library: Library, device: torch.device):
-        from polygraphy.backend.trt import engine_from_bytes
+        from polygraphy.backend.trt import engine_from_bytes  # type: ignore[attr-defined]  # made at run time
         from polygraphy.datatype import DataType
         from polygraphy.exception import PolygraphyException
 
@@ -88,7 +88,7 @@ class EngineModule(nn.Module):
         value = value.to(self.dtypes[name]).contiguous()
         return value.clone() if value.data_ptr() % ALIGNMENT else value
 
-    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
             return
         for name, shape in shapes.items():

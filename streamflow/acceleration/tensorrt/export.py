@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def export(part: Part, profile: Profile, folder: Path) -> Path:
     except ImportError as error:
         raise MissingTensorRT(f"export needs onnx and onnxscript: {error}. Run {command(RTX)}") from error
     inputs: dict[str, Tensor] = {}
-    dynamic: dict[str, dict[int, Any] | None] = {}
+    dynamic: dict[str, dict[int, object] | None] = {}
     for name, value in part.inputs.items():
         r, batch = profile.ranges[name], () if name in part.shared else (0,)
         rows = value if name in part.shared else value[torch.arange(EXAMPLE_ROWS) % len(value)]
@@ -61,8 +60,10 @@ def export(part: Part, profile: Profile, folder: Path) -> Path:
     with _stage(part, "tracing", "this module cannot be traced with tensors of dynamic shape"):
         program = torch.export.export(part.module, (), inputs, dynamic_shapes=dynamic, strict=False)
     with _stage(part, "translating to ONNX", "an operation of it has no ONNX form"):
-        names = {"input_names": list(inputs), "output_names": [OUTPUT]}
-        onnx = torch.onnx.export(program, (), kwargs=inputs, dynamo=True, verbose=False, **names)
+        onnx = torch.onnx.export(
+            program, (), kwargs=inputs, dynamo=True, verbose=False, input_names=list(inputs), output_names=[OUTPUT]
+        )
+    assert onnx is not None, "torch.onnx.export returns the program where no file is given"
     with _stage(part, "writing ONNX", f"{path} could not be written"):
         onnx.save(path, external_data=size_of(part.module) > EXTERNAL)
     shapes = ", ".join(f"{name} {list(r.smallest)}..{list(r.largest)}" for name, r in profile.ranges.items())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -75,8 +75,21 @@ class Target:
         index = torch.cuda.current_device() if device.index is None else device.index
         return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
 
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device. Without an index, torch's current one."""
+        return torch.device("cuda") if self.index is None else torch.device("cuda", self.index)
+
     def __str__(self) -> str:
         return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
+
+
+class Messages(Protocol):
+    """TensorRT's logger."""
+
+    def errors(self) -> list[str]:
+        """The errors since the last call."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +98,7 @@ class Library:
 
     kind: str
     trt: ModuleType
-    messages: Any
+    messages: Messages
 
     def __str__(self) -> str:
         return f"{_LABEL[self.kind]} {self.trt.__version__}"
@@ -115,15 +128,19 @@ def load(kind: str) -> Library:
     sys.modules.setdefault(kind, trt)  # polygraphy imports TensorRT for RTX under this name
     from polygraphy.backend.trt import util
 
-    util.TRT_LOGGER = _messages(trt)
-    library = Library(kind, trt, util.TRT_LOGGER)
+    messages = _messages(trt)
+    util.TRT_LOGGER = messages  # type: ignore[attr-defined]  # polygraphy makes it at run time
+    library = Library(kind, trt, messages)
     logger.info("loaded %s", library)
     return library
 
 
 def _import_rtx() -> ModuleType:
     """The RTX bindings. They do not find the shared libraries by themselves."""
-    folder = Path(next(iter(find_spec(_LIBRARIES).submodule_search_locations)))
+    spec = find_spec(_LIBRARIES)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingTensorRT(f"{_LIBRARIES}, the libraries of {_LABEL[RTX]}, is not installed. Run {command(RTX)}")
+    folder = Path(spec.submodule_search_locations[0])
     if sys.platform != "win32":
         for pattern in ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
             files = sorted(folder.glob(pattern))
@@ -140,16 +157,16 @@ def _import_rtx() -> ModuleType:
         os.environ["PATH"] = path
 
 
-def _messages(trt: ModuleType) -> Any:
+def _messages(trt: ModuleType) -> Messages:
     severity = trt.ILogger.Severity
     levels = {severity.INTERNAL_ERROR: logging.ERROR, severity.ERROR: logging.ERROR, severity.WARNING: logging.WARNING}
 
-    class Messages(trt.ILogger):
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
             if level == logging.ERROR:
                 self._errors.append(message)
@@ -159,7 +176,7 @@ def _messages(trt: ModuleType) -> Any:
             found, self._errors = self._errors, []
             return found
 
-    return Messages()
+    return Logger()
 
 
 @contextmanager

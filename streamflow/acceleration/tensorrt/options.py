@@ -157,7 +157,7 @@ def profile_of(part: Part, options: Options, units: tuple[int, int] = (1, 1)) ->
     """
     ranges = {}
     for i, (name, value) in enumerate(part.inputs.items()):
-        axes = {} if name in part.shared else {0: (options.min_batch, None, options.max_batch)}
+        axes: dict[int, _Sizes] = {} if name in part.shared else {0: (options.min_batch, None, options.max_batch)}
         if i == 0 and part.free_size:
             axes[-2] = _sizes(part, options, "height", units[0])
             axes[-1] = _sizes(part, options, "width", units[1])
@@ -171,10 +171,14 @@ def profile_of(part: Part, options: Options, units: tuple[int, int] = (1, 1)) ->
     return Profile(part.name, ranges)
 
 
-def _sizes(part: Part, options: Options, side: str, unit: int) -> tuple[int | None, ...]:
+_Sizes = tuple[int | None, int | None, int | None]
+
+
+def _sizes(part: Part, options: Options, side: str, unit: int) -> _Sizes:
     """The smallest, best and largest size on one side, in units."""
     pixels = [getattr(options, f"{kind}_{side}") for kind in ("min", "opt", "max")]
     for size in pixels:
         if size is not None and size % unit:
             raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {size}")
-    return tuple(size and size // unit for size in pixels)
+    low, tuned, high = (size and size // unit for size in pixels)
+    return low, tuned, high

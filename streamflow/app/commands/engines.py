@@ -6,7 +6,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from streamflow._files import Json
+
+if TYPE_CHECKING:
+    from streamflow.acceleration.tensorrt.cache import Entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if busy else 0
 
 
-def describe(entry: Any) -> dict[str, Any]:
+def describe(entry: Entry) -> Json:
     """An engine as JSON. `damaged` says what is wrong with it; sizes are compared, contents are not read."""
     from streamflow.acceleration.tensorrt.cache import DamagedEngine
 
-    known: dict[str, Any] = {"key": entry.stem, "damaged": None}
+    known: Json = {"key": entry.stem, "damaged": None}
     try:
         record, size = entry.read_record(), entry.engine.stat().st_size
         facts = record["facts"]
@@ -54,7 +59,7 @@ def describe(entry: Any) -> dict[str, Any]:
     return known
 
 
-def line(engine: dict[str, Any]) -> str:
+def line(engine: Json) -> str:
     """An engine as a line of text."""
     columns = [engine["key"][:24]]
     if "built" in engine:

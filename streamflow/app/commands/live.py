@@ -7,19 +7,25 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from streamflow._command_line import Parser, above
+from streamflow._files import Json
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import Stop, stop_signals
+
+if TYPE_CHECKING:
+    from streamflow.app.scenes import Scenes
+    from streamflow.live.remote.keys import Keys
+    from streamflow.live.show import Live, Statistics
 
 logger = logging.getLogger("streamflow.live")
 EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
@@ -70,9 +76,16 @@ def _with_start(settings: Settings) -> Settings:
     return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
 
 
+@runtime_checkable
+class _TakesKeys(Protocol):
+    """A sink that reads keys, such as a window."""
+
+    on_key: Callable[[str], None] | None
+
+
 def play(
     settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
-) -> dict[str, Any]:
+) -> Json:
     """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
     and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene
@@ -94,7 +107,7 @@ def play(
         if learn:
             controls.learn(learn)
         for sink in sinks:
-            if hasattr(sink, "on_key"):
+            if isinstance(sink, _TakesKeys):
                 sink.on_key = controls.keys.press
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
@@ -120,7 +133,7 @@ def play(
         )
 
 
-def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
+def _watch(show: Live, scenes: Scenes, keys: Keys, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
     """Report, prepare scenes and change them, until it ends."""
     end = float("inf")
     with tqdm(unit="image", disable=quiet) as bar:
@@ -139,7 +152,7 @@ def _watch(show: Any, scenes: Any, keys: Any, crossfade: float, seconds: float |
         logger.info("ending")
 
 
-def _scene(change: Any, *arguments: Any) -> None:
+def _scene(change: Callable[..., object], *arguments: object) -> None:
     """A change of scene; what cannot be is result, and what plays goes on."""
     try:
         change(*arguments)
@@ -147,10 +160,10 @@ def _scene(change: Any, *arguments: Any) -> None:
         logger.error("the next scene cannot be shown: %s", error)
 
 
-def _in_short(now: Any) -> str:
+def _in_short(now: Statistics) -> str:
     latency = "" if now.latency_p50 is None else f", latency {1e3 * now.latency_p50:.0f} ms"
     return f"{now.mode} {now.drawn_per_second:.1f} drawn/s{latency}, repeated {now.repeated}, dropped {now.dropped_in}"
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> object:
     return round(value, 4) if isinstance(value, float) else value

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from streamflow._command_line import above, at_least
+from streamflow._files import Json
 from streamflow.app.commands import options
 from streamflow.conditioning.blending import METHODS
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from streamflow.app.config import Settings
+    from streamflow.pipeline import StreamFlow
 
 EXAMPLE = 'streamflow morph "an apple, 3d render" "an orange, 3d render" --output outputs/morph.gif'
 VIDEOS = (".mp4", ".mkv")
@@ -49,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw(settings: Any, a: Any) -> dict[str, Any]:
+def draw(settings: Settings, a: argparse.Namespace) -> Json:
     """The frames into the file; what was done."""
     from streamflow.image_utils import image_grid
     from streamflow.wrapper import StreamFlowWrapper
@@ -70,7 +78,7 @@ def draw(settings: Any, a: Any) -> dict[str, Any]:
     return {"file": str(a.output), "frames": len(shown), "drawn": len(frames), "seconds": round(seconds, 3)}
 
 
-def morph(stream: Any, prompts: int, count: int) -> Iterator[Any]:
+def morph(stream: StreamFlow, prompts: int, count: int) -> Iterator[PIL.Image.Image]:
     """PIL images, `count` even steps from the first of the stream's prompts to the last."""
     from streamflow.image_utils import postprocess_image
 
@@ -85,7 +93,7 @@ def morph(stream: Any, prompts: int, count: int) -> Iterator[Any]:
         yield postprocess_image(stream.decode_image(done))[0]
 
 
-def _write(frames: Sequence[Any], output: Path, rate: float) -> None:
+def _write(frames: Sequence[PIL.Image.Image], output: Path, rate: float) -> None:
     if output.suffix.lower() not in VIDEOS:
         frames[0].save(output, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
         return

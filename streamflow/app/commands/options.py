@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, get_args, get_origin
 
 from streamflow._command_line import Parser
-from streamflow._files import read_yaml
+from streamflow._files import Json, read_yaml
 from streamflow.app import config
 from streamflow.app.config import Section, Settings
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
 
@@ -36,7 +39,7 @@ def parser(command: str, description: str, example: str, *sections: str) -> Pars
     return p
 
 
-def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(dotted path, field) of every field, those of sections within included."""
     for name, field in section.model_fields.items():
         inner = [kind for kind in _kinds(field) if isinstance(kind, type) and issubclass(kind, Section)]
@@ -46,7 +49,7 @@ def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, Any
             yield before + name, field
 
 
-def _kinds(field: Any) -> tuple[Any, ...]:
+def _kinds(field: FieldInfo) -> tuple[object, ...]:
     """The types that a field may be of."""
     kind = field.annotation
     return get_args(kind) if isinstance(kind, UnionType) else (kind,)
@@ -56,7 +59,7 @@ def _flag(path: str) -> str:
     return f"--{path.replace('_', '-')}"
 
 
-def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
+def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
     """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid."""
     try:
         data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
@@ -69,18 +72,18 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: Any) -> Settings:
         raise SystemExit(2) from None
 
 
-def _value(path: str, text: str) -> Any:
+def _value(path: str, text: str) -> object:
     """A text stays one where the field takes texts, unless it opens a list and the field takes lists; all else is YAML."""
     if path in _TEXTS and not (path in _LISTS and text.lstrip().startswith("[")):
         return text
     return read_yaml(text)
 
 
-def _put(data: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(data: Json, path: list[str], value: object) -> None:
     for name in path[:-1]:
         data[name] = data = dict(data.get(name) or {})
     data[path[-1]] = value
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))
-_LISTS = frozenset(path for path, field in _fields(Settings) if tuple in map(get_origin, _kinds(field)))
+_LISTS = frozenset(path for path, field in _fields(Settings) if any(get_origin(kind) is tuple for kind in _kinds(field)))

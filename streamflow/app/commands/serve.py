@@ -8,10 +8,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from streamflow.app.commands import options
 from streamflow.app.signals import Stop, stop_signals
+
+if TYPE_CHECKING:
+    from streamflow.app.config import Settings
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
 
 
-def serve(settings: Any, stop: Stop, as_json: bool = False) -> int:
+def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
     """Until SIGTERM or SIGINT. ValueError: it would not be safe. OSError: the port is taken, a file is not there.
 
     Where the model's thread still loads or draws after the server has waited for it, the process ends here with `os._exit`:

@@ -10,15 +10,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from streamflow._command_line import Parser
+from streamflow._files import Json
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
 from streamflow.io import Reading, TimedImage, Writing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from streamflow.pipeline import StreamFlow
 
 EXAMPLE = 'streamflow video --in dance.mp4 --out fox.mp4 --prompt "a fox, 3d render" --strength 0.6'
 
@@ -59,9 +65,7 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def restyle(
-    settings: Settings, source: Path, out: Path, stop: Stop, sound: bool = True, quiet: bool = False
-) -> dict[str, Any]:
+def restyle(settings: Settings, source: Path, out: Path, stop: Stop, sound: bool = True, quiet: bool = False) -> Json:
     """Every frame of `source`, restyled, into `out`; what was done. Reading and writing have threads of their own."""
     from streamflow.io.file import FileSource
     from streamflow.io.recorder import Recorder
@@ -92,14 +96,15 @@ def restyle(
     }
 
 
-def _pass(stream: Any, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
+def _pass(stream: StreamFlow, images: Iterable[TimedImage], writing: Writing, bar: tqdm, stop: Stop) -> tuple[int, bool]:
     """Every image through the stream; how many, and whether a signal ended it."""
     from streamflow.image_utils import cropped, uint8_pixels
 
     times: deque[float] = deque()
 
-    def entering() -> Iterator[Any]:
+    def entering() -> Iterator[np.ndarray]:
         for image in images:
+            assert image.pts is not None, "the images of a file have their times"
             times.append(image.pts)
             yield cropped(image.pixels, stream.width, stream.height)
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -20,6 +20,9 @@ from streamflow.app.server.safety import Bucket, visitor
 from streamflow.app.server.session import TOO_MUCH
 from streamflow.app.server.settings import Server
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
 REQUEST_BYTES = 16_384  # of a request's head and body together; no request of the page has a body
 SLICE = 4096  # bytes of a WebSocket that are parsed before its frames are counted
 FRAMES_PER_MESSAGE = 5  # frames a second that are allowed for each message a second
@@ -28,7 +31,7 @@ PING_SECONDS = 10.0  # between two pings, and for the answer to one
 CLOSE_SECONDS = 5.0  # for a connection to close once the server has ended it
 BACKLOG = 64  # connections that the event loop accepts at once
 DRAIN_SECONDS = 1  # for open requests when the server ends
-MALFORMED = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
+MALFORMED: dict[int, str] = {CloseCode.INVALID_DATA: "invalid UTF-8", CloseCode.MESSAGE_TOO_BIG: "large message"}
 
 
 class Connections:
@@ -42,8 +45,8 @@ class Connections:
 
     def __init__(self, server: Server, refused: Callable[[str], None]):
         self._server, self.refused = server, refused
-        self._open: dict[Any, Connection] = {}
-        self._half_open: dict[Any, Connection] = {}  # the oldest first
+        self._open: dict[object, Connection] = {}
+        self._half_open: dict[object, Connection] = {}  # the oldest first
 
     @property
     def half_open(self) -> int:
@@ -80,11 +83,11 @@ class Connections:
             del self._open[connection.peer]
             self._half_open.pop(connection.peer, None)
 
-    def started(self, peer: Any) -> None:
+    def started(self, peer: object) -> None:
         """The head of a request has arrived."""
         self._half_open.pop(peer, None)
 
-    def finished(self, peer: Any) -> None:
+    def finished(self, peer: object) -> None:
         """The response was sent; the next request may come."""
         if peer in self._open:
             self._half_open[peer] = self._open[peer]
@@ -118,7 +121,7 @@ class Listener(socket.socket):
             self.close()
             raise
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def accept(self) -> tuple[socket.socket, object]:
         """The next connection and its peer. BlockingIOError: there is none, or all connections are in use."""
         accepted, peer = super().accept()
         connection = Connection(accepted, peer, self._connections)
@@ -284,13 +287,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
 
-def uvicorn_config(app: Callable[..., Any], server: Server, connections: Connections) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, server: Server, connections: Connections) -> uvicorn.Config:
     """What uvicorn is run with, for a `Listener` of the same connections."""
     return uvicorn.Config(
         app,
-        loop=partial(EventLoop, server.request_seconds),  # type: ignore[arg-type]  # a factory, which uvicorn calls
-        http=partial(HttpProtocol, connections),
-        ws=partial(WebSocketProtocol, connections, server.max_messages_per_second),
+        loop=partial(EventLoop, server.request_seconds),  # type: ignore[arg-type]  # factories, which uvicorn calls
+        http=partial(HttpProtocol, connections),  # type: ignore[arg-type]
+        ws=partial(WebSocketProtocol, connections, server.max_messages_per_second),  # type: ignore[arg-type]
         backlog=BACKLOG,
         h11_max_incomplete_event_size=REQUEST_BYTES,
         ws_max_size=server.max_message_bytes,

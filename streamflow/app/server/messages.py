@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from streamflow._files import Json
 from streamflow._validation import Section
 
 MAX_TEXT = 500
@@ -19,14 +20,14 @@ class DrawRequest(Section):
     """All settings of a viewer. blend: the share of `other` in the prompt."""
 
     mode: Literal["text", "image"] = "text"
-    model: str = Field("", max_length=100)
-    prompt: str = Field("", max_length=MAX_TEXT)
-    other: str = Field("", max_length=MAX_TEXT)
-    blend: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(2, ge=0, le=MAX_SEED)
-    steps: int = Field(4, ge=1, le=100)
-    guidance: float = Field(2.0, ge=0, le=30)
-    strength: float = Field(0.6, gt=0, le=1)
+    model: str = Field(default="", max_length=100)
+    prompt: str = Field(default="", max_length=MAX_TEXT)
+    other: str = Field(default="", max_length=MAX_TEXT)
+    blend: float = Field(default=0.0, ge=0, le=1)
+    seed: int = Field(default=2, ge=0, le=MAX_SEED)
+    steps: int = Field(default=4, ge=1, le=100)
+    guidance: float = Field(default=2.0, ge=0, le=30)
+    strength: float = Field(default=0.6, gt=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
 
@@ -49,7 +50,7 @@ def longer(text: str, most: int) -> bool:
     return len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most
 
 
-def read(text: str) -> dict[str, Any]:
+def read(text: str) -> Json:
     """A message: a JSON object with a "type". BadMessage for anything else, NaN, 1e999 and endless nesting included."""
     try:
         message = json.loads(text, parse_constant=_refuse, parse_float=_finite)
@@ -66,10 +67,12 @@ def _refuse(name: str) -> None:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
-def changed(request: DrawRequest, fields: Any, models: tuple[str, ...], max_steps: int) -> DrawRequest:
+def changed(request: DrawRequest, fields: object, models: tuple[str, ...], max_steps: int) -> DrawRequest:
     """The request with these fields replaced. BadMessage lists every mistake; the request stays as it was."""
     if not isinstance(fields, dict):
         raise BadMessage("settings are an object of names and values")

@@ -8,11 +8,14 @@ import re
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.settings import Server, normal_origin
 from streamflow.app.server.tokens import Tokens
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 LOG_SECONDS = 10.0  # between two lines about what was refused
@@ -68,7 +71,7 @@ class Gate:
 
     def __init__(self, server: Server):
         self._local = is_loopback(server.host) and not server.behind_proxy
-        self._listed = {normal_origin(one) for one in server.origins}
+        self._listed = {normal for one in server.origins if (normal := normal_origin(one))}
 
     def host_allowed(self, host: str | None) -> bool:
         """Whether a request for this Host is for this server."""
@@ -98,7 +101,7 @@ def visitor(address: str) -> str:
 _HOP = re.compile(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")  # [IPv6], [IPv6]:port or IPv4:port
 
 
-def visitor_of(scope: dict[str, Any], behind_proxy: bool) -> str:
+def visitor_of(scope: Scope, behind_proxy: bool) -> str:
     """The visitor of an ASGI scope: the peer's, or behind a proxy that of the last hop in X-Forwarded-For, which the proxy
     adds, with or without a port; what stands before it was sent by the visitor and is not read."""
     peer = scope["client"][0] if scope.get("client") else "127.0.0.1"
@@ -171,13 +174,13 @@ class Guard:
     """ASGI: refuses foreign hosts and origins, and a visitor with too many requests and sockets at once; puts the headers on
     every response."""
 
-    def __init__(self, app: Callable, server: Server, refused: Callable[[str], None]):
+    def __init__(self, app: ASGIApp, server: Server, refused: Callable[[str], None]):
         self._app, self._gate, self._refused = app, Gate(server), refused
         self._behind_proxy = server.behind_proxy
         self._most = server.max_connections_per_address or server.max_viewers + 16
         self._active: Counter[str] = Counter()
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> Any:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -204,7 +207,7 @@ class Guard:
                 del self._active[address]
 
 
-async def _refuse(scope: dict[str, Any], send: Callable, status: int, message: str) -> None:
+async def _refuse(scope: Scope, send: Send, status: int, message: str) -> None:
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
     headers = [(b"content-type", b"text/plain"), (b"retry-after", str(COME_BACK).encode())]

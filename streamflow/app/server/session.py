@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from streamflow._files import Json
 from streamflow.app.server import images, messages
 from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
@@ -22,6 +23,11 @@ from streamflow.app.server.safety import Bucket
 from streamflow.app.server.settings import Server
 from streamflow.app.server.slot import Drawn, Slot
 from streamflow.app.server.worker import Worker
+
+if TYPE_CHECKING:
+    from streamflow.image_utils import Images
+
+T = TypeVar("T")
 
 WINDOW = 2  # images sent and not acknowledged by a viewer
 GIF_FRAMES = 48
@@ -64,7 +70,7 @@ class Viewer:
         self.used, self.gone = 0.0, False
         self.slot: Slot | None = None
         self.unacknowledged = 0
-        self.image: tuple[Any, float, float] | None = None  # decoded, when it came, its stamp
+        self.image: tuple[Images, float, float] | None = None  # decoded, when it came, its stamp
         self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
         self._texts: deque[str] = deque(maxlen=8)
@@ -83,12 +89,13 @@ class Viewer:
             return False
         return all(pace.wait() == 0 for pace in self._paces)
 
-    def take(self) -> tuple[DrawRequest, Any, float | None, float | None]:
+    def take(self) -> tuple[DrawRequest, Images | None, float | None, float | None]:
         """The request, its input image, the image's arrival and the viewer's own clock then."""
         for pace in self._paces:
             pace.take()
         if self.request.mode == "text":
             return self.request, None, None, None
+        assert self.image is not None, "an image waits, or the viewer is not due"
         (image, entered, stamp), self.image = self.image, None
         return self.request, image, entered, stamp
 
@@ -105,7 +112,7 @@ class Viewer:
 
     # -- the event loop ---------------------------------------------------------------------------------------------------
 
-    def post(self, **message: Any) -> None:
+    def post(self, **message: object) -> None:
         """Queue a message to be sent. Of more than 8, the oldest are dropped."""
         self._texts.append(json.dumps(message))
         self.output_ready.set()
@@ -118,7 +125,7 @@ class Viewer:
         self.undecoded = image, time.monotonic(), stamp
         self.input_arrived.set()
 
-    def decoded(self, image: Any, entered: float, stamp: float) -> None:
+    def decoded(self, image: Images, entered: float, stamp: float) -> None:
         """Take a decoded image. It replaces one that is not drawn yet."""
         with self._worker.lock:
             if self.image is not None:
@@ -184,8 +191,9 @@ class Session:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if not isinstance(task.exception(), (WebSocketDisconnect, RuntimeError, OSError, type(None))):
-                    raise task.exception()
+                error = task.exception()
+                if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
+                    raise error
         finally:
             for task in tasks:
                 task.cancel()
@@ -222,12 +230,12 @@ class Session:
         self._viewer.post(type="error", message=str(error))
         return False
 
-    async def _handle(self, message: dict[str, Any]) -> None:
+    async def _handle(self, message: Json) -> None:
         if message["type"] not in HANDLERS:
             raise BadMessage(f"type: choose one of {', '.join(HANDLERS)}")
         await HANDLERS[message["type"]](self, message)
 
-    async def _set(self, message: dict[str, Any]) -> None:
+    async def _set(self, message: Json) -> None:
         new = messages.changed(self._viewer.request, message.get("settings"), self._worker.models, self._server.max_steps)
         number = message.get("number")
         if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
@@ -235,10 +243,10 @@ class Session:
         self._viewer.change(new)
         self._viewer.post(type="settings", settings=new.model_dump(), number=number)
 
-    async def _acknowledge(self, message: dict[str, Any]) -> None:
+    async def _acknowledge(self, message: Json) -> None:
         self._viewer.acknowledge()
 
-    async def _gif(self, message: dict[str, Any]) -> None:
+    async def _gif(self, message: Json) -> None:
         if not self._kept:
             raise BadMessage("no image has been drawn yet")
         if not self._gifs.take():
@@ -286,14 +294,14 @@ class Session:
         self._metrics.count("frames")
         self._metrics.observe("end_to_end_seconds", age)
 
-    async def _in_pool(self, pool: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _in_pool(self, pool: Executor, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
 HANDLERS = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif}
 
 
-def packed(header: dict[str, Any], data: bytes) -> bytes:
+def packed(header: Json, data: bytes) -> bytes:
     """A binary message: the header's length in four bytes, the header as JSON, the data."""
     text = json.dumps(header).encode()
     return struct.pack(">I", len(text)) + text + data

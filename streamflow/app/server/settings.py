@@ -13,36 +13,47 @@ from streamflow._validation import Section
 class Server(Section):
     """The page: where it is served, to whom, and its limits."""
 
-    host: str = Field("127.0.0.1", description="address to bind; beyond this machine only with tokens, and TLS or a proxy")
-    port: int = Field(7860, ge=0, le=65535, description="0: any that is free")
+    host: str = Field(
+        default="127.0.0.1", description="address to bind; beyond this machine only with tokens, and TLS or a proxy"
+    )
+    port: int = Field(default=7860, ge=0, le=65535, description="0: any that is free")
     token_file: str | None = Field(
-        None, description="a line for each user: name token [streams=2] [fps=15]; or in the environment: STREAMFLOW_TOKENS"
+        default=None,
+        description="a line for each user: name token [streams=2] [fps=15]; or in the environment: STREAMFLOW_TOKENS",
     )
-    tls_certificate: str | None = Field(None, description="PEM file; needs tls_key")
-    tls_key: str | None = Field(None, description="PEM file; needs tls_certificate")
-    behind_proxy: bool = Field(False, description="a proxy in front ends TLS")
-    origins: tuple[str, ...] = Field((), description="other origins that may connect, such as https://my.example")
-    max_viewers: int = Field(4, ge=1, le=64, description="at once; one more is refused and may come again")
-    max_fps: float = Field(60.0, gt=0, description="images a second that one viewer gets at most")
-    max_steps: int = Field(8, ge=1, le=100, description="that a viewer may ask for")
-    max_message_bytes: int = Field(4_000_000, ge=1024, description="of one message, images included")
-    max_text_bytes: int = Field(16_384, ge=1024, description="of one text message; more ends its connection")
+    tls_certificate: str | None = Field(default=None, description="PEM file; needs tls_key")
+    tls_key: str | None = Field(default=None, description="PEM file; needs tls_certificate")
+    behind_proxy: bool = Field(default=False, description="a proxy in front ends TLS")
+    origins: tuple[str, ...] = Field(default=(), description="other origins that may connect, such as https://my.example")
+    max_viewers: int = Field(default=4, ge=1, le=64, description="at once; one more is refused and may come again")
+    max_fps: float = Field(default=60.0, gt=0, description="images a second that one viewer gets at most")
+    max_steps: int = Field(default=8, ge=1, le=100, description="that a viewer may ask for")
+    max_message_bytes: int = Field(default=4_000_000, ge=1024, description="of one message, images included")
+    max_text_bytes: int = Field(default=16_384, ge=1024, description="of one text message; more ends its connection")
     max_image_pixels: int = Field(
-        8_000_000, ge=4096, description="of one image from a viewer; never more than 16 times the model's own size"
+        default=8_000_000, ge=4096, description="of one image from a viewer; never more than 16 times the model's own size"
     )
-    max_messages_per_second: float = Field(150.0, gt=0, description="of one viewer; more ends its connection")
-    max_connections: int = Field(512, ge=8, description="open at once; the oldest without a request is closed for a new one")
-    max_half_open_per_address: int = Field(16, ge=1, description="connections without a request, of one address")
+    max_messages_per_second: float = Field(default=150.0, gt=0, description="of one viewer; more ends its connection")
+    max_connections: int = Field(
+        default=512, ge=8, description="open at once; the oldest without a request is closed for a new one"
+    )
+    max_half_open_per_address: int = Field(default=16, ge=1, description="connections without a request, of one address")
     max_connections_per_address: int | None = Field(
-        None, ge=1, description="requests and viewers at once, of one address; default: max_viewers + 16"
+        default=None, ge=1, description="requests and viewers at once, of one address; default: max_viewers + 16"
     )
-    request_seconds: float = Field(10.0, gt=0, description="for a request to arrive, and for its response to be sent")
+    request_seconds: float = Field(
+        default=10.0, gt=0, description="for a request to arrive, and for its response to be sent"
+    )
     streams_per_user: int | None = Field(
-        None, ge=1, description="viewers of a token without streams=; default: an equal share where there are several"
+        default=None,
+        ge=1,
+        description="viewers of a token without streams=; default: an equal share where there are several",
     )
-    models: dict[str, str] = Field({}, description="more models that viewers may choose: name and hub id, folder or file")
+    models: dict[str, str] = Field(
+        default={}, description="more models that viewers may choose: name and hub id, folder or file"
+    )
     loras: dict[str, str] = Field(
-        {}, description="LoRAs that viewers may choose: name and hub id or file; each takes a copy of the model"
+        default={}, description="LoRAs that viewers may choose: name and hub id or file; each takes a copy of the model"
     )
 
     @field_validator("host")

@@ -6,18 +6,20 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamflow import models
+from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.messages import DrawRequest
-from streamflow.image_utils import uint8_pixels
+from streamflow.image_utils import Images, uint8_pixels
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults
+from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
+from streamflow.stream.hooks import Step
 
 PERIOD = 24  # frames of drift from one noise to the next
 LEVELS = ("mode", "steps", "strength")  # what needs a new ring
@@ -35,7 +37,7 @@ class Drawn:
     ring: tuple[int | None, ...]
 
 
-def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
+def open_pipe(settings: Settings, model: str, lora: str | None) -> Pipeline:
     """A loaded pipe, on its device, with its LoRA. Only safetensors are read."""
     device = settings.device or default_device()
     dtype = DTYPES[settings.dtype] if settings.dtype else torch.float32 if device == "cpu" else torch.bfloat16
@@ -53,7 +55,7 @@ def open_pipe(settings: Settings, model: str, lora: str | None) -> Any:
 class Slot:
     """A stream that one viewer at a time uses."""
 
-    def __init__(self, pipe: Any, settings: Settings, extras: dict[str, Any]):
+    def __init__(self, pipe: Pipeline, settings: Settings, extras: Json):
         s = settings
         self._stream = StreamFlow(
             pipe, None, width=s.width, height=s.height, do_add_noise=s.do_add_noise, cfg_type=s.cfg_type, family=s.family
@@ -81,7 +83,7 @@ class Slot:
         """Whether a request has been applied."""
         return self._request is not None
 
-    def _look(self, step: Any) -> None:
+    def _look(self, step: Step) -> None:
         self._ring = tuple(None if copy else one for one, copy in zip(step.ids, step.copies, strict=True))
         self._left = step.ids[-1]
 
@@ -120,7 +122,7 @@ class Slot:
         self._frames.clear()
         self._count = 0
 
-    def _changes(self, before: DrawRequest, request: DrawRequest) -> dict[str, Any]:
+    def _changes(self, before: DrawRequest, request: DrawRequest) -> Json:
         wanted = {"prompt": "prompts", "seed": "seed", **({"guidance_scale": "guidance"} if self._guided else {})}
         return {
             name: getattr(request, field)
@@ -129,26 +131,28 @@ class Slot:
         }
 
     @torch.no_grad()
-    def draw(self, image: Any = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
+    def draw(self, image: Images | None = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
         """One turn: draw an input image, or a frame from noise. None while the ring fills."""
         self._frames[self._count] = time.monotonic() if entered is None else entered, stamp
         if image is not None:
-            image = self._stream(image)
+            drawn = self._stream(image)
         else:
             latents = self._stream.predict_x0_batch(self._noise())
-            image = None if latents is None else self._stream.decode_image(latents)
+            drawn = None if latents is None else self._stream.decode_image(latents)
         self._count += 1
         self._since_change += 1
-        if image is None:
+        if drawn is None:
             return None
         left = self._left
+        assert left is not None, "a finished frame has its number"
         known = self._frames.get(left, self._frames[self._count - 1])
         self._frames = {one: when for one, when in self._frames.items() if one >= left}  # copies follow the first
-        return Drawn(uint8_pixels(image)[0], left, *known, self._ring)
+        return Drawn(uint8_pixels(drawn)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
         """The noise of the frame that enters: the seed's own, or a point on the great circle to the next one, which keeps
         the variance."""
+        assert self._request is not None, "a slot draws what it has applied"
         if self._request.motion == "still":
             return self._stream.frame_noise(0)
         if self._request.motion == "fresh":
@@ -187,14 +191,21 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
     texts = ((settings.prompt, 1.0),) if isinstance(settings.prompt, str) else settings.prompt
     if len(texts) > 2:
         raise ValueError(f"the page blends two prompts, and the settings have {len(texts)}")
-    (prompt, _), (other, second) = texts[0], texts[1] if len(texts) == 2 else ("", 0.0)
+    (prompt, _), (other, second) = (*texts, ("", 0.0))[:2]
     blend = second / sum(weight for _, weight in texts)
-    scale = {} if settings.guidance_scale is None else {"guidance": settings.guidance_scale}
     steps = min(settings.num_inference_steps, settings.server.max_steps)
-    strength = {} if settings.strength is None else {"strength": settings.strength}
-    mode = {"txt2img": "text", "img2img": "image"}[settings.mode]
-    both = {"prompt": prompt, "other": other, "blend": blend}
-    return DrawRequest(mode=mode, model=model, **both, seed=settings.seed, steps=steps, **scale, **strength)
+    given = {"guidance": settings.guidance_scale, "strength": settings.strength}
+    optional: Json = {name: value for name, value in given.items() if value is not None}
+    return DrawRequest(
+        mode="text" if settings.mode == "txt2img" else "image",
+        model=model,
+        prompt=prompt,
+        other=other,
+        blend=blend,
+        seed=settings.seed,
+        steps=steps,
+        **optional,
+    )
 
 
 def warm(slot: Slot, request: DrawRequest) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamflow._files import Json
+
 VARIABLE = "STREAMFLOW_TOKENS"
 SHORTEST = 16
 
@@ -79,7 +81,7 @@ def parse(text: str, where: str) -> Tokens:
 def _holder(words: list[str], where: str) -> Holder:
     if len(words) < 2 or len(words[1]) < SHORTEST:
         raise ValueError(f"{where}: write a name and a token of at least {SHORTEST} characters")
-    quotas: dict[str, float] = {}
+    quotas: Json = {}
     for word in words[2:]:
         name, _, value = word.partition("=")
         if name not in QUOTAS:

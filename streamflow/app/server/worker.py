@@ -9,11 +9,17 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streamflow._threads import Thread
+from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.slot import Slot
+from streamflow.app.server.slot import Drawn, Slot
+
+if TYPE_CHECKING:
+    from streamflow.image_utils import Images
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 NAP = 0.05  # seconds until due viewers are looked for again; whatever becomes ready earlier wakes the thread
@@ -31,11 +37,13 @@ class Client(Protocol):
 
     def due(self, now: float) -> bool:
         """Whether it has something to draw and room for the result."""
+        ...
 
-    def take(self) -> tuple[Any, ...]:
+    def take(self) -> tuple[DrawRequest, Images | None, float | None, float | None]:
         """The next draw: (request, input image or None, its arrival, its stamp)."""
+        ...
 
-    def put(self, drawn: Any) -> None:
+    def put(self, drawn: Drawn) -> None:
         """Take a finished image."""
 
     def report(self, message: str, fatal: bool = False) -> None:
@@ -47,8 +55,8 @@ class Turn:
     """What a viewer requested when it was chosen. Later changes apply to its next turn."""
 
     client: Client
-    request: Any
-    image: Any
+    request: DrawRequest
+    image: Images | None
     entered: float | None
     stamp: float | None
 
@@ -168,7 +176,7 @@ class Worker(Thread):
             client.model = turn.request.model
         return turn
 
-    def _call(self, client: Client, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, client: Client, method: Callable[..., T], *arguments: object) -> T | None:
         """Call a viewer's method. Where it fails, drop the viewer and return None: its state must not end the thread."""
         try:
             return method(*arguments)
@@ -190,18 +198,19 @@ class Worker(Thread):
             self.slots[client.model].append(slot)
 
     def _turn(self, turn: Turn) -> None:
-        client, began = turn.client, time.monotonic()
+        client, slot, began = turn.client, turn.client.slot, time.monotonic()
+        assert slot is not None, "a viewer has a slot in its turn"
         drawn = None
         try:
             try:
-                client.slot.apply(turn.request)
+                slot.apply(turn.request)
             except (ValueError, TypeError) as error:
                 self._call(client, client.report, str(error))
-            if client.slot.prepared:
-                drawn = client.slot.draw(turn.image, turn.entered, turn.stamp)
+            if slot.prepared:
+                drawn = slot.draw(turn.image, turn.entered, turn.stamp)
             self._errors.pop(id(client), None)
         except Exception as error:  # of one viewer's draw; the other viewers go on
-            self._failed(client, error)
+            self._failed(client, slot, error)
         seconds = time.monotonic() - began
         self._metrics.observe("tick_seconds", seconds)
         with self._wake:
@@ -209,11 +218,11 @@ class Worker(Thread):
             if drawn is not None:
                 self._call(client, client.put, drawn)
 
-    def _failed(self, client: Client, error: Exception) -> None:
+    def _failed(self, client: Client, slot: Slot, error: Exception) -> None:
         log_failure("a draw failed", error)
         self._metrics.count("errors")
         errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1
-        client.slot.reset()
+        slot.reset()
         message = f"drawing failed ({type(error).__name__}); trying again"
         self._call(client, client.report, message, errors >= MAX_ERRORS)
 

@@ -6,16 +6,20 @@ Knows `update` as a callable; no stream, no window.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
+from streamflow._files import Json
 from streamflow.live.remote.keys import Keys
 from streamflow.live.remote.knobs import Knobs
 from streamflow.live.remote.learn import Learner
 from streamflow.live.remote.midi import MidiInput
 from streamflow.live.remote.osc import OscInput
 from streamflow.live.remote.settings import Control, Mapping, socket_of
+
+if TYPE_CHECKING:
+    from streamflow.models.protocols import Function
 
 __all__ = ["Control", "Controls", "Keys", "Mapping", "open_control"]
 logger = logging.getLogger(__name__)
@@ -24,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Controls:
     """The open inputs, their knobs, and `keys`. Call `tick` once a frame, from the thread that draws."""
 
-    def __init__(self, settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> None:
+    def __init__(self, settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> None:
         self.keys = Keys(settings.keys)
         self._settings, self._update = settings, stream_update
         self._knobs = Knobs(settings.mappings, weights)
@@ -59,7 +63,7 @@ class Controls:
                 self._refused.add(field)
                 logger.warning("%s = %.200r is refused and dropped: %s", field, value, error)
 
-    def _refusal(self, fields: dict[str, Any]) -> Exception | None:
+    def _refusal(self, fields: Json) -> Exception | None:
         """Send an update. Return the error where it is refused, else None."""
         try:
             self._update(**fields)
@@ -74,7 +78,7 @@ class Controls:
         self._learner = Learner(field, range, smoothing)
         return self._learner
 
-    def receive(self, address: str, *values: Any) -> None:
+    def receive(self, address: str, *values: object) -> None:
         """Take what an input sent, from any thread. The inputs call it, and so may an input of your own."""
         learner = self._learner
         if learner is not None and (mapping := learner.receive(address, *values)) is not None:
@@ -93,7 +97,7 @@ class Controls:
         self.close()
 
 
-def open_control(settings: Control, stream_update: Callable[..., Any], weights: Sequence[float] = ()) -> Controls:
+def open_control(settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> Controls:
     """Open the inputs that the settings name. stream_update: `StreamFlow.update` of the stream that draws.
     weights: of the prompt's texts at the start.
 

@@ -9,17 +9,18 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+from streamflow._files import Json
 from streamflow.live.remote.settings import Mapping, weight_number
 
 logger = logging.getLogger(__name__)
 REACHED = 1e-3  # of the range: nearer than this, a smoothed value is at its end
 
 
-def accepts(kind: str, value: Any) -> bool:
+def accepts(kind: str, value: object) -> bool:
     """Whether a field of this kind takes the value: a text, or a finite number."""
     if kind == "text":
         return isinstance(value, str)
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and value < math.inf and not value <= -math.inf
 
 
 class Knobs:
@@ -32,8 +33,8 @@ class Knobs:
         self._mappings = {one.address: one for one in mappings}
         self._lock = threading.Lock()
         self._targets: dict[str, tuple[Mapping, Any]] = {}  # by field: the value to be reached, and the knob that moved last
-        self._values: dict[str, Any] = {f"prompt_weights.{i}": float(weight) for i, weight in enumerate(weights)}
-        self._sent: dict[str, Any] = {}
+        self._values: Json = {f"prompt_weights.{i}": float(weight) for i, weight in enumerate(weights)}
+        self._sent: Json = {}
         self._refused: set[str] = set()
         self._before: float | None = None
 
@@ -48,7 +49,7 @@ class Knobs:
         with self._lock:
             self._mappings[mapping.address] = mapping
 
-    def put(self, address: str, *values: Any) -> None:
+    def put(self, address: str, *values: object) -> None:
         """Take what a knob sent. An address without a mapping is ignored. A value that the field cannot take is logged,
         once for each address."""
         with self._lock:
@@ -65,7 +66,7 @@ class Knobs:
             wanted = "one text" if mapping.kind == "text" else "one finite number"
             logger.warning("%s sent %.200r, and %s takes %s: dropped", address, values, mapping.field, wanted)
 
-    def due(self, now: float) -> dict[str, Any]:
+    def due(self, now: float) -> Json:
         """The fields that changed since the last call, as `update` takes them. now: seconds of a monotonic clock."""
         with self._lock:
             elapsed = 0.0 if self._before is None else max(0.0, now - self._before)
@@ -81,7 +82,7 @@ class Knobs:
                     self._sent[field] = changed[field] = out
             return self._with_weight_list(changed)
 
-    def _with_weight_list(self, changed: dict[str, Any]) -> dict[str, Any]:
+    def _with_weight_list(self, changed: Json) -> Json:
         """The changes, with all prompt weights in one list where one of them changed."""
         fields = {field: value for field, value in changed.items() if weight_number(field) is None}
         if len(fields) < len(changed):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
+from streamflow._files import Json
 from streamflow.live.remote.knobs import accepts
 from streamflow.live.remote.settings import Mapping, is_address
 
@@ -22,11 +22,11 @@ class Learner:
     def __init__(self, field: str, range: tuple[float, float] | None = None, smoothing: float = 0.0) -> None:
         given = {} if range is None else {"range": range}
         self._model = Mapping(address="osc:/", field=field, smoothing=smoothing, **given)
-        self._first_values: dict[str, Any] = {}
+        self._first_values: Json = {}
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._found: Mapping | None = None
 
-    def receive(self, address: str, *values: Any) -> Mapping | None:
+    def receive(self, address: str, *values: object) -> Mapping | None:
         """Take what an address sent, from any thread. Return the mapping if this is the address, and None otherwise."""
         if len(values) != 1 or not accepts(self._model.kind, values[0]) or not is_address(address):
             return None

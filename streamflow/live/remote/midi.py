@@ -43,7 +43,7 @@ class MidiInput:
             need(module, '"streamflow-rf[control]"')
         import mido
 
-        def take(message: Any) -> None:
+        def take(message: object) -> None:
             if (read := parse_message(message)) is not None:
                 receive(*read)
 

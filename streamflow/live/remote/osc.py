@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from streamflow.io.protocols import need
 
@@ -28,7 +27,7 @@ class OscInput:
         from pythonosc.dispatcher import Dispatcher
         from pythonosc.osc_server import BlockingOSCUDPServer
 
-        def handle(address: str, *values: Any) -> None:
+        def handle(address: str, *values: object) -> None:
             receive(f"osc:{address}", *values)
 
         dispatcher = Dispatcher(strict_timing=False)  # strict: one message for next year would hold up all others
@@ -39,17 +38,17 @@ class OscInput:
             raise OSError(f"OSC cannot listen at {host}:{port}: {error}") from error
         self._server.handle_error = self._log_malformed
         self._logged = False
-        self.bound: tuple[str, int] = self._server.server_address[:2]
+        self.bound: tuple[str, int] = self._server.socket.getsockname()[:2]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="streamflow control osc", daemon=True
         )
         self._thread.start()
 
-    def _log_malformed(self, request: Any, client: Any) -> None:
+    def _log_malformed(self, request: object, client_address: object) -> None:
         """Called where a datagram could not be read, while that error is handled."""
         if not self._logged:
             self._logged = True
-            logger.warning("a datagram from %s is not OSC and is dropped: %r", client, sys.exc_info()[1])
+            logger.warning("a datagram from %s is not OSC and is dropped: %r", client_address, sys.exc_info()[1])
 
     def close(self) -> None:
         """Stop listening; the thread has ended when this returns."""

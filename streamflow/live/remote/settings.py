@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from streamflow._files import Json
 from streamflow._validation import Section
 
 Action = Literal["pause", "freeze", "blackout", "next", "panic"]
@@ -50,7 +51,7 @@ def weight_number(field: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _default_range(data: dict[str, Any]) -> tuple[float, float]:
+def _default_range(data: Json) -> tuple[float, float]:
     """0 to 1, within what a field of numbers takes."""
     kind, low, high = FIELDS.get(data.get("field", ""), FieldRange())
     return (max(0.0, low), min(1.0, high)) if kind == "number" else (0.0, 1.0)
@@ -63,9 +64,9 @@ class Mapping(Section):
     field: str = Field(description="what it changes, such as guidance_scale, seed or prompt_weights.0")
     range: tuple[float, float] = Field(default_factory=_default_range, description="the field's values at the knob's ends")
     source: tuple[float, float] | None = Field(
-        None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
+        default=None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
     )
-    smoothing: float = Field(0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
+    smoothing: float = Field(default=0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
 
     @field_validator("address")
     @classmethod
@@ -123,15 +124,18 @@ class Control(Section):
     """Knobs over OSC and MIDI, and keys in the window."""
 
     osc: str | None = Field(
-        None,
+        default=None,
         description="address to listen at, such as 127.0.0.1:9000; whoever reaches it changes the fields. Empty: no OSC",
     )
-    midi: str | None = Field(None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI")
+    midi: str | None = Field(
+        default=None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI"
+    )
     mappings: tuple[Mapping, ...] = Field(
-        (), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
+        default=(), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
     )
     keys: dict[str, Action] = Field(
-        KEYS, description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)"
+        default=KEYS,
+        description="of the window: what each does, one of pause, freeze, blackout, next (scene), panic (last image)",
     )
 
     @field_validator("osc")

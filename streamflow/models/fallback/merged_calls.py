@@ -167,7 +167,7 @@ def _rows(arguments: Arguments) -> int:
     return len(first)
 
 
-def _split(output: Any, calls: int, rows: int) -> Outputs:
+def _split(output: object, calls: int, rows: int) -> Outputs:
     """The output of a merged call, as one output for each call."""
     if isinstance(output, Tensor) or (isinstance(output, list) and len(output) == calls * rows):
         if len(output) != calls * rows:
