@@ -84,7 +84,7 @@ class StreamFlow(StreamDiffusion):
 
     def __init__(
         self,
-        pipe: Pipeline,
+        pipe: Any,
         t_index_list: Sequence[int] | None = None,
         torch_dtype: torch.dtype | None = None,
         width: int | None = None,
@@ -200,10 +200,7 @@ class StreamFlow(StreamDiffusion):
 
     @computing
     def txt2img(
-        self,
-        batch_size: int | None = None,
-        latents: Tensor | None = None,
-        control: ControlArgument | None = None,
+        self, batch_size: int | None = None, latents: Tensor | None = None, control: ControlArgument | None = None
     ) -> Tensor:
         """Draw from noise: exactly `batch_size` images (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
@@ -238,20 +235,15 @@ class StreamFlow(StreamDiffusion):
         """The one-step form: `txt2img` of a stream with a single stage. ValueError with more."""
         stages = len(self._denoiser.prepared().stages)
         if stages != 1:
-            raise ValueError(
-                f"txt2img_sd_turbo draws in one step and this stream has {stages} stages: "
-                f"make it with t_index_list=[0], or call txt2img"
-            )
+            remedy = "make it with t_index_list=[0], or call txt2img"
+            raise ValueError(f"txt2img_sd_turbo draws in one step and this stream has {stages} stages: {remedy}")
         return self.txt2img(batch_size)
 
     @computing
     def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
         """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
         clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
-
-        Raises:
-            ValueError: another number of rows or another shape.
-        """
+        ValueError: another number of rows or another shape."""
         denoiser = self._denoiser
         denoiser.check_free("predict_x0_batch()")
         self._model.check_rows(x_t_latent, self._model.frames)
