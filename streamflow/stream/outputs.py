@@ -158,7 +158,7 @@ class CallTimer:
 
     def stop(self, began: float | torch.cuda.Event) -> None:
         """Add the call that `start` began to the average."""
-        if isinstance(began, float):
+        if isinstance(began, (int, float)):
             self.average = 0.9 * self.average + 0.1 * (time.perf_counter() - began)
             return
         self._pending.append((began, self._record()))
