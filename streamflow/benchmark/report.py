@@ -100,11 +100,13 @@ def _row(name: str, f: Result) -> str:
     memory = f"{f['memory_mib']['reserved']:.0f}" if f["memory_mib"] else ""
     psnr = "equal" if d["psnr_db"] is None else f"{d['psnr_db']:.1f} dB"
     cells = (
-        *(name, f["title"]),
+        name,
+        f["title"],
         f"{r['median']:.2f} ({r['least']:.2f}, {r['most']:.2f})",
         f"{t['median']:.2f} ({t['p95']:.2f})",
         f"{wait['median']:.2f} ({wait['p95']:.2f})",
-        *(memory, f"{f['start_up_s']:.1f}"),
+        memory,
+        f"{f['start_up_s']:.1f}",
         f"{d['largest']:.1e}, {d['mean']:.1e}, {psnr}",
     )
     return f"| {' | '.join(cells)} |"

@@ -303,11 +303,21 @@ class Live:
         """The counters up to now, or up to the end."""
         p, d, feed = self._pacer, self._drawing, self._feed
         return Statistics(
-            (self._ended_at or time.monotonic()) - self._began,
-            d.mode_name,
-            *(p.shown, p.repeated, p.late, p.skipped, d.drawn),
-            *(feed.dropped if feed else 0, self._outbox.dropped, self._sinks.dropped),
-            *(feed.losses if feed else 0, d.errors, self.stream.not_finite, d.latency(0.5), d.latency(0.95)),
+            seconds=(self._ended_at or time.monotonic()) - self._began,
+            mode=d.mode_name,
+            shown=p.shown,
+            repeated=p.repeated,
+            late=p.late,
+            skipped=p.skipped,
+            drawn=d.drawn,
+            dropped_in=feed.dropped if feed else 0,
+            dropped_out=self._outbox.dropped,
+            dropped_by_sinks=self._sinks.dropped,
+            losses=feed.losses if feed else 0,
+            errors=d.errors,
+            not_finite=self.stream.not_finite,
+            latency_p50=d.latency(0.5),
+            latency_p95=d.latency(0.95),
         )
 
     def warm(self, stream: StreamFlow) -> Scene:

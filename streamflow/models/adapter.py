@@ -41,6 +41,14 @@ INSTEAD = {
 ASKS_FOR_NOTHING = {"num_images_per_prompt": 1, "use_resolution_binning": False}  # values that change nothing
 
 
+class TransformerVelocity(nn.Module):
+    """The base class of velocities of a transformer; a subclass gives `forward(x, t, **cond)`."""
+
+    def __init__(self, transformer: Network):
+        super().__init__()
+        self.transformer = transformer
+
+
 class FlowAdapter:
     """One family's conventions. A subclass sets the class attributes and overrides what differs.
 

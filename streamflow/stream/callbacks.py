@@ -28,13 +28,12 @@ class Callbacks:
 
 def weak_call(method: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls this bound method and does not keep its object alive."""
-    reference = WeakMethod(method)
+    reference, name = WeakMethod(method), method.__name__
 
     def call(*args: Any, **kwargs: Any) -> Any:
         alive = reference()
         if alive is None:
-            raise RuntimeError(f"the object of {method_name} is gone: keep the stream while it draws")
+            raise RuntimeError(f"the object of {name} is gone: keep the stream while it draws")
         return alive(*args, **kwargs)
 
-    method_name = method.__name__
     return call

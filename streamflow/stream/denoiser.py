@@ -16,9 +16,7 @@ from torch import Tensor
 from streamflow import _threads
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool
-from streamflow.flow.guidance import Mode
 from streamflow.flow.schedule import Stages
-from streamflow.flow.solvers import Rule
 from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.engine import Engine, make_engine
 from streamflow.stream.frames import Order
@@ -140,11 +138,6 @@ class Denoiser:
     # -- what is in flight ----------------------------------------------------------------------------------------------
 
     @property
-    def mode(self) -> Mode:
-        """How rows are guided."""
-        return self.prepared().request.mode
-
-    @property
     def stages(self) -> int:
         """The number of calls from a frame's entering to its leaving: its stages, or 1 without the denoising batch."""
         return len(self.engine.settings.stages) if self.batched and self.engine is not None else 1
@@ -165,10 +158,6 @@ class Denoiser:
 
     # -- the engine -----------------------------------------------------------------------------------------------------
 
-    def rule(self, do_add_noise: bool) -> Rule:
-        """How rows take their steps."""
-        return self._model.adapter.rule(do_add_noise)
-
     def install(self, stages: Stages) -> None:
         """Make the engine for these stages. The old engine must be empty."""
         model, state = self._model, self.prepared()
@@ -177,7 +166,7 @@ class Denoiser:
             stages=stages,
             frames=model.frames,
             mode=request.mode,
-            rule=self.rule(request.do_add_noise),
+            rule=model.adapter.rule(request.do_add_noise),
             shape=model.shape,
             dtype=model.dtype,
             device=model.device,

@@ -275,7 +275,7 @@ class Updates:
     def _fits(self, request: Request) -> bool:
         """Whether the engine's guidance and steps are those of this request."""
         settings = self._denoiser.running().settings
-        return settings.mode is request.mode and settings.rule == self._denoiser.rule(request.do_add_noise)
+        return settings.mode is request.mode and settings.rule == self._model.adapter.rule(request.do_add_noise)
 
 
 _TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize", "assigned_embeds"}

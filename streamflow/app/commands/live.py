@@ -114,7 +114,8 @@ def play(
             closing.callback(wrapper.close)
             stop.remember()  # files are open from here on
             show = wrapper.stream.live(
-                *(source, sinks),
+                source,
+                sinks,
                 target_fps=s.target_fps,
                 policy=s.policy,
                 mode=s.mode,

@@ -3,19 +3,15 @@ true guidance in a second call (diffusers pipelines/chroma/pipeline_chroma.py, `
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from streamflow.models.adapter import TransformerVelocity
 from streamflow.models.families.flux import Packed
-from streamflow.models.protocols import Network
 
 
-class ChromaVelocity(nn.Module):
+class ChromaVelocity(TransformerVelocity):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension, the mask over the
     tokens of prompt and image; extra: more arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

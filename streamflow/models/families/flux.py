@@ -7,21 +7,17 @@ from __future__ import annotations
 from functools import partial
 
 from diffusers import FluxPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from streamflow.models.adapter import FlowAdapter
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.codec import Codec
-from streamflow.models.protocols import VAE, Network
+from streamflow.models.protocols import VAE
 
 
-class FluxVelocity(nn.Module):
+class FluxVelocity(TransformerVelocity):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; extra:
     more arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

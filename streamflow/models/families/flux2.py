@@ -12,21 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamflow.models.adapter import FlowAdapter
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.codec import Codec, Normalized
 from streamflow.models.families.flux import Packed
-from streamflow.models.protocols import VAE, Network
+from streamflow.models.protocols import VAE
 
 
-class Flux2Velocity(nn.Module):
+class Flux2Velocity(TransformerVelocity):
     """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`, the same for all rows; extra: more
     arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

@@ -4,22 +4,18 @@ second call, rescaled along the width to the length of the prompt's own velocity
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.flow.convention import guide
 from streamflow.flow.guidance import ALWAYS, NEVER, Weight, renormalized
 from streamflow.flow.schedule import Schedule
-from streamflow.models.adapter import FlowAdapter
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Arguments, Call, Network
+from streamflow.models.protocols import Arguments, Call
 
 
-class Lumina2Velocity(nn.Module):
+class Lumina2Velocity(TransformerVelocity):
     """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object

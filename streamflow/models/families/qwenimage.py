@@ -5,22 +5,19 @@ pipelines/qwenimage/pipeline_qwenimage.py, `__call__`)."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.flow.guidance import Weight, renormalized
 from streamflow.flow.schedule import Schedule
+from streamflow.models.adapter import TransformerVelocity
 from streamflow.models.codec import Codec, Normalized
 from streamflow.models.families.flux import Packed, pack, unpack
-from streamflow.models.protocols import VAE, Arguments, Network
+from streamflow.models.protocols import VAE, Arguments
 
 
-class QwenImageVelocity(nn.Module):
+class QwenImageVelocity(TransformerVelocity):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]`: its shape is the number of tokens along the height and
     the width, its values are not read; extra: more arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

@@ -9,22 +9,18 @@ number of steps draws a somewhat coarser image. Images have the requested size; 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamflow.models.adapter import FlowAdapter
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Call, Network
+from streamflow.models.protocols import Call
 
 MULTIPLE = 32  # the pipeline takes sizes divisible by this, whatever the VAE
 
 
-class SanaVelocity(nn.Module):
+class SanaVelocity(TransformerVelocity):
     """x float32 `[rows, 32, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the
     network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object

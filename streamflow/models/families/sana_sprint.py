@@ -8,22 +8,18 @@ Latents here are the pipeline's divided by the scheduler's `sigma_data`, so that
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.flow.convention import per_row
 from streamflow.flow.schedule import Schedule
 from streamflow.flow.solvers import TRIGFLOW, Rule
+from streamflow.models.adapter import TransformerVelocity
 from streamflow.models.families.sana import Sana
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Network
 
 
-class SanaSprintVelocity(nn.Module):
+class SanaSprintVelocity(TransformerVelocity):
     """x float32 `[rows, 32, h, w]`, t `[rows]` the angle in 0..pi/2, `guidance` `[rows]`; returns dx / dt."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

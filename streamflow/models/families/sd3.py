@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamflow.models.adapter import FlowAdapter
-from streamflow.models.protocols import Network
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 
 
-class SD3Velocity(nn.Module):
+class SD3Velocity(TransformerVelocity):
     """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32; extra: more arguments of the network."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self,

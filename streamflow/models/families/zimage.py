@@ -7,24 +7,20 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.guidance import ALWAYS, NEVER, Weight
 from streamflow.flow.schedule import Schedule
-from streamflow.models.adapter import FlowAdapter
+from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.probe import Recording
-from streamflow.models.protocols import Arguments, Call, Network
+from streamflow.models.protocols import Arguments, Call
 
 EMBEDS = "encoder_hidden_states"  # the network's cap_feats, under the name of all other families
 
 
-class ZImageVelocity(nn.Module):
+class ZImageVelocity(TransformerVelocity):
     """x float32 `[rows, 16, h, w]`, t `[rows]` in 0..1000, embeddings `[rows, tokens, width]`."""
-
-    def __init__(self, transformer: Network):
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **extra: object) -> Tensor:
         out = self.transformer(
