@@ -13,12 +13,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamflow.acceleration import Part
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 logger = logging.getLogger(__name__)
 FEATURES = 512  # the least inputs and outputs of a layer: quantising costs relatively more in small layers
@@ -35,20 +39,20 @@ class Kind:
     it supports. cpu: whether it works on a CPU.
     """
 
-    config: Callable[[], object]
+    config: Callable[[], AOBaseConfig]
     capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
     cpu: bool = False
 
 
-def _float8(granularity: str) -> object:
+def _float8(granularity: str) -> AOBaseConfig:
     from torchao import quantization
 
     scaled = getattr(quantization, granularity)()
     return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=scaled, set_inductor_config=False)
 
 
-def _int8() -> object:
+def _int8() -> AOBaseConfig:
     from torchao import quantization
 
     return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
@@ -125,7 +129,7 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
     return undo
 
 
-def quantised(weight: Tensor, config: object) -> Tensor:
+def quantised(weight: Tensor, config: AOBaseConfig) -> Tensor:
     """The weight quantised by torchao's configuration. The given one is not changed."""
     from torchao.quantization import quantize_
 
