@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import check_count
 from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.side_streams import side_stream
@@ -51,8 +52,7 @@ class Options:
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1:
-            raise ValueError(f"limit must be an integer of 1 or more, not {self.limit!r}")
+        check_count("limit", self.limit)
 
     def for_device(self, device: torch.device) -> Options:
         """These options. RuntimeError: the device has no CUDA graphs."""

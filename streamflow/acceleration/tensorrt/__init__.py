@@ -94,13 +94,12 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
     first = next(iter(part.inputs.values()))
     options.require(first.device)
     target = library.Target.of(first.device)
-    kind = library.choose(target.capability)
     units = (height // first.shape[-2], width // first.shape[-1]) if part.free_size else (1, 1)
     to_profile = functools.partial(profile_of, options=options, units=units)
     profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
-        engine = EngineModule(data, profile, library.load(kind), target.device)
+        engine = EngineModule(data, profile, target.library, target.device)
         if not options.use_cuda_graph:
             return engine
         from streamflow.acceleration.cuda_graph import Graphed
@@ -108,9 +107,9 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
         return Graphed(engine)
 
     def start(part: Part, profile: Profile) -> Build:
-        return Build(part, profile, options, target, kind, load)
+        return Build(part, profile, options, target, load)
 
-    _, data = load_or_build(part, profile, options, target, kind)
+    _, data = load_or_build(part, profile, options, target)
     engine = load(data, profile)
     if options.verify:
         try:

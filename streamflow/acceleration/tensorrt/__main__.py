@@ -20,7 +20,6 @@ import torch
 from torch.utils.benchmark import Timer
 
 from streamflow.acceleration import Part, Parts
-from streamflow.acceleration.tensorrt import library
 from streamflow.acceleration.tensorrt.build import load_or_build
 from streamflow.acceleration.tensorrt.engine import EngineModule, compare
 from streamflow.acceleration.tensorrt.errors import MissingTensorRT, TensorRTError
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         major, _, minor = arguments.capability.partition(".")
         target = Target.of(torch.device("cuda")) if cuda else Target(capability=(int(major), int(minor or 0)))
-        loaded = library.load(library.choose(target.capability if cuda else None))
+        loaded = target.library
     except (MissingTensorRT, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -102,7 +101,7 @@ def _test(part: Part, execute: bool, options: Options, target: Target, loaded: L
     profile = profile_of(part, options)
     began = time.perf_counter()
     try:
-        _, data = load_or_build(part, profile, options, target, loaded.kind)
+        _, data = load_or_build(part, profile, options, target)
         row |= {"seconds": round(time.perf_counter() - began, 1), "megabytes": round(len(data) / 1e6, 1)}
         if execute:
             from streamflow.acceleration.cuda_graph import Graphed

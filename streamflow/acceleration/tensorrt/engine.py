@@ -17,7 +17,7 @@ from streamflow.acceleration import Part, bind_arguments
 from streamflow.acceleration.side_streams import side_stream
 from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
 from streamflow.acceleration.tensorrt.export import OUTPUT
-from streamflow.acceleration.tensorrt.library import RTX, Library, quiet_polygraphy
+from streamflow.acceleration.tensorrt.library import RTX, Library
 from streamflow.acceleration.tensorrt.options import Profile
 
 CALLS = 8  # that are compared
@@ -42,19 +42,17 @@ class EngineModule(nn.Module):
 
         super().__init__()
         self.profile, self.library, self.device = profile, library, device
-        library.messages.errors()
-        with torch.cuda.device(device), quiet_polygraphy():
+        with torch.cuda.device(device), library.quiet():
             try:
                 self._engine = engine_from_bytes(data)
             except PolygraphyException as error:
                 raise self._error("loading", "these bytes are not an engine for this GPU", _REBUILD) from error
+            configs = []
             if library.kind == RTX:  # compile all kernels before the first call: a CUDA graph must capture the final ones
-                config = self._engine.create_runtime_config()
+                configs = [self._engine.create_runtime_config()]
                 strategy = library.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                config.dynamic_shapes_kernel_specialization_strategy = strategy
-                self._context = self._engine.create_execution_context(config)
-            else:
-                self._context = self._engine.create_execution_context()
+                configs[0].dynamic_shapes_kernel_specialization_strategy = strategy
+            self._context = self._engine.create_execution_context(*configs)
         if self._context is None:
             raise self._error("loading", "no execution context", "free memory on the GPU: it needs room for activations")
         self._side = side_stream(self, device)
@@ -110,8 +108,7 @@ class EngineModule(nn.Module):
         current.wait_stream(self._side)
 
     def _error(self, stage: str, problem: str, remedy: str) -> EngineError:
-        messages = "; ".join([problem, *self.library.messages.errors()])
-        return EngineError(self.profile.part, stage, messages[:1500], remedy)
+        return EngineError(self.profile.part, stage, self.library.explain(problem), remedy)
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamflow._validation import check_count
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import library
 from streamflow.acceleration.tensorrt.errors import NoDevice, OutsideProfile
@@ -74,8 +75,7 @@ class Options:
         for names in _ASCENDING:
             given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
             for name, value in given.items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+                check_count(name, value)
             if list(given.values()) != sorted(given.values()):
                 raise ValueError(f"values must ascend: {', '.join(f'{name}={value}' for name, value in given.items())}")
         if self.fallback not in (None, "eager"):
@@ -157,28 +157,18 @@ def profile_of(part: Part, options: Options, units: tuple[int, int] = (1, 1)) ->
     """
     ranges = {}
     for i, (name, value) in enumerate(part.inputs.items()):
-        axes: dict[int, _Sizes] = {} if name in part.shared else {0: (options.min_batch, None, options.max_batch)}
+        axes = {} if name in part.shared else {0: ("batch", 1)}
         if i == 0 and part.free_size:
-            axes[-2] = _sizes(part, options, "height", units[0])
-            axes[-1] = _sizes(part, options, "width", units[1])
+            axes |= {-2: ("height", units[0]), -1: ("width", units[1])}
         smallest, best, largest = list(value.shape), list(value.shape), list(value.shape)
-        for axis, (low, tuned, high) in axes.items():
-            own = value.shape[axis]
-            smallest[axis] = min(own, low or tuned or own)
-            best[axis] = tuned or own
-            largest[axis] = max(own, high or tuned or own)
+        for axis, (side, unit) in axes.items():
+            own = value.shape[axis] * unit
+            given = [getattr(options, f"{kind}_{side}", None) for kind in ("min", "opt", "max")]
+            if wrong := [size for size in given if size and size % unit]:
+                raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {wrong[0]}")
+            low, tuned, high = given
+            smallest[axis] = min(own, low or tuned or own) // unit
+            best[axis] = (tuned or own) // unit
+            largest[axis] = max(own, high or tuned or own) // unit
         ranges[name] = Range(tuple(smallest), tuple(best), tuple(largest))
     return Profile(part.name, ranges)
-
-
-_Sizes = tuple[int | None, int | None, int | None]
-
-
-def _sizes(part: Part, options: Options, side: str, unit: int) -> _Sizes:
-    """The smallest, best and largest size on one side, in units."""
-    pixels = [getattr(options, f"{kind}_{side}") for kind in ("min", "opt", "max")]
-    for size in pixels:
-        if size is not None and size % unit:
-            raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {size}")
-    low, tuned, high = (size and size // unit for size in pixels)
-    return low, tuned, high
