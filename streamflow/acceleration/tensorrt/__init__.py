@@ -92,11 +92,9 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
 def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptive:
     """The part on its first engine. height, width: of the images in pixels."""
     first = next(iter(part.inputs.values()))
-    options.require(first.device)
     target = library.Target.of(first.device)
     units = (height // first.shape[-2], width // first.shape[-1]) if part.free_size else (1, 1)
     to_profile = functools.partial(profile_of, options=options, units=units)
-    profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
         engine = EngineModule(data, profile, target.library, target.device)
@@ -106,9 +104,9 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
 
         return Graphed(engine)
 
-    def start(part: Part, profile: Profile) -> Build:
-        return Build(part, profile, options, target, load)
-
+    start = functools.partial(Build, options=options, target=target, load=load)
+    adaptive = Adaptive(part, to_profile, start if options.adaptive else None, options.tolerance_db, options.verify)
+    profile = to_profile(part)
     _, data = load_or_build(part, profile, options, target)
     engine = load(data, profile)
     if options.verify:
@@ -118,7 +116,6 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
             remedy = "close what else uses the GPU, or pass a smaller max_batch, max_height, max_width, or verify=False"
             raise EngineError(part.name, "comparing", f"out of memory: {error}", remedy) from error
         logger.info("%s: the engine equals the plain module, PSNR %.1f dB or more", part.name, worst)
-    adaptive = Adaptive(part, to_profile, start if options.adaptive else None, options.tolerance_db, options.verify)
     adaptive.add(profile, engine)
     return adaptive
 

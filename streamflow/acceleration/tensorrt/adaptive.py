@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -112,9 +113,9 @@ class Adaptive(nn.Module):
 
     def _advance(self, build: Build, inputs: Mapping[str, Tensor], output: Tensor) -> None:
         """Collect a finished build, or compare its engine in this call. Raises what stops the new engine."""
-        if self._trial is None and build.ready:
+        if self._trial is None and build.done():
             engine = build.result()
-            logger.info("%s: engine ready after %.1f s", self.part.name, build.seconds)
+            logger.info("%s: engine ready after %.1f s", self.part.name, time.perf_counter() - build.began)
             if not self._verify:
                 self.add(build.profile, engine)
                 return

@@ -118,8 +118,9 @@ def _config(profile: Profile, options: Options, library: Library, target: Target
 # -- in a child process ---------------------------------------------------------------------------------------------------
 
 
-class Build:
-    """The build of an engine in a child process, which is then loaded by `load(bytes, profile)` in a thread.
+class Build(Future[nn.Module]):
+    """The build of an engine in a child process, which is then loaded by `load(bytes, profile)` in a thread. `result` raises
+    what stopped it: BuildError, with its message, for the child, or if there is no room; CancelledError after `cancel`.
 
     The child gets a copy of the module in a file, and is a new interpreter: CUDA forbids a fork, and multiprocessing's spawn
     would import the user's script again.
@@ -133,34 +134,20 @@ class Build:
         target: Target,
         load: Callable[[bytes, Profile], nn.Module],
     ):
-        self.profile, self._load = profile, load
+        super().__init__()
+        self.profile, self.began = profile, time.perf_counter()
+        self._load = load
         self._child: subprocess.Popen | None = None
-        self._cancelled = False
-        self._module: Future[nn.Module] = Future()
-        self._began = time.perf_counter()
+        self._stopped = False
         job = {"part": part, "profile": profile, "options": replace(options, rebuild=False), "target": target}
         Thread(self._run, f"tensorrt-{part.name}", args=(job,)).start()
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has ended, with an engine or with an error."""
-        return self._module.done()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._began
-
-    def result(self) -> nn.Module:
-        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child, or if
-        there is no room; CancelledError after `cancel`."""
-        return self._module.result()
-
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         """Stop the child and drop its engine, without waiting for either."""
-        self._cancelled = True
+        self._stopped = True
         if self._child is not None:
             self._child.kill()
+        return True
 
     def _run(self, job: Json) -> None:
         try:
@@ -168,11 +155,11 @@ class Build:
             with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=job["options"].engine_dir) as snapshot:
                 data = self._in_child(job, Path(snapshot) / "job.pt")
             job.clear()
-            if self._cancelled:
+            if self._stopped:
                 raise CancelledError(f"the engine of the {self.profile.part} was cancelled")
-            self._module.set_result(self._load(data, self.profile))
+            self.set_result(self._load(data, self.profile))
         except Exception as error:  # raised again by `result`, in the thread of the stream
-            self._module.set_exception(error)
+            self.set_exception(error)
 
     def _in_child(self, job: Json, path: Path) -> bytes:
         if (index := job["target"].index) is not None:
@@ -187,7 +174,7 @@ class Build:
         environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
         self._child = subprocess.Popen(command, env=environment, **pipes)
-        if self._cancelled:  # before there was a child to stop
+        if self._stopped:  # before there was a child to stop
             self._child.kill()
         output, errors = self._child.communicate()
         if code := self._child.returncode:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
@@ -231,12 +231,8 @@ def get_or_build(entry: Entry, facts: Arguments, build: Callable[[Path], bytes],
         return data
 
 
-def list_engines(directory: Path) -> list[Entry]:
-    """All entries of a folder, damaged ones too, by name. Empty if there is no folder."""
-    return _entries(directory, "*-*.engine", "*-*.json")
-
-
-def _entries(directory: Path, *patterns: str) -> list[Entry]:
+def list_engines(directory: Path, patterns: Sequence[str] = ("*-*.engine", "*-*.json")) -> list[Entry]:
+    """All entries of a folder with such files, damaged ones too, by name. Empty if there is no folder."""
     found = {_STEM.fullmatch(path.stem) for pattern in patterns for path in Path(directory).glob(pattern)}
     return [Entry(Path(directory), stem) for stem in sorted({match.group(1) for match in found if match})]
 
@@ -247,7 +243,7 @@ def clear_engines(directory: Path) -> tuple[int, int, list[str]]:
     from filelock import Timeout
 
     count, freed, busy = 0, 0, []
-    for entry in _entries(directory, "*-*.engine", "*-*.json", ".*-*.work"):
+    for entry in list_engines(directory, ("*-*.engine", "*-*.json", ".*-*.work")):
         try:
             with entry.locked(timeout=0):
                 for path in (path for path in (entry.record, entry.engine) if path.exists()):

@@ -6,8 +6,6 @@ Polygraphy's TrtRunner is for debugging: it waits for the device in every call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +24,8 @@ _REBUILD = "pass rebuild=True to accelerate('tensorrt'): an engine is for one GP
 
 
 class EngineModule(nn.Module):
-    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place and runs on torch's
-    current CUDA stream. Not to be called by two threads at once.
+    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place, and runs in the order
+    of torch's current CUDA stream. Not to be called by two threads at once.
 
     `forward` takes the part's inputs by position or name. Its output is a new tensor.
 
@@ -73,8 +71,10 @@ class EngineModule(nn.Module):
             tensors[OUTPUT] = torch.empty(self._output_shape, dtype=self.dtypes[OUTPUT], device=self.device)
             for name, value in tensors.items():
                 self._context.set_tensor_address(name, value.data_ptr())
-            with self._stream() as stream:
-                done = self._context.execute_async_v3(stream.cuda_stream)
+            # TensorRT would synchronise the whole device on the default stream
+            self._side.wait_stream(current := torch.cuda.current_stream(self.device))
+            done = self._context.execute_async_v3(self._side.cuda_stream)
+            current.wait_stream(self._side)
         if not done:
             raise self._error("running", "TensorRT refused the call", "use accelerate('compile'), and report this")
         return tensors[OUTPUT]
@@ -94,18 +94,6 @@ class EngineModule(nn.Module):
         if unset := self._context.infer_shapes():
             raise self._error("running", f"no shape for {', '.join(unset)}", _REBUILD)
         self._shapes, self._output_shape = shapes, tuple(self._context.get_tensor_shape(OUTPUT))
-
-    @contextmanager
-    def _stream(self) -> Iterator[torch.cuda.Stream]:
-        """Torch's current stream. The default stream is replaced by one that is ordered with it, since TensorRT would
-        synchronise the whole device on the default stream."""
-        current = torch.cuda.current_stream(self.device)
-        if current != torch.cuda.default_stream(self.device):
-            yield current
-            return
-        self._side.wait_stream(current)
-        yield self._side
-        current.wait_stream(self._side)
 
     def _error(self, stage: str, problem: str, remedy: str) -> EngineError:
         return EngineError(self.profile.part, stage, self.library.explain(problem), remedy)

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT
+from streamflow.acceleration.tensorrt.errors import MissingTensorRT, NoDevice
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,12 @@ class Target:
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
-        """A CUDA device of this machine."""
+        """A CUDA device of this machine. NoDevice if it cannot run engines."""
+        if device.type != "cuda" or torch.version.hip is not None:
+            problem = f"engines run on NVIDIA GPUs and this pipe is on {device}"
+            remedy = "move it with pipe.to('cuda') on such a machine, or use accelerate('auto') or fallback='eager'"
+            build_only = "`python -m streamflow.acceleration.tensorrt --build-only` builds without a GPU"
+            raise NoDevice("all parts", "before export", problem, f"{remedy}; {build_only}")
         index = torch.cuda.current_device() if device.index is None else device.index
         return cls(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), index)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from streamflow._validation import check_count
 from streamflow.acceleration import Part
 from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.errors import NoDevice, OutsideProfile
+from streamflow.acceleration.tensorrt.errors import OutsideProfile
 
 Shape = tuple[int, ...]
 _ASCENDING = (
@@ -88,22 +88,11 @@ class Options:
             raise ValueError(f"optimization_level must be 0 to 5, not {self.optimization_level!r}")
 
     def for_device(self, device: torch.device) -> Options:
-        """These options. Raises what `require` raises, except with a `fallback`."""
+        """These options. Without a `fallback`: NoDevice if the device cannot run engines, MissingTensorRT if there is no
+        TensorRT for it."""
         if self.fallback is None:
-            self.require(device)
+            library.choose(library.Target.of(device).capability)
         return self
-
-    def require(self, device: torch.device) -> None:
-        """Raise NoDevice if the device cannot run engines, MissingTensorRT if there is no TensorRT for it."""
-        if device.type != "cuda" or torch.version.hip is not None:
-            raise NoDevice(
-                part="all parts",
-                stage="before export",
-                problem=f"engines run on NVIDIA GPUs and this pipe is on {device}",
-                remedy="move it with pipe.to('cuda') on such a machine, or use accelerate('auto') or fallback='eager'; "
-                "`python -m streamflow.acceleration.tensorrt --build-only` builds without a GPU",
-            )
-        library.choose(torch.cuda.get_device_capability(device))
 
 
 @dataclass(frozen=True)
