@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Accelerated, Part, Parts, run_backwards
+from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
@@ -75,39 +76,29 @@ class Options:
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
     """Each part compiled. `undo` reverts the changes in place (memory format, projections, attention, weights)."""
-    undo: list[Callable[[], None]] = []
-    modules = {}
-    try:
+    modules: dict[str, nn.Module] = {}
+    with ExitStack() as undo:
         for part in parts:
             if options.channels_last:
-                undo.append(channels_last(part.module))
+                undo.callback(channels_last(part.module))
             if part.name == "velocity":
                 modify_network(part, options, undo)
             compiled, undo_compile = compile_part(part, options)
-            undo.append(undo_compile)
-            modules[part.name] = with_cuda_graph(compiled, part, options) if options.cuda_graph else compiled
-    except BaseException:
-        run_backwards(undo)
-        raise
-    return Accelerated(modules, lambda: run_backwards(undo))
+            undo.callback(undo_compile)
+            modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph and part.capturable else compiled
+            if options.cuda_graph and not part.capturable:
+                logger.info("%s: compiled without a CUDA graph: it synchronises with its device in every call", part.name)
+        return Accelerated(modules, undo.pop_all().close)
 
 
-def with_cuda_graph(compiled: nn.Module, part: Part, options: Options) -> nn.Module:
-    """The compiled module behind a CUDA graph, if the part can be captured."""
-    if part.capturable:
-        return Graphed(compiled, options.limit)
-    logger.info("%s: compiled without a CUDA graph, since it synchronises with its device in every call", part.name)
-    return compiled
-
-
-def modify_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:
-    """Change the network by the options for it, in this order. Appends a function to `undo` for each change."""
+def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
+    """Change the network by the options for it, in this order. `undo` gets a function for each change."""
     if options.fuse_qkv:
-        undo.append(fuse_projections(part))
+        undo.callback(fuse_projections(part))
     if options.attention is not None:
-        undo.append(choose_attention(part.module, options.attention))
+        undo.callback(choose_attention(part.module, options.attention))
     if options.quantize is not None:
-        undo.append(quantize(part, repeated_blocks(part.module), options.quantize))
+        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize))
 
 
 class Compiled(nn.Module):
@@ -188,7 +179,7 @@ def fuse_projections(part: Part) -> Callable[[], None]:
     for network in networks:
         network.fuse_qkv_projections()
     try:
-        off = difference(part.call(), before)
+        off = ((part.call().float() - before.float()).norm() / before.float().norm()).item()
         if not off <= (FUSED_HALF if before.dtype.itemsize == 2 else FUSED):
             raise ValueError(
                 f"fuse_qkv changes what this network computes: diffusers' fused attention makes a difference of {off:.2g} "
@@ -198,11 +189,6 @@ def fuse_projections(part: Part) -> Callable[[], None]:
         unfuse(networks)
         raise
     return lambda: unfuse(networks)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||."""
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def unfuse(networks: Sequence[Network]) -> None:

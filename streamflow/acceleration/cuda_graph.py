@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -189,18 +190,13 @@ class Graphed(nn.Module):
         if device not in self._sides:
             self._sides[device] = side_stream(self, device)
         streams = torch.cuda.current_stream(device), self._sides[device]
-        capture = CAPTURING.submit(Capture, _Numbered(self.module), inputs, self._pool, *streams).result()
+        capture = CAPTURING.submit(Capture, partial(_call_numbered, self.module), inputs, self._pool, *streams).result()
         self._captures[key] = capture
         logger.info("%s: CUDA graph captured, %d of %d kept", type(self.module).__name__, self.captured, self.limit)
         return capture
 
 
-class _Numbered:
-    """Calls a module by keyword, and passes the arguments named "0", "1", ... by position."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, **inputs: Tensor | None) -> Tensor:
-        positional = [value for name, value in inputs.items() if name.isdigit()]
-        return self.module(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})
+def _call_numbered(module: nn.Module, /, **inputs: Tensor | None) -> Tensor:
+    """Call a module with the arguments named "0", "1", ... by position and the others by keyword."""
+    positional = [value for name, value in inputs.items() if name.isdigit()]
+    return module(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})

@@ -24,8 +24,8 @@ _REBUILD = "pass rebuild=True to accelerate('tensorrt'): an engine is for one GP
 
 
 class EngineModule(nn.Module):
-    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place, and runs in the order
-    of torch's current CUDA stream. Not to be called by two threads at once.
+    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place, in the order of
+    torch's current CUDA stream. Not to be called by two threads at once.
 
     `forward` takes the part's inputs by position or name. Its output is a new tensor.
 
