@@ -17,6 +17,8 @@ from tensorrt_helpers import Onnx, needs_rtx
 from torch import nn
 
 from streamflow.acceleration import KINDS, Part, check_options
+from streamflow.acceleration.errors import BuildError
+from streamflow.acceleration.onnx_export import export
 from streamflow.acceleration.tensorrt import (
     EngineMismatch,
     MissingTensorRT,
@@ -34,8 +36,6 @@ from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive
 from streamflow.acceleration.tensorrt.build import Build, check_room, load_or_build
 from streamflow.acceleration.tensorrt.cache import entry_for, list_engines
 from streamflow.acceleration.tensorrt.engine import CALLS, Trial, compare, varied
-from streamflow.acceleration.tensorrt.errors import BuildError
-from streamflow.acceleration.tensorrt.export import export
 from streamflow.acceleration.tensorrt.library import Target
 from streamflow.acceleration.tensorrt.options import profile_of
 from streamflow.acceleration.watch import WeightWatch
@@ -547,7 +547,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
         now = part_with(n, module)
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        return Onnx(export(now, wanted(now), folder))
+        return Onnx(export(now, folder, wanted(now).ranges))
 
     standing_in = {2: onnx(part.module, 2)}
 

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from streamflow._validation import check_count
 from streamflow.acceleration import Accelerated, Part, Parts, bind_arguments
-from streamflow.acceleration.tensorrt.export import check_exportable, export
-from streamflow.acceleration.tensorrt.options import Options as Sizes
-from streamflow.acceleration.tensorrt.options import profile_of
+from streamflow.acceleration.onnx_export import check_exportable, export
 from streamflow.acceleration.watch import WeightWatch
 
 logger = logging.getLogger(__name__)
@@ -111,7 +109,7 @@ class Sessions(nn.Module):
         began = time.perf_counter()
         part = dataclasses.replace(self._part, inputs=dict(inputs))
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            self._sessions[key] = session = Session(export(part, profile_of(part, Sizes()), Path(folder)), self._options)
+            self._sessions[key] = session = Session(export(part, Path(folder)), self._options)
         logger.info("%s: onnxruntime session of %s in %.1f s", part.name, key, time.perf_counter() - began)
         return session
 

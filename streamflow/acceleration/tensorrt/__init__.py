@@ -19,12 +19,7 @@ from torch import nn
 
 from streamflow._files import Json
 from streamflow.acceleration import Accelerated, Part, Parts
-from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.adaptive import Adaptive
-from streamflow.acceleration.tensorrt.build import Build, load_or_build
-from streamflow.acceleration.tensorrt.cache import clear_engines, list_engines
-from streamflow.acceleration.tensorrt.engine import EngineModule, compare
-from streamflow.acceleration.tensorrt.errors import (
+from streamflow.acceleration.errors import (
     BuildError,
     EngineError,
     EngineMismatch,
@@ -35,6 +30,11 @@ from streamflow.acceleration.tensorrt.errors import (
     OutsideProfile,
     TensorRTError,
 )
+from streamflow.acceleration.tensorrt import library
+from streamflow.acceleration.tensorrt.adaptive import Adaptive
+from streamflow.acceleration.tensorrt.build import Build, load_or_build
+from streamflow.acceleration.tensorrt.cache import clear_engines, list_engines
+from streamflow.acceleration.tensorrt.engine import EngineModule, compare
 from streamflow.acceleration.tensorrt.options import Options, Profile, default_engine_dir, profile_of
 
 if TYPE_CHECKING:

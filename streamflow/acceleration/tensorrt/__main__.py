@@ -20,9 +20,9 @@ import torch
 from torch.utils.benchmark import Timer
 
 from streamflow.acceleration import Part, Parts
+from streamflow.acceleration.errors import MissingTensorRT, TensorRTError
 from streamflow.acceleration.tensorrt.build import load_or_build
 from streamflow.acceleration.tensorrt.engine import EngineModule, compare
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT, TensorRTError
 from streamflow.acceleration.tensorrt.library import Library, Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.conditioning.prompt import stack

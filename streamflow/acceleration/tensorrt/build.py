@@ -23,9 +23,9 @@ from torch import nn
 from streamflow._files import Json
 from streamflow._threads import Thread
 from streamflow.acceleration import Part
+from streamflow.acceleration.errors import BuildError, MissingTensorRT, TensorRTError
+from streamflow.acceleration.onnx_export import check_exportable, export, size_of
 from streamflow.acceleration.tensorrt import cache
-from streamflow.acceleration.tensorrt.errors import BuildError, MissingTensorRT, TensorRTError
-from streamflow.acceleration.tensorrt.export import check_exportable, export, size_of
 from streamflow.acceleration.tensorrt.library import RTX, Library, Target
 from streamflow.acceleration.tensorrt.options import Options, Profile
 
@@ -51,7 +51,7 @@ def load_or_build(part: Part, profile: Profile, options: Options, target: Target
     entry = cache.entry_for(options.engine_dir, part.name, facts)
 
     def build_in(folder: Path) -> bytes:
-        return build(export(part, profile, folder), profile, options, library, target)
+        return build(export(part, folder, profile.ranges), profile, options, library, target)
 
     return entry, cache.get_or_build(entry, facts, build_in, options.rebuild)
 

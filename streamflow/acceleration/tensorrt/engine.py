@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from streamflow._decibels import decibels
 from streamflow.acceleration import Part, bind_arguments
+from streamflow.acceleration.errors import EngineError, EngineMismatch
+from streamflow.acceleration.onnx_export import OUTPUT
 from streamflow.acceleration.side_streams import side_stream
-from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
-from streamflow.acceleration.tensorrt.export import OUTPUT
 from streamflow.acceleration.tensorrt.library import RTX, Library
 from streamflow.acceleration.tensorrt.options import Profile
 

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT, NoDevice
+from streamflow.acceleration.errors import MissingTensorRT, NoDevice
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from streamflow._validation import check_count
 from streamflow.acceleration import Part
+from streamflow.acceleration.errors import OutsideProfile
+from streamflow.acceleration.onnx_export import Range
 from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.errors import OutsideProfile
 
-Shape = tuple[int, ...]
 _ASCENDING = (
     ("min_batch", "max_batch"),
     ("min_height", "opt_height", "max_height"),
@@ -93,25 +93,6 @@ class Options:
         if self.fallback is None:
             library.choose(library.Target.of(device).capability)
         return self
-
-
-@dataclass(frozen=True)
-class Range:
-    """The shapes of one input: every dimension lies between `smallest` and `largest`, and `best` is what is tuned for."""
-
-    smallest: Shape
-    best: Shape
-    largest: Shape
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        """The dimensions that vary."""
-        return tuple(i for i, (low, high) in enumerate(zip(self.smallest, self.largest, strict=True)) if low != high)
-
-    def holds(self, shape: Shape) -> bool:
-        """Whether every dimension of a shape is in the range."""
-        limits = zip(self.smallest, shape, self.largest, strict=False)
-        return len(shape) == len(self.best) and all(low <= n <= high for low, n, high in limits)
 
 
 @dataclass(frozen=True)
