@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -134,7 +135,7 @@ def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], N
     for block in blocks:
         block.compile(**how)
     logger.info("%s: %d repeated blocks are compiled", part.name, len(blocks))
-    return Compiled(part.module, part.module), lambda: uncompile(blocks)
+    return Compiled(part.module, part.module), partial(uncompile, blocks)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -157,14 +158,13 @@ def uncompile(blocks: list[nn.Module]) -> None:
 def channels_last(module: nn.Module) -> Callable[[], None]:
     """Put the weights of convolutions into channels-last format, in place. Returns a function that restores the format."""
     changed = [p for p in module.parameters() if p.dim() == 4 and p.is_contiguous()]
-    for p in changed:
-        p.data = p.data.contiguous(memory_format=torch.channels_last)
 
-    def undo() -> None:
+    def convert(memory_format: torch.memory_format) -> None:
         for p in changed:
-            p.data = p.data.contiguous(memory_format=torch.contiguous_format)
+            p.data = p.data.contiguous(memory_format=memory_format)
 
-    return undo
+    convert(torch.channels_last)
+    return partial(convert, torch.contiguous_format)
 
 
 def fuse_projections(part: Part) -> Callable[[], None]:
@@ -176,19 +176,17 @@ def fuse_projections(part: Part) -> Callable[[], None]:
     if any(getattr(network, "peft_config", None) for network in networks):
         raise ValueError("fuse_qkv cannot fuse projections with adapters (LoRA): fuse_lora() first, or leave it out")
     before = part.call()
-    for network in networks:
-        network.fuse_qkv_projections()
-    try:
+    with ExitStack() as undo:
+        undo.callback(unfuse, networks)
+        for network in networks:
+            network.fuse_qkv_projections()
         off = ((part.call().float() - before.float()).norm() / before.float().norm()).item()
         if not off <= (FUSED_HALF if before.dtype.itemsize == 2 else FUSED):
             raise ValueError(
                 f"fuse_qkv changes what this network computes: diffusers' fused attention makes a difference of {off:.2g} "
                 f"of the output's norm; leave it out"
             )
-    except BaseException:
-        unfuse(networks)
-        raise
-    return lambda: unfuse(networks)
+        return undo.pop_all().close
 
 
 def unfuse(networks: Sequence[Network]) -> None:

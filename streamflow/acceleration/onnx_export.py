@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +96,12 @@ def size_of(module: torch.nn.Module) -> int:
 @contextmanager
 def _stage(part: Part, stage: str, problem: str) -> Iterator[None]:
     """Turn any error of a stage into an ExportError, and silence the exporter."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _NOISY}
     try:
-        for noisy in loggers:
-            noisy.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with ExitStack() as levels, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for noisy in map(logging.getLogger, _NOISY):
+                levels.callback(noisy.setLevel, noisy.level)
+                noisy.setLevel(logging.ERROR)
             yield
     except Exception as error:  # the exporter has no common base class of errors
         text = " ".join(str(error).split())
@@ -109,6 +109,3 @@ def _stage(part: Part, stage: str, problem: str) -> Iterator[None]:
         remedy = "use accelerate('compile') for this model, or fallback='eager' to run this part without an engine"
         found = f"{problem}: {type(error).__name__}: {text[:600]}"
         raise ExportError(part.name, stage, found, remedy, node and node.group(0)) from error
-    finally:
-        for noisy, level in loggers.items():
-            noisy.setLevel(level)

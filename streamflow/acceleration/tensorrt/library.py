@@ -47,14 +47,12 @@ def choose(capability: tuple[int, int] | None = None) -> str:
 
     capability: None for a build without a GPU. MissingTensorRT, with the command, if the suitable kind is not installed.
     """
-    supported = capability is None or tuple(capability) in RTX_CAPABILITIES
-    if supported and not missing(RTX):
-        return RTX
-    if not missing(TENSORRT):
-        return TENSORRT
-    kind = RTX if supported else TENSORRT
+    suitable = (RTX, TENSORRT) if capability is None or tuple(capability) in RTX_CAPABILITIES else (TENSORRT,)
+    if installed := [kind for kind in suitable if not missing(kind)]:
+        return installed[0]
+    kind = suitable[0]
     where = f" for compute capability {capability[0]}.{capability[1]}" if capability else ""
-    unfit = "" if supported or missing(RTX) else "; TensorRT for RTX is installed and does not run on this GPU"
+    unfit = "" if missing(RTX) else "; TensorRT for RTX is installed and does not run on this GPU"
     raise MissingTensorRT(
         f"{_LABEL[kind]}{where} is not installed (missing: {', '.join(missing(kind))}){unfit}. Run {command(kind)}"
     )

@@ -112,9 +112,8 @@ class Profile:
             return
         problem = f"inputs {', '.join(inputs)} given, {', '.join(self.ranges)} built for"
         if inputs.keys() == self.ranges.keys():
-            name, value = next((n, t) for n, t in inputs.items() if not self.ranges[n].holds(tuple(t.shape)))
-            low, high = list(self.ranges[name].smallest), list(self.ranges[name].largest)
-            problem = f"{name} is {list(value.shape)}, built for {low} to {high}"
+            name, r = next((n, r) for n, r in self.ranges.items() if not r.holds(tuple(inputs[n].shape)))
+            problem = f"{name} is {list(inputs[name].shape)}, built for {list(r.smallest)} to {list(r.largest)}"
         remedy = "pass min_batch, max_batch, min_height, ... that include these shapes to accelerate('tensorrt')"
         raise OutsideProfile(part=self.part, stage="running", problem=problem, remedy=remedy)
 
