@@ -24,8 +24,8 @@ _REBUILD = "pass rebuild=True to accelerate('tensorrt'): an engine is for one GP
 
 
 class EngineModule(nn.Module):
-    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place, in the order of
-    torch's current CUDA stream. Not to be called by two threads at once.
+    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place and runs in the order
+    of torch's current CUDA stream. Not to be called by two threads at once.
 
     `forward` takes the part's inputs by position or name. Its output is a new tensor.
 
@@ -71,10 +71,12 @@ class EngineModule(nn.Module):
             tensors[OUTPUT] = torch.empty(self._output_shape, dtype=self.dtypes[OUTPUT], device=self.device)
             for name, value in tensors.items():
                 self._context.set_tensor_address(name, value.data_ptr())
+            current = torch.cuda.current_stream(self.device)
             # TensorRT would synchronise the whole device on the default stream
-            self._side.wait_stream(current := torch.cuda.current_stream(self.device))
-            done = self._context.execute_async_v3(self._side.cuda_stream)
-            current.wait_stream(self._side)
+            stream = self._side if current == torch.cuda.default_stream(self.device) else current
+            stream.wait_stream(current)
+            done = self._context.execute_async_v3(stream.cuda_stream)
+            current.wait_stream(stream)
         if not done:
             raise self._error("running", "TensorRT refused the call", "use accelerate('compile'), and report this")
         return tensors[OUTPUT]
