@@ -20,6 +20,12 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless value is an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+
+
 def check_number(name: str, value: object) -> None:
     """Raise TypeError or ValueError unless value is a finite number or None."""
     if value is None:

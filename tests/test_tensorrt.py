@@ -17,6 +17,8 @@ from tensorrt_helpers import Onnx, needs_rtx
 from torch import nn
 
 from streamflow.acceleration import KINDS, Part, check_options
+from streamflow.acceleration.errors import BuildError
+from streamflow.acceleration.onnx_export import export
 from streamflow.acceleration.tensorrt import (
     EngineMismatch,
     MissingTensorRT,
@@ -31,11 +33,9 @@ from streamflow.acceleration.tensorrt import (
     library,
 )
 from streamflow.acceleration.tensorrt.adaptive import PATIENCE, Adaptive
-from streamflow.acceleration.tensorrt.build import Build, check_room, load_or_build, write_job
+from streamflow.acceleration.tensorrt.build import Build, check_room, load_or_build
 from streamflow.acceleration.tensorrt.cache import entry_for, list_engines
 from streamflow.acceleration.tensorrt.engine import CALLS, Trial, compare, varied
-from streamflow.acceleration.tensorrt.errors import BuildError
-from streamflow.acceleration.tensorrt.export import export
 from streamflow.acceleration.tensorrt.library import Target
 from streamflow.acceleration.tensorrt.options import profile_of
 from streamflow.acceleration.watch import WeightWatch
@@ -300,10 +300,13 @@ def test_an_output_of_another_shape_is_a_mismatch():
 class Made:
     """A build that is over: what `Build` is to `Adaptive`."""
 
-    ready, seconds = True, 0.0
+    began = 0.0
 
     def __init__(self, profile, engine=None, error=None):
         self.profile, self.engine, self.error, self.cancelled = profile, engine, error, False
+
+    def done(self):
+        return True
 
     def result(self):
         if self.error:
@@ -479,7 +482,8 @@ def test_closing_stops_builds_and_starts_none(adaptive):
     made = []
 
     class Slow(Made):
-        ready = False
+        def done(self):
+            return False
 
     def start(part, profile):
         made.append(Slow(profile))
@@ -510,7 +514,7 @@ def test_a_module_that_cannot_be_handed_to_a_child_is_refused(tmp_path):
     module = conv()
     module.layout = lambda x: x
     part = part_with(1, module)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), None)
     with pytest.raises(BuildError, match="writing the weight snapshot: .*pickle"):
         build.result()
     assert list_engines(tmp_path) == [] and not list(tmp_path.glob("streamflow-snapshot-*"))
@@ -543,7 +547,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
         now = part_with(n, module)
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        return Onnx(export(now, wanted(now), folder))
+        return Onnx(export(now, folder, wanted(now).ranges))
 
     standing_in = {2: onnx(part.module, 2)}
 
@@ -552,7 +556,7 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
         return standing_in[next(iter(profile.ranges.values())).best[0]]
 
     def start(now, profile):
-        return Build(now, profile, options, target, library.RTX, load)
+        return Build(now, profile, options, target, load)
 
     module = Adaptive(part, wanted, start, 40.0)
     module.add(wanted(part), onnx(part.module, 1))
@@ -577,8 +581,8 @@ def test_an_engine_is_built_in_a_child_while_the_stream_goes_on(tmp_path, caplog
 def test_the_error_of_a_child_is_its_last_line(tmp_path, capsys):
     part = Part("decoder", nn.Bilinear(4, 4, 4), {"input1": torch.randn(2, 4), "input2": torch.randn(2, 5)})
     options = Options(engine_dir=tmp_path / "engines")
-    job = {"part": part, "profile": profile_of(part, options), "options": options}
-    write_job(tmp_path / "job.pt", {**job, "target": Target(), "kind": library.RTX})
+    job = {"part": part, "profile": profile_of(part, options), "options": options, "target": Target()}
+    torch.save(job, tmp_path / "job.pt")
     assert build.main(str(tmp_path / "job.pt")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "decoder, tracing" in last and "bilinear" in last and "What to do" in last
@@ -591,15 +595,15 @@ def test_the_error_of_a_child_is_its_last_line(tmp_path, capsys):
 def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplog):
     part, options, target = part_with(1), Options(engine_dir=tmp_path, optimization_level=0), Target()
     profile = profile_of(part, options)
-    build = Build(part, profile, options, target, library.RTX, None)
+    build = Build(part, profile, options, target, None)
     while not list(tmp_path.glob(".decoder-*.work")):
-        assert not build.ready, "it ended before it could be killed"
+        assert not build.done(), "it ended before it could be killed"
         time.sleep(0.005)
     build._child.kill()
     with pytest.raises(BuildError, match="exit code -9"):
         build.result()
     assert list_engines(tmp_path) == []
-    entry, data = load_or_build(part, profile, options, target, library.RTX)
+    entry, data = load_or_build(part, profile, options, target)
     assert entry.read() == data and not list(tmp_path.glob(".decoder-*"))
 
 
@@ -607,13 +611,13 @@ def test_a_real_build_killed_in_the_middle_leaves_nothing_usable(tmp_path, caplo
 @pytest.mark.tensorrt
 def test_a_cancelled_build_ends_its_child(tmp_path):
     part = part_with(1)
-    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), library.RTX, None)
+    build = Build(part, profile_of(part, Options()), Options(engine_dir=tmp_path), Target(), None)
     while build._child is None:
         time.sleep(0.01)
     build.cancel()
     with pytest.raises(BuildError):
         build.result()
-    assert build._child.returncode is not None and build.seconds < 10 and list_engines(tmp_path) == []
+    assert build._child.returncode is not None and time.perf_counter() - build.began < 10 and list_engines(tmp_path) == []
 
 
 # -- the self-test ----------------------------------------------------------------------------------------------------------

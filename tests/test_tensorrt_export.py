@@ -14,11 +14,11 @@ from tensorrt_helpers import Onnx, needs_rtx, resized
 from torch import nn
 
 from streamflow.acceleration import Part
+from streamflow.acceleration.errors import BuildError
+from streamflow.acceleration.onnx_export import OUTPUT, export
 from streamflow.acceleration.tensorrt import ExportError, NotExportable, library
 from streamflow.acceleration.tensorrt.__main__ import parts_of
 from streamflow.acceleration.tensorrt.build import build
-from streamflow.acceleration.tensorrt.errors import BuildError
-from streamflow.acceleration.tensorrt.export import OUTPUT, export
 from streamflow.acceleration.tensorrt.library import Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.models import load
@@ -57,7 +57,7 @@ class Sum(nn.Module):
 def conv_onnx(tmp_path_factory):
     part = Part("velocity", conv(), {"input": torch.randn(1, 4, 8, 8)}, free_size=True)
     profile = profile_of(part, Options(max_batch=4, min_height=4, max_height=16, max_width=32))
-    return part, profile, export(part, profile, tmp_path_factory.mktemp("onnx"))
+    return part, profile, export(part, tmp_path_factory.mktemp("onnx"), profile.ranges)
 
 
 # -- quick: small modules -----------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_inputs_and_output_are_named_and_only_what_the_profile_frees_is_free(tmp
         {"x": torch.randn(2, 5), "t": torch.ones(2), "ids": torch.randn(5)},
         shared=frozenset({"ids"}),
     )
-    path = export(part, profile_of(part, Options()), tmp_path)
+    path = export(part, tmp_path)
     graph = onnx.load(path).graph
     free = {value.name: [bool(d.dim_param) for d in value.type.tensor_type.shape.dim] for value in graph.input}
     assert free == {"x": [True, False], "t": [True], "ids": [False]}
@@ -94,18 +94,18 @@ def test_weights_keep_their_dtype(tmp_path):
     import onnx
 
     part = Part("decoder", conv().to(torch.bfloat16), {"input": torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)})
-    graph = onnx.load(export(part, profile_of(part, Options()), tmp_path)).graph
+    graph = onnx.load(export(part, tmp_path)).graph
     kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     assert kinds == {onnx.TensorProto.BFLOAT16}
     assert onnx.TensorProto.BFLOAT16 in {weight.data_type for weight in graph.initializer}
 
 
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
-    from streamflow.acceleration.tensorrt import export as module
+    from streamflow.acceleration import onnx_export as module
 
     monkeypatch.setattr(module, "EXTERNAL", 100)
     part = Part("decoder", conv(), {"input": torch.randn(2, 4, 8, 8)})
-    path = module.export(part, profile_of(part, Options()), tmp_path)
+    path = module.export(part, tmp_path)
     assert [other.name for other in tmp_path.iterdir() if other != path] == ["decoder.onnx.data"]
     x = torch.randn(2, 4, 8, 8)
     assert_equal(Onnx(path)(x), part.module(x))
@@ -138,7 +138,7 @@ class Eig(nn.Module):
 def test_a_failed_export_says_stage_node_and_remedy(module, stage, tmp_path):
     part = Part("decoder", module, {"x": torch.randn(3, 4, 4)})
     with pytest.raises(ExportError) as caught:
-        export(part, profile_of(part, Options()), tmp_path)
+        export(part, tmp_path)
     error = caught.value
     assert (error.part, error.stage) == ("decoder", stage) and error.__cause__ is not None
     assert "accelerate('compile')" in str(error) and "decoder" in str(error)
@@ -149,7 +149,7 @@ def test_a_failed_export_says_stage_node_and_remedy(module, stage, tmp_path):
 def test_a_module_that_takes_lists_is_refused_by_name(tmp_path):
     part = Part("velocity", conv(), {"input": torch.randn(1, 4, 8, 8)}, exportable=False)
     with pytest.raises(NotExportable, match="velocity.*Sequential takes Python lists or has no ONNX form"):
-        export(part, profile_of(part, Options()), tmp_path)
+        export(part, tmp_path)
 
 
 @needs_rtx
@@ -257,7 +257,7 @@ def onnx_of(part_of, tmp_path_factory):
                 "max_width": 2 * image[1],
             }
             profile = profile_of(part, Options(min_batch=1, max_batch=4, **size), units)
-            made[model, name] = part, profile, export(part, profile, tmp_path_factory.mktemp("onnx"))
+            made[model, name] = part, profile, export(part, tmp_path_factory.mktemp("onnx"), profile.ranges)
         return made[model, name]
 
     return get
@@ -306,5 +306,5 @@ def test_tensorrt_for_rtx_builds_an_engine(onnx_of, model, name):
 def test_a_strongly_typed_engine_of_half_precision_is_built(tmp_path, dtype):
     part = Part("decoder", Codec(random_tiny_vae(4).to(dtype)).decoder, {"latents": torch.randn(1, 4, 8, 8, dtype=dtype)})
     profile = profile_of(part, Options())
-    path = export(part, profile, tmp_path)
+    path = export(part, tmp_path, profile.ranges)
     assert len(build(path, profile, Options(), library.load(library.RTX), Target())) > 10_000

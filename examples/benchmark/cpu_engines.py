@@ -38,8 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from streamflow import StreamFlow, models, pretrained  # noqa: E402
 from streamflow.acceleration import Part, bind_arguments  # noqa: E402
 from streamflow.acceleration.compile import channels_last  # noqa: E402
-from streamflow.acceleration.tensorrt.export import export  # noqa: E402
-from streamflow.acceleration.tensorrt.options import Options, profile_of  # noqa: E402
+from streamflow.acceleration.onnx_export import export  # noqa: E402
 
 Modules = Mapping[str, nn.Module]
 
@@ -84,10 +83,7 @@ def exported(stream: StreamFlow, engine: Callable[[Part, Path], nn.Module]) -> M
     """Each part through ONNX into an engine of the stream's own shapes."""
     parts = stream.parts()
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            part.name: engine(part, export(part, profile_of(part, Options()), Path(folder)))
-            for part in (parts.velocity, parts.decoder)
-        }
+        return {part.name: engine(part, export(part, Path(folder))) for part in (parts.velocity, parts.decoder)}
 
 
 class Autocast(nn.Module):

@@ -93,16 +93,6 @@ def bind_arguments(
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _nothing() -> None:
-    """There is nothing to undo."""
-
-
-def run_backwards(undo: list[Callable[[], None]]) -> None:
-    """Call each function once, the last one first."""
-    while undo:
-        undo.pop()()
-
-
 @dataclass(frozen=True, eq=False)
 class Accelerated:
     """The result of `accelerate`.
@@ -113,7 +103,7 @@ class Accelerated:
     """
 
     modules: Mapping[str, nn.Module]
-    undo: Callable[[], None] = _nothing
+    undo: Callable[[], None] = lambda: None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

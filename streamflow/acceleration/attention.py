@@ -8,14 +8,12 @@ Which backend is fastest depends on GPU, shapes and versions: measure it (`examp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import ExitStack
 from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from streamflow.acceleration import run_backwards
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Function, Network
@@ -36,7 +34,7 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
             the name is not one of torch's backends. RuntimeError: the library of the backend is missing.
     A backend that does not support the shapes or dtypes on this device raises in the first call.
     """
-    from streamflow.models.attention_backend import backends, has_backend, processor_of
+    from streamflow.models.attention_backend import backends, has_backend, processor_of, set_backend
 
     if name not in backends():
         raise ValueError(f"unknown attention {name!r}: this diffusers knows {', '.join(backends())}")
@@ -45,24 +43,17 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")
     direct = sorted({type(m.processor).__name__ for m in attentions if not has_backend(m.processor)})
     if not direct:
-        return _switch_all(module, name)
+        with ExitStack() as undo:
+            for network in module.modules():
+                if hasattr(network, "set_attention_backend"):
+                    undo.callback(set_backend(cast("Network", network), name))
+            return undo.pop_all().close
     if name in TORCH:
         return force_backend(attentions, TORCH[name])
     raise ValueError(
         f"attention={name!r} needs diffusers' dispatcher, but this network's attention ({', '.join(direct)}) calls torch "
         f"directly: choose one of torch's own, {', '.join(TORCH)}"
     )
-
-
-def _switch_all(module: nn.Module, name: str) -> Callable[[], None]:
-    from streamflow.models.attention_backend import set_backend
-
-    undo = [
-        set_backend(cast("Network", network), name)
-        for network in module.modules()
-        if hasattr(network, "set_attention_backend")
-    ]
-    return partial(run_backwards, undo)
 
 
 def force_backend(attentions: Sequence[nn.Module], backend: SDPBackend) -> Callable[[], None]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Accelerated, Part, Parts, run_backwards
+from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
 from streamflow.acceleration.quantize import quantize, require
@@ -75,39 +77,29 @@ class Options:
 
 def accelerate(parts: Parts, options: Options) -> Accelerated:
     """Each part compiled. `undo` reverts the changes in place (memory format, projections, attention, weights)."""
-    undo: list[Callable[[], None]] = []
-    modules = {}
-    try:
+    modules: dict[str, nn.Module] = {}
+    with ExitStack() as undo:
         for part in parts:
             if options.channels_last:
-                undo.append(channels_last(part.module))
+                undo.callback(channels_last(part.module))
             if part.name == "velocity":
                 modify_network(part, options, undo)
             compiled, undo_compile = compile_part(part, options)
-            undo.append(undo_compile)
-            modules[part.name] = with_cuda_graph(compiled, part, options) if options.cuda_graph else compiled
-    except BaseException:
-        run_backwards(undo)
-        raise
-    return Accelerated(modules, lambda: run_backwards(undo))
+            undo.callback(undo_compile)
+            modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph and part.capturable else compiled
+            if options.cuda_graph and not part.capturable:
+                logger.info("%s: compiled without a CUDA graph: it synchronises with its device in every call", part.name)
+        return Accelerated(modules, undo.pop_all().close)
 
 
-def with_cuda_graph(compiled: nn.Module, part: Part, options: Options) -> nn.Module:
-    """The compiled module behind a CUDA graph, if the part can be captured."""
-    if part.capturable:
-        return Graphed(compiled, options.limit)
-    logger.info("%s: compiled without a CUDA graph, since it synchronises with its device in every call", part.name)
-    return compiled
-
-
-def modify_network(part: Part, options: Options, undo: list[Callable[[], None]]) -> None:
-    """Change the network by the options for it, in this order. Appends a function to `undo` for each change."""
+def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
+    """Change the network by the options for it, in this order. `undo` gets a function for each change."""
     if options.fuse_qkv:
-        undo.append(fuse_projections(part))
+        undo.callback(fuse_projections(part))
     if options.attention is not None:
-        undo.append(choose_attention(part.module, options.attention))
+        undo.callback(choose_attention(part.module, options.attention))
     if options.quantize is not None:
-        undo.append(quantize(part, repeated_blocks(part.module), options.quantize))
+        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize))
 
 
 class Compiled(nn.Module):
@@ -143,7 +135,7 @@ def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], N
     for block in blocks:
         block.compile(**how)
     logger.info("%s: %d repeated blocks are compiled", part.name, len(blocks))
-    return Compiled(part.module, part.module), lambda: uncompile(blocks)
+    return Compiled(part.module, part.module), partial(uncompile, blocks)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -166,14 +158,13 @@ def uncompile(blocks: list[nn.Module]) -> None:
 def channels_last(module: nn.Module) -> Callable[[], None]:
     """Put the weights of convolutions into channels-last format, in place. Returns a function that restores the format."""
     changed = [p for p in module.parameters() if p.dim() == 4 and p.is_contiguous()]
-    for p in changed:
-        p.data = p.data.contiguous(memory_format=torch.channels_last)
 
-    def undo() -> None:
+    def convert(memory_format: torch.memory_format) -> None:
         for p in changed:
-            p.data = p.data.contiguous(memory_format=torch.contiguous_format)
+            p.data = p.data.contiguous(memory_format=memory_format)
 
-    return undo
+    convert(torch.channels_last)
+    return partial(convert, torch.contiguous_format)
 
 
 def fuse_projections(part: Part) -> Callable[[], None]:
@@ -185,24 +176,17 @@ def fuse_projections(part: Part) -> Callable[[], None]:
     if any(getattr(network, "peft_config", None) for network in networks):
         raise ValueError("fuse_qkv cannot fuse projections with adapters (LoRA): fuse_lora() first, or leave it out")
     before = part.call()
-    for network in networks:
-        network.fuse_qkv_projections()
-    try:
-        off = difference(part.call(), before)
+    with ExitStack() as undo:
+        undo.callback(unfuse, networks)
+        for network in networks:
+            network.fuse_qkv_projections()
+        off = ((part.call().float() - before.float()).norm() / before.float().norm()).item()
         if not off <= (FUSED_HALF if before.dtype.itemsize == 2 else FUSED):
             raise ValueError(
                 f"fuse_qkv changes what this network computes: diffusers' fused attention makes a difference of {off:.2g} "
                 f"of the output's norm; leave it out"
             )
-    except BaseException:
-        unfuse(networks)
-        raise
-    return lambda: unfuse(networks)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||."""
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+        return undo.pop_all().close
 
 
 def unfuse(networks: Sequence[Network]) -> None:

@@ -13,11 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import check_count
 from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.side_streams import side_stream
@@ -51,8 +53,7 @@ class Options:
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1:
-            raise ValueError(f"limit must be an integer of 1 or more, not {self.limit!r}")
+        check_count("limit", self.limit)
 
     def for_device(self, device: torch.device) -> Options:
         """These options. RuntimeError: the device has no CUDA graphs."""
@@ -189,18 +190,13 @@ class Graphed(nn.Module):
         if device not in self._sides:
             self._sides[device] = side_stream(self, device)
         streams = torch.cuda.current_stream(device), self._sides[device]
-        capture = CAPTURING.submit(Capture, _Numbered(self.module), inputs, self._pool, *streams).result()
+        capture = CAPTURING.submit(Capture, partial(_call_numbered, self.module), inputs, self._pool, *streams).result()
         self._captures[key] = capture
         logger.info("%s: CUDA graph captured, %d of %d kept", type(self.module).__name__, self.captured, self.limit)
         return capture
 
 
-class _Numbered:
-    """Calls a module by keyword, and passes the arguments named "0", "1", ... by position."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, **inputs: Tensor | None) -> Tensor:
-        positional = [value for name, value in inputs.items() if name.isdigit()]
-        return self.module(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})
+def _call_numbered(module: nn.Module, /, **inputs: Tensor | None) -> Tensor:
+    """Call a module with the arguments named "0", "1", ... by position and the others by keyword."""
+    positional = [value for name, value in inputs.items() if name.isdigit()]
+    return module(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})

@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import check_count
 from streamflow.acceleration import Accelerated, Part, Parts, bind_arguments
-from streamflow.acceleration.tensorrt.export import check_exportable, export
-from streamflow.acceleration.tensorrt.options import Options as Sizes
-from streamflow.acceleration.tensorrt.options import profile_of
+from streamflow.acceleration.onnx_export import check_exportable, export
 from streamflow.acceleration.watch import WeightWatch
 
 logger = logging.getLogger(__name__)
@@ -39,12 +38,8 @@ class Options:
     limit: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("threads", "limit"):
-            value = getattr(self, name)
-            if name == "threads" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+        check_count("threads", 1 if self.threads is None else self.threads)
+        check_count("limit", self.limit)
 
     def for_device(self, device: torch.device) -> Options:
         """These options with a number of `threads`. RuntimeError: the device is no CPU. ImportError: no onnxruntime."""
@@ -114,7 +109,7 @@ class Sessions(nn.Module):
         began = time.perf_counter()
         part = dataclasses.replace(self._part, inputs=dict(inputs))
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            self._sessions[key] = session = Session(export(part, profile_of(part, Sizes()), Path(folder)), self._options)
+            self._sessions[key] = session = Session(export(part, Path(folder)), self._options)
         logger.info("%s: onnxruntime session of %s in %.1f s", part.name, key, time.perf_counter() - began)
         return session
 

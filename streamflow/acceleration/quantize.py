@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,9 +80,11 @@ def require(name: str, device: torch.device) -> None:
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
         if found < kind.capability:
+            able = [other for other, kind in KINDS.items() if kind.capability <= found]
             raise RuntimeError(
                 f"quantize={name!r} needs a GPU of compute capability {least} or more, and "
-                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: {_others(found)}"
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
+                + (f"it can do {', '.join(able)}" if able else "leave it out")
             )
     elif device.type != "cpu" or not kind.cpu:
         raise RuntimeError(f"quantize={name!r} needs a CUDA device of capability {least} or more, not {device}")
@@ -89,11 +92,6 @@ def require(name: str, device: torch.device) -> None:
         kind.config()
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(f"quantize={name!r} needs torchao 0.18 on torch 2.11 or newer: {REMEDY} ({error})") from error
-
-
-def _others(capability: tuple[int, int]) -> str:
-    able = [name for name, kind in KINDS.items() if kind.capability <= capability]
-    return f"it can do {', '.join(able)}" if able else "leave it out"
 
 
 def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[], None]:
@@ -104,29 +102,24 @@ def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[],
             quantised already or of a dtype that the kind does not support.
     """
     kind = KINDS[name]
-    _refuse_adapters(part.module, name)
+    if any(getattr(m, "peft_config", None) for m in part.module.modules()):
+        raise ValueError(
+            f"quantize={name!r} does not support a network with adapters (LoRA): fuse_lora() and unload_lora_weights() "
+            f"first, or leave it out"
+        )
     layers = matrices(part, blocks, name)
     if any(is_traceable_wrapper_subclass(layer.weight) for layer in layers):
         raise ValueError(f"quantize={name!r} finds weights that are quantised already: leave it out")
     if wrong := {layer.weight.dtype for layer in layers} - set(kind.dtypes):
         takes = " or ".join(map(str, kind.dtypes))
         raise ValueError(f"quantize={name!r} takes weights in {takes}, and there are some in {wrong.pop()}: cast the pipe")
-    before = [(layer, layer.weight) for layer in layers]
-
-    def undo() -> None:
-        for layer, weight in before:
-            layer.weight = weight
-
-    config = kind.config()
-    try:
-        for layer, weight in before:
-            layer.weight = quantised(weight, config)
-    except BaseException:
-        undo()
-        raise
-    held = sum(weight.nbytes for _, weight in before) / 2**20
-    logger.info("%s: %d matrices, %.0f MiB, are quantised to %s", part.name, len(layers), held, name)
-    return undo
+    config, held = kind.config(), sum(layer.weight.nbytes for layer in layers) / 2**20
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(setattr, layer, "weight", layer.weight)
+            layer.weight = quantised(layer.weight, config)
+        logger.info("%s: %d matrices, %.0f MiB, are quantised to %s", part.name, len(layers), held, name)
+        return undo.pop_all().close
 
 
 def quantised(weight: Tensor, config: AOBaseConfig) -> Tensor:
@@ -168,12 +161,10 @@ def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
     def count(layer: nn.Linear, inputs: object, output: Tensor) -> None:
         rows[layer] = max(rows.get(layer, 0), output.numel() // layer.out_features)
 
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(count))
         part.call()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return rows
 
 
@@ -185,11 +176,3 @@ def _share(module: nn.Module) -> float:
     """The share of Linear layers in a module's weights."""
     linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
     return linear / max(1, sum(p.numel() for p in module.parameters()))
-
-
-def _refuse_adapters(module: nn.Module, name: str) -> None:
-    if any(getattr(m, "peft_config", None) for m in module.modules()):
-        raise ValueError(
-            f"quantize={name!r} does not support a network with adapters (LoRA): fuse_lora() and unload_lora_weights() "
-            f"first, or leave it out"
-        )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow import acceleration
-from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call, run_backwards
+from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,12 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     sharded = {part.name: module for part in parts if _is_sharded(module := part.module)}
     if kind == "none" or not sharded:
         return acceleration.accelerate(kind, parts, options)
-    undo: list[Callable[[], None]] = []
     modules: dict[str, nn.Module] = {}
     seconds: dict[str, float] = {}
-    try:
+    with ExitStack() as undo:
         single = tuple(part.name for part in parts if part.name not in sharded)
         made = _by_kind(kind, parts, single, options)
-        undo.append(made.undo)
+        undo.callback(made.undo)
         modules.update(made.modules)
         for part in (one for one in parts if one.name in single and one.name != "encoder"):
             seconds[part.name] = first_call(part, partial(part.call, modules[part.name]))
@@ -78,14 +77,11 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
             modules[part.name] = module.with_replicas(_accelerate_copies(kind, parts, part, module, options, undo))
             if part.name != "encoder":
                 seconds[part.name] = first_call(part, partial(_start, modules[part.name], part))
-    except BaseException:
-        run_backwards(undo)
-        raise
-    return Accelerated(modules, partial(run_backwards, undo), seconds)
+        return Accelerated(modules, undo.pop_all().close, seconds)
 
 
 def _accelerate_copies(
-    kind: str, parts: Parts, part: Part, sharded: _ShardedModule, options: object, undo: list[Callable[[], None]]
+    kind: str, parts: Parts, part: Part, sharded: _ShardedModule, options: object, undo: ExitStack
 ) -> list[nn.Module]:
     """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
     which is logged."""
@@ -99,7 +95,7 @@ def _accelerate_copies(
             continue
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             one = _by_kind(kind, replace(parts, **{part.name: here}), (part.name,), fitting)
-        undo.append(one.undo)
+        undo.callback(one.undo)
         made.append(one.modules[part.name])
     return made
 

@@ -19,12 +19,7 @@ from torch import nn
 
 from streamflow._files import Json
 from streamflow.acceleration import Accelerated, Part, Parts
-from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.adaptive import Adaptive
-from streamflow.acceleration.tensorrt.build import Build, load_or_build
-from streamflow.acceleration.tensorrt.cache import clear_engines, list_engines
-from streamflow.acceleration.tensorrt.engine import EngineModule, compare
-from streamflow.acceleration.tensorrt.errors import (
+from streamflow.acceleration.errors import (
     BuildError,
     EngineError,
     EngineMismatch,
@@ -35,6 +30,11 @@ from streamflow.acceleration.tensorrt.errors import (
     OutsideProfile,
     TensorRTError,
 )
+from streamflow.acceleration.tensorrt import library
+from streamflow.acceleration.tensorrt.adaptive import Adaptive
+from streamflow.acceleration.tensorrt.build import Build, load_or_build
+from streamflow.acceleration.tensorrt.cache import clear_engines, list_engines
+from streamflow.acceleration.tensorrt.engine import EngineModule, compare
 from streamflow.acceleration.tensorrt.options import Options, Profile, default_engine_dir, profile_of
 
 if TYPE_CHECKING:
@@ -92,25 +92,22 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
 def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptive:
     """The part on its first engine. height, width: of the images in pixels."""
     first = next(iter(part.inputs.values()))
-    options.require(first.device)
     target = library.Target.of(first.device)
-    kind = library.choose(target.capability)
     units = (height // first.shape[-2], width // first.shape[-1]) if part.free_size else (1, 1)
     to_profile = functools.partial(profile_of, options=options, units=units)
-    profile = to_profile(part)
 
     def load(data: bytes, profile: Profile) -> nn.Module:
-        engine = EngineModule(data, profile, library.load(kind), target.device)
+        engine = EngineModule(data, profile, target.library, target.device)
         if not options.use_cuda_graph:
             return engine
         from streamflow.acceleration.cuda_graph import Graphed
 
         return Graphed(engine)
 
-    def start(part: Part, profile: Profile) -> Build:
-        return Build(part, profile, options, target, kind, load)
-
-    _, data = load_or_build(part, profile, options, target, kind)
+    start = functools.partial(Build, options=options, target=target, load=load)
+    adaptive = Adaptive(part, to_profile, start if options.adaptive else None, options.tolerance_db, options.verify)
+    profile = to_profile(part)
+    _, data = load_or_build(part, profile, options, target)
     engine = load(data, profile)
     if options.verify:
         try:
@@ -119,7 +116,6 @@ def _on_engine(part: Part, options: Options, height: int, width: int) -> Adaptiv
             remedy = "close what else uses the GPU, or pass a smaller max_batch, max_height, max_width, or verify=False"
             raise EngineError(part.name, "comparing", f"out of memory: {error}", remedy) from error
         logger.info("%s: the engine equals the plain module, PSNR %.1f dB or more", part.name, worst)
-    adaptive = Adaptive(part, to_profile, start if options.adaptive else None, options.tolerance_db, options.verify)
     adaptive.add(profile, engine)
     return adaptive
 

@@ -20,10 +20,9 @@ import torch
 from torch.utils.benchmark import Timer
 
 from streamflow.acceleration import Part, Parts
-from streamflow.acceleration.tensorrt import library
+from streamflow.acceleration.errors import MissingTensorRT, TensorRTError
 from streamflow.acceleration.tensorrt.build import load_or_build
 from streamflow.acceleration.tensorrt.engine import EngineModule, compare
-from streamflow.acceleration.tensorrt.errors import MissingTensorRT, TensorRTError
 from streamflow.acceleration.tensorrt.library import Library, Target
 from streamflow.acceleration.tensorrt.options import Options, profile_of
 from streamflow.conditioning.prompt import stack
@@ -31,6 +30,7 @@ from streamflow.models import adapter_for, load
 from streamflow.models.protocols import Pipeline
 
 PARTS = ("velocity", "decoder", "encoder")
+ROWS = 2
 COLUMNS = ("seconds", "megabytes", "psnr_db", "plain_ms", "engine_ms", "graph_ms", "error")
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         major, _, minor = arguments.capability.partition(".")
         target = Target.of(torch.device("cuda")) if cuda else Target(capability=(int(major), int(minor or 0)))
-        loaded = library.load(library.choose(target.capability if cuda else None))
+        loaded = target.library
     except (MissingTensorRT, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def parts_of(pipe: Pipeline, family: str | None = None, rows: int = 2, size: int | None = None) -> Parts:
-    """The parts of a pipeline, with the inputs of a stream of `rows` rows.
+def parts_of(pipe: Pipeline, family: str | None = None, size: int | None = None) -> Parts:
+    """The parts of a pipeline, with the inputs of a stream of `ROWS` rows.
 
     size: height and width of the images in pixels. None: the default of the pipeline.
     """
@@ -89,10 +89,10 @@ def parts_of(pipe: Pipeline, family: str | None = None, rows: int = 2, size: int
     schedule, prompt = adapter.read({"prompt": "a red apple, 3d render"}, 4, size, size, guided=False)
     device, dtype, shape = pipe.device, adapter.net.dtype, adapter.latent_shape(size, size)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(rows, *shape, generator=generator).to(device, dtype)
-    times = schedule.timesteps[torch.arange(rows) % len(schedule)].to(device, torch.float32)
-    images = torch.rand(rows, 3, size, size, generator=generator).to(device) * 2 - 1
-    inputs = {"x": latents, "t": times, **stack((prompt.cond,) * rows)}
+    latents = torch.randn(ROWS, *shape, generator=generator).to(device, dtype)
+    times = schedule.timesteps[torch.arange(ROWS) % len(schedule)].to(device, torch.float32)
+    images = torch.rand(ROWS, 3, size, size, generator=generator).to(device) * 2 - 1
+    inputs = {"x": latents, "t": times, **stack((prompt.cond,) * ROWS)}
     return Parts.of(adapter, adapter.codec(pipe.vae, size, size), inputs, latents, images)
 
 
@@ -102,7 +102,7 @@ def _test(part: Part, execute: bool, options: Options, target: Target, loaded: L
     profile = profile_of(part, options)
     began = time.perf_counter()
     try:
-        _, data = load_or_build(part, profile, options, target, loaded.kind)
+        _, data = load_or_build(part, profile, options, target)
         row |= {"seconds": round(time.perf_counter() - began, 1), "megabytes": round(len(data) / 1e6, 1)}
         if execute:
             from streamflow.acceleration.cuda_graph import Graphed

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -45,8 +46,7 @@ class Adaptive(nn.Module):
         self._last: tuple[int, dict] = (0, {})  # how often the last shapes outside all profiles came in a row
         self._engines: list[tuple[Profile, nn.Module]] = []
         self._refused: list[Profile] = []
-        self._next: Profile | None = None  # of the engine that is being built or compared
-        self._build: Build | None = None
+        self._build: Build | None = None  # until its engine is in use or refused
         self._trial: tuple[nn.Module, Trial] | None = None
 
     @property
@@ -57,11 +57,12 @@ class Adaptive(nn.Module):
     @property
     def building(self) -> bool:
         """Whether another engine is being built or compared."""
-        return self._build is not None or self._trial is not None
+        return self._build is not None
 
     def add(self, profile: Profile, engine: nn.Module) -> None:
         """Use this engine. The oldest one is dropped if there are more than `KEPT`."""
         self._engines = [(profile, engine), *self._engines][:KEPT]
+        self._build = self._trial = None
 
     def drop(self) -> None:
         """Drop all engines and cancel the build."""
@@ -86,34 +87,16 @@ class Adaptive(nn.Module):
                 return engine(**inputs)
         output = self.plain(**inputs)
         try:
-            self._advance(inputs, output)
+            if self._build is None:
+                self._consider(inputs)
+            else:
+                self._advance(self._build, inputs, output)
         except (RuntimeError, ImportError, OSError) as error:  # the stream goes on, whatever stops an engine
             logger.warning("%s: no new engine, running the plain module: %s", self.part.name, error)
-            if self._next is not None:
-                self._refused.append(self._next)
-            self._build, self._trial = None, None
+            if self._build is not None:
+                self._refused.append(self._build.profile)
+            self._build = self._trial = None
         return output
-
-    def _advance(self, inputs: Mapping[str, Tensor], output: Tensor) -> None:
-        """Collect a finished build, compare the new engine in this call, or start a build for these inputs. Raises what
-        stops the new engine."""
-        if self._build is not None and self._next is not None and self._build.ready:
-            build, self._build = self._build, None
-            engine = build.result()
-            logger.info("%s: engine ready after %.1f s", self.part.name, build.seconds)
-            if not self._verify:
-                self.add(self._next, engine)
-                return
-            self._trial = engine, Trial(self.part.name, self._tolerance)
-        if not self.building:
-            self._consider(inputs)
-        elif self._trial is not None and self._next is not None and self._next.fits(inputs):
-            engine, trial = self._trial
-            trial.add(engine(**inputs), output)
-            if trial.done:
-                worst, self._trial = trial.verdict(), None
-                logger.info("%s: swapped in, PSNR %.1f dB or more in %d calls", self.part.name, worst, trial.calls)
-                self.add(self._next, engine)
 
     def _consider(self, inputs: Mapping[str, Tensor]) -> None:
         """Start a build if these inputs have come `PATIENCE` times and no engine for them has been refused."""
@@ -126,5 +109,21 @@ class Adaptive(nn.Module):
             return
         part = dataclasses.replace(self.part, inputs={name: value.detach().clone() for name, value in inputs.items()})
         logger.info("%s: no engine for %s, building one in a child process", part.name, shapes)
-        self._next = self._profile_of(part)
-        self._build = self._start(part, self._next)
+        self._build = self._start(part, self._profile_of(part))
+
+    def _advance(self, build: Build, inputs: Mapping[str, Tensor], output: Tensor) -> None:
+        """Collect a finished build, or compare its engine in this call. Raises what stops the new engine."""
+        if self._trial is None and build.done():
+            engine = build.result()
+            logger.info("%s: engine ready after %.1f s", self.part.name, time.perf_counter() - build.began)
+            if not self._verify:
+                self.add(build.profile, engine)
+                return
+            self._trial = engine, Trial(self.part.name, self._tolerance)
+        if self._trial is not None and build.profile.fits(inputs):
+            engine, trial = self._trial
+            trial.add(engine(**inputs), output)
+            if trial.done:
+                worst = trial.verdict()
+                logger.info("%s: swapped in, PSNR %.1f dB or more in %d calls", self.part.name, worst, trial.calls)
+                self.add(build.profile, engine)

@@ -23,10 +23,10 @@ from torch import nn
 from streamflow._files import Json
 from streamflow._threads import Thread
 from streamflow.acceleration import Part
+from streamflow.acceleration.errors import BuildError, MissingTensorRT, TensorRTError
+from streamflow.acceleration.onnx_export import check_exportable, export, size_of
 from streamflow.acceleration.tensorrt import cache
-from streamflow.acceleration.tensorrt.errors import BuildError, MissingTensorRT, TensorRTError
-from streamflow.acceleration.tensorrt.export import check_exportable, export, size_of
-from streamflow.acceleration.tensorrt.library import RTX, Library, Target, load, quiet_polygraphy
+from streamflow.acceleration.tensorrt.library import RTX, Library, Target
 from streamflow.acceleration.tensorrt.options import Options, Profile
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,15 @@ _REMEDIES = {
 }
 
 
-def load_or_build(part: Part, profile: Profile, options: Options, target: Target, kind: str) -> tuple[cache.Entry, bytes]:
+def load_or_build(part: Part, profile: Profile, options: Options, target: Target) -> tuple[cache.Entry, bytes]:
     """The engine of a part, out of the cache or new. Raises what export, build and cache raise."""
     check_exportable(part)
-    library = load(kind)
+    library = target.library
     facts = cache.facts(part, profile, options, target, str(library))
     entry = cache.entry_for(options.engine_dir, part.name, facts)
 
     def build_in(folder: Path) -> bytes:
-        return build(export(part, profile, folder), profile, options, library, target)
+        return build(export(part, folder, profile.ranges), profile, options, library, target)
 
     return entry, cache.get_or_build(entry, facts, build_in, options.rebuild)
 
@@ -82,17 +82,16 @@ def _stage(part: str, stage: str, library: Library) -> Iterator[None]:
     """Turn the errors of a stage into a BuildError with all that TensorRT logged."""
     from polygraphy.exception import PolygraphyException
 
-    library.messages.errors()
     try:
-        with quiet_polygraphy():
+        with library.quiet():
             yield
     except (PolygraphyException, RuntimeError, TypeError) as error:
         if stage == "reading ONNX" and not isinstance(error, PolygraphyException):
             stage = "starting the builder"  # pybind's error if there is no builder
-        problem = "; ".join([str(error), *library.messages.errors()])
+        problem = library.explain(error)
         node = _NODE.search(problem)
         remedy = _REMEDIES["memory" if _MEMORY.search(problem) else stage]
-        raise BuildError(part, stage, problem[:1500], remedy, node and node.group(1)) from error
+        raise BuildError(part, stage, problem, remedy, node and node.group(1)) from error
 
 
 def _config(profile: Profile, options: Options, library: Library, target: Target) -> object:
@@ -119,10 +118,12 @@ def _config(profile: Profile, options: Options, library: Library, target: Target
 # -- in a child process ---------------------------------------------------------------------------------------------------
 
 
-class Build:
-    """One engine in the making. A thread writes the module to a file, waits for a child process that exports and builds, and
-    makes the module of its bytes by `load`. The child is a new interpreter: CUDA forbids a fork, and multiprocessing's spawn
-    would import the user's script again. BuildError, at once, if there is no room.
+class Build(Future[nn.Module]):
+    """The build of an engine in a child process, which is then loaded by `load(bytes, profile)` in a thread. `result` raises
+    what stopped it: BuildError, with its message, for the child, or if there is no room; CancelledError after `cancel`.
+
+    The child gets a copy of the module in a file, and is a new interpreter: CUDA forbids a fork, and multiprocessing's spawn
+    would import the user's script again.
     """
 
     def __init__(
@@ -131,63 +132,49 @@ class Build:
         profile: Profile,
         options: Options,
         target: Target,
-        kind: str,
         load: Callable[[bytes, Profile], nn.Module],
     ):
-        check_room(part, options, target)
-        self.profile, self._load = profile, load
+        super().__init__()
+        self.profile, self.began = profile, time.perf_counter()
+        self._load = load
         self._child: subprocess.Popen | None = None
-        self._cancelled = False
-        self._module: Future[nn.Module | None] = Future()
-        self._began = time.perf_counter()
-        options = replace(options, rebuild=False)
-        job = {"part": part, "profile": profile, "options": options, "target": target, "kind": kind}
+        self._stopped = False
+        job = {"part": part, "profile": profile, "options": replace(options, rebuild=False), "target": target}
         Thread(self._run, f"tensorrt-{part.name}", args=(job,)).start()
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has ended, with an engine or with an error."""
-        return self._module.done()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._began
-
-    def result(self) -> nn.Module:
-        """The loaded engine. Waits for it. Raises what stopped the build: BuildError, with its message, for the child;
-        CancelledError after `cancel`."""
-        module = self._module.result()
-        if module is None:
-            raise CancelledError(f"the engine of the {self.profile.part} was cancelled")
-        return module
-
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         """Stop the child and drop its engine, without waiting for either."""
-        self._cancelled = True
+        self._stopped = True
         if self._child is not None:
             self._child.kill()
+        return True
 
     def _run(self, job: Json) -> None:
         try:
-            folder = cache.own_folder(job["options"].engine_dir)
-            with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=folder) as snapshot:
+            check_room(job["part"], job["options"], job["target"])
+            with tempfile.TemporaryDirectory(prefix="streamflow-snapshot-", dir=job["options"].engine_dir) as snapshot:
                 data = self._in_child(job, Path(snapshot) / "job.pt")
             job.clear()
-            self._module.set_result(None if self._cancelled else self._load(data, self.profile))
+            if self._stopped:
+                raise CancelledError(f"the engine of the {self.profile.part} was cancelled")
+            self.set_result(self._load(data, self.profile))
         except Exception as error:  # raised again by `result`, in the thread of the stream
-            self._module.set_exception(error)
+            self.set_exception(error)
 
     def _in_child(self, job: Json, path: Path) -> bytes:
         if (index := job["target"].index) is not None:
             torch.cuda.synchronize(index)  # another CUDA stream may still write the weights
-        write_job(path, job)
+        try:
+            torch.save(job, path)
+        except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:  # what pickling and writing raise
+            problem = f"{type(error).__name__}: {error}"
+            raise BuildError(self.profile.part, "writing the weight snapshot", problem, _IN_CHILD) from error
         command = [sys.executable, "-c", f"import sys, {__name__} as b; sys.exit(b.main(sys.argv[1]))", str(path)]
         python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONUTF8": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
         self._child = subprocess.Popen(command, env=environment, **pipes)
-        if self._cancelled:  # before there was a child to stop
+        if self._stopped:  # before there was a child to stop
             self._child.kill()
         output, errors = self._child.communicate()
         if code := self._child.returncode:
@@ -211,15 +198,6 @@ def check_room(part: Part, options: Options, target: Target) -> None:
         if need > free:
             problem = f"{what}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
             raise BuildError(part.name, "before a build in a child process", problem, _IN_CHILD)
-
-
-def write_job(path: Path, job: Json) -> None:
-    """Pickle the arguments of `load_or_build`. BuildError if that is not possible, as for a module with a lambda."""
-    try:
-        torch.save(job, path)
-    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:  # what pickling and writing raise
-        problem = f"{type(error).__name__}: {error}"
-        raise BuildError(job["part"].name, "writing the weight snapshot", problem, _IN_CHILD) from error
 
 
 def main(path: str) -> int:

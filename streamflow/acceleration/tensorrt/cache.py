@@ -11,18 +11,18 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from streamflow._environment import installed_version
 from streamflow._files import Json, replacing
 from streamflow._version import __version__
 from streamflow.acceleration import Part
@@ -61,15 +61,10 @@ def facts(part: Part, profile: Profile, options: Options, target: Target, versio
     }
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """The versions of the packages that take part in an export."""
-    found = {"streamflow": __version__}
-    for name in ("torch", "diffusers", "onnx", "onnxscript"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    packages = ("torch", "diffusers", "onnx", "onnxscript")
+    return {"streamflow": __version__, **{name: installed_version(name) for name in packages}}
 
 
 def key(facts: Arguments) -> str:
@@ -179,26 +174,18 @@ class Entry:
 
     def sweep(self) -> None:
         """Delete what an interrupted build has left. The lock must be held."""
-        if self.scratch.is_symlink() or self.scratch.is_file():
-            self.scratch.unlink()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        for temporary in self.directory.glob(f".{self.stem}.*.tmp"):
-            temporary.unlink(missing_ok=True)
+        for path in (self.scratch, *self.directory.glob(f".{self.stem}.*.tmp")):
+            with suppress(OSError):
+                path.unlink()
 
-    @contextmanager
-    def locked(self, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of this entry among all processes. Yields whether it is held: always with `wait`."""
-        from filelock import FileLock, Timeout
+    def locked(self, timeout: float = -1) -> AbstractContextManager:
+        """Hold the lock of this entry among all processes. filelock.Timeout: another one holds it for `timeout` seconds."""
+        from filelock import FileLock
 
         folder = self.directory / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(folder / f"{self.stem}.lock").acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
-        with lock:
-            yield True
+        return FileLock(folder / f"{self.stem}.lock").acquire(timeout)
 
 
 def own_folder(directory: Path) -> Path:
@@ -208,15 +195,13 @@ def own_folder(directory: Path) -> Path:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix":
-        status, user, problem = directory.stat(), os.geteuid(), None
+        status, user, remedy = directory.stat(), os.geteuid(), "or pass another engine_dir"
+        if (owner := status.st_uid) not in (0, user):
+            problem = f"the engine cache {directory} belongs to user {owner}, and this process runs as user {user}"
+            raise PermissionError(f"{problem}: `chown {user} {directory}`, {remedy}")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = f"{stat.S_IMODE(status.st_mode):o}"
-            problem = f"other users can write to the engine cache {directory} (mode {mode}): `chmod go-w {directory}`"
-        if status.st_uid not in (0, user):
-            owner = f"belongs to user {status.st_uid}, and this process runs as user {user}"
-            problem = f"the engine cache {directory} {owner}: `chown {user} {directory}`"
-        if problem:
-            raise PermissionError(f"{problem}, or pass another engine_dir")
+            problem = f"other users can write to the engine cache {directory} (mode {stat.S_IMODE(status.st_mode):o})"
+            raise PermissionError(f"{problem}: `chmod go-w {directory}`, {remedy}")
     return directory
 
 
@@ -246,12 +231,8 @@ def get_or_build(entry: Entry, facts: Arguments, build: Callable[[Path], bytes],
         return data
 
 
-def list_engines(directory: Path) -> list[Entry]:
-    """All entries of a folder, damaged ones too, by name. Empty if there is no folder."""
-    return _entries(directory, "*-*.engine", "*-*.json")
-
-
-def _entries(directory: Path, *patterns: str) -> list[Entry]:
+def list_engines(directory: Path, patterns: Sequence[str] = ("*-*.engine", "*-*.json")) -> list[Entry]:
+    """All entries of a folder with such files, damaged ones too, by name. Empty if there is no folder."""
     found = {_STEM.fullmatch(path.stem) for pattern in patterns for path in Path(directory).glob(pattern)}
     return [Entry(Path(directory), stem) for stem in sorted({match.group(1) for match in found if match})]
 
@@ -259,15 +240,16 @@ def _entries(directory: Path, *patterns: str) -> list[Entry]:
 def clear_engines(directory: Path) -> tuple[int, int, list[str]]:
     """Delete all engines of a folder. Returns how many, the bytes freed, and the names of those that a process is building
     at the moment, which stay. Other files stay, too."""
+    from filelock import Timeout
+
     count, freed, busy = 0, 0, []
-    for entry in _entries(directory, "*-*.engine", "*-*.json", ".*-*.work"):
-        with entry.locked(wait=False) as held:
-            if not held:
-                busy.append(entry.stem)
-                continue
-            for path in (entry.record, entry.engine):
-                if path.exists():
+    for entry in list_engines(directory, ("*-*.engine", "*-*.json", ".*-*.work")):
+        try:
+            with entry.locked(timeout=0):
+                for path in (path for path in (entry.record, entry.engine) if path.exists()):
                     count, freed = count + (path == entry.engine), freed + path.stat().st_size
                     path.unlink()
-            entry.sweep()
+                entry.sweep()
+        except Timeout:
+            busy.append(entry.stem)
     return count, freed, busy

@@ -6,18 +6,16 @@ Polygraphy's TrtRunner is for debugging: it waits for the device in every call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from streamflow._decibels import decibels
 from streamflow.acceleration import Part, bind_arguments
+from streamflow.acceleration.errors import EngineError, EngineMismatch
+from streamflow.acceleration.onnx_export import OUTPUT
 from streamflow.acceleration.side_streams import side_stream
-from streamflow.acceleration.tensorrt.errors import EngineError, EngineMismatch
-from streamflow.acceleration.tensorrt.export import OUTPUT
-from streamflow.acceleration.tensorrt.library import RTX, Library, quiet_polygraphy
+from streamflow.acceleration.tensorrt.library import RTX, Library
 from streamflow.acceleration.tensorrt.options import Profile
 
 CALLS = 8  # that are compared
@@ -26,8 +24,8 @@ _REBUILD = "pass rebuild=True to accelerate('tensorrt'): an engine is for one GP
 
 
 class EngineModule(nn.Module):
-    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place and runs on torch's
-    current CUDA stream. Not to be called by two threads at once.
+    """One engine with one execution context on one CUDA device. It reads the caller's tensors in place and runs in the order
+    of torch's current CUDA stream. Not to be called by two threads at once.
 
     `forward` takes the part's inputs by position or name. Its output is a new tensor.
 
@@ -42,19 +40,17 @@ class EngineModule(nn.Module):
 
         super().__init__()
         self.profile, self.library, self.device = profile, library, device
-        library.messages.errors()
-        with torch.cuda.device(device), quiet_polygraphy():
+        with torch.cuda.device(device), library.quiet():
             try:
                 self._engine = engine_from_bytes(data)
             except PolygraphyException as error:
                 raise self._error("loading", "these bytes are not an engine for this GPU", _REBUILD) from error
+            configs = []
             if library.kind == RTX:  # compile all kernels before the first call: a CUDA graph must capture the final ones
-                config = self._engine.create_runtime_config()
+                configs = [self._engine.create_runtime_config()]
                 strategy = library.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                config.dynamic_shapes_kernel_specialization_strategy = strategy
-                self._context = self._engine.create_execution_context(config)
-            else:
-                self._context = self._engine.create_execution_context()
+                configs[0].dynamic_shapes_kernel_specialization_strategy = strategy
+            self._context = self._engine.create_execution_context(*configs)
         if self._context is None:
             raise self._error("loading", "no execution context", "free memory on the GPU: it needs room for activations")
         self._side = side_stream(self, device)
@@ -75,8 +71,12 @@ class EngineModule(nn.Module):
             tensors[OUTPUT] = torch.empty(self._output_shape, dtype=self.dtypes[OUTPUT], device=self.device)
             for name, value in tensors.items():
                 self._context.set_tensor_address(name, value.data_ptr())
-            with self._stream() as stream:
-                done = self._context.execute_async_v3(stream.cuda_stream)
+            current = torch.cuda.current_stream(self.device)
+            # TensorRT would synchronise the whole device on the default stream
+            stream = self._side if current == torch.cuda.default_stream(self.device) else current
+            stream.wait_stream(current)
+            done = self._context.execute_async_v3(stream.cuda_stream)
+            current.wait_stream(stream)
         if not done:
             raise self._error("running", "TensorRT refused the call", "use accelerate('compile'), and report this")
         return tensors[OUTPUT]
@@ -97,21 +97,8 @@ class EngineModule(nn.Module):
             raise self._error("running", f"no shape for {', '.join(unset)}", _REBUILD)
         self._shapes, self._output_shape = shapes, tuple(self._context.get_tensor_shape(OUTPUT))
 
-    @contextmanager
-    def _stream(self) -> Iterator[torch.cuda.Stream]:
-        """Torch's current stream. The default stream is replaced by one that is ordered with it, since TensorRT would
-        synchronise the whole device on the default stream."""
-        current = torch.cuda.current_stream(self.device)
-        if current != torch.cuda.default_stream(self.device):
-            yield current
-            return
-        self._side.wait_stream(current)
-        yield self._side
-        current.wait_stream(self._side)
-
     def _error(self, stage: str, problem: str, remedy: str) -> EngineError:
-        messages = "; ".join([problem, *self.library.messages.errors()])
-        return EngineError(self.profile.part, stage, messages[:1500], remedy)
+        return EngineError(self.profile.part, stage, self.library.explain(problem), remedy)
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------

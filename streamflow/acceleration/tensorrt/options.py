@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamflow._validation import check_count
 from streamflow.acceleration import Part
+from streamflow.acceleration.errors import OutsideProfile
+from streamflow.acceleration.onnx_export import Range
 from streamflow.acceleration.tensorrt import library
-from streamflow.acceleration.tensorrt.errors import NoDevice, OutsideProfile
 
-Shape = tuple[int, ...]
 _ASCENDING = (
     ("min_batch", "max_batch"),
     ("min_height", "opt_height", "max_height"),
@@ -74,8 +75,7 @@ class Options:
         for names in _ASCENDING:
             given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
             for name, value in given.items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+                check_count(name, value)
             if list(given.values()) != sorted(given.values()):
                 raise ValueError(f"values must ascend: {', '.join(f'{name}={value}' for name, value in given.items())}")
         if self.fallback not in (None, "eager"):
@@ -88,41 +88,11 @@ class Options:
             raise ValueError(f"optimization_level must be 0 to 5, not {self.optimization_level!r}")
 
     def for_device(self, device: torch.device) -> Options:
-        """These options. Raises what `require` raises, except with a `fallback`."""
+        """These options. Without a `fallback`: NoDevice if the device cannot run engines, MissingTensorRT if there is no
+        TensorRT for it."""
         if self.fallback is None:
-            self.require(device)
+            library.choose(library.Target.of(device).capability)
         return self
-
-    def require(self, device: torch.device) -> None:
-        """Raise NoDevice if the device cannot run engines, MissingTensorRT if there is no TensorRT for it."""
-        if device.type != "cuda" or torch.version.hip is not None:
-            raise NoDevice(
-                part="all parts",
-                stage="before export",
-                problem=f"engines run on NVIDIA GPUs and this pipe is on {device}",
-                remedy="move it with pipe.to('cuda') on such a machine, or use accelerate('auto') or fallback='eager'; "
-                "`python -m streamflow.acceleration.tensorrt --build-only` builds without a GPU",
-            )
-        library.choose(torch.cuda.get_device_capability(device))
-
-
-@dataclass(frozen=True)
-class Range:
-    """The shapes of one input: every dimension lies between `smallest` and `largest`, and `best` is what is tuned for."""
-
-    smallest: Shape
-    best: Shape
-    largest: Shape
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        """The dimensions that vary."""
-        return tuple(i for i, (low, high) in enumerate(zip(self.smallest, self.largest, strict=True)) if low != high)
-
-    def holds(self, shape: Shape) -> bool:
-        """Whether every dimension of a shape is in the range."""
-        limits = zip(self.smallest, shape, self.largest, strict=False)
-        return len(shape) == len(self.best) and all(low <= n <= high for low, n, high in limits)
 
 
 @dataclass(frozen=True)
@@ -142,9 +112,8 @@ class Profile:
             return
         problem = f"inputs {', '.join(inputs)} given, {', '.join(self.ranges)} built for"
         if inputs.keys() == self.ranges.keys():
-            name, value = next((n, t) for n, t in inputs.items() if not self.ranges[n].holds(tuple(t.shape)))
-            low, high = list(self.ranges[name].smallest), list(self.ranges[name].largest)
-            problem = f"{name} is {list(value.shape)}, built for {low} to {high}"
+            name, r = next((n, r) for n, r in self.ranges.items() if not r.holds(tuple(inputs[n].shape)))
+            problem = f"{name} is {list(inputs[name].shape)}, built for {list(r.smallest)} to {list(r.largest)}"
         remedy = "pass min_batch, max_batch, min_height, ... that include these shapes to accelerate('tensorrt')"
         raise OutsideProfile(part=self.part, stage="running", problem=problem, remedy=remedy)
 
@@ -157,28 +126,18 @@ def profile_of(part: Part, options: Options, units: tuple[int, int] = (1, 1)) ->
     """
     ranges = {}
     for i, (name, value) in enumerate(part.inputs.items()):
-        axes: dict[int, _Sizes] = {} if name in part.shared else {0: (options.min_batch, None, options.max_batch)}
+        axes = {} if name in part.shared else {0: ("batch", 1)}
         if i == 0 and part.free_size:
-            axes[-2] = _sizes(part, options, "height", units[0])
-            axes[-1] = _sizes(part, options, "width", units[1])
+            axes |= {-2: ("height", units[0]), -1: ("width", units[1])}
         smallest, best, largest = list(value.shape), list(value.shape), list(value.shape)
-        for axis, (low, tuned, high) in axes.items():
-            own = value.shape[axis]
-            smallest[axis] = min(own, low or tuned or own)
-            best[axis] = tuned or own
-            largest[axis] = max(own, high or tuned or own)
+        for axis, (side, unit) in axes.items():
+            own = value.shape[axis] * unit
+            given = [getattr(options, f"{kind}_{side}", None) for kind in ("min", "opt", "max")]
+            if wrong := [size for size in given if size and size % unit]:
+                raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {wrong[0]}")
+            low, tuned, high = given
+            smallest[axis] = min(own, low or tuned or own) // unit
+            best[axis] = (tuned or own) // unit
+            largest[axis] = max(own, high or tuned or own) // unit
         ranges[name] = Range(tuple(smallest), tuple(best), tuple(largest))
     return Profile(part.name, ranges)
-
-
-_Sizes = tuple[int | None, int | None, int | None]
-
-
-def _sizes(part: Part, options: Options, side: str, unit: int) -> _Sizes:
-    """The smallest, best and largest size on one side, in units."""
-    pixels = [getattr(options, f"{kind}_{side}") for kind in ("min", "opt", "max")]
-    for size in pixels:
-        if size is not None and size % unit:
-            raise ValueError(f"sizes of the {part.name} must be multiples of {unit} pixels, not {size}")
-    low, tuned, high = (size and size // unit for size in pixels)
-    return low, tuned, high

@@ -1,4 +1,5 @@
-"""The errors of this folder. Each names the part, the stage, the node of the graph where it is known, and the remedy."""
+"""The errors of TensorRT and of the export to ONNX. Each names the part, the stage, the node of the graph where it is known,
+and the remedy."""
 
 from __future__ import annotations
 
