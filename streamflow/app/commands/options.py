@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, get_args, get_origin
@@ -17,6 +17,8 @@ from streamflow.app.config import Section, Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from streamflow.image_utils import Images
 
 SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
 
@@ -68,8 +70,7 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
     except (ValueError, OSError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(p.failed(error, 2)) from None
 
 
 def _value(path: str, text: str) -> object:
@@ -83,6 +84,22 @@ def _put(data: Json, path: list[str], value: object) -> None:
     for name in path[:-1]:
         data[name] = data = dict(data.get(name) or {})
     data[path[-1]] = value
+
+
+def draw(settings: Settings, images: Iterable[Images | None], names: Sequence[str], folder: Path) -> Json:
+    """A PNG file for each of these images, or for each None of one drawn from text; the files, and the seconds that it took.
+    names: of the files. They are needed only once an image has been taken."""
+    from streamflow.image_utils import postprocess_image
+    from streamflow.wrapper import StreamFlowWrapper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[str] = []
+    with StreamFlowWrapper.from_settings(settings) as wrapper:
+        began = time.perf_counter()
+        for frame in wrapper.stream.frames(images):
+            files.append(str(folder / f"{names[len(files)]}.png"))
+            postprocess_image(frame.wait().image[None])[0].save(files[-1])
+        return {"files": files, "seconds": round(time.perf_counter() - began, 3)}
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,8 +58,7 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return p.failed(error)
     print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
     return INTERRUPTED if result["interrupted"] else 0
 
