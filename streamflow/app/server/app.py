@@ -192,8 +192,7 @@ def _sockets(app: FastAPI, service: Service) -> None:
         try:
             await socket.accept(PROTOCOL)
             viewer = _welcome(service, holder)
-            parts = service.worker, service.server, service.pools, service.metrics, service.refusals
-            await Session(socket, viewer, *parts).run()
+            await Session(socket, viewer, service).run()
         finally:
             service.admission.leave(holder)
             if viewer is not None:
