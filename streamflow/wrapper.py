@@ -130,9 +130,9 @@ class StreamFlowWrapper:
             where that is possible.
     """
 
-    mode: str
+    mode: str = "img2img"
     """What calling the wrapper does, "img2img" or "txt2img"."""
-    output_type: str
+    output_type: str = "pil"
     """What calls return: "pil", "np", "pt" or "latent"."""
     width = Attribute[int]("stream", "width", "Of images, in pixels.")
     height = Attribute[int]("stream", "height", "Of images, in pixels.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
 
 from streamflow._files import Json, read_json, read_text, read_yaml
 from streamflow.models.loading import DTYPES
@@ -61,7 +60,7 @@ def check_config(config: object) -> None:
         raise ValueError(f"this configuration cannot be used: {'; '.join(wrong)}")
 
 
-def create_wrapper_from_config(config: Mapping[str, Any], **overrides: Any) -> StreamFlowWrapper:
+def create_wrapper_from_config(config: Json, **overrides: object) -> StreamFlowWrapper:
     """The wrapper of a configuration, prepared and warm. `overrides`: keys that take the place of its own.
 
     Raises:

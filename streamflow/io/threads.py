@@ -39,18 +39,13 @@ class _Threaded:
         self.close()
 
     @property
-    def depth(self) -> int:
-        """The most images that wait."""
-        return self._queue.depth
-
-    @property
     def dropped(self) -> int:
         """Images that a newer one replaced in the queue."""
         return self._queue.dropped
 
     @property
     def queued(self) -> int:
-        """Images that wait, never more than `depth`."""
+        """Images that wait."""
         return len(self._queue)
 
     @property

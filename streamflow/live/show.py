@@ -126,10 +126,9 @@ class Sinks:
     """The sinks, each in a thread of its own. All images have the first one's size, which recordings and cameras
     need.
 
-    hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
-    `ATTEMPTS` times in a row does the error end all. Without, any error does. In both cases, a sink that raises SinkLost,
-    which the user has closed, is left out. So is one that raises ImportError, which `close` raises then. `close` raises the
-    last error of a sink that has failed and has not taken an image since, too.
+    hold: as `Live`'s on_error; where every sink has failed `ATTEMPTS` times in a row, the error ends all. A sink that raises
+    SinkLost, which the user has closed, is left out. So is one that raises ImportError, which `close` raises then, like
+    the last error of a sink that has not taken an image since.
     """
 
     def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Keys | None = None) -> None:

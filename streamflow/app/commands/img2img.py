@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"several images are called {', '.join(twice)}, and results have their names: give them apart")
     if missing := [str(path) for path in a.images if not path.is_file()]:
         p.error(f"there is no file {', '.join(missing)}")
-    settings = options.settings(p, a, mode="img2img", strength=0.5)
+    settings = options.with_start(options.settings(p, a, mode="img2img"))
     unread: dict[str, str] = {}
     read: list[str] = []
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -53,25 +53,11 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            result = play(_with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
+            result = play(options.with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
         return p.failed(error, 2 if isinstance(error, WRONG) else 1)
     print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0
-
-
-def _with_start(settings: Settings) -> Settings:
-    """A source's images start half way where nothing else was result."""
-    if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
-        return settings
-    return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
-
-
-@runtime_checkable
-class _TakesKeys(Protocol):
-    """A sink that reads keys, such as a window."""
-
-    on_key: Callable[[str], None] | None
 
 
 def play(
@@ -81,6 +67,7 @@ def play(
     and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
+    from streamflow.io.window import WindowSink
     from streamflow.live.remote import open_control
 
     s, shows = settings.live, []
@@ -98,7 +85,7 @@ def play(
         if learn:
             controls.learn(learn)
         for sink in sinks:
-            if isinstance(sink, _TakesKeys):
+            if isinstance(sink, WindowSink):
                 sink.on_key = controls.keys.press
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
@@ -139,7 +126,7 @@ def _watch(show: Live, scenes: Scenes, keys: Keys, crossfade: float, seconds: fl
 
 
 def _scene(change: Callable[..., object], *arguments: object) -> None:
-    """A change of scene; what cannot be is result, and what plays goes on."""
+    """A change of scene; what cannot be done is logged, and what plays goes on."""
     try:
         change(*arguments)
     except (*WRONG, OSError, MemoryError) as error:

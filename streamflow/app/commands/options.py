@@ -37,7 +37,8 @@ def parser(command: str, description: str, example: str, *sections: str) -> Pars
     for path, field in _fields(Settings):
         if (section := path.split(".")[0]) in SECTIONS and section not in sections:
             continue
-        group.add_argument(_flag(path), dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+        flag = f"--{path.replace('_', '-')}"
+        group.add_argument(flag, dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
     return p
 
 
@@ -57,10 +58,6 @@ def _kinds(field: FieldInfo) -> tuple[object, ...]:
     return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 
-def _flag(path: str) -> str:
-    return f"--{path.replace('_', '-')}"
-
-
 def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
     """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid."""
     try:
@@ -71,6 +68,13 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
         return config.parse(data)
     except (ValueError, OSError) as error:
         raise SystemExit(p.failed(error, 2)) from None
+
+
+def with_start(settings: Settings) -> Settings:
+    """Image to image starts half way where neither `strength` nor `t_index_list` says where."""
+    if settings.mode == "txt2img" or (settings.t_index_list, settings.strength) != (None, None):
+        return settings
+    return settings.model_copy(update={"strength": 0.5})
 
 
 def _value(path: str, text: str) -> object:

@@ -73,7 +73,7 @@ class Viewer:
         self.image: tuple[Images, float, float] | None = None  # decoded, when it came, its stamp
         self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
-        self._texts: deque[str] = deque(maxlen=8)
+        self.texts: deque[str] = deque(maxlen=8)  # to be sent
         self.input_arrived, self.output_ready = asyncio.Event(), asyncio.Event()
         self.fatal = False
 
@@ -106,16 +106,15 @@ class Viewer:
 
     def report(self, message: str, fatal: bool = False) -> None:
         """Queue an error message. fatal: its connection ends then."""
-        self._texts.append(json.dumps({"type": "error", "message": message[:1000]}))
         self.fatal |= fatal
-        self._loop.call_soon_threadsafe(self.output_ready.set)
+        self.post(type="error", message=message[:1000])
 
     # -- the event loop ---------------------------------------------------------------------------------------------------
 
     def post(self, **message: object) -> None:
-        """Queue a message to be sent. Of more than 8, the oldest are dropped."""
-        self._texts.append(json.dumps(message))
-        self.output_ready.set()
+        """Queue a message to be sent, from any thread. Of more than 8, the oldest are dropped."""
+        self.texts.append(json.dumps(message))
+        self._loop.call_soon_threadsafe(self.output_ready.set)
 
     def offer(self, data: bytes) -> None:
         """Take an image's message. It replaces one that is not decoded yet."""
@@ -148,10 +147,6 @@ class Viewer:
             drawn, self._out = self._out, None
             self.unacknowledged += drawn is not None
         return drawn
-
-    def next_text(self) -> str | None:
-        """The oldest message that waits, or None."""
-        return self._texts.popleft() if self._texts else None
 
     @property
     def waiting_since(self) -> float | None:
@@ -264,8 +259,8 @@ class Session:
         while True:
             await viewer.output_ready.wait()
             viewer.output_ready.clear()
-            while (text := viewer.next_text()) is not None:
-                await self._socket.send_text(text)
+            while viewer.texts:
+                await self._socket.send_text(viewer.texts.popleft())
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
