@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
-MODES = ("auto", "fed", "free", "sequential")
 PATIENCE = 0.05  # seconds for which a thread waits for input before it checks its state
 ATTEMPTS = 3  # failures in a row, after the source's end, after which the remaining images are dropped
 LATENCIES = 1000  # images whose latency is kept
