@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 
@@ -11,6 +12,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def failed(self, error: object, code: int = 1) -> int:
+        """Print what ended the command, and return its exit code."""
+        print(f"{self.prog}: error: {error}", file=sys.stderr)
+        return code
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -76,7 +76,7 @@ def read_json(text: str) -> Any:
         raise ValueError("lists and objects are nested too deeply") from error
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> Json:
+def _without_repetition(pairs: list[tuple[str, object]]) -> Json:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self._depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
             raise ComposerError(None, None, "an alias (*name) is not allowed: write the value itself", mark)
@@ -100,13 +100,13 @@ class _Loader(yaml.SafeLoader):
         if self._depth == DEEPEST:
             raise ComposerError(None, None, f"there are more than {DEEPEST} levels", mark)
         self._depth += 1
-        node: Any = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
         self._depth -= 1
-        if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST:
+        if node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST:
             raise ComposerError(None, None, f"a number has more than {LONGEST} characters", mark)
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         seen: set[str] = set()
         for key in keys:

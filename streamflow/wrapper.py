@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import PIL.Image
 import torch
@@ -21,6 +21,8 @@ from streamflow.conditioning.blending import METHODS, parts
 from streamflow.image_utils import Images, as_rgb, open_image, postprocess_image
 from streamflow.models.loading import default_device, prompt_defaults
 from streamflow.pipeline import StreamFlow
+from streamflow.stream import forwards
+from streamflow.stream.forwards import Attribute
 from streamflow.stream.planner import Planner
 from streamflow.stream.request import Seeds, Texts
 
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments, Call
 
 logger = logging.getLogger(__name__)
-OUTPUTS = ("pil", "np", "pt", "latent")
-MODES = ("img2img", "txt2img")
+CHOICES = {"mode": ("img2img", "txt2img"), "output_type": ("pil", "np", "pt", "latent")}
 
 # What livepeer's fork has and StreamFlow does not, by the names of its arguments and methods.
 _CONTROL = (
@@ -129,6 +130,16 @@ class StreamFlowWrapper:
             where that is possible.
     """
 
+    mode: str = "img2img"
+    """What calling the wrapper does, "img2img" or "txt2img"."""
+    output_type: str = "pil"
+    """What calls return: "pil", "np", "pt" or "latent"."""
+    width = Attribute[int]("stream", "width", "Of images, in pixels.")
+    height = Attribute[int]("stream", "height", "Of images, in pixels.")
+    frame_buffer_size = Attribute[int]("stream", "frame_bff_size", "F, how many frames enter and leave together.")
+    batch_size = Attribute[int]("stream", "batch_size", StreamFlow.batch_size)
+    use_denoising_batch = Attribute[bool]("stream", "use_denoising_batch", StreamFlow.use_denoising_batch)
+    close = forwards.method("stream", StreamFlow.close)
     _constructed = False
 
     def __init__(
@@ -170,8 +181,7 @@ class StreamFlowWrapper:
         **not_here: Any,
     ) -> None:
         _refuse(type(self).__name__, not_here)
-        _check(mode, MODES, "mode")
-        _check(output_type, OUTPUTS, "output_type")
+        self.mode, self.output_type = mode, output_type
         if use_lcm_lora:
             raise NotImplementedError(
                 "a rectified flow draws in few steps by itself, so no LCM-LoRA is loaded: pass use_lcm_lora=False"
@@ -185,8 +195,7 @@ class StreamFlowWrapper:
             raise ValueError(f"warmup must be an integer of 0 or more, not {warmup!r}")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
-        self._mode, self._output_type, self._seed, self.warmup = mode, output_type, Planner.seed(seed), warmup
-        self.skip_diffusion = skip_diffusion
+        self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
         self.device = device or default_device()
         dtype = dtype or (torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16)
         pipe = models.load(model_id_or_path, device=self.device, dtype=dtype, family=family)
@@ -233,15 +242,16 @@ class StreamFlowWrapper:
 
     # -- StreamDiffusionWrapper's attributes ------------------------------------------------------------------------------
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if self._constructed and (remedy := _remedy(name)):
             raise AttributeError(f"{name} of a {type(self).__name__} cannot be assigned: {remedy}")
+        if name in CHOICES:
+            _check(value, CHOICES[name], name)
         super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in NOT_HERE:
-            raise AttributeError(f"{type(self).__name__} has no {name}: {NOT_HERE[name]}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    def __getattr__(self, name: str) -> NoReturn:
+        reason = f": {NOT_HERE[name]}" if name in NOT_HERE else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{reason}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -249,59 +259,10 @@ class StreamFlowWrapper:
         return self.stream.adapter.base.dtype
 
     @property
-    def width(self) -> int:
-        """Of images, in pixels."""
-        return self.stream.width
-
-    @property
-    def height(self) -> int:
-        """Of images, in pixels."""
-        return self.stream.height
-
-    @property
-    def frame_buffer_size(self) -> int:
-        """F, how many frames enter and leave together."""
-        return self.stream.frame_bff_size
-
-    @property
-    def batch_size(self) -> int:
-        """Frames under way at once: S F, or F without the denoising batch."""
-        return self.stream.batch_size
-
-    @property
     def sd_turbo(self) -> bool:
         """Whether the model's name holds "turbo". Nothing depends on it: one stage is drawn in one step, as any number
         is."""
         return "turbo" in self._model
-
-    @property
-    def use_denoising_batch(self) -> bool:
-        """As `StreamFlow.use_denoising_batch`."""
-        return self.stream.use_denoising_batch
-
-    @use_denoising_batch.setter
-    def use_denoising_batch(self, value: bool) -> None:
-        self.stream.use_denoising_batch = value
-
-    @property
-    def mode(self) -> str:
-        """What calling the wrapper does, "img2img" or "txt2img"."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, value: str) -> None:
-        _check(value, MODES, "mode")
-        self._mode = value
-
-    @property
-    def output_type(self) -> str:
-        """What calls return: "pil", "np", "pt" or "latent"."""
-        return self._output_type
-
-    @output_type.setter
-    def output_type(self, value: str) -> None:
-        _check(value, OUTPUTS, "output_type")
-        self._output_type = value
 
     @property
     def seed(self) -> Seeds:
@@ -426,13 +387,9 @@ class StreamFlowWrapper:
 
     def postprocess_image(self, image_tensor: Tensor, output_type: str = "pil") -> Output:
         """Images `[n, 3, H, W]` in [-1, 1] as this type; one alone is not in a list."""
-        _check(output_type, OUTPUTS, "output_type")
+        _check(output_type, CHOICES["output_type"], "output_type")
         out = postprocess_image(image_tensor.as_subclass(Tensor), output_type)
         return out if self.stream.frame_bff_size > 1 else out[0]
-
-    def close(self) -> None:
-        """As `StreamFlow.close`."""
-        self.stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -529,9 +486,9 @@ class StreamFlowWrapper:
         self._prepared()
         stream, requested = self.stream, self.stream._updates.requested()
         request, seed = requested.request, requested.noise.seed
+        read = ("width", "height", "latent_width", "latent_height", "batch_size", "use_denoising_batch")
         return {
-            **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
-            "use_denoising_batch": stream.use_denoising_batch,
+            **{name: getattr(stream, name) for name in read},
             "cfg_type": request.cfg_type,
             "guidance_scale": requested.guidance_scale,
             "delta": request.delta,
@@ -585,7 +542,7 @@ def _remedy(name: str) -> str | None:
     return f"make a new StreamFlowWrapper with {name}=..." if name in arguments else None
 
 
-def _check(value: str, known: Sequence[str], what: str) -> None:
+def _check(value: object, known: Sequence[str], what: str) -> None:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
 

@@ -71,6 +71,17 @@ def test_flags_win_over_the_file_and_texts_stay_texts():
     assert of("--similar-image-filter.threshold", "0.5").similar_image_filter.threshold == 0.5
 
 
+def test_image_to_image_starts_half_way_unless_a_start_is_given():
+    for flags, start in (
+        ([], (None, 0.5)),
+        (["--strength", "0.7"], (None, 0.7)),
+        (["--t-index-list", "[0, 2]"], ((0, 2), None)),
+    ):
+        made = options.with_start(of("--mode", "img2img", *flags))
+        assert (made.t_index_list, made.strength) == start
+    assert options.with_start(of()).strength is None
+
+
 def test_all_mistakes_are_told_at_once_with_exit_code_2(capsys):
     with pytest.raises(SystemExit) as ended:
         of("--seed", "many", "--cfg-type", "half", "--acceleration.kind", "fast")

@@ -133,7 +133,7 @@ def test_the_next_scene_is_warmed_and_shown_by_its_key(capsys, tmp_path, monkeyp
 def test_a_scene_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeypatch):
     (tmp_path / "net.safetensors").write_bytes(bytes(3000))
     assert scenes.weights_on_disk(str(tmp_path)) == 3000 and scenes.weights_on_disk("owner/name") == 0
-    monkeypatch.setattr(scenes, "_free", lambda device: 2000)
+    monkeypatch.setattr(scenes, "free_bytes", lambda device: 2000)
     with pytest.raises(MemoryError, match="beside the scene that plays: 2,000 bytes are free, its files alone have 3,000"):
         scenes.open_scene(Settings(model=str(tmp_path), device="cpu"))
 

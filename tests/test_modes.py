@@ -6,13 +6,13 @@ import logging
 import random
 
 import pytest
+from simulated_clock import SimulatedClock
 
 from streamflow.live.latency_modes import (
     TOLERANCE,
     Measured,
     ModeChooser,
     RealClock,
-    SimulatedClock,
     choose_mode,
     fed,
     free,

@@ -1,8 +1,8 @@
 """Even intervals, by a clock that takes no time."""
 
 import pytest
+from simulated_clock import SimulatedClock
 
-from streamflow.live.latency_modes import SimulatedClock
 from streamflow.live.pacing import Pacer
 
 

@@ -8,7 +8,8 @@ import json
 import os
 import stat
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Literal, Self
 
@@ -106,20 +107,21 @@ class Settings(Section):
 
     def wrapper_arguments(self) -> Json:
         """The arguments of `StreamFlowWrapper` that these settings stand for."""
-        arguments = self.model_dump(include=_OF_WRAPPER)
-        prepare = self.model_dump(include=_OF_PREPARE if self.strength is None else {*_OF_PREPARE, "strength"})
+        from streamflow.models.loading import DTYPES
+        from streamflow.wrapper import StreamFlowWrapper
+
+        similar = self.similar_image_filter
+        filtered = {} if similar is None else similar.model_dump()
+        prepare = self._named_as_in(StreamFlowWrapper.prepare)
         if not isinstance(self.prompt, str):
             prepare["prompt"] = list(self.prompt)
-        if self.dtype is not None:
-            from streamflow.models.loading import DTYPES
-
-            arguments["dtype"] = DTYPES[self.dtype]
-        similar = self.similar_image_filter
-        if similar is not None:
-            arguments["enable_similar_image_filter"] = True
-            arguments |= {f"similar_image_filter_{name}": value for name, value in similar.model_dump().items()}
+        if self.strength is not None:
+            prepare["strength"] = self.strength
         return {
-            **arguments,
+            **self._named_as_in(StreamFlowWrapper),
+            **{f"similar_image_filter_{name}": value for name, value in filtered.items()},
+            "enable_similar_image_filter": similar is not None,
+            "dtype": None if self.dtype is None else DTYPES[self.dtype],
             "model_id_or_path": self.model,
             "lora_dict": self.loras,
             "vae_id": self.tiny_vae if isinstance(self.tiny_vae, str) else None,
@@ -131,13 +133,9 @@ class Settings(Section):
             "prepare": prepare,
         }
 
-
-# The settings that are arguments of the wrapper, or of its `prepare`, by the same names.
-_OF_WRAPPER: set[str] = set(
-    "t_index_list mode device dtype frame_buffer_size width height warmup do_add_noise use_denoising_batch cfg_type seed "
-    "family".split()
-)
-_OF_PREPARE = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta"}
+    def _named_as_in(self, call: Callable[..., object]) -> Json:
+        """The settings that are arguments of this call, by the same names."""
+        return self.model_dump(include=set(signature(call).parameters))
 
 
 def parse(data: object, kind: type[Settings] = Settings) -> Settings:

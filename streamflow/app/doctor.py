@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -62,19 +62,11 @@ def have(*distributions: str) -> bool:
     return all(installed_version(name) is not None for name in distributions)
 
 
-def foreign_streamflow() -> str | None:
-    """The version of the other project called streamflow (a workflow system), if it is installed."""
-    for distribution in metadata.distributions(name="streamflow"):
-        return distribution.version
-    return None
-
-
 def problems(torch_error: str | None) -> list[Line]:
     """Whatever keeps StreamFlow from working, each with its command."""
     found = []
-    foreign = foreign_streamflow()
-    if foreign is not None:
-        state = f"streamflow {foreign} is another project (a workflow system) with the same import name"
+    for foreign in metadata.distributions(name="streamflow"):
+        state = f"streamflow {foreign.version} is another project (a workflow system) with the same import name"
         found.append(Line("foreign", state, f'"{sys.executable}" -m pip uninstall -y streamflow'))
     for label, problem in (("streamdiffusion", streamdiffusion_problem()), ("diffusers", diffusers_problem())):
         if problem is not None:
@@ -90,11 +82,8 @@ def problems(torch_error: str | None) -> list[Line]:
 
 def versions() -> list[Line]:
     """Python, the platform and the packages."""
-    lines = [
-        Line("python", f"{platform.python_version()}  {sys.executable}"),
-        Line("platform", platform.platform()),
-    ]
-    return lines + [Line(name, installed_version(name) or "not installed") for name in DISTRIBUTIONS]
+    system = [Line("python", f"{platform.python_version()}  {sys.executable}"), Line("platform", platform.platform())]
+    return system + [Line(name, installed_version(name) or "not installed") for name in DISTRIBUTIONS]
 
 
 def import_torch() -> tuple[ModuleType | None, str | None]:
@@ -110,26 +99,19 @@ def import_torch() -> tuple[ModuleType | None, str | None]:
 
 def cuda_lines(torch: ModuleType) -> list[Line]:
     """Each CUDA device with its memory, or why there is none."""
-    if torch.cuda.is_available():
-        lines = []
-        for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            memory = device.total_memory / 2**30
-            state = f"{device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
-            lines.append(Line(f"cuda:{index}", f"{state}, CUDA {torch.version.cuda}"))
-        return lines
-    if shutil.which("nvidia-smi") is None:
-        return [Line("cuda", "no NVIDIA driver found")]
-    if torch.version.cuda is None:
-        state = "an NVIDIA driver is there, but this torch is built for the CPU only"
-        return [Line("cuda", state, "python env/install.py --torch auto")]
-    return [
-        Line(
-            "cuda",
-            f"this torch is built for CUDA {torch.version.cuda} and finds no device",
-            "python env/install.py --torch auto",
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") is None:
+            return [Line("cuda", "no NVIDIA driver found")]
+        built = (
+            f"CUDA {torch.version.cuda} and finds no device" if torch.version.cuda else "the CPU only, and a driver is there"
         )
-    ]
+        return [Line("cuda", f"this torch is built for {built}", "python env/install.py --torch auto")]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory, capability = f"{device.total_memory / 2**30:.0f} GiB", f"compute capability {device.major}.{device.minor}"
+        lines.append(Line(f"cuda:{index}", f"{device.name}, {memory}, {capability}, CUDA {torch.version.cuda}"))
+    return lines
 
 
 def devices(torch: ModuleType | None) -> list[Line]:
@@ -150,28 +132,16 @@ def compile_line(cuda: bool) -> Line:
         return Line("compile", "torch.compile needs Triton on CUDA", f"pip install {package}")
     compilers = [os.environ.get("CXX") or "", "cl" if sys.platform == "win32" else "g++", "clang++"]
     if not cuda and not any(name and shutil.which(name) for name in compilers):
-        command = {
-            "win32": "install the Visual Studio build tools (C++)",
-            "darwin": "xcode-select --install",
-        }.get(sys.platform, "sudo apt install g++")
+        commands = {"win32": "install the Visual Studio build tools (C++)", "darwin": "xcode-select --install"}
+        command = commands.get(sys.platform, "sudo apt install g++")
         return Line("compile", "torch.compile needs a C++ compiler on the CPU", command)
     return Line("compile", "available")
 
 
-def tensorrt_lines() -> list[Line]:
-    """TensorRT for RTX and TensorRT: installed or not, and whether this platform has them at all."""
-    if sys.platform == "darwin":
-        return [Line("tensorrt", "not on macOS: NVIDIA has no libraries for it")]
-    kinds = {
-        "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "polygraphy"),
-        "tensorrt": ("tensorrt-cu13", "polygraphy"),
-    }
-    return [
-        Line(kind, "installed") if have(*needed) else Line(kind, "not installed", install_command(kind))
-        for kind, needed in kinds.items()
-    ]
-
-
+TENSORRT = {
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "polygraphy"),
+    "tensorrt": ("tensorrt-cu13", "polygraphy"),
+}
 EXTRAS = {
     "web": ("fastapi", "uvicorn", "websockets", "prometheus-client"),
     "video": ("av",),
@@ -181,22 +151,28 @@ EXTRAS = {
 }
 
 
+def installed_lines(options: Mapping[str, Sequence[str]]) -> list[Line]:
+    """For each option of the installer: whether its packages are installed, or the command that brings them."""
+    return [
+        Line(option, "installed") if have(*needed) else Line(option, "not installed", install_command(option))
+        for option, needed in options.items()
+    ]
+
+
 def accelerations(torch: ModuleType | None) -> list[Line]:
     """What could be faster or reach further, available or with the command that brings it."""
     if torch is None:
         return []
     cuda = torch.cuda.is_available()
     gpus = torch.cuda.device_count() if cuda else 0
-    lines = [
+    no_tensorrt = [Line("tensorrt", "not on macOS: NVIDIA has no libraries for it")]
+    return [
         compile_line(cuda),
         Line("cuda-graph", "available" if cuda else "needs a CUDA device"),
-        *tensorrt_lines(),
+        *(no_tensorrt if sys.platform == "darwin" else installed_lines(TENSORRT)),
         Line("several GPUs", f"available, {gpus} devices" if gpus > 1 else f"needs two CUDA devices, found {gpus}"),
+        *installed_lines(EXTRAS),
     ]
-    for option, needed in EXTRAS.items():
-        line = Line(option, "installed") if have(*needed) else Line(option, "not installed", install_command(option))
-        lines.append(line)
-    return lines
 
 
 def examine() -> Report:
@@ -212,22 +188,13 @@ def examine() -> Report:
 
 def render(report: Report) -> str:
     """The report as text, one line each, commands on the line below."""
-    sections = {
-        "Versions": report.versions,
-        "Devices": report.devices,
-        "Accelerations": report.accelerations,
-        "Problems": report.problems,
-    }
     out = []
-    for title, lines in sections.items():
-        if not lines:
-            continue
-        out.append(title)
+    for name, lines in vars(report).items():
+        out += [name.capitalize()] if lines else []
         for line in lines:
             out.append(f"  {line.label:<16} {line.state}")
-            if line.command is not None:
-                out.append(f"  {'':<16} -> {line.command}")
-        out.append("")
+            out += [] if line.command is None else [f"  {'':<16} -> {line.command}"]
+        out += [""] if lines else []
     out.append("StreamFlow can run." if not report.problems else "StreamFlow cannot run yet: see Problems.")
     return "\n".join(out)
 

@@ -13,6 +13,7 @@ from streamflow.app.config import Settings
 from streamflow.live.draw import Scene
 from streamflow.live.show import Live
 from streamflow.models.loading import default_device
+from streamflow.parallel.replicas import free_bytes
 from streamflow.wrapper import StreamFlowWrapper
 
 
@@ -23,7 +24,7 @@ def open_scene(settings: Settings) -> StreamFlowWrapper:
         MemoryError: it does not fit beside them, with the numbers. Otherwise as `StreamFlowWrapper.from_settings`.
     """
     device = torch.device(settings.device or default_device())
-    free = _free(device)
+    free = free_bytes(device)
     if (needed := weights_on_disk(settings.model)) > free:
         raise MemoryError(_no_room(settings, device, free, f"its files alone have {needed:,}"))
     try:
@@ -37,12 +38,6 @@ def weights_on_disk(model: str) -> int:
     path = Path(model)
     files = [path] if path.is_file() else path.rglob("*.safetensors") if path.is_dir() else ()
     return sum(file.stat().st_size for file in files)
-
-
-def _free(device: torch.device) -> int:
-    from streamflow.parallel.replicas import free_bytes
-
-    return free_bytes(device)
 
 
 def _no_room(settings: Settings, device: torch.device, free: int, needed: str) -> str:

@@ -5,21 +5,15 @@ The project's own files are `streamflow.app.config`'s; this one reads what peopl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from streamflow._files import Json, read_json, read_text, read_yaml
 from streamflow.models.loading import DTYPES
 from streamflow.wrapper import NOT_HERE, StreamFlowWrapper
 
 READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_json}
-_FIRST = "self", "model_id_or_path"
-ARGUMENTS = {
-    name
-    for name, one in signature(StreamFlowWrapper.__init__).parameters.items()
-    if name not in _FIRST and one.kind is not Parameter.VAR_KEYWORD
-}
+ARGUMENTS = signature(StreamFlowWrapper).parameters.keys() - {"model_id_or_path", "not_here"}
 PREPARATION = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "delta")
 BLENDING = {"prompt_blending": "prompt_list", "seed_blending": "seed_list"}
 UNUSED = {"name", "description", "pipeline_type", "use_taesd", "safety_checker", "build_engines_if_missing"}  # there as here
@@ -49,8 +43,8 @@ def check_config(config: object) -> None:
     if not isinstance(config, Mapping):
         raise ValueError(f"a configuration is keys and values, not {type(config).__name__}")
     wrong = [] if config.get("model_id") else ["model_id is missing"]
-    known = {*ARGUMENTS, *PREPARATION, *BLENDING, *UNUSED, *NOT_HERE, "model_id"}
-    known |= {"normalize_prompt_weights", "normalize_seed_weights"}
+    weights = "normalize_prompt_weights", "normalize_seed_weights"
+    known = {*ARGUMENTS, *PREPARATION, *BLENDING, *UNUSED, *NOT_HERE, "model_id", *weights}
     wrong += [f"{key!r} is no key" for key in config if key not in known]
     for key, inner in BLENDING.items():
         if key in config and not (isinstance(config[key], Mapping) and config[key].get(inner)):
@@ -61,7 +55,7 @@ def check_config(config: object) -> None:
         raise ValueError(f"this configuration cannot be used: {'; '.join(wrong)}")
 
 
-def create_wrapper_from_config(config: Mapping[str, Any], **overrides: Any) -> StreamFlowWrapper:
+def create_wrapper_from_config(config: Json, **overrides: object) -> StreamFlowWrapper:
     """The wrapper of a configuration, prepared and warm. `overrides`: keys that take the place of its own.
 
     Raises:

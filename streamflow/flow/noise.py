@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import random
+from collections.abc import Callable
 from functools import reduce
 from numbers import Integral
 from typing import Any
@@ -49,6 +50,14 @@ def resolve_seeds(seed: object) -> Any:
     return number
 
 
+def interpolated(noise: Callable[[int], Tensor], frame: int, period: int) -> Tensor:
+    """The noise of a frame on the way from `noise(j)` to `noise(j + 1)`, which takes `period` frames, along a quarter of a
+    great circle: `cos(a) n_j + sin(a) n_(j+1)` with `a = pi f / 2` at share f of the way, of variance one at every frame."""
+    step, share = divmod(frame, period)
+    angle = math.pi / 2 * share / period
+    return math.cos(angle) * noise(step) + math.sin(angle) * noise(step + 1)
+
+
 class NoiseSource:
     """Draws noise of one row's shape.
 
@@ -57,8 +66,7 @@ class NoiseSource:
     `sum_i w_i n_i / |w|`: Gaussian, of variance one whatever the weights, since their draws n_i are independent, and so as
     good as at right angles on one sphere. A plain mean has variance `|w|^2 < 1`, which flows draw as blur.
 
-    period: frames over which `draw` moves from one noise to the next along a quarter of a great circle,
-        `cos(a) n_j + sin(a) n_(j+1)` with `a = pi f / 2` at share f of the way: of variance one at every frame.
+    period: frames over which `draw` moves from one noise to the next (`interpolated`).
     """
 
     def __init__(
@@ -97,9 +105,7 @@ class NoiseSource:
         """The noise of a frame, float32 `[1, *shape]` on the CPU (on the generator's device where one was given)."""
         if self.period is None:
             return self._normal((1, frame_id))
-        step, share = divmod(frame_id, self.period)
-        angle = math.pi / 2 * share / self.period
-        return math.cos(angle) * self._normal((1, step)) + math.sin(angle) * self._normal((1, step + 1))
+        return interpolated(lambda step: self._normal((1, step)), frame_id, self.period)
 
     def fixed(self) -> Tensor:
         """The noise that all image frames of a stream share, drawn once; it keeps a still image still."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamflow.io.protocols import SUFFIXES, Sink, Source
 
-Options = dict[str, Any]  # arguments of a source or sink
+Options = dict[str, object]  # arguments of a source or sink
 # kind: (module, class, what turns the address's rest into arguments)
 Entry = tuple[str, str, Callable[[str], Options]]
 
@@ -19,21 +19,15 @@ def _named(argument: str) -> Callable[[str], Options]:
     return lambda rest: {argument: rest} if rest else {}
 
 
-def _required(argument: str, example: str) -> Callable[[str], Options]:
+def _required(argument: str, example: str, **options: object) -> Callable[[str], Options]:
+    """The rest is that argument, beside these options; it must not be empty."""
+
     def parse(rest: str) -> Options:
         if not rest:
             raise ValueError(f"something is missing after the colon: give {example}")
-        return {argument: rest}
+        return {argument: rest, **options}
 
     return parse
-
-
-def _still(rest: str) -> Options:
-    return {**_required("path", "image:face.png")(rest), "loop": True}
-
-
-def _timed(rest: str) -> Options:
-    return {**_required("path", "file:out.mp4")(rest), "clock": False}
 
 
 def _nothing(rest: str) -> Options:
@@ -54,7 +48,7 @@ SOURCES: dict[str, Entry] = {
     "camera": ("camera", "CameraSource", _named("device")),
     "file": ("file", "FileSource", _required("path", "file:in.mp4")),
     "folder": ("folder", "FolderSource", _required("path", "folder:images")),
-    "image": ("folder", "FolderSource", _still),
+    "image": ("folder", "FolderSource", _required("path", "image:face.png", loop=True)),
     "screen": ("screen", "ScreenSource", _named("monitor")),
     "mjpeg": ("mjpeg", "MjpegSource", _required("url", "mjpeg:http://host:port/")),
     "ndi": ("ndi", "NdiSource", _named("name")),
@@ -64,7 +58,7 @@ SOURCES: dict[str, Entry] = {
 
 SINKS: dict[str, Entry] = {
     "record": ("recorder", "Recorder", _required("path", "record:out.mp4")),
-    "file": ("recorder", "Recorder", _timed),
+    "file": ("recorder", "Recorder", _required("path", "file:out.mp4", clock=False)),
     "folder": ("folder", "FolderSink", _required("path", "folder:images")),
     "window": ("window", "WindowSink", _named("title")),
     "virtualcam": ("virtual_camera", "VirtualCameraSink", _named("device")),

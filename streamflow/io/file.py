@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from streamflow.io.device import Device
 from streamflow.io.protocols import InvalidSource, Source, SourceLost, TimedImage, as_source_lost, need
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FileSource(Source):
+class FileSource(Device, Source):
     """The images of a video file, upright, with their times in `pts`.
 
     path: the file. loop: begin again at its end, the times going on. After `open`: `rate` (frames a second, a Fraction)
@@ -34,67 +36,59 @@ class FileSource(Source):
     """
 
     def __init__(self, path: str | Path, loop: bool = False) -> None:
+        super().__init__(str(path))
         self.path, self.loop = Path(path), loop
         self.rate = Fraction(30)
         self.audio: Path | None = None
         self.count: int | None = None
-        self._container: Any = None
-        self._frames: Iterator[VideoFrame] | None = None
-        self._offset = self._end = 0.0
 
-    def open(self) -> None:
+    def _open(self, closing: ExitStack) -> object:
         av = need("av", "av")
-        self.close()
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
         self._damaged = False
         self._offset = self._end = 0.0
         try:
-            with as_source_lost(str(self.path)):
-                self._container = _container(av, self.path)
+            with as_source_lost(self.what):
+                container = _container(av, self.path)
         except SourceLost as error:
             cause = error.__cause__
             if isinstance(cause, EOFError) and self.path.stat().st_size:  # a recording that was cut before its first image
                 self.rate, self.count, self.audio, self._frames = Fraction(30), 0, None, iter(())
                 self._log_damaged(cause)
-                return
+                return self._frames
             if isinstance(cause, OSError) or not isinstance(cause, av.error.FFmpegError):
                 raise
             raise InvalidSource(f"{self.path} cannot be read as a video: {cause}") from error
-        if not self._container.streams.video:
-            self.close()
+        closing.callback(container.close)
+        if not container.streams.video:
             raise InvalidSource(f"{self.path} has no video in it")
-        video = self._container.streams.video[0]
+        video = container.streams.video[0]
         self.rate = video.average_rate or video.guessed_rate or Fraction(30)
         self.count = video.frames or None
-        self.audio = self.path if self._container.streams.audio else None
-        self._start()
+        self.audio = self.path if container.streams.audio else None
+        self._start(container)
+        return container
 
     def read(self) -> TimedImage | None:
-        if self._frames is None:
-            raise RuntimeError(f"{self.path} is not open: call open() first")
+        container = self.handle
         with as_source_lost(f"{self.path} was lost"):
             frame = next(self._frames, None)
             if frame is None and self.loop and self._end > self._offset:
                 self._offset = self._end
-                self._container.seek(0)
-                self._start()
+                container.seek(0)
+                self._start(container)
                 frame = next(self._frames, None)
             return None if frame is None else self._image(frame)
 
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container, self._frames = None, None
-
-    def _start(self) -> None:
+    def _start(self, container: InputContainer) -> None:
         self._first: float | None = None
-        self._frames = self._decoded()
+        self._frames = self._decoded(container)
 
-    def _decoded(self) -> Iterator[VideoFrame]:
+    def _decoded(self, container: InputContainer) -> Iterator[VideoFrame]:
         """All frames that can be decoded, as far as the file can be read."""
         broken = need("av", "av").error.FFmpegError
-        packets = self._container.demux(self._container.streams.video[0])
+        packets = container.demux(container.streams.video[0])
         while True:
             try:
                 packet = next(packets, None)

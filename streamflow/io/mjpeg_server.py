@@ -8,12 +8,13 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import PIL.Image
 
 from streamflow.io.deadline import DeadlineReader
+from streamflow.io.device import Device
 from streamflow.io.protocols import Sink, TimedImage
 
 HERE = ("127.0.0.1", "localhost", "::1")
@@ -23,7 +24,7 @@ HALF_OPEN = 32  # connections whose request is not complete yet
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@?#\[\]]+)(:\d{1,5})?")
 
 
-class MjpegSink(Sink):
+class MjpegSink(Device, Sink):
     """Serves the newest image to up to `viewers` at http://host:port/; no viewer makes another wait.
 
     host: this machine only, unless `allow_remote=True`: whoever reaches the port then sees the images, unencrypted.
@@ -47,31 +48,24 @@ class MjpegSink(Sink):
             raise ValueError(f"{host!r} is reachable by others: use 127.0.0.1, or pass allow_remote=True")
         if not 1 <= quality <= 95 or viewers < 1:
             raise ValueError(f"quality {quality} (1 to 95) and viewers {viewers} (at least 1)")
+        super().__init__("the MJPEG server")
         self.host, self.port, self.quality, self.viewers = host, port, quality, viewers
         self.names = ("localhost", host.lower(), *(name.lower() for name in names))
-        self._server: _Server | None = None
 
-    def open(self) -> None:
-        self.close()
-        self._server = _Server((self.host, self.port), self.viewers, self.allows)
-        self.port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="mjpeg", daemon=True)
-        self._thread.start()
+    def _open(self, closing: ExitStack) -> object:
+        server = _Server((self.host, self.port), self.viewers, self.allows)
+        self.port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="mjpeg", daemon=True)
+        thread.start()
+        for step in (server.server_close, thread.join, server.shutdown, server.finish):  # the last one is the first
+            closing.callback(step)
+        return server
 
     def write(self, image: TimedImage) -> None:
-        if self._server is None:
-            raise RuntimeError("the server is not open: call open() first")
+        server: _Server = self.handle
         data = io.BytesIO()
         PIL.Image.fromarray(image.pixels).save(data, "JPEG", quality=self.quality)
-        self._server.show(data.getvalue())
-
-    def close(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            server.finish()
-            server.shutdown()
-            self._thread.join()
-            server.server_close()
+        server.show(data.getvalue())
 
     def allows(self, host: str) -> bool:
         """Whether a request for this Host, a name or address with or without a port, is for this server."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
+from contextlib import ExitStack
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_source_lost, need, rgba
+from streamflow.io.device import Device, DeviceSource, Handle
+from streamflow.io.protocols import Sink, SourceLost, TimedImage, need, rgba
 
 GL_RGBA = 0x1908
 
@@ -20,77 +20,56 @@ def _library() -> ModuleType:
     return need("SpoutGL", "SpoutGL")
 
 
-class SpoutSource(Source):
+class SpoutSource(DeviceSource):
     """The Spout sender of that name, the active one where it is empty. timeout: seconds to wait for an image.
 
     Raises SourceLost where it sends nothing for so long.
     """
 
     def __init__(self, name: str = "", timeout: float = 5) -> None:
-        self.name, self.timeout = name, timeout
-        self._receiver: Any = None
+        super().__init__(f"Spout {name!r}", timeout)
+        self.name = name
 
-    def open(self) -> None:
-        library = _library()
-        self.close()
-        self._receiver = library.SpoutReceiver()
-        if not self._receiver.createOpenGL():
-            self.close()
+    def _open(self, closing: ExitStack) -> object:
+        receiver = _library().SpoutReceiver()
+        closing.callback(receiver.closeOpenGL)
+        closing.callback(receiver.releaseReceiver)
+        if not receiver.createOpenGL():
             raise SourceLost("Spout has got no OpenGL context")
         if self.name:
-            self._receiver.setReceiverName(self.name)
-        self._pixels: np.ndarray | None = None
+            receiver.setReceiverName(self.name)
+        self._buffer: np.ndarray | None = None
+        return receiver
 
-    def read(self) -> TimedImage:
-        if self._receiver is None:
-            raise RuntimeError("the Spout source is not open: call open() first")
-        end = time.monotonic() + self.timeout
-        while time.monotonic() < end:
-            with as_source_lost(f"Spout {self.name!r}"):
-                received = self._receiver.receiveImage(self._pixels, GL_RGBA, False, 0)
-                if self._receiver.isUpdated():
-                    size = self._receiver.getSenderHeight(), self._receiver.getSenderWidth()
-                    self._pixels = np.zeros((*size, 4), dtype=np.uint8)
-                elif received and self._pixels is not None and self._receiver.isFrameNew():
-                    return TimedImage(np.ascontiguousarray(self._pixels[..., :3]), time.monotonic())
-            time.sleep(0.002)
-        raise SourceLost(f"Spout {self.name!r} has sent nothing for {self.timeout:g} s")
-
-    def close(self) -> None:
-        if self._receiver is not None:
-            self._receiver.releaseReceiver()
-            self._receiver.closeOpenGL()
-        self._receiver = None
+    def _pixels(self, handle: Handle) -> np.ndarray | None:
+        received = handle.receiveImage(self._buffer, GL_RGBA, False, 0)
+        if handle.isUpdated():
+            self._buffer = np.zeros((handle.getSenderHeight(), handle.getSenderWidth(), 4), dtype=np.uint8)
+        elif received and self._buffer is not None and handle.isFrameNew():
+            return self._buffer[..., :3]
+        return None
 
 
-class SpoutSink(Sink):
+class SpoutSink(Device, Sink):
     """Sends under that name.
 
     Raises OSError, from open where there is no OpenGL, from write where the image was not taken.
     """
 
     def __init__(self, name: str = "StreamFlow") -> None:
+        super().__init__("the Spout sink")
         self.name = name or "StreamFlow"
-        self._sender: Any = None
 
-    def open(self) -> None:
-        library = _library()
-        self.close()
-        self._sender = library.SpoutSender()
-        if not self._sender.createOpenGL():
-            self.close()
+    def _open(self, closing: ExitStack) -> object:
+        sender = _library().SpoutSender()
+        closing.callback(sender.closeOpenGL)
+        closing.callback(sender.releaseSender)
+        if not sender.createOpenGL():
             raise OSError("Spout has got no OpenGL context")
-        self._sender.setSenderName(self.name)
+        sender.setSenderName(self.name)
+        return sender
 
     def write(self, image: TimedImage) -> None:
-        if self._sender is None:
-            raise RuntimeError("the Spout sink is not open: call open() first")
         height, width = image.pixels.shape[:2]
-        if not self._sender.sendImage(rgba(image.pixels), width, height, GL_RGBA, False, 0):
+        if not self.handle.sendImage(rgba(image.pixels), width, height, GL_RGBA, False, 0):
             raise OSError(f"Spout did not take an image of {width}x{height}")
-
-    def close(self) -> None:
-        if self._sender is not None:
-            self._sender.releaseSender()
-            self._sender.closeOpenGL()
-        self._sender = None

@@ -4,95 +4,73 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-from streamflow.io.protocols import Sink, Source, SourceLost, TimedImage, as_source_lost, need, rgba
+from streamflow.io.device import Device, DeviceSource, Handle
+from streamflow.io.protocols import Sink, SourceLost, TimedImage, need, rgba
 
-PACKAGE = "syphon-python"
 BGRA8 = 80  # MTLPixelFormatBGRA8Unorm
 
 
-def _library() -> ModuleType:
+def _library(part: str = "") -> ModuleType:
     if sys.platform != "darwin":
         raise ImportError(f"Syphon exists on macOS only, and this is {sys.platform}: use ndi or virtualcam")
-    return need("syphon", PACKAGE)
+    return need(f"syphon{part}", "syphon-python")
 
 
-class SyphonSource(Source):
+class SyphonSource(DeviceSource):
     """The Syphon server of that name, the first where it is empty. timeout: seconds to wait for it and for an image.
 
-    Raises SourceLost where there is none or it sends nothing for so long.
+    Raises SourceLost where there is none, or it has ended or sends nothing for so long.
     """
 
     def __init__(self, name: str = "", timeout: float = 5) -> None:
-        self.name, self.timeout = name, timeout
-        self._client: Any = None
+        super().__init__(f"Syphon {name!r}", timeout)
+        self.name = name
 
-    def open(self) -> None:
+    def _open(self, closing: ExitStack) -> object:
         library = _library()
-        self.close()
-        end = time.monotonic() + self.timeout
-        with as_source_lost(f"Syphon {self.name!r}"):
-            directory = library.SyphonServerDirectory()
-            while time.monotonic() < end:
-                found = [server for server in directory.servers if not self.name or server.name == self.name]
-                if found:
-                    self._client = library.SyphonMetalClient(found[0])
-                    return
-                time.sleep(0.1)
-        raise SourceLost(f"no Syphon server {self.name!r} within {self.timeout:g} s")
-
-    def read(self) -> TimedImage:
-        if self._client is None:
-            raise RuntimeError("the Syphon source is not open: call open() first")
+        directory = library.SyphonServerDirectory()
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            with as_source_lost(f"Syphon {self.name!r}"):
-                if not self._client.is_valid:
-                    break
-                if self._client.has_new_frame:
-                    return self._image(self._client.new_frame_image)
-            time.sleep(0.002)
-        raise SourceLost(f"Syphon {self.name!r} has ended, or sent nothing for {self.timeout:g} s")
+            found = [server for server in directory.servers if not self.name or server.name == self.name]
+            if found:
+                client = library.SyphonMetalClient(found[0])
+                closing.callback(client.stop)
+                return client
+            time.sleep(0.1)
+        raise SourceLost(f"no Syphon server {self.name!r} within {self.timeout:g} s")
 
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.stop()
-        self._client = None
-
-    @staticmethod
-    def _image(texture: Any) -> TimedImage:
-        pixels = need("syphon.utils.numpy", PACKAGE).copy_mtl_texture_to_image(texture)
-        order = [2, 1, 0] if texture.pixelFormat() == BGRA8 else [0, 1, 2]
-        return TimedImage(np.ascontiguousarray(pixels[..., order]), time.monotonic())
+    def _pixels(self, handle: Handle) -> np.ndarray | None:
+        if not handle.is_valid:
+            raise SourceLost(f"{self.what} has ended")
+        if not handle.has_new_frame:
+            return None
+        texture = handle.new_frame_image
+        pixels = _library(".utils.numpy").copy_mtl_texture_to_image(texture)
+        return pixels[..., [2, 1, 0] if texture.pixelFormat() == BGRA8 else [0, 1, 2]]
 
 
-class SyphonSink(Sink):
+class SyphonSink(Device, Sink):
     """Serves under that name."""
 
     def __init__(self, name: str = "StreamFlow") -> None:
+        super().__init__("the Syphon sink")
         self.name = name or "StreamFlow"
-        self._server: Any = None
-        self._texture: Any = None
 
-    def open(self) -> None:
-        library = _library()
-        self.close()
-        self._server = library.SyphonMetalServer(self.name)
+    def _open(self, closing: ExitStack) -> object:
+        server = _library().SyphonMetalServer(self.name)
+        closing.callback(server.stop)
+        self._texture = None
+        return server
 
     def write(self, image: TimedImage) -> None:
-        if self._server is None:
-            raise RuntimeError("the Syphon sink is not open: call open() first")
+        server = self.handle
         height, width = image.pixels.shape[:2]
         if self._texture is None or (self._texture.width(), self._texture.height()) != (width, height):
-            self._texture = need("syphon.utils.raw", PACKAGE).create_mtl_texture(self._server.device, width, height)
-        need("syphon.utils.numpy", PACKAGE).copy_image_to_mtl_texture(rgba(image.pixels), self._texture)
-        self._server.publish_frame_texture(self._texture, is_flipped=True)
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-        self._server = self._texture = None
+            self._texture = _library(".utils.raw").create_mtl_texture(server.device, width, height)
+        _library(".utils.numpy").copy_image_to_mtl_texture(rgba(image.pixels), self._texture)
+        server.publish_frame_texture(self._texture, is_flipped=True)

@@ -15,7 +15,7 @@ from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
 from streamflow.io.protocols import Sink, Source, TimedImage
 
-POLICIES = ("newest", "every")
+DEPTHS = {"newest": 1, "every": 4}  # of the queue, by policy
 
 T = TypeVar("T")
 
@@ -39,18 +39,13 @@ class _Threaded:
         self.close()
 
     @property
-    def depth(self) -> int:
-        """The most images that wait."""
-        return self._queue.depth
-
-    @property
     def dropped(self) -> int:
         """Images that a newer one replaced in the queue."""
         return self._queue.dropped
 
     @property
     def queued(self) -> int:
-        """Images that wait, never more than `depth`."""
+        """Images that wait."""
         return len(self._queue)
 
     @property
@@ -128,10 +123,10 @@ class Reading(_Threaded):
     """
 
     def __init__(self, source: Source, policy: str = "newest", depth: int | None = None) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
-        depth = {"newest": 1, "every": 4}[policy] if depth is None else depth
-        super().__init__(source, BoundedQueue(depth, block=policy == "every"), "reading")
+        if policy not in DEPTHS:
+            raise ValueError(f"unknown policy {policy!r}: choose one of {', '.join(DEPTHS)}")
+        queue = BoundedQueue(DEPTHS[policy] if depth is None else depth, block=policy == "every")
+        super().__init__(source, queue, "reading")
         self.source, self.policy, self.ended = source, policy, False
         self._changed = threading.Condition()
         self._stop = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
 
+from streamflow.io.device import Device
 from streamflow.io.protocols import Sink, SinkLost, TimedImage, need
 
 
-class WindowSink(Sink):
+class WindowSink(Device, Sink):
     """Shows images, fitted into the window, black around them. on_key is called with the name of each key pressed
     ("p", "space", "f1"), in the thread that writes. On macOS that must be the main thread.
 
@@ -22,23 +23,21 @@ class WindowSink(Sink):
         fullscreen: bool = False,
         on_key: Callable[[str], None] | None = None,
     ) -> None:
+        super().__init__("the window")
         self.title, self.size, self.fullscreen, self.on_key = title or "StreamFlow", size, fullscreen, on_key
-        self._pygame: Any = None
-        self._screen: Any = None
 
-    def open(self) -> None:
+    def _open(self, closing: ExitStack) -> object:
         pygame = need("pygame", "pygame-ce")
-        self.close()
         try:
             pygame.display.init()
         except pygame.error as error:
             raise OSError(f"no window can be opened: {error}") from error
-        self._pygame = pygame
+        closing.callback(pygame.display.quit)
+        self._screen = None
+        return pygame
 
     def write(self, image: TimedImage) -> None:
-        pygame = self._pygame
-        if pygame is None:
-            raise RuntimeError("the window is not open: call open() first")
+        pygame = self.handle
         height, width = image.pixels.shape[:2]
         if self._screen is None:
             flags = pygame.RESIZABLE | (pygame.FULLSCREEN if self.fullscreen else 0)
@@ -52,16 +51,8 @@ class WindowSink(Sink):
         self._screen.fill((0, 0, 0))
         self._screen.blit(shown, ((across - shown.get_width()) // 2, (down - shown.get_height()) // 2))
         pygame.display.flip()
-        self._events()
-
-    def close(self) -> None:
-        if self._pygame is not None:
-            self._pygame.display.quit()
-        self._pygame = self._screen = None
-
-    def _events(self) -> None:
-        for event in self._pygame.event.get():
-            if event.type == self._pygame.QUIT:
+        for event in pygame.event.get():
+            if event.type == pygame.QUIT:
                 raise SinkLost("the window was closed")
-            if event.type == self._pygame.KEYDOWN and self.on_key is not None:
-                self.on_key(self._pygame.key.name(event.key))
+            if event.type == pygame.KEYDOWN and self.on_key is not None:
+                self.on_key(pygame.key.name(event.key))

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
-MODES = ("auto", "fed", "free", "sequential")
 PATIENCE = 0.05  # seconds for which a thread waits for input before it checks its state
 ATTEMPTS = 3  # failures in a row, after the source's end, after which the remaining images are dropped
 LATENCIES = 1000  # images whose latency is kept
@@ -64,8 +64,10 @@ class Scene:
         stages = max(1, self.stream.denoising_steps_num)
 
         def modes() -> list[Mode]:
-            ring = Mode("", lambda _: self.tick_unfiltered(image, True), stages).tick
-            return [fed(ring, stages), free(ring, stages), sequential(lambda _: self.tick_unfiltered(image, False))]
+            def tick(batched: bool) -> Callable[[int], Drawn]:
+                return lambda _: self.tick(image, batched, filtered=False)
+
+            return [fed(tick(True), stages), free(tick(True), stages), sequential(tick(False))]
 
         if self._mode == "auto":
             chosen = self._chooser.choose(*self.size, stages, modes)
@@ -74,23 +76,20 @@ class Scene:
         self._batch(chosen.name != "sequential")
         return chosen
 
-    def tick(self, image: TimedImage | None) -> Drawn:
-        """One tick. Return the result of what entered S ticks ago."""
-        return self._tick(image, self.batched)
-
     def _batch(self, batched: bool) -> None:
         if batched != self.batched:
             self.stream.reset()
             self.stream.set_denoising_batch(batched)
             self.batched = batched
 
-    def tick_unfiltered(self, image: TimedImage, batched: bool) -> Drawn:
-        """One tick of an image that may have gone in before; the similarity filter does not skip it."""
-        self.stream.similar_filter.reset()
-        return self._tick(image, batched)
+    def tick(self, image: TimedImage | None, batched: bool | None = None, filtered: bool = True) -> Drawn:
+        """One tick. Return the result of what entered S ticks ago.
 
-    def _tick(self, image: TimedImage | None, batched: bool) -> Drawn:
-        self._batch(batched)
+        batched: as a ring or sequentially; None: as before. filtered: whether the similarity filter may skip the image.
+        """
+        if not filtered:
+            self.stream.similar_filter.reset()
+        self._batch(self.batched if batched is None else batched)
         began = time.monotonic() if image is None else image.time
         out = self.stream.txt2img() if image is None else self.stream(cropped(image.pixels, *self.size))
         if len(self._entered) != (behind := self.stream.calls_behind):  # an empty ring, or one of another length
@@ -158,7 +157,7 @@ class Drawing(Thread):
         left, failures = self.scene.stream.calls_behind, 0
         while left > 0 and not self._ending.is_set():
             try:
-                self._put(self.scene.tick_unfiltered(newest, self.scene.batched))
+                self._put(self.scene.tick(newest, filtered=False))
             except Exception as error:
                 failures += 1
                 if not self.hold or failures == ATTEMPTS:

@@ -41,9 +41,8 @@ class Backoff:
 class Feed:
     """Images of a source, read in a thread.
 
-    hold: where the source raises an error, log it once and open the source again after a pause, until it is back; otherwise
-    the error is raised. An error that opening cannot solve is raised in any case: ImportError, InvalidSource, an
-    exception that is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
+    hold: as `Live`'s on_error. What opening cannot solve is raised in any case: ImportError, InvalidSource, an exception
+    that is no Exception, such as KeyboardInterrupt, and FileNotFoundError of a source that never was open.
     """
 
     def __init__(self, source: Source, policy: str, hold: bool) -> None:

@@ -29,36 +29,15 @@ class Clock(Protocol):
         """Return when `now()` is t or later."""
 
 
-class RealClock:
-    """The machine's own."""
+class RealClock(Clock):
+    """The machine's own, `time.perf_counter()`."""
 
     def now(self) -> float:
-        """`time.perf_counter()`."""
         return time.perf_counter()
 
     def sleep_until(self, t: float) -> None:
-        """Sleep until then, or not at all."""
         while (left := t - time.perf_counter()) > 0:
             time.sleep(left)
-
-
-class SimulatedClock:
-    """A clock that moves only by `advance` and `sleep_until`."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def now(self) -> float:
-        """The time in seconds."""
-        return self._now
-
-    def sleep_until(self, t: float) -> None:
-        """Advance to that time."""
-        self._now = max(self._now, t)
-
-    def advance(self, seconds: float) -> None:
-        """Advance by so many seconds."""
-        self._now += seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +125,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
 
 
-def ranked(measured: Iterable[Measured], target_rate: float) -> list[Measured]:
-    """The best first: those that hold the target rate by latency (p50), then the others by rate."""
+def choose_mode(measured: Iterable[Measured], target_rate: float) -> Measured:
+    """The mode of the lowest latency among those that hold the target rate (images a second, within `TOLERANCE`); the
+    fastest where none does. Logs rate and latency of the chosen one and of the runner-up."""
 
     def order(m: Measured) -> tuple:
         return (0, m.p50, -m.rate) if m.holds(target_rate) else (1, -m.rate, m.p50)
 
-    return sorted(measured, key=order)
-
-
-def choose_mode(measured: Iterable[Measured], target_rate: float) -> Measured:
-    """The mode of the lowest latency among those that hold the target rate (images a second, within `TOLERANCE`); the
-    fastest where none does. Logs rate and latency of the chosen one and of the runner-up."""
-    found = ranked(measured, target_rate)
+    found = sorted(measured, key=order)
     if not found:
         raise ValueError("no mode was measured: give at least one")
     how = "holds" if found[0].holds(target_rate) else "is the fastest, and none holds"

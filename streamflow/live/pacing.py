@@ -12,7 +12,6 @@ from typing import Generic, TypeVar
 
 from streamflow.live.latency_modes import Clock
 
-POLICIES = ("newest", "every")
 KEPT = 100_000  # intervals that are kept for statistics
 
 T = TypeVar("T")

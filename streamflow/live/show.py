@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, get_args
 
 import numpy as np
 import PIL.Image
@@ -19,10 +19,11 @@ import PIL.Image
 from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
 from streamflow.io import Sink, SinkLost, Source, TimedImage, Writing, open_sink, open_source
-from streamflow.live.draw import MODES, Drawing, Drawn, Scene
+from streamflow.live.draw import Drawing, Drawn, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, describe
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
-from streamflow.live.pacing import POLICIES, Pacer
+from streamflow.live.pacing import Pacer
+from streamflow.live.settings import LiveSettings
 
 if TYPE_CHECKING:
     from streamflow.live.remote import Controls
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
-ON_ERROR = ("hold", "raise")
 ENDING = 30.0  # seconds for a thread to end
 ATTEMPTS = 6  # failures in a row of all sinks, which take about 8 s, after which a live performance ends
 
@@ -126,10 +126,9 @@ class Sinks:
     """The sinks, each in a thread of its own. All images have the first one's size, which recordings and cameras
     need.
 
-    hold: a sink that fails is opened again after a pause, while the others go on; only where every sink has failed
-    `ATTEMPTS` times in a row does the error end all. Without, any error does. In both cases, a sink that raises SinkLost,
-    which the user has closed, is left out. So is one that raises ImportError, which `close` raises then. `close` raises the
-    last error of a sink that has failed and has not taken an image since, too.
+    hold: as `Live`'s on_error; where every sink has failed `ATTEMPTS` times in a row, the error ends all. A sink that raises
+    SinkLost, which the user has closed, is left out. So is one that raises ImportError, which `close` raises then, like
+    the last error of a sink that has not taken an image since.
     """
 
     def __init__(self, sinks: Sequence[Sink], hold: bool, keys: Keys | None = None) -> None:
@@ -250,7 +249,8 @@ class Live:
         controls: Controls | None = None,
         clock: Clock | None = None,
     ) -> None:
-        for name, value, known in (("policy", policy, POLICIES), ("mode", mode, MODES), ("on_error", on_error, ON_ERROR)):
+        for name, value in {"policy": policy, "mode": mode, "on_error": on_error}.items():
+            known = get_args(LiveSettings.model_fields[name].annotation)
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:

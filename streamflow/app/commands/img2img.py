@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from streamflow.app.commands import options
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --strength 0.6 --output outputs/restyled'
 
@@ -26,15 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"several images are called {', '.join(twice)}, and results have their names: give them apart")
     if missing := [str(path) for path in a.images if not path.is_file()]:
         p.error(f"there is no file {', '.join(missing)}")
-    settings = options.settings(p, a, mode="img2img", strength=0.5)
-    from streamflow.image_utils import as_rgb, open_image, postprocess_image
-    from streamflow.wrapper import StreamFlowWrapper
-
-    a.output.mkdir(parents=True, exist_ok=True)
+    settings = options.with_start(options.settings(p, a, mode="img2img"))
     unread: dict[str, str] = {}
     read: list[str] = []
 
-    def images():
+    def images() -> Iterator[PIL.Image.Image]:
+        from streamflow.image_utils import as_rgb, open_image
+
         for path in tqdm(a.images, unit="image", disable=a.json):
             try:
                 image = as_rgb(open_image(path))
@@ -44,21 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             read.append(path.stem)
             yield image
 
-    files = []
-    with StreamFlowWrapper.from_settings(settings) as wrapper:
-        began = time.perf_counter()
-        for name, frame in _named(read, wrapper.stream.frames(images())):
-            files.append(str(a.output / f"{name}.png"))
-            postprocess_image(frame.wait().image[None])[0].save(files[-1])
-        seconds = time.perf_counter() - began
+    result = {**options.draw(settings, images(), read, a.output), "unread": unread}
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
-    result = {"files": files, "unread": unread, "seconds": round(seconds, 3)}
-    print(json.dumps(result) if a.json else f"{len(files)} images in {seconds:.1f} s, in {a.output}")
+    summary = f"{len(read)} images in {result['seconds']:.1f} s, in {a.output}"
+    print(json.dumps(result) if a.json else summary)
     return int(bool(unread))
-
-
-def _named(names, frames):
-    """Each frame with its input's name, which is there by then."""
-    for k, frame in enumerate(frames):
-        yield names[k], frame

@@ -6,12 +6,11 @@ import argparse
 import gc
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,14 +37,9 @@ WRONG = (ValueError, TypeError, ImportError, NotImplementedError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the source ended, the window was closed, or by SIGINT or SIGTERM; 1 for what failed; 2 for
     arguments."""
-    p = options.parser(
-        "live",
-        "Restyles a camera, a screen or a file live; without --in, draws from the prompt.",
-        EXAMPLE,
-        "live",
-        "control",
-    )
-    p.add_argument("--in", dest="source", metavar="SOURCE", help="short for --live.source")
+    description = "Restyles a camera, a screen or a file live; without --in, draws from the prompt."
+    p = options.parser("live", description, EXAMPLE, "live", "control")
+    p.add_argument("--in", dest="live.source", metavar="SOURCE", help="short for --live.source")
     p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")
     p.add_argument("--seconds", type=above(0), help="end so long after the first image (default: at the source's end)")
@@ -55,34 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
-    outs = [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]
-    for path, value in {"live.source": a.source, "live.sinks": json.dumps(outs) if outs else None}.items():
-        if value is not None:
-            setattr(a, path, value)
+    if outs := [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]:
+        setattr(a, "live.sinks", json.dumps(outs))
     settings = options.settings(p, a)
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            result = play(_with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
+            result = play(options.with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, WRONG) else 1
+        return p.failed(error, 2 if isinstance(error, WRONG) else 1)
     print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0
-
-
-def _with_start(settings: Settings) -> Settings:
-    """A source's images start half way where nothing else was result."""
-    if settings.mode != "img2img" or (settings.t_index_list, settings.strength) != (None, None):
-        return settings
-    return config.parse({**settings.model_dump(mode="json", exclude_unset=True), "mode": "img2img", "strength": 0.5})
-
-
-@runtime_checkable
-class _TakesKeys(Protocol):
-    """A sink that reads keys, such as a window."""
-
-    on_key: Callable[[str], None] | None
 
 
 def play(
@@ -92,6 +69,7 @@ def play(
     and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
+    from streamflow.io.window import WindowSink
     from streamflow.live.remote import open_control
 
     s, shows = settings.live, []
@@ -109,7 +87,7 @@ def play(
         if learn:
             controls.learn(learn)
         for sink in sinks:
-            if isinstance(sink, _TakesKeys):
+            if isinstance(sink, WindowSink):
                 sink.on_key = controls.keys.press
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
@@ -117,25 +95,19 @@ def play(
             freeze_loaded()
             closing.callback(gc.unfreeze)
             stop.remember()  # files are open from here on
-            show = wrapper.stream.live(
-                source,
-                sinks,
-                target_fps=s.target_fps,
-                policy=s.policy,
-                mode=s.mode,
-                on_error=s.on_error,
-                controls=controls,
-            )
+            passed = s.model_dump(include={"target_fps", "policy", "mode", "on_error"})
+            show = wrapper.stream.live(source, sinks, **passed, controls=controls)
             shows.append(show)
             scenes = closing.enter_context(Scenes(show, wrapper, (settings, *others)))
             closing.enter_context(show)  # ends before its scenes are closed
             _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet, stop)
             show.stop()
-        result = {name: _short(value) for name, value in asdict(show.statistics).items()}
-        learned = [one for one in controls.settings.mappings if one not in settings.control.mappings]
-        return (
-            {**result, "learned": [one.model_dump(mode="json", exclude_unset=True) for one in learned]} if learn else result
-        )
+        figures = asdict(show.statistics).items()
+        result = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures}
+        if learn:
+            new = [one for one in controls.settings.mappings if one not in settings.control.mappings]
+            result["learned"] = [one.model_dump(mode="json", exclude_unset=True) for one in new]
+        return result
 
 
 def _watch(show: Live, scenes: Scenes, keys: Keys, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
@@ -158,7 +130,7 @@ def _watch(show: Live, scenes: Scenes, keys: Keys, crossfade: float, seconds: fl
 
 
 def _scene(change: Callable[..., object], *arguments: object) -> None:
-    """A change of scene; what cannot be is result, and what plays goes on."""
+    """A change of scene; what cannot be done is logged, and what plays goes on."""
     try:
         change(*arguments)
     except (*WRONG, OSError, MemoryError) as error:
@@ -168,7 +140,3 @@ def _scene(change: Callable[..., object], *arguments: object) -> None:
 def _in_short(now: Statistics) -> str:
     latency = "" if now.latency_p50 is None else f", latency {1e3 * now.latency_p50:.0f} ms"
     return f"{now.mode} {now.drawn_per_second:.1f} drawn/s{latency}, repeated {now.repeated}, dropped {now.dropped_in}"
-
-
-def _short(value: object) -> object:
-    return round(value, 4) if isinstance(value, float) else value

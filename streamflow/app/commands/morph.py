@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = draw(settings, a)
     except (ImportError, OSError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return p.failed(error)
     print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.output}")
     return 0
 
@@ -102,10 +101,7 @@ def _write(frames: Sequence[PIL.Image.Image], output: Path, rate: float) -> None
     from streamflow.io.protocols import TimedImage
     from streamflow.io.recorder import Recorder
 
-    recorder = Recorder(output, rate, clock=False)
-    recorder.open()
-    try:
+    with closing(Recorder(output, rate, clock=False)) as recorder:
+        recorder.open()
         for frame in frames:
             recorder.write(TimedImage(np.asarray(frame), 0.0))
-    finally:
-        recorder.close()

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, get_args, get_origin
@@ -17,6 +17,8 @@ from streamflow.app.config import Section, Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from streamflow.image_utils import Images
 
 SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
 
@@ -35,7 +37,8 @@ def parser(command: str, description: str, example: str, *sections: str) -> Pars
     for path, field in _fields(Settings):
         if (section := path.split(".")[0]) in SECTIONS and section not in sections:
             continue
-        group.add_argument(_flag(path), dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+        flag = f"--{path.replace('_', '-')}"
+        group.add_argument(flag, dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
     return p
 
 
@@ -55,10 +58,6 @@ def _kinds(field: FieldInfo) -> tuple[object, ...]:
     return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 
-def _flag(path: str) -> str:
-    return f"--{path.replace('_', '-')}"
-
-
 def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
     """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid."""
     try:
@@ -68,8 +67,14 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
                 _put(data, path.split("."), _value(path, text))
         return config.parse(data)
     except (ValueError, OSError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(p.failed(error, 2)) from None
+
+
+def with_start(settings: Settings) -> Settings:
+    """Image to image starts half way where neither `strength` nor `t_index_list` says where."""
+    if settings.mode == "txt2img" or (settings.t_index_list, settings.strength) != (None, None):
+        return settings
+    return settings.model_copy(update={"strength": 0.5})
 
 
 def _value(path: str, text: str) -> object:
@@ -83,6 +88,22 @@ def _put(data: Json, path: list[str], value: object) -> None:
     for name in path[:-1]:
         data[name] = data = dict(data.get(name) or {})
     data[path[-1]] = value
+
+
+def draw(settings: Settings, images: Iterable[Images | None], names: Sequence[str], folder: Path) -> Json:
+    """A PNG file for each of these images, or for each None of one drawn from text; the files, and the seconds that it took.
+    names: of the files. They are needed only once an image has been taken."""
+    from streamflow.image_utils import postprocess_image
+    from streamflow.wrapper import StreamFlowWrapper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[str] = []
+    with StreamFlowWrapper.from_settings(settings) as wrapper:
+        began = time.perf_counter()
+        for frame in wrapper.stream.frames(images):
+            files.append(str(folder / f"{names[len(files)]}.png"))
+            postprocess_image(frame.wait().image[None])[0].save(files[-1])
+        return {"files": files, "seconds": round(time.perf_counter() - began, 3)}
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))

@@ -26,24 +26,19 @@ END_WITHIN = 0.5  # seconds for threads that still compute after the server has 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
     p = options.parser("serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server")
-    p.add_argument("--host", help="short for --server.host")
-    p.add_argument("--port", help="short for --server.port")
-    p.add_argument("--behind-proxy", action="store_true", help="a proxy in front ends TLS")
+    p.add_argument("--host", dest="server.host", metavar="HOST", help="short for --server.host")
+    p.add_argument("--port", dest="server.port", metavar="PORT", help="short for --server.port")
+    proxy = "a proxy in front ends TLS"
+    p.add_argument("--behind-proxy", dest="server.behind_proxy", action="store_const", const="true", help=proxy)
     with stop_signals() as stop:
         a = p.parse_args(argv)
-        given = {"server.host": a.host, "server.port": a.port, "server.behind_proxy": "true" if a.behind_proxy else None}
-        for path, value in given.items():
-            if value is not None:
-                setattr(a, path, value)
         settings = options.settings(p, a, cfg_type="full", warmup=0)
         try:
             return serve(settings, stop, a.json)
         except ValueError as error:
-            print(f"{p.prog}: error: {error}", file=sys.stderr)
-            return 2
+            return p.failed(error, 2)
         except OSError as error:
-            print(f"{p.prog}: {settings.server.host}:{settings.server.port}: {error}", file=sys.stderr)
-            return 1
+            return p.failed(f"{settings.server.host}:{settings.server.port}: {error}")
 
 
 def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:

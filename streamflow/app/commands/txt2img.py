@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,17 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)
     settings = options.settings(p, a, mode="txt2img")
-    from streamflow.image_utils import postprocess_image
-    from streamflow.wrapper import StreamFlowWrapper
-
-    a.output.mkdir(parents=True, exist_ok=True)
-    files = []
-    with StreamFlowWrapper.from_settings(settings) as wrapper:
-        began = time.perf_counter()
-        for frame in tqdm(wrapper.stream.frames([None] * a.count), total=a.count, unit="image", disable=a.json):
-            files.append(str(a.output / f"{frame.id:04d}.png"))
-            postprocess_image(frame.wait().image[None])[0].save(files[-1])
-        seconds = time.perf_counter() - began
-    result = {"files": files, "seconds": round(seconds, 3)}
+    names = [f"{number:04d}" for number in range(a.count)]
+    result = options.draw(settings, tqdm([None] * a.count, unit="image", disable=a.json), names, a.output)
+    files, seconds = result["files"], result["seconds"]
     print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,16 +50,13 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
         p.error(f"{a.out} is there already: choose another name, or pass --overwrite")
     if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
         p.error(f"{a.out} is what is read: choose another name")
-    settings = options.settings(p, a, mode="img2img")
+    settings = options.with_start(options.settings(p, a, mode="img2img"))
     if settings.mode != "img2img":
         p.error("a video is restyled: mode is img2img")
-    if settings.strength is None and settings.t_index_list is None:
-        settings = settings.model_copy(update={"strength": 0.5})
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return p.failed(error)
     print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
     return INTERRUPTED if result["interrupted"] else 0
 

@@ -51,8 +51,12 @@ class Service:
         self.viewers: set[Viewer] = set()
         self.wrong_tokens = Rates(TRIES, 10)
         self.leaving = False
-        for name, text, read in self._gauges():
-            self.metrics.gauge(name, text, read)
+        gauge = self.metrics.gauge
+        gauge("viewers", "viewers there are", lambda: self.admission.inside)
+        gauge("queue_age_seconds", "how long the oldest image waits to be drawn", self._queue_age)
+        gauge("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss)
+        if torch.cuda.is_available():
+            gauge("cuda_memory_bytes", "of tensors on the GPU", torch.cuda.memory_allocated)
 
     @property
     def state(self) -> str:
@@ -66,15 +70,6 @@ class Service:
         if self.worker.restarts == 0:
             return "warming up"
         return "the model's thread has ended" + ("; it is restarting" if self.worker.is_alive() else "")
-
-    def _gauges(self) -> tuple[tuple[str, str, Callable[[], float]], ...]:
-        gauges = (
-            ("viewers", "viewers there are", lambda: self.admission.inside),
-            ("queue_age_seconds", "how long the oldest image waits to be drawn", self._queue_age),
-            ("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss),
-        )
-        cuda = ("cuda_memory_bytes", "of tensors on the GPU", lambda: torch.cuda.memory_allocated())
-        return (*gauges, cuda) if torch.cuda.is_available() else gauges
 
     def _queue_age(self) -> float:
         waiting = [since for one in self.viewers if (since := one.waiting_since) is not None]
@@ -192,8 +187,7 @@ def _sockets(app: FastAPI, service: Service) -> None:
         try:
             await socket.accept(PROTOCOL)
             viewer = _welcome(service, holder)
-            parts = service.worker, service.server, service.pools, service.metrics, service.refusals
-            await Session(socket, viewer, *parts).run()
+            await Session(socket, viewer, service).run()
         finally:
             service.admission.leave(holder)
             if viewer is not None:

@@ -35,21 +35,18 @@ HEADERS = {
 def check_binding(server: Server, tokens: Tokens) -> None:
     """ValueError unless the server may be reached where it binds: behind a proxy it needs tokens, and beyond this machine
     tokens and TLS, or a proxy in front that ends TLS."""
-    if is_loopback(server.host):
-        if server.behind_proxy and not tokens:
-            raise ValueError(
-                f"a proxy makes {server.host} reachable from other machines, and there are no tokens: give "
-                f"server.token_file, or STREAMFLOW_TOKENS in the environment, or leave out --behind-proxy"
-            )
+    local = is_loopback(server.host)
+    if local and not server.behind_proxy:
         return
+    reached = f"{server.host} can be reached from other machines{' through the proxy' if local else ''}"
     if not tokens:
         raise ValueError(
-            f"{server.host} can be reached from other machines, and there are no tokens: give server.token_file, or "
-            f"STREAMFLOW_TOKENS in the environment, or bind to 127.0.0.1"
+            f"{reached}, and there are no tokens: give server.token_file, or STREAMFLOW_TOKENS in the environment, or "
+            f"{'leave out --behind-proxy' if local else 'bind to 127.0.0.1'}"
         )
     if server.tls_certificate is None and not server.behind_proxy:
         raise ValueError(
-            f"{server.host} can be reached from other machines, and tokens would travel in the clear: give "
+            f"{reached}, and tokens would travel in the clear: give "
             f"server.tls_certificate and server.tls_key, or --behind-proxy where a proxy ends TLS, or bind to 127.0.0.1"
         )
 

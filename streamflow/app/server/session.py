@@ -20,11 +20,11 @@ from streamflow.app.server import images, messages
 from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import Bucket
-from streamflow.app.server.settings import Server
 from streamflow.app.server.slot import Drawn, Slot
 from streamflow.app.server.worker import Worker
 
 if TYPE_CHECKING:
+    from streamflow.app.server.app import Service
     from streamflow.image_utils import Images
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def _started(count: int, name: str) -> ThreadPoolExecutor:
 
 
 class Viewer:
-    """One viewer: the worker's `Client`, and the state of its socket."""
+    """One viewer: what the worker draws for it, and the state of its socket."""
 
     def __init__(self, worker: Worker, metrics: Metrics, request: DrawRequest, paces: tuple[Bucket, ...]):
         self._worker, self._metrics, self._paces = worker, metrics, paces
@@ -73,7 +73,7 @@ class Viewer:
         self.image: tuple[Images, float, float] | None = None  # decoded, when it came, its stamp
         self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
         self._out: Drawn | None = None
-        self._texts: deque[str] = deque(maxlen=8)
+        self.texts: deque[str] = deque(maxlen=8)  # to be sent
         self.input_arrived, self.output_ready = asyncio.Event(), asyncio.Event()
         self.fatal = False
 
@@ -106,16 +106,15 @@ class Viewer:
 
     def report(self, message: str, fatal: bool = False) -> None:
         """Queue an error message. fatal: its connection ends then."""
-        self._texts.append(json.dumps({"type": "error", "message": message[:1000]}))
         self.fatal |= fatal
-        self._loop.call_soon_threadsafe(self.output_ready.set)
+        self.post(type="error", message=message[:1000])
 
     # -- the event loop ---------------------------------------------------------------------------------------------------
 
     def post(self, **message: object) -> None:
-        """Queue a message to be sent. Of more than 8, the oldest are dropped."""
-        self._texts.append(json.dumps(message))
-        self.output_ready.set()
+        """Queue a message to be sent, from any thread. Of more than 8, the oldest are dropped."""
+        self.texts.append(json.dumps(message))
+        self._loop.call_soon_threadsafe(self.output_ready.set)
 
     def offer(self, data: bytes) -> None:
         """Take an image's message. It replaces one that is not decoded yet."""
@@ -127,34 +126,27 @@ class Viewer:
 
     def decoded(self, image: Images, entered: float, stamp: float) -> None:
         """Take a decoded image. It replaces one that is not drawn yet."""
-        with self._worker.lock:
+        with self._worker.changing():
             if self.image is not None:
                 self._metrics.count("drops", "in")
             self.image = image, entered, stamp
-        self._worker.wake()
 
     def change(self, request: DrawRequest) -> None:
         """Use this request from the next turn on."""
-        with self._worker.lock:
+        with self._worker.changing():
             self.request = request
-        self._worker.wake()
 
     def acknowledge(self) -> None:
         """Note that the viewer has shown an image."""
-        with self._worker.lock:
+        with self._worker.changing():
             self.unacknowledged = max(0, self.unacknowledged - 1)
-        self._worker.wake()
 
     def next_out(self) -> Drawn | None:
         """The image to be sent, counted as unacknowledged from now on; None where there is none."""
-        with self._worker.lock:
+        with self._worker.changing():
             drawn, self._out = self._out, None
             self.unacknowledged += drawn is not None
         return drawn
-
-    def next_text(self) -> str | None:
-        """The oldest message that waits, or None."""
-        return self._texts.popleft() if self._texts else None
 
     @property
     def waiting_since(self) -> float | None:
@@ -166,19 +158,11 @@ class Viewer:
 class Session:
     """A viewer's socket, from the `welcome` message to its end."""
 
-    def __init__(
-        self,
-        socket: WebSocket,
-        viewer: Viewer,
-        worker: Worker,
-        server: Server,
-        pools: Pools,
-        metrics: Metrics,
-        refused: Callable[[str], None],
-    ):
-        self._socket, self._viewer, self._worker, self._server = socket, viewer, worker, server
-        self._pools, self._metrics, self._refused = pools, metrics, refused
-        self._rate = Bucket(server.max_messages_per_second, 2 * server.max_messages_per_second)
+    def __init__(self, socket: WebSocket, viewer: Viewer, service: Service):
+        self._socket, self._viewer, self._worker, self._server = socket, viewer, service.worker, service.server
+        self._pools, self._metrics, self._refused = service.pools, service.metrics, service.refusals
+        rate = self._server.max_messages_per_second
+        self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
         self._mistakes = 0
         self._kept: deque[bytes] = deque(maxlen=GIF_FRAMES)
@@ -186,8 +170,7 @@ class Session:
 
     async def run(self) -> None:
         """Run until the viewer disconnects, or the server ends its connection."""
-        loops = (self._receive(), self._decode(), self._send())
-        tasks = [asyncio.ensure_future(one) for one in loops]
+        tasks = [asyncio.ensure_future(one) for one in (self._receive(), self._decode(), self._send())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -276,12 +259,11 @@ class Session:
         while True:
             await viewer.output_ready.wait()
             viewer.output_ready.clear()
-            while (text := viewer.next_text()) is not None:
-                await self._socket.send_text(text)
+            while viewer.texts:
+                await self._socket.send_text(viewer.texts.popleft())
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
-                self._worker.wake()
                 await self._image(drawn)
 
     async def _image(self, drawn: Drawn) -> None:

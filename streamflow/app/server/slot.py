@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from streamflow import models
 from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.messages import DrawRequest
+from streamflow.flow.noise import interpolated
 from streamflow.image_utils import Images, uint8_pixels
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults
 from streamflow.models.protocols import Pipeline
@@ -102,33 +102,28 @@ class Slot:
         self._tried = request
         if before is None or any(getattr(request, name) != getattr(before, name) for name in LEVELS):
             self._prepare(request)
-        elif changes := self._changes(before, request):
-            self._stream.update(**changes)
+        else:
+            old, new = self._values(before), self._values(request)
+            if changes := {name: value for name, value in new.items() if value != old[name]}:
+                self._stream.update(**changes)
         self._request, self._since_change = request, 0
 
+    def _values(self, request: DrawRequest) -> Json:
+        """What `prepare` and `update` both take of a request."""
+        guidance = {"guidance_scale": request.guidance} if self._guided else {}
+        return {"prompt": request.prompts, "seed": request.seed, **guidance}
+
     def _prepare(self, request: DrawRequest) -> None:
-        takes_image = request.mode == "image"
-        strength = {"strength": stages_of(request) / request.steps} if takes_image else {}
         self._stream.prepare(
-            request.prompts,
-            self._negative,
-            request.steps,
-            request.guidance if self._guided else None,
-            self._delta,
-            seed=request.seed,
-            **strength,
+            **self._values(request),
+            negative_prompt=self._negative,
+            num_inference_steps=request.steps,
+            delta=self._delta,
+            strength=stages_of(request) / request.steps if request.mode == "image" else None,
             **self._extras,
         )
         self._frames.clear()
         self._count = 0
-
-    def _changes(self, before: DrawRequest, request: DrawRequest) -> Json:
-        wanted = {"prompt": "prompts", "seed": "seed", **({"guidance_scale": "guidance"} if self._guided else {})}
-        return {
-            name: getattr(request, field)
-            for name, field in wanted.items()
-            if getattr(request, field) != getattr(before, field)
-        }
 
     @torch.no_grad()
     def draw(self, image: Images | None = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
@@ -150,16 +145,11 @@ class Slot:
         return Drawn(uint8_pixels(drawn)[0], left, *known, self._ring)
 
     def _noise(self) -> Tensor:
-        """The noise of the frame that enters: the seed's own, or a point on the great circle to the next one, which keeps
-        the variance."""
+        """The noise of the frame that enters: the same for all, one of its own, or on the way from one to the next."""
         assert self._request is not None, "a slot draws what it has applied"
-        if self._request.motion == "still":
-            return self._stream.frame_noise(0)
-        if self._request.motion == "fresh":
-            return self._stream.frame_noise(self._count)
-        k, part = divmod(self._count, PERIOD)
-        angle = part / PERIOD * math.pi / 2
-        return math.cos(angle) * self._stream.frame_noise(k) + math.sin(angle) * self._stream.frame_noise(k + 1)
+        if self._request.motion == "drift":
+            return interpolated(self._stream.frame_noise, self._count, PERIOD)
+        return self._stream.frame_noise(0 if self._request.motion == "still" else self._count)
 
 
 def stages_of(request: DrawRequest) -> int:
@@ -211,13 +201,7 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
 def warm(slot: Slot, request: DrawRequest) -> None:
     """Warm up: draw once in both modes and discard the results."""
     width, height = slot.size
-    slot.apply(replace_mode(request, "image"))
-    slot.draw(np.zeros((height, width, 3), np.uint8))
-    slot.apply(replace_mode(request, "text"))
-    slot.draw()
+    for mode, image in {"image": np.zeros((height, width, 3), np.uint8), "text": None}.items():
+        slot.apply(request.model_copy(update={"mode": mode}))
+        slot.draw(image)
     slot.reset()
-
-
-def replace_mode(request: DrawRequest, mode: str) -> DrawRequest:
-    """The request in another mode."""
-    return request.model_copy(update={"mode": mode})

@@ -8,8 +8,11 @@ import hmac
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+
+from pydantic import PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from streamflow._files import Json
 
@@ -22,8 +25,8 @@ class Holder:
     """One user: how many streams at once, and how many images a second over all of them; None: the server's limits."""
 
     name: str
-    streams: int | None = None
-    fps: float | None = None
+    streams: PositiveInt | None = None
+    fps: PositiveFloat | None = None
     digest: bytes = field(default=b"", repr=False)
 
 
@@ -81,18 +84,11 @@ def parse(text: str, where: str) -> Tokens:
 def _holder(words: list[str], where: str) -> Holder:
     if len(words) < 2 or len(words[1]) < SHORTEST:
         raise ValueError(f"{where}: write a name and a token of at least {SHORTEST} characters")
-    quotas: Json = {}
-    for word in words[2:]:
-        name, _, value = word.partition("=")
-        if name not in QUOTAS:
-            raise ValueError(f"{where}: after the token come {' and '.join(QUOTAS)} only, as in streams=2")
-        try:
-            quotas[name] = QUOTAS[name](value)
-        except ValueError:
-            raise ValueError(f"{where}: {name} is no number") from None
-        if not quotas[name] > 0:
-            raise ValueError(f"{where}: {name} must be above 0")
-    return Holder(words[0], digest=_digest(words[1]), **quotas)
-
-
-QUOTAS = {"streams": int, "fps": float}
+    quotas: Json = {name: value for name, _, value in (word.partition("=") for word in words[2:])}
+    if not quotas.keys() <= {"streams", "fps"}:
+        raise ValueError(f"{where}: after the token come streams= and fps= only, as in streams=2")
+    try:
+        return Holder(words[0], digest=_digest(words[1]), **quotas)
+    except ValidationError as error:
+        wrong = (f"{one['loc'][0]}: {one['msg']}" for one in error.errors(include_url=False))
+        raise ValueError(f"{where}: {'; '.join(wrong)}") from None

@@ -1,5 +1,6 @@
 """The model's thread: opens the models, then gives turns to viewers, one after another. The viewer that has used the least
-time is next, so viewers share the model equally whatever they draw. Knows slots and viewers; no socket."""
+time is next, so viewers share the model equally whatever they draw. Knows slots and viewers; no socket. Of a viewer's
+methods, all but `report` are called with the worker's lock held."""
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from streamflow._threads import Thread
 from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.slot import Drawn, Slot
+from streamflow.app.server.slot import Slot
 
 if TYPE_CHECKING:
+    from streamflow.app.server.session import Viewer
     from streamflow.image_utils import Images
 
 T = TypeVar("T")
@@ -27,34 +30,11 @@ MAX_ERRORS = 5  # in a row, after which a viewer is dropped
 MAX_RESTARTS = 1
 
 
-class Client(Protocol):
-    """What the worker needs of a viewer. All but `report` and `gone` are called with the worker's lock held."""
-
-    used: float
-    slot: Slot | None
-    gone: bool
-    model: str
-
-    def due(self, now: float) -> bool:
-        """Whether it has something to draw and room for the result."""
-        ...
-
-    def take(self) -> tuple[DrawRequest, Images | None, float | None, float | None]:
-        """The next draw: (request, input image or None, its arrival, its stamp)."""
-        ...
-
-    def put(self, drawn: Drawn) -> None:
-        """Take a finished image."""
-
-    def report(self, message: str, fatal: bool = False) -> None:
-        """Report an error; fatal ends its connection."""
-
-
 @dataclass(frozen=True)
 class Turn:
     """What a viewer requested when it was chosen. Later changes apply to its next turn."""
 
-    client: Client
+    client: Viewer
     request: DrawRequest
     image: Images | None
     entered: float | None
@@ -71,8 +51,8 @@ class Worker(Thread):
     def __init__(self, open_slots: Callable[[], dict[str, list[Slot]]], metrics: Metrics):
         super().__init__(self._work, "model")
         self._open, self._metrics = open_slots, metrics
-        self._wake = threading.Condition()
-        self._clients: list[Client] = []
+        self._changed = threading.Condition()
+        self._clients: list[Viewer] = []
         self._errors: dict[int, int] = {}
         self._stopping = False
         self.ready = threading.Event()
@@ -82,39 +62,33 @@ class Worker(Thread):
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
 
-    @property
-    def lock(self) -> threading.Condition:
-        """Hold it to change a viewer's state; call `wake` after."""
-        return self._wake
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the lock while a viewer's state changes; due viewers are looked for after."""
+        with self._changed:
+            yield
+            self._changed.notify_all()
 
-    def wake(self) -> None:
-        """Look for due viewers at once."""
-        with self._wake:
-            self._wake.notify_all()
-
-    def add(self, client: Client) -> None:
+    def add(self, client: Viewer) -> None:
         """Add a viewer. It starts with the used time of the viewer that has used the least."""
-        with self._wake:
+        with self.changing():
             client.used = min((one.used for one in self._clients), default=0.0)
             self._clients.append(client)
-            self._wake.notify_all()
 
-    def remove(self, client: Client) -> None:
+    def remove(self, client: Viewer) -> None:
         """Remove a viewer. Its slot is free once a turn under way has ended."""
-        with self._wake:
+        with self.changing():
             client.gone = True
-            self._wake.notify_all()
 
     def stop(self) -> None:
         """End after the turn under way."""
-        with self._wake:
+        with self.changing():
             self._stopping = True
-            self._wake.notify_all()
 
     def _work(self) -> None:
         while self._open_all() and not self._give_turns() and self.restarts < MAX_RESTARTS:
             self.restarts += 1
-        with self._wake:
+        with self._changed:
             for client in () if self._stopping else self._clients:
                 self._call(client, client.report, "the model's thread has ended", True)
             self._clients.clear()
@@ -140,7 +114,7 @@ class Worker(Thread):
             return True
         except BaseException as error:  # SystemExit of a library too: the other viewers need this thread
             log_failure("the model's thread has ended", error)
-        with self._wake:
+        with self._changed:
             self.ready.clear()
             self.slots = {}
             for client in self._clients:
@@ -149,12 +123,12 @@ class Worker(Thread):
 
     def _next(self) -> Turn | None:
         """The turn of the due viewer with the least used time; None when it is over."""
-        with self._wake:
+        with self._changed:
             while not self._stopping:
                 self._drop_gone()
                 if (turn := self._choose(time.monotonic())) is not None:
                     return turn
-                self._wake.wait(NAP)
+                self._changed.wait(NAP)
         return None
 
     def _choose(self, now: float) -> Turn | None:
@@ -168,7 +142,7 @@ class Worker(Thread):
                 other.used = max(other.used, chosen.used)
         return self._call(chosen, self._take, chosen)
 
-    def _take(self, client: Client) -> Turn:
+    def _take(self, client: Viewer) -> Turn:
         turn = Turn(client, *client.take())
         if client.slot is None or client.model != turn.request.model:
             self._free(client)
@@ -176,7 +150,7 @@ class Worker(Thread):
             client.model = turn.request.model
         return turn
 
-    def _call(self, client: Client, method: Callable[..., T], *arguments: object) -> T | None:
+    def _call(self, client: Viewer, method: Callable[..., T], *arguments: object) -> T | None:
         """Call a viewer's method. Where it fails, drop the viewer and return None: its state must not end the thread."""
         try:
             return method(*arguments)
@@ -191,7 +165,7 @@ class Worker(Thread):
             self._errors.pop(id(client), None)
             self._free(client)
 
-    def _free(self, client: Client) -> None:
+    def _free(self, client: Viewer) -> None:
         slot, client.slot = client.slot, None
         if slot is not None:
             slot.reset()
@@ -213,12 +187,12 @@ class Worker(Thread):
             self._failed(client, slot, error)
         seconds = time.monotonic() - began
         self._metrics.observe("tick_seconds", seconds)
-        with self._wake:
+        with self._changed:
             client.used += seconds
             if drawn is not None:
                 self._call(client, client.put, drawn)
 
-    def _failed(self, client: Client, slot: Slot, error: Exception) -> None:
+    def _failed(self, client: Viewer, slot: Slot, error: Exception) -> None:
         log_failure("a draw failed", error)
         self._metrics.count("errors")
         errors = self._errors[id(client)] = self._errors.get(id(client), 0) + 1

@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class Controls:
-    """The open inputs, their knobs, and `keys`. Call `tick` once a frame, from the thread that draws."""
+    """The inputs that the settings name, open from here on, their knobs, and `keys`. Call `tick` once a frame, from the
+    thread that draws.
+
+    stream_update: `StreamFlow.update` of the stream that draws. weights: of the prompt's texts at the start.
+
+    Raises:
+        ImportError: a package is missing, with the command that brings it. OSError: an address or port is not available.
+    """
 
     def __init__(self, settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> None:
         self.keys = Keys(settings.keys)
@@ -97,11 +104,4 @@ class Controls:
         self.close()
 
 
-def open_control(settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> Controls:
-    """Open the inputs that the settings name. stream_update: `StreamFlow.update` of the stream that draws.
-    weights: of the prompt's texts at the start.
-
-    Raises:
-        ImportError: a package is missing, with the command that brings it. OSError: an address or port is not available.
-    """
-    return Controls(settings, stream_update, weights)
+open_control = Controls

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import TypeGuard
 
 from streamflow._files import Json
 from streamflow.live.remote.settings import Mapping, weight_number
@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 REACHED = 1e-3  # of the range: nearer than this, a smoothed value is at its end
 
 
-def accepts(kind: str, value: object) -> bool:
+Value = float | str  # of a field
+
+
+def accepts(value: object, kind: str) -> TypeGuard[Value]:
     """Whether a field of this kind takes the value: a text, or a finite number."""
     if kind == "text":
         return isinstance(value, str)
@@ -32,7 +35,9 @@ class Knobs:
     def __init__(self, mappings: Iterable[Mapping] = (), weights: Sequence[float] = ()) -> None:
         self._mappings = {one.address: one for one in mappings}
         self._lock = threading.Lock()
-        self._targets: dict[str, tuple[Mapping, Any]] = {}  # by field: the value to be reached, and the knob that moved last
+        self._targets: dict[
+            str, tuple[Mapping, Value]
+        ] = {}  # by field: the value to be reached, and the knob that moved last
         self._values: Json = {f"prompt_weights.{i}": float(weight) for i, weight in enumerate(weights)}
         self._sent: Json = {}
         self._refused: set[str] = set()
@@ -56,15 +61,15 @@ class Knobs:
             mapping = self._mappings.get(address)
             if mapping is None:
                 return
-            taken = len(values) == 1 and accepts(mapping.kind, values[0])
-            if taken:
-                self._targets[mapping.field] = mapping, scaled(mapping, values[0])
-            first = not taken and address not in self._refused
-            if first:
-                self._refused.add(address)
-        if first:
-            wanted = "one text" if mapping.kind == "text" else "one finite number"
-            logger.warning("%s sent %.200r, and %s takes %s: dropped", address, values, mapping.field, wanted)
+            value: object = values[0] if len(values) == 1 else None
+            if accepts(value, mapping.kind):
+                self._targets[mapping.field] = mapping, scaled(mapping, value)
+                return
+            if address in self._refused:
+                return
+            self._refused.add(address)
+        wanted = "one text" if mapping.kind == "text" else "one finite number"
+        logger.warning("%s sent %.200r, and %s takes %s: dropped", address, values, mapping.field, wanted)
 
     def due(self, now: float) -> Json:
         """The fields that changed since the last call, as `update` takes them. now: seconds of a monotonic clock."""
@@ -77,7 +82,7 @@ class Knobs:
                 self._values[field] = value
                 if value == target:
                     del self._targets[field]
-                out = round(value) if mapping.kind == "integer" else value
+                out = round(value) if mapping.kind == "integer" and isinstance(value, float) else value
                 if self._sent.get(field) != out:
                     self._sent[field] = changed[field] = out
             return self._with_weight_list(changed)
@@ -92,18 +97,18 @@ class Knobs:
         return fields
 
 
-def scaled(mapping: Mapping, value: Any) -> Any:
+def scaled(mapping: Mapping, value: Value) -> Value:
     """A knob's value, clamped to its ends and scaled to the field's range; a text unchanged."""
-    if mapping.kind == "text":
+    if isinstance(value, str):
         return value
     (begin, end), (low, high) = mapping.ends, mapping.range
     share = (min(max(value, min(begin, end)), max(begin, end)) - begin) / (end - begin)
     return float(low + share * (high - low)) if share < 1 else float(high)
 
 
-def smoothed(mapping: Mapping, value: Any, target: Any, elapsed: float) -> Any:
+def smoothed(mapping: Mapping, value: Value | None, target: Value, elapsed: float) -> Value:
     """The value after `elapsed` seconds: `target + (value - target) exp(-elapsed / smoothing)`."""
-    if value is None or not mapping.smoothing:
+    if not mapping.smoothing or not isinstance(value, float) or not isinstance(target, float):
         return target
     value = target + (value - target) * math.exp(-elapsed / mapping.smoothing)
     near = REACHED * abs(mapping.range[1] - mapping.range[0])

@@ -28,7 +28,7 @@ class Learner:
 
     def receive(self, address: str, *values: object) -> Mapping | None:
         """Take what an address sent, from any thread. Return the mapping if this is the address, and None otherwise."""
-        if len(values) != 1 or not accepts(self._model.kind, values[0]) or not is_address(address):
+        if len(values) != 1 or not accepts(values[0], self._model.kind) or not is_address(address):
             return None
         with self._lock:
             if self._ended.is_set():

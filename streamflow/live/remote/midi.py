@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from streamflow.io.protocols import need
 
-MESSAGE_KINDS: dict[str, Callable[[Any], tuple[str, int, int]]] = {
-    "control_change": lambda message: ("cc", message.control, message.value),
-    "note_on": lambda message: ("note", message.note, message.velocity),
-    "note_off": lambda message: ("note", message.note, 0),
+if TYPE_CHECKING:
+    import mido
+
+# By a message's type: the kind in the address, and where its number and its value are.
+MESSAGE_KINDS = {
+    "control_change": ("cc", "control", "value"),
+    "note_on": ("note", "note", "velocity"),
+    "note_off": ("note", "note", None),
 }
 
 
-def parse_message(message: Any) -> tuple[str, int] | None:
+def parse_message(message: mido.Message) -> tuple[str, int] | None:
     """Address and value (0 to 127) of a mido message; None for kinds that no knob sends. Channels count from 1."""
-    if message.type not in MESSAGE_KINDS:
+    fields = message.dict()
+    if fields["type"] not in MESSAGE_KINDS:
         return None
-    kind, number, value = MESSAGE_KINDS[message.type](message)
-    return f"midi:{kind}:{message.channel + 1}:{number}", value
+    kind, number, value = MESSAGE_KINDS[fields["type"]]
+    return f"midi:{kind}:{fields['channel'] + 1}:{fields[number]}", 0 if value is None else fields[value]
 
 
 def find_port(name: str, ports: Sequence[str]) -> str:
@@ -43,7 +48,7 @@ class MidiInput:
             need(module, '"streamflow-rf[control]"')
         import mido
 
-        def take(message: object) -> None:
+        def take(message: mido.Message) -> None:
             if (read := parse_message(message)) is not None:
                 receive(*read)
 
