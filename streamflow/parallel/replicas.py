@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
@@ -45,6 +46,11 @@ def resolve_device(one: str | int | torch.device) -> torch.device:
     if not 0 <= index < count:
         raise ValueError(f"device {one!r} does not exist: torch sees {count} CUDA device{'s' * (count != 1)}")
     return torch.device("cuda", index)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a CUDA device is the current one. For a CPU it does nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def free_bytes(device: torch.device) -> int:
