@@ -53,7 +53,7 @@ def test_a_call_that_empties_the_ring_ends_the_loop_with_the_number_of_frames(ca
     dropped = int(str(error.value).split(" of its frames were dropped")[0].split()[-1])
     assert got == list(range(len(got))), "what was decoded by then still comes"
     returned = sum(map(len, returned))
-    assert dropped == entered - len(got) - returned + 1, "those under way, and the input that came in after"
+    assert dropped == entered - len(got) - returned + 1, "those in flight, and the input that came in after"
     assert call != "flush" or options.get("use_denoising_batch") is False or returned
 
 
