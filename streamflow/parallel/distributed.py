@@ -141,10 +141,8 @@ def served(
 
 
 def _new_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """A process group of all ranks."""
     group = dist.new_group(backend=backend, timeout=timeout)
-    if not isinstance(group, dist.ProcessGroup):
-        raise RuntimeError(f"this rank is in no group of {backend}, and got {group!r}")
+    assert isinstance(group, dist.ProcessGroup), "a group of all ranks has this one"
     return group
 
 

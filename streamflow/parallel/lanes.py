@@ -21,10 +21,10 @@ from streamflow.parallel.trees import list_tensors, map_tensors
 
 T = TypeVar("T")
 
-Events = Mapping[torch.device, torch.cuda.Event]
+Events = Mapping[torch.device, torch.Event]
 
 
-def current_events(value: object) -> dict[torch.device, torch.cuda.Event]:
+def current_events(value: object) -> dict[torch.device, torch.Event]:
     """For each GPU with one of these tensors, an event recorded on its current stream. Empty on a CPU."""
     devices = {t.device for t in list_tensors(value) if t.is_cuda}
     return {device: torch.cuda.current_stream(device).record_event() for device in devices}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 
 def shares(n: int, k: int) -> tuple[range, ...]:
@@ -24,8 +25,7 @@ def shares_by(n: int, weights: Sequence[float]) -> tuple[range, ...]:
     nearest = sorted(range(len(exact)), key=lambda i: (sizes[i] - exact[i], i))
     for i in nearest[: n - sum(sizes)]:
         sizes[i] += 1
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+    return tuple(range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
 
 
 def chunks(rows: range, limit: int | None) -> Iterator[range]:
@@ -59,12 +59,7 @@ class Span:
         return slice(start * factor, (start + len(self.core)) * factor)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The rows and the columns of a tile."""
-
-    rows: Span
-    columns: Span
+Tile = tuple[Span, Span]  # the rows and the columns of a tile
 
 
 def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
@@ -81,8 +76,7 @@ def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
 
 def tiles(height: int, width: int, counts: tuple[int, int], halo: int) -> tuple[Tile, ...]:
     """An image of `height` x `width` latents as `counts` (down, across) tiles, row by row."""
-    down, across = spans(height, counts[0], halo), spans(width, counts[1], halo)
-    return tuple(Tile(rows, columns) for rows in down for columns in across)
+    return tuple(product(spans(height, counts[0], halo), spans(width, counts[1], halo)))
 
 
 def ramp(span: Span, size: int, blend: int, factor: int) -> list[float]:

@@ -183,7 +183,5 @@ def _cut(value: Tensor, rows: Rows) -> Tensor:
 
 
 def _put(v: Tensor, rows: Rows, part: Tensor) -> None:
-    start = 0
-    for one in rows:
-        v[one.start : one.stop].copy_(part[start : start + len(one)])
-        start += len(one)
+    for one, values in zip(rows, part.split([len(one) for one in rows]), strict=True):
+        v[one.start : one.stop].copy_(values)

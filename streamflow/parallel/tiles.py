@@ -105,19 +105,20 @@ def decode_tiled(sharded: ShardedVAE, latents: Tensor, tile: int | str = "auto",
     reach = _with_halo(_on_first(sharded, reach_of, latents[:1, ..., :1, :1]), halo)
     parts = tiles(height, width, _counts(sharded, latents, tile, reach), reach.halo)
     image: Tensor | None = None
-    for part, pixels in _decode_parts(sharded, latents, parts):
+    for (rows, columns), pixels in _decode_parts(sharded, latents, parts):
         if image is None:
             size = (*pixels.shape[:-2], height * reach.factor, width * reach.factor)
             image = pixels.new_zeros(size, dtype=pixels.dtype if reach.local else torch.float32)
         if reach.local:
-            _pixels(image, part.rows.core, part.columns.core, reach.factor).copy_(
-                pixels[..., part.rows.cut(reach.factor), part.columns.cut(reach.factor)]
-            )
+            core = pixels[..., rows.cut(reach.factor), columns.cut(reach.factor)]
+            _pixels(image, rows.core, columns.core, reach.factor).copy_(core)
             continue
-        down = ramp(part.rows, height, reach.halo // 2, reach.factor)
-        across = ramp(part.columns, width, reach.halo // 2, reach.factor)
-        weight = torch.outer(torch.tensor(down), torch.tensor(across)).to(pixels.device)
-        _pixels(image, part.rows.window, part.columns.window, reach.factor).add_(pixels.float() * weight)
+        down, across = (
+            torch.tensor(ramp(span, size, reach.halo // 2, reach.factor))
+            for span, size in ((rows, height), (columns, width))
+        )
+        weight = torch.outer(down, across).to(pixels.device)
+        _pixels(image, rows.window, columns.window, reach.factor).add_(pixels.float() * weight)
     assert image is not None, "there is one tile at least"
     return image.to(pixels.dtype)
 
@@ -130,7 +131,7 @@ def _decode_parts(sharded: ShardedVAE, latents: Tensor, parts: tuple[Tile, ...])
     for part in parts:
         if len(pending) > sharded.lanes:
             yield pending[0][0], pending.popleft()[1].result()
-        window = _pixels(latents, part.rows.window, part.columns.window)
+        window = _pixels(latents, part[0].window, part[1].window)
         pending.append((part, sharded.pool.submit(calls, (window,), None, len(window), target)))
     for part, decoded in pending:
         yield part, decoded.result()
@@ -152,9 +153,6 @@ def _with_halo(reach: Reach, halo: int | None) -> Reach:
 def psnr(a: Tensor, b: Tensor) -> float:
     """The peak signal-to-noise ratio in dB of images in [-1, 1]; infinite where they are equal."""
     return decibels((a.double() - b.double()).square().mean().item() / 4)
-
-
-# -- the receptive field of a decoder ----------------------------------------------------------------------------------
 
 
 def reach_of(vae: VAE | ShardedVAE, like: Tensor) -> Reach:
@@ -229,24 +227,16 @@ def _is_confined(vae: VAE | ShardedVAE, like: Tensor, halo: int, factor: int) ->
     return all(torch.allclose(a, b, atol=tolerance, rtol=0) for a, b in far)
 
 
-# -- the size of a tile -------------------------------------------------------------------------------------------------
-
-
 def _counts(sharded: ShardedVAE, latents: Tensor, tile: int | str, reach: Reach) -> tuple[int, int]:
+    """How many tiles (down, across). "auto": as many as fit into the device with the least free memory."""
     height, width = latents.shape[-2:]
     if tile == "auto":
-        return grid(height, width, sharded.lanes, reach.halo, _room(sharded, latents))
+        each = _on_first(sharded, bytes_per_latent, latents[:1, ..., :1, :1]) * len(latents)
+        free = min(free_bytes(device) // sharded.devices.count(device) for device in sharded.devices)
+        return grid(height, width, sharded.lanes, reach.halo, room_for(free, each))
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise ValueError(f"tile must be 'auto' or a side of 1 latent or more, not {tile!r}")
     return -(-height // tile), -(-width // tile)
-
-
-def _room(sharded: ShardedVAE, latents: Tensor) -> int:
-    """How many latents a tile may hold on the device with the least free memory."""
-    like = latents[:1, ..., :1, :1]
-    each = _on_first(sharded, bytes_per_latent, like) * len(latents)
-    free = [free_bytes(device) // sharded.devices.count(device) for device in sharded.devices]
-    return room_for(min(free), each)
 
 
 def bytes_per_latent(vae: VAE | ShardedVAE, like: Tensor) -> float:

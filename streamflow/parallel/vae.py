@@ -28,7 +28,6 @@ from streamflow.parallel.trees import batch_size, join_rows, take_rows
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments
 
-BALANCES = ("equal", "measured")
 KEEP = "decoder"  # of `Settings.output_device`
 
 
@@ -54,8 +53,8 @@ class Settings:
     depth: int = 2
 
     def __post_init__(self) -> None:
-        if self.balance not in BALANCES:
-            raise ValueError(f"unknown balance {self.balance!r}: choose one of {', '.join(map(repr, BALANCES))}")
+        if self.balance not in ("equal", "measured"):
+            raise ValueError(f"unknown balance {self.balance!r}: choose one of 'equal', 'measured'")
         for name, value in (("batch", 1 if self.batch is None else self.batch), ("depth", self.depth)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
@@ -155,8 +154,6 @@ class ShardedVAE(nn.Module):
     def _own(self, **attributes: object) -> None:
         self.__dict__.update(attributes)
 
-    # -- work ---------------------------------------------------------------------------------------------------------
-
     def decode(self, z: Tensor, *args: object, **kwargs: object) -> Any:
         """As the VAE's own `decode`, for latents `[N, ...]`, N >= 1, whose rows the devices share."""
         return by_row(self.pool, self.settings, [one.decode for one in self.replicas], (z, *args), kwargs)
@@ -184,8 +181,6 @@ class ShardedVAE(nn.Module):
         modules = ([codec.decoder for codec in codecs], [codec.encoder for codec in codecs])
         return Codec.of(*(Sharded(self.pool, self.settings, one) for one in modules))
 
-    # -- devices ------------------------------------------------------------------------------------------------------
-
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """The devices that work, each as often as it has copies."""
@@ -210,8 +205,6 @@ class ShardedVAE(nn.Module):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # -- as one module ------------------------------------------------------------------------------------------------
 
     def _call_all(self, name: str, *args: object, **kwargs: object) -> Any:
         return [getattr(one, name)(*args, **kwargs) for one in self.replicas][0]
