@@ -120,14 +120,13 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
         for part, module in calls:
             part.call(module)
 
-    if len(graphs) < len(calls):
-        return call
-    call()
-
     def replay() -> None:
         for graph in graphs:
             graph.replay_last()
 
+    if len(graphs) < len(calls):
+        return call
+    call()
     return replay
 
 
