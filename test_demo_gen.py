@@ -1,9 +1,9 @@
-"""Draw pictures with a rectified-flow model twice: with the plain diffusers pipeline, one after another, and streamed
+"""Draw images with a rectified-flow model twice: with the plain diffusers pipeline, one after another, and streamed
 through the denoising batch from the same noise. Checks that both agree, saves a contact sheet and prints how fast each was.
 
     python test_demo_gen.py
     python test_demo_gen.py --prompt "a turtle, flat vector, on a sky blue background" --steps 8
-    python test_demo_gen.py --image picture.png --strength 0.75 --prompt "a red apple, 3d render"
+    python test_demo_gen.py --image photo.png --strength 0.75 --prompt "a red apple, 3d render"
     python test_demo_gen.py --model stabilityai/stable-diffusion-3.5-medium --steps 28 --cfg-type full --dtype bfloat16
 
 The last line is JSON. Exit code: 0, 1 when the two disagree, 2 for a bad argument.
@@ -38,7 +38,7 @@ from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy 
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults  # noqa: E402
 
 KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime")
-# How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst picture.
+# How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst image.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
@@ -49,8 +49,8 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not tell")
     p.add_argument("--prompt", action="append", help="repeat it for several, drawn in turn (default: sixteen of ours)")
     p.add_argument("--negative-prompt", default="", help="what --cfg-type full and initialize steer away from")
-    p.add_argument("--steps", type=at_least(1), default=4, help="Euler steps a picture (default 4)")
-    p.add_argument("--frames", type=at_least(1), default=16, help="how many pictures (default 16)")
+    p.add_argument("--steps", type=at_least(1), default=4, help="Euler steps an image (default 4)")
+    p.add_argument("--frames", type=at_least(1), default=16, help="how many images (default 16)")
     p.add_argument("--rounds", type=at_least(1), default=1, help="repeat both ways, to see the spread (default 1)")
     p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
     p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
@@ -59,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
     p.add_argument("--seed", type=int, default=2, help="default 2")
     p.add_argument("--cfg-type", default="none", help="none, full, self or initialize (default none)")
     p.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
-    p.add_argument("--image", type=Path, help="image-to-image: a picture to start from")
+    p.add_argument("--image", type=Path, help="image-to-image: an image to start from")
     p.add_argument("--strength", type=float, help="how much of --image is redrawn, 0 to 1 (default 0.75)")
     p.add_argument("--tiny-vae", action="store_true", help="decode with the embedded model's tiny VAE, both ways")
     p.add_argument("--accelerate", choices=KINDS, default="none", help="how the streamed way is made faster (default none)")
@@ -77,17 +77,17 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, a
 
 @dataclass
 class Run:
-    """What one way of drawing gave: pictures `[frames, 3, H, W]` in [0, 1], seconds in all, seconds from each picture to
-    the next, and seconds from input to picture."""
+    """What one way of drawing gave: images `[frames, 3, H, W]` in [0, 1], seconds in all, seconds from each image to
+    the next, and seconds from input to image."""
 
-    pictures: Tensor
+    images: Tensor
     total: float
     intervals: list[float]
     latencies: list[float]
 
     @property
     def rate(self) -> float:
-        """Pictures a second once the first is there."""
+        """Images a second once the first is there."""
         return 1.0 / median(self.intervals)
 
 
@@ -127,14 +127,14 @@ def make_stream(a: argparse.Namespace, pipe: Any, batched: bool = True) -> Strea
 
 def draw_streamed(a: argparse.Namespace, stream: StreamFlow, title: str) -> Run:
     """Every frame through the stream, each with its own prompt."""
-    picture = Image.open(a.image).convert("RGB") if a.image else None
+    image = Image.open(a.image).convert("RGB") if a.image else None
 
     def inputs() -> Iterator[Any]:
         for k in range(a.frames):
             stream.update_prompt(a.prompt[k % len(a.prompt)], scope="frame")
-            yield picture
+            yield image
 
-    bar = tqdm(stream.frames(inputs()), total=a.frames, desc=title, unit="picture")
+    bar = tqdm(stream.frames(inputs()), total=a.frames, desc=title, unit="image")
     return _timed((postprocess_image(frame.wait().image[None], "pt"), frame.latency_s) for frame in bar)
 
 
@@ -151,18 +151,18 @@ def draw_with_pipeline(a: argparse.Namespace, pipe: Any, stream: StreamFlow, tit
     if a.image:
         target = getattr(diffusers, stream.adapter.image_pipeline)(**pipe.components)
         target.set_progress_bar_config(disable=True)
-        picture = Image.open(a.image).convert("RGB").resize((stream.width, stream.height), Image.Resampling.LANCZOS)
-        fixed |= {"image": picture, "strength": a.strength or 0.75}
+        image = Image.open(a.image).convert("RGB").resize((stream.width, stream.height), Image.Resampling.LANCZOS)
+        fixed |= {"image": image, "strength": a.strength or 0.75}
 
-    def pictures() -> Iterator[tuple[Tensor, float]]:
-        for k in tqdm(range(a.frames), desc=title, unit="picture"):
+    def images() -> Iterator[tuple[Tensor, float]]:
+        for k in tqdm(range(a.frames), desc=title, unit="image"):
             start = time.perf_counter()
-            latents = stream.encode_image(stream.preprocess(picture)) if a.image else stream.frame_noise(k)
+            latents = stream.encode_image(stream.preprocess(image)) if a.image else stream.frame_noise(k)
             drawn = target(prompt=a.prompt[k % len(a.prompt)], latents=latents, **fixed).images
             _wait(drawn)
             yield drawn, time.perf_counter() - start
 
-    return _timed(pictures())
+    return _timed(images())
 
 
 def _wait(tensor: Tensor) -> None:
@@ -172,24 +172,24 @@ def _wait(tensor: Tensor) -> None:
 
 def _timed(drawn: Iterator[tuple[Tensor, float]]) -> Run:
     start = time.perf_counter()
-    pictures, marks, latencies = [], [], []
-    for picture, latency in drawn:
+    images, marks, latencies = [], [], []
+    for image, latency in drawn:
         marks.append(time.perf_counter())
-        pictures.append(picture.float().cpu())
+        images.append(image.float().cpu())
         latencies.append(latency)
     intervals = [b - a for a, b in zip(marks, marks[1:], strict=False)] or [marks[0] - start]
-    return Run(torch.cat(pictures), marks[-1] - start, intervals, latencies)
+    return Run(torch.cat(images), marks[-1] - start, intervals, latencies)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b|| of the worst picture; infinite where one is not finite."""
+    """||a - b|| / ||b|| of the worst image; infinite where one is not finite."""
     error = ((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).max().item()
     return error if error == error else float("inf")
 
 
-def contact_sheet(pictures: Tensor, captions: list[str], columns: int = 4) -> Image.Image:
-    """Pictures in a grid, each with its caption under it."""
-    images = numpy_to_pil(pt_to_numpy(pictures))
+def contact_sheet(drawn: Tensor, captions: list[str], columns: int = 4) -> Image.Image:
+    """Images in a grid, each with its caption under it."""
+    images = numpy_to_pil(pt_to_numpy(drawn))
     side = max(192, images[0].width)
     scale = side / images[0].width
     tile = (side, round(images[0].height * scale))
@@ -224,8 +224,8 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
     """The figures of all rounds, for people on the way and as a dict."""
     ratios = [streamed.rate / plain.rate for plain, streamed in rounds]
     plain, streamed = rounds[-1]
-    error = max(relative_error(s.pictures, p.pictures) for p, s in rounds)
-    difference = max((s.pictures - p.pictures).abs().max().item() for p, s in rounds)
+    error = max(relative_error(s.images, p.images) for p, s in rounds)
+    difference = max((s.images - p.images).abs().max().item() for p, s in rounds)
     tolerance = TOLERANCE[DTYPES[a.dtype]]
     intervals = sorted(seconds for _, run in rounds for seconds in run.intervals)
     result = {
@@ -254,9 +254,9 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
         "output": str(a.output),
     }
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)" if len(ratios) > 1 else ""
-    print(f"\none after another, {reference}: {result['sequential_images_per_s']:.2f} pictures/s")
-    print(f"streamed: {result['streamed_images_per_s']:.2f} pictures/s, {result['ratio']:.2f} times{spread}")
-    print(f"with filling and draining the ring, {a.frames} pictures: {result['ratio_with_fill_and_drain']:.2f} times")
+    print(f"\none after another, {reference}: {result['sequential_images_per_s']:.2f} images/s")
+    print(f"streamed: {result['streamed_images_per_s']:.2f} images/s, {result['ratio']:.2f} times{spread}")
+    print(f"with filling and draining the ring, {a.frames} images: {result['ratio_with_fill_and_drain']:.2f} times")
     print(f"latency {result['latency_streamed_s']:.3f} s streamed, {result['latency_sequential_s']:.3f} s one by one")
     verdict = "they agree" if result["agree"] else f"THEY DISAGREE: the bound is {tolerance:g}"
     print(f"largest difference {difference:.2e} of 1, relative error {error:.2e}: {verdict}")
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         rounds.append((plain, draw_streamed(a, stream, "streamed  ")))
     a.output.parent.mkdir(parents=True, exist_ok=True)
     captions = [a.prompt[k % len(a.prompt)] for k in range(a.frames)]
-    contact_sheet(rounds[-1][1].pictures, captions).save(a.output)
+    contact_sheet(rounds[-1][1].images, captions).save(a.output)
     result = report(a, rounds, reference)
     print(json.dumps(result))
     return 0 if result["agree"] else 1

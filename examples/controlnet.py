@@ -1,4 +1,4 @@
-"""A control net in the stream: every frame follows its own control picture, such as its edges.
+"""A control net in the stream: every frame follows its own control image, such as its edges.
 
 python examples/controlnet.py --control-net owner/name --images edges --model stabilityai/stable-diffusion-3.5-large
 """
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--control-net", required=True, help="hub id or folder of a diffusers control net for this model")
     p.add_argument("--net-class", default="SD3ControlNetModel", help="its class in diffusers (default: %(default)s)")
-    p.add_argument("--images", type=Path, required=True, help="a folder of control pictures")
+    p.add_argument("--images", type=Path, required=True, help="a folder of control images")
     p.add_argument("--scale", type=float, default=0.7, help="default: %(default)s")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")

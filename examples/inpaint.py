@@ -1,6 +1,6 @@
-"""Part of a picture drawn anew: white in the mask is drawn, the rest is kept to the pixel.
+"""Part of an image drawn anew: white in the mask is drawn, the rest is kept to the pixel.
 
-python examples/inpaint.py --input picture.png --mask mask.png --prompt "a fox, 3d render"
+python examples/inpaint.py --input photo.png --mask mask.png --prompt "a fox, 3d render"
 """
 
 import argparse
@@ -14,8 +14,8 @@ from streamflow.image_utils import as_rgb, open_image
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="a picture")
-    p.add_argument("--mask", type=Path, help="a picture, white where to draw (default: the left half)")
+    p.add_argument("--input", type=Path, required=True, help="an image")
+    p.add_argument("--mask", type=Path, help="an image, white where to draw (default: the left half)")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a fox, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             mask = Image.new("L", size)
             mask.paste(255, (0, 0, size[0] // 2, size[1]))
-        picture = as_rgb(open_image(a.input)).resize(size)
-        wrapper.stream.inpaint(picture, mask)  # holds for all frames until inpaint(None)
+        image = as_rgb(open_image(a.input)).resize(size)
+        wrapper.stream.inpaint(image, mask)  # holds for all frames until inpaint(None)
         a.output.parent.mkdir(parents=True, exist_ok=True)
-        wrapper(picture).save(a.output)
+        wrapper(image).save(a.output)
     return 0
 
 

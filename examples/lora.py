@@ -1,4 +1,4 @@
-"""A LoRA in a running stream: the same noise at several strengths of it, changed between two pictures.
+"""A LoRA in a running stream: the same noise at several strengths of it, changed between two images.
 
 python examples/lora.py --lora owner/name --model stabilityai/stable-diffusion-3.5-medium --strengths 0 0.5 1
 """
@@ -20,17 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output", type=Path, default=Path("outputs/lora.png"), help="default: %(default)s")
     a = p.parse_args(argv)
 
-    pictures = []
+    images = []
     with StreamFlowWrapper(a.model, mode="txt2img", cfg_type="none", warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         wrapper.stream.load_lora(a.lora, "style")
         for strength in a.strengths:
             wrapper.stream.set_adapters({"style": strength})
-            wrapper.stream.reset()  # so that every step of the next picture has it
-            pictures.append(wrapper())
+            wrapper.stream.reset()  # so that every step of the next image has it
+            images.append(wrapper())
         wrapper.stream.unload_lora()
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pictures, columns=len(pictures)).save(a.output)
+    image_grid(images, columns=len(images)).save(a.output)
     return 0
 
 

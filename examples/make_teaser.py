@@ -56,7 +56,7 @@ def board(waiting: list[Image.Image], sigmas: list[float], done: Image.Image | N
 
 @torch.no_grad()
 def animate(stream: StreamFlow, prompts: list[str]) -> list[Image.Image]:
-    """One board a call: what goes in, what is under way, what has left."""
+    """One board a call: what goes in, what is in flight, what has left."""
     stages = len(stream.sub_timesteps)
     sigmas = stream.beta_prod_t_sqrt.flatten().tolist()
     boards = []

@@ -1,4 +1,4 @@
-"""One picture turns into another: the prompts' blend moves from the first to the second while the noise stays.
+"""One image turns into another: the prompts' blend moves from the first to the second while the noise stays.
 
     python examples/morph.py
 

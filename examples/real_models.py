@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=MODELS, help="which")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
-    p.add_argument("--count", type=int, default=4, help="pictures (default: %(default)s)")
+    p.add_argument("--count", type=int, default=4, help="images (default: %(default)s)")
     p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""A walk from seed to seed: the noise moves on a great circle, the prompt stays, and the picture changes shape.
+"""A walk from seed to seed: the noise moves on a great circle, the prompt stays, and the image changes shape.
 
 python examples/seed_walk.py --prompt "a fox, 3d render" --output outputs/walk.gif
 """
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     with StreamFlowWrapper(a.model, mode="txt2img", cfg_type="none", warmup=0, stream_options=walking) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         frames = wrapper.stream.frames([None] * a.frames)
-        pictures = [postprocess_image(frame.wait().image[None])[0] for frame in frames]
+        images = [postprocess_image(frame.wait().image[None])[0] for frame in frames]
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(a.output, save_all=True, append_images=pictures[1:], duration=60, loop=0)
+    images[0].save(a.output, save_all=True, append_images=images[1:], duration=60, loop=0)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""torch.compile, with CUDA graphs on a GPU: the same pictures, sooner. How long it takes to begin is printed too.
+"""torch.compile, with CUDA graphs on a GPU: the same images, sooner. How long it takes to begin is printed too.
 
 python examples/with_compile.py --model stabilityai/stable-diffusion-3.5-medium
 python examples/with_compile.py --acceleration cuda-graph
@@ -24,14 +24,14 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         begun = time.perf_counter()
         wrapper.stream.accelerate(a.acceleration)
-        picture = wrapper()
-        print(f"first picture after {time.perf_counter() - begun:.1f} s")
+        image = wrapper()
+        print(f"first image after {time.perf_counter() - begun:.1f} s")
         begun = time.perf_counter()
-        picture = wrapper()
+        image = wrapper()
         print(f"the next one after {1e3 * (time.perf_counter() - begun):.1f} ms")
         wrapper.stream.accelerate("none")  # and back
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(a.output)
+    image.save(a.output)
     return 0
 
 

@@ -53,7 +53,7 @@ class Found:
             self._most(family, "noise", noise)
 
     def image(self, family: str, error: float) -> None:
-        """From a picture the stream is so far from the image pipeline."""
+        """From an image the stream is so far from the image pipeline."""
         self._most(family, "image", error)
 
     def _add(self, family: str, key: str, value: str) -> None:

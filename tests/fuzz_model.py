@@ -35,7 +35,7 @@ class Look:
     levels: object = field(default_factory=object, compare=False)
 
 
-NOW = {"prompt", "negative_prompt"}  # rows under way take them too
+NOW = {"prompt", "negative_prompt"}  # rows in flight take them too
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Pending:
 
 @dataclass(eq=False)
 class Filter:
-    """Similarity, of pictures that are either the same or unlike each other."""
+    """Similarity, of images that are either the same or unlike each other."""
 
     on: bool = False
     most: int = 10
@@ -183,12 +183,12 @@ class Model:
 
     @property
     def waiting(self) -> list[Group]:
-        """Groups under way."""
+        """Groups in flight."""
         return [group for group in list(self.ring)[:-1] if group]
 
     @property
     def in_flight(self) -> int:
-        """Frames under way or waiting to be handed out, copies not counted."""
+        """Frames in flight or waiting to be handed out, copies not counted."""
         return sum(len(group.frames) for group in (*self.waiting, *self.queue) if not group.copy)
 
     def push(self, group: Group) -> None:
@@ -209,7 +209,7 @@ class Model:
                 self.queue.append(self.ring[-1])
 
     def _number(self, group: Group) -> None:
-        """The frames of this group are under way, so that later ones have later numbers."""
+        """The frames of this group are in flight, so that later ones have later numbers."""
         self.next_id = max([self.next_id, *(frame.id + 1 for frame in group.frames)])
 
     def _seen(self) -> None:
@@ -243,13 +243,13 @@ class Model:
             self._install()
 
     def enter(self, origins: Iterable[tuple], region: tuple | None) -> Group:
-        """A group of new frames, which have their numbers once they are under way."""
+        """A group of new frames, which have their numbers once they are in flight."""
         return Group(tuple(Frame(self.next_id + k, origin, self.look, region) for k, origin in enumerate(origins)))
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
     def pictures(self, keys: tuple, mask: Any = None) -> Group | None:
-        """`stream(pictures, mask)`: the group whose pictures come back; None where the last ones do again."""
+        """`stream(pictures, mask)`: the group whose images come back; None where the last ones do again."""
         region = self.region if mask is None else (None, mask)
         self.take()
         if self.filter.on and self.filter.skip((keys, mask)) and self.shown is not None:
@@ -303,7 +303,7 @@ class Model:
             raise Refused(ValueError)
 
     def frames(self, inputs: Iterable[tuple]) -> Iterator[tuple[int, Frame]]:
-        """`frames` of inputs (update or None, origin, mask): (id, the frame whose picture it gets), in order."""
+        """`frames` of inputs (update or None, origin, mask): (id, the frame whose image it gets), in order."""
         if self.queue or self.waiting:
             raise Refused(RuntimeError)
         return self._all_frames(inputs)

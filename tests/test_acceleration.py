@@ -1,4 +1,4 @@
-"""Acceleration from outside: the same pictures, the plain modules untouched once it is undone, and errors that say what."""
+"""Acceleration from outside: the same images, the plain modules untouched once it is undone, and errors that say what."""
 
 import hashlib
 
@@ -74,7 +74,7 @@ def test_compiled_draws_the_same_and_can_be_undone(own_stream, family, options):
 
 
 @pytest.mark.slow
-def test_pictures_go_in_through_the_compiled_encoder_too(own_stream, picture):
+def test_images_go_in_through_the_compiled_encoder_too(own_stream, picture):
     stream = own_stream()
     before = stream.encode_image(stream.preprocess(picture()))
     stream.accelerate("compile", **GRAPHLESS)

@@ -327,7 +327,7 @@ def test_a_bad_filter_changes_nothing(stream_of):
     assert stream.similar_image_filter is False
 
 
-# -- pictures and latents ---------------------------------------------------------------------------------------------------
+# -- images and latents ---------------------------------------------------------------------------------------------------
 
 PICTURES = {
     "a path": ("a.png", TypeError, "not str"),
@@ -342,7 +342,7 @@ PICTURES = {
 }
 
 
-def test_failed_pictures_change_nothing(stream_of, picture):
+def test_failed_images_change_nothing(stream_of, picture):
     suffering, twin = (stream_of("sd3", [2, 3]) for _ in range(2))
     for stream in (suffering, twin):
         stream.enable_similar_image_filter(0.9)
@@ -355,7 +355,7 @@ def test_failed_pictures_change_nothing(stream_of, picture):
     assert all(torch.equal(a, b) for a, b in zip(suffering.flush(), twin.flush(), strict=True))
 
 
-def test_a_bad_picture_among_frames_loses_none_before_it(stream_of, picture):
+def test_a_bad_image_among_frames_loses_none_before_it(stream_of, picture):
     stream = stream_of("sd3", [2, 3])
     frames = stream.frames([picture(0), picture(1), "bad"])
     assert next(frames).id == 0
@@ -396,7 +396,7 @@ def test_counts_of_frames_are_checked(stream_of, picture):
     assert torch.equal(suffering.txt2img(4), twin.txt2img(4))
 
 
-def test_the_one_step_form_needs_no_number_of_pictures(stream_of):
+def test_the_one_step_form_needs_no_number_of_images(stream_of):
     assert stream_of("sd3", [0], frame_buffer_size=2).txt2img_sd_turbo().shape == (2, 3, 64, 64)
 
 

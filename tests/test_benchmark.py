@@ -13,7 +13,7 @@ from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow.benchmark import full_size as sizes
-from streamflow.benchmark import latency, main, plot, roofline, sweep, ways
+from streamflow.benchmark import latency, main, plot, sweep, ways
 from streamflow.benchmark.command import check, sized
 from streamflow.benchmark.measure import differences, measure_all
 from streamflow.benchmark.report import factors, failures, ratios, table
@@ -152,13 +152,13 @@ def test_flops_are_what_torch_counts_and_grow_with_the_rows(subject_of, family):
     from torch.utils.flop_counter import FlopCounterMode
 
     subject = subject_of(family)
-    found = roofline.flops(subject, tiny=True)
+    found = sweep.flops(subject, tiny=True)
     counter = FlopCounterMode(display=False)
     with subject.stream(tiny=True) as stream, sdpa_kernel(SDPBackend.MATH), counter:
         stream.parts().velocity.call()
     assert found["network"] == counter.get_total_flops() > 0 and found["decoder"] > 0
     for change, times in (({"steps": 8, "frame_buffer_size": 2}, 2), ({"cfg_type": "full"}, 2)) * (family == "sd3"):
-        other = roofline.flops(subject.under(replace(subject.settings, **change)), tiny=True)
+        other = sweep.flops(subject.under(replace(subject.settings, **change)), tiny=True)
         assert other["network"] == times * found["network"] and other["decoder"] == found["decoder"]
 
 
@@ -270,7 +270,7 @@ def test_a_small_network_with_random_weights_streams(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_writes_table_and_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(roofline, "SIDE_ELSEWHERE", 64)
+    monkeypatch.setattr(sweep, "SIDE_ELSEWHERE", 64)
     monkeypatch.setattr(latency, "STAGES", (1,))
     pipe = random_pipeline("instaflow")
     pipe.save_pretrained(tmp_path / "model")

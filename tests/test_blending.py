@@ -192,7 +192,7 @@ def test_interpolated_noise_moves_steadily_and_keeps_its_variance():
         NoiseSource((4,), generator=torch.Generator(), period=10)
 
 
-def test_a_stream_takes_interpolated_noise_for_text_and_pictures(stream_of, picture):
+def test_a_stream_takes_interpolated_noise_for_text_and_images(stream_of, picture):
     stream = stream_of("sd3", [1, 2], noise="interpolated", noise_period=4, prepare={"seed": 3})
     plain = NoiseSource(stream._model.shape, 3)
     assert torch.equal(stream.frame_noise(4), plain.draw(1)) and not torch.equal(stream.frame_noise(1), plain.draw(0))

@@ -92,7 +92,7 @@ def live(page):
 
 
 def changes(page, before):
-    """The output, once it is another picture than `before`."""
+    """The output, once it is another image than `before`."""
     page.wait_for_function(f"before => {OUT} !== before", arg=before)
     return page.evaluate(OUT)
 
@@ -116,7 +116,7 @@ def slide(page, name, value):
     )
 
 
-def test_a_prompt_and_sliders_change_the_picture_and_a_reload_keeps_them(tab):
+def test_a_prompt_and_sliders_change_the_image_and_a_reload_keeps_them(tab):
     page = tab()
     live(page)
     page.select_option("#motion", "still")
@@ -146,7 +146,7 @@ def test_a_prompt_and_sliders_change_the_picture_and_a_reload_keeps_them(tab):
     assert page.input_value("#steps") == "3" and page.input_value("#motion") == "still"
 
 
-def test_pictures_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
+def test_images_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     page = tab()
     live(page)
     slide(page, "steps", 2)

@@ -1,4 +1,4 @@
-"""The commands that draw: they write pictures, say what was wrong, and their flags are the settings' own."""
+"""The commands that draw: they write images, say what was wrong, and their flags are the settings' own."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_pictures_of_text_and_of_pictures(capsys, tmp_path):
+def test_images_of_text_and_of_images(capsys, tmp_path):
     assert main(["txt2img", *QUICK, "--count", "2", "--output", "drawn", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["files"] == ["drawn/0000.png", "drawn/0001.png"]

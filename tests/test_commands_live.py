@@ -84,7 +84,7 @@ def test_a_prompt_is_drawn_without_a_source(capsys):
     assert said["shown"] - said["repeated"] <= said["drawn"]
 
 
-def test_pictures_of_a_folder_are_restyled_into_another(capsys, tmp_path):
+def test_images_of_a_folder_are_restyled_into_another(capsys, tmp_path):
     given, made = tmp_path / "in", tmp_path / "out"
     given.mkdir()
     for k in range(4):
@@ -113,7 +113,7 @@ def test_a_signal_ends_a_show_with_exit_code_0(number, capsys, signal_handlers):
 
 @pytest.mark.slow
 def test_the_next_scene_is_warmed_and_shown_by_its_key(capsys, tmp_path, monkeypatch):
-    """The key is pressed once some pictures are out; both scenes draw, the second one with its own prompt and size."""
+    """The key is pressed once some images are out; both scenes draw, the second one with its own prompt and size."""
     file, drawn = tmp_path / "b.yaml", []
     config.save(config.parse({"prompt": "a fox, 3d render", "width": 64, "height": 64, "warmup": 0}), file)
     real = live._watch

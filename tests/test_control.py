@@ -1,4 +1,4 @@
-"""Control nets in the stream: diffusers' own ControlNet pipelines to the bit, each frame with its own picture."""
+"""Control nets in the stream: diffusers' own ControlNet pipelines to the bit, each frame with its own image."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SLOW = tuple(name for name in CASES if name not in (*PLAIN, "sd3"))
 
 @pytest.fixture(autouse=True)
 def still(monkeypatch):
-    """Pipelines draw a control picture's latent from the VAE's posterior; here its mode, as a stream does."""
+    """Pipelines draw a control image's latent from the VAE's posterior; here its mode, as a stream does."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
 
@@ -87,7 +87,7 @@ def stream_of(case: Case, pipes, **options) -> StreamFlow:
 
 
 def pipelines_own(case: Case, stream: StreamFlow, net, images, noise, scale, start=0.0, end=1.0) -> torch.Tensor:
-    """What diffusers' own pipeline draws of this noise: a picture in [-1, 1]."""
+    """What diffusers' own pipeline draws of this noise: an image in [-1, 1]."""
     parts = stream.pipe.components
     if case.family in SCHEDULERS:
         parts["scheduler"] = SCHEDULERS[case.family]()
@@ -110,7 +110,7 @@ _MULTI = (diffusers.SD3MultiControlNetModel, diffusers.FluxMultiControlNetModel,
 
 
 class one_by_one:
-    """Inside, a VAE encodes the two copies of a picture that guidance asks for as a stream does the one."""
+    """Inside, a VAE encodes the two copies of an image that guidance asks for as a stream does the one."""
 
     def __init__(self, vae):
         self.vae = vae
@@ -127,7 +127,7 @@ def drawn(stream: StreamFlow, controls: list[dict], **each) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_each_frame_with_its_own_picture_is_the_pipelines_to_the_bit(name, pipes, nets, picture):
+def test_each_frame_with_its_own_image_is_the_pipelines_to_the_bit(name, pipes, nets, picture):
     case = CASES[name]
     stream, net = stream_of(case, pipes), nets(case)
     uncontrolled = stream.txt2img()
@@ -180,7 +180,7 @@ def test_a_scale_changes_for_all_rows_and_two_nets_add_up(pipes, nets, picture):
 
 
 def test_every_way_to_call_draws_the_same(pipes, nets, picture):
-    """Frame buffers, the loop, pictures in, txt2img, a wrapped pipeline, and a prompt that is set again under way."""
+    """Frame buffers, the loop, images in, txt2img, a wrapped pipeline, and a prompt that is set again in between."""
     case = CASES["sd3-guided"]
     net = nets(case)
     loop = stream_of(case, pipes, use_denoising_batch=False)
@@ -222,7 +222,7 @@ def test_nets_come_and_go_and_frames_under_way_finish_with_what_they_had(pipes, 
     assert torch.equal(torch.cat([stream.txt2img() for _ in range(3)]), plain)
 
 
-def test_the_similarity_filter_sees_the_pictures_of_control_nets(pipes, nets, picture):
+def test_the_similarity_filter_sees_the_images_of_control_nets(pipes, nets, picture):
     stream = stream_of(CASES["sd3"], pipes)
     stream.add_control("edges", nets(CASES["sd3"]))
     stream.enable_similar_image_filter(threshold=0.99)
@@ -294,7 +294,7 @@ def test_an_accelerated_stream_is_controlled_too(pipes, nets, picture):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-def test_pictures_and_scales_change_without_a_new_graph_and_without_waiting(cuda_stream, picture):
+def test_images_and_scales_change_without_a_new_graph_and_without_waiting(cuda_stream, picture):
     stream, loop = cuda_stream(), cuda_stream(use_denoising_batch=False)
     stream.accelerate("cuda-graph")
     for one in (stream, loop):

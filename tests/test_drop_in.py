@@ -162,7 +162,7 @@ def test_steps_by_themselves_are_the_streams_own(stream_of):
         assert torch.equal(stream.scheduler_step_batch(v_one, x[row], stage), one)
 
 
-def test_looking_at_a_stream_changes_no_picture(stream_of):
+def test_looking_at_a_stream_changes_no_image(stream_of):
     """Attributes read, and steps tried by themselves, between two ticks."""
     drawn = []
     for look in (False, True):
@@ -235,7 +235,7 @@ def test_no_snippet_of_the_readme_is_left_out_in_silence():
 
 
 def drawn(stream, picture) -> list[np.ndarray]:
-    """What a stream draws from text and, where it does not start from pure noise, from a picture."""
+    """What a stream draws from text and, where it does not start from pure noise, from an image."""
     outputs = [stream.txt2img(), *((stream(picture),) if stream.beta_prod_t_sqrt[0] < 1 else ())]
     return [one for output in outputs for one in image_utils.postprocess_image(output, "np")]
 

@@ -50,7 +50,7 @@ def test_its_head_has_its_command_and_it_is_short(name, capsys):
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """A folder with what the examples read: pictures, a video, a LoRA and a control net for the embedded model."""
+    """A folder with what the examples read: images, a video, a LoRA and a control net for the embedded model."""
     import torch
     from random_pipelines.control import random_control
     from test_loras import write_lora
@@ -70,7 +70,7 @@ def there(tmp_path_factory):
 
 
 def runs(there):
-    """name: (arguments, what is made: a file or the number of pictures in a folder)."""
+    """name: (arguments, what is made: a file or the number of images in a folder)."""
     photo, photos = str(there / "photos/0.png"), str(there / "photos")
     lora, control = str(there / "lora"), str(there / "control")
     return {
@@ -112,7 +112,7 @@ def test_it_draws(name, there, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_kept_half_of_an_inpainted_picture_is_the_picture(there, tmp_path, monkeypatch):
+def test_the_kept_half_of_an_inpainted_image_is_the_image(there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert loaded("inpaint.py").main(["--input", str(there / "photos/0.png"), "--steps", "2"]) == 0
     given = np.asarray(Image.open(there / "photos/0.png").resize((128, 128)))

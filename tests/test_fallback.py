@@ -55,7 +55,7 @@ SLOW = {
 
 @pytest.fixture
 def optional_parts(monkeypatch):
-    """What two pipelines import to tidy texts and to read pictures, neither of which matters here."""
+    """What two pipelines import to tidy texts and to read images, neither of which matters here."""
     from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
     from diffusers.pipelines.prx import pipeline_prx
 

@@ -232,7 +232,7 @@ DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": 
 @pytest.mark.parametrize("name", DECODES)
 @torch.no_grad()
 def test_decoding_is_the_pipelines_and_encoding_its_inverse(name, pipes, picture):
-    """A picture that is wider than high, so that no two dimensions can be taken for each other."""
+    """An image that is wider than high, so that no two dimensions can be taken for each other."""
     stream = PLAIN[name].stream(pipes, size=(64, 96))
     latents = noises(stream, 2)
     expected = DECODES[name](stream.pipe, latents, stream).clamp(-1, 1)

@@ -172,7 +172,7 @@ def test_fault_08_without_the_batch_the_noise_is_kept_and_seeded(stream_of, add_
 
 
 @pytest.mark.parametrize("value", [0.5, 0.75, 1.0])
-def test_fault_09_a_normalised_picture_is_not_normalised_twice(stream_of, value):
+def test_fault_09_a_normalised_image_is_not_normalised_twice(stream_of, value):
     """StreamDiffusion guesses by the least value: a constant 0.5 became 0.0."""
     stream = stream_of("sd3", [2, 3])
     once = stream.preprocess(torch.full((3, 64, 64), value))
@@ -249,7 +249,7 @@ def test_fault_12_the_filter_counts_skips_in_a_row_and_never_waits(stream_of, pi
     assert not any(frame.skipped for frame in stream.frames([picture(0)] * 3))
 
 
-def test_fault_12_a_skipped_frame_gets_the_picture_that_it_resembles(stream_of, picture):
+def test_fault_12_a_skipped_frame_gets_the_image_that_it_resembles(stream_of, picture):
     """Also where another kind of frame was drawn in between."""
     stream = stream_of("sd3", [2, 3])
     stream.enable_similar_image_filter(threshold=0.5)

@@ -92,7 +92,7 @@ BAD = {
 
 @cache
 def still(key: int) -> Normalized:
-    """One of some pictures that are as unlike each other as can be, `[1, 3, SIZE, SIZE]`."""
+    """One of some images that are as unlike each other as can be, `[1, 3, SIZE, SIZE]`."""
     dice = torch.Generator().manual_seed(key)
     return normalize_image((torch.rand(3, SIZE, SIZE, generator=dice) > 0.5).float(), SIZE, SIZE)
 
@@ -123,7 +123,7 @@ class Reference:
         return torch.randn((1, *self.stream._model.shape), generator=torch.Generator().manual_seed(100 + key))
 
     def draw(self, frame: Frame) -> torch.Tensor:
-        """The picture `[1, 3, SIZE, SIZE]` of a frame, by what it entered with."""
+        """The image `[1, 3, SIZE, SIZE]` of a frame, by what it entered with."""
         self._prepare(frame.look)
         known, drawn = frame.region or (None, None)
         kind, *key = frame.origin
@@ -460,7 +460,7 @@ def documented(call, *kinds):
 
 @FEW
 @given(ARRAYS | PICTURES, st.booleans(), st.booleans(), st.sampled_from([(0, 1), (-1, 1), (0, 255)]))
-def test_what_is_no_picture_is_refused_and_what_is_one_is_in_range(array, as_tensor, resize, input_range):
+def test_what_is_no_image_is_refused_and_what_is_one_is_in_range(array, as_tensor, resize, input_range):
     given_in = torch.from_numpy(array) if as_tensor else array
     before = array.copy()
     made = documented(lambda: normalize_image(given_in, 4, 4, input_range, resize), ValueError, TypeError)
@@ -576,7 +576,7 @@ def test_osc_of_any_bytes_is_heard_or_dropped():
 # -- what they found ------------------------------------------------------------------------------------------------------
 
 
-def test_a_skipped_picture_never_shows_another_ones(stream_of):
+def test_a_skipped_image_never_shows_another_ones(stream_of):
     """Not after `frames`, and not where the filter was off in between."""
     a, b = (stream_of("sd3", [3], width=SIZE, height=SIZE)(still(key)) for key in (0, 1))
     stream = stream_of("sd3", [3], width=SIZE, height=SIZE)

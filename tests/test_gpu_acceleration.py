@@ -29,7 +29,7 @@ def drawn(stream, n=6):
 
 @pytest.mark.parametrize("kind", BOUNDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_pictures_are_the_same(stream_on_gpu, family, kind):
+def test_the_images_are_the_same(stream_on_gpu, family, kind):
     stream = stream_on_gpu(family)
     before = drawn(stream)
     stream.accelerate(kind)

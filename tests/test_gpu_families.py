@@ -1,4 +1,4 @@
-"""Every family on a GPU: the pipeline's bits row by row, and the same pictures from a CUDA graph."""
+"""Every family on a GPU: the pipeline's bits row by row, and the same images from a CUDA graph."""
 
 import pytest
 import torch

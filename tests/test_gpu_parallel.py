@@ -1,4 +1,4 @@
-"""Sharded decoding on real GPUs: the same pictures, no wait in the caller, order and memory kept."""
+"""Sharded decoding on real GPUs: the same images, no wait in the caller, order and memory kept."""
 
 import gc
 
@@ -90,7 +90,7 @@ def test_frames_in_order_while_latents_and_results_come_and_go(kl, latents, devi
 
 
 @pytest.mark.parametrize("devices", [DEVICES[2]])
-def test_a_picture_stays_where_it_was_decoded(kl, latents, devices):
+def test_an_image_stays_where_it_was_decoded(kl, latents, devices):
     with shard_vae(kl, devices) as sharded:
         out = [sharded.submit(z) for z in latents.split(1)[:2]]
         assert [p.result().device for p in out] == [torch.device(d) for d in devices]

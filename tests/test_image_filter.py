@@ -16,7 +16,7 @@ def picture(k: int) -> torch.Tensor:
 
 
 def near(x: torch.Tensor, similarity: float) -> torch.Tensor:
-    """A picture at this cosine similarity to x."""
+    """An image at this cosine similarity to x."""
     x = x.flatten()
     other = torch.randn(len(x), generator=torch.Generator().manual_seed(9))
     other -= (other @ x) / (x @ x) * x

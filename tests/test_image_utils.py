@@ -39,7 +39,7 @@ def pixels() -> np.ndarray:
 
 
 def forms(pixels: np.ndarray) -> dict:
-    """The same picture in every form that `input_range=(0, 1)` takes."""
+    """The same image in every form that `input_range=(0, 1)` takes."""
     chw = torch.from_numpy(pixels).permute(2, 0, 1)
     return {
         "PIL": PIL.Image.fromarray(pixels),
@@ -56,7 +56,7 @@ def forms(pixels: np.ndarray) -> dict:
     }
 
 
-def test_every_form_of_a_picture_is_the_same_picture(pixels, recwarn):
+def test_every_form_of_an_image_is_the_same_image(pixels, recwarn):
     expected = 2 * torch.from_numpy(pixels).permute(2, 0, 1)[None].double() / 255 - 1
     for name, image in forms(pixels).items():
         made = normalize_image(image, SIZE, SIZE)
@@ -67,7 +67,7 @@ def test_every_form_of_a_picture_is_the_same_picture(pixels, recwarn):
     assert not recwarn.list
 
 
-def test_round_trip_of_pictures_in_minus_one_to_one(pixels):
+def test_round_trip_of_images_in_minus_one_to_one(pixels):
     x = 2 * torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 - 1
     assert torch.allclose(normalize_image(x, SIZE, SIZE, input_range=(-1, 1)), x, atol=1e-6)
     assert np.array_equal(np.asarray(postprocess_image(x)[0]), pixels)
@@ -274,7 +274,7 @@ def test_checks_are_made_at_once_on_the_host_and_later_on_a_device():
             check_values(-torch.ones(2, dtype=dtype), 0.0, 1.0)
 
 
-def test_a_part_of_a_picture_is_no_picture(marked):
+def test_a_part_of_an_image_is_no_image(marked):
     with pytest.raises(ValueError, match=r"\[3, H, W\] or \[n, 3, H, W\], not \[16, 16\]"):
         normalize_image(marked[0, 0], SIZE, SIZE)
     with pytest.raises(ValueError, match=r"not \[2, 1, 16, 16\]"):
@@ -320,7 +320,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_pictures_are_refused(name):
+def test_bad_images_are_refused(name):
     image, error, message = BAD[name]
     with pytest.raises(error, match=message):
         normalize_image(image, SIZE, SIZE)

@@ -65,7 +65,7 @@ PLAIN = (("sd3", 0), ("flux", 1))
 
 
 def pipelines_own(case: Case, stream: StreamFlow, picture, mask, noise, strength, monkeypatch) -> torch.Tensor:
-    """The latents of diffusers' own pipeline after every step, from this picture, mask and noise."""
+    """The latents of diffusers' own pipeline after every step, from this image, mask and noise."""
     cls = getattr(diffusers, case.pipeline)
     pipe = cls(**stream.pipe.components)
     pipe.set_progress_bar_config(disable=True)
@@ -116,7 +116,7 @@ def test_every_frame_is_diffusers_own_inpainting_to_the_bit(name, strength, star
 
 
 def latents_and_pictures(stream, inputs):
-    """(x0 of every frame, its picture), both in order."""
+    """(x0 of every frame, its image), both in order."""
     trace = stream.trace(len(inputs))
     pictures = torch.stack([frame.image for frame in stream.frames(inputs)])
     return torch.stack([trace.frames[k].x[-1] for k in range(len(inputs))]), pictures
@@ -158,7 +158,7 @@ LOOP = {"use_denoising_batch": False}
 
 
 def test_what_inpaint_sets_holds_for_frames_that_enter_from_then_on(stream_of, picture):
-    """Text frames around a known picture, another mask under way, then none: each as it would be drawn alone."""
+    """Text frames around a known image, another mask in between, then none: each as it would be drawn alone."""
     settings = [(picture(0), mask_of(0)), (picture(1), mask_of(3), False), (None,), (None,)]
     streams = stream_of("flux"), stream_of("flux", **LOOP)
     traces = [stream.trace(4) for stream in streams]
@@ -178,7 +178,7 @@ def test_what_inpaint_sets_holds_for_frames_that_enter_from_then_on(stream_of, p
 
 
 def test_calls_with_a_mask_or_a_standing_one_and_with_or_without_pasting(stream_of, picture):
-    """The ring's calls lag behind the loop's by S - 1; a standing mask without a picture keeps each frame's own."""
+    """The ring's calls lag behind the loop's by S - 1; a standing mask without an image keeps each frame's own."""
     ring, loop = stream_of("sd3", [2, 3]), stream_of("sd3", [2, 3], **LOOP)
     masks = np.stack([np.array(mask_of(k)) for k in range(3)])
     given = [torch.from_numpy(masks[k] > 0) for k in range(3)]
@@ -200,7 +200,7 @@ def test_calls_with_a_mask_or_a_standing_one_and_with_or_without_pasting(stream_
     assert not torch.equal(loop(picture(2))[..., known], shown[..., known])
 
 
-def test_rows_of_a_frame_buffer_have_a_known_picture_each(stream_of, picture):
+def test_rows_of_a_frame_buffer_have_a_known_image_each(stream_of, picture):
     grouped = stream_of("sd3", frame_buffer_size=2)
     grouped.inpaint([picture(0), picture(1)], [mask_of(0), mask_of(2)])
     both = grouped.txt2img(2)
@@ -250,7 +250,7 @@ def test_a_bad_mask_is_refused_and_nothing_has_changed(mask, message, prepared, 
     assert prepared._inpainting._regions is before and prepared._denoiser.next_id == ids
 
 
-def test_a_mask_needs_a_picture_and_a_picture_a_mask(prepared, picture):
+def test_a_mask_needs_an_image_and_an_image_a_mask(prepared, picture):
     with pytest.raises(ValueError, match="needs a mask"):
         prepared.inpaint(picture(0))
     with pytest.raises(ValueError, match="2 images for a frame buffer of 1"):

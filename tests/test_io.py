@@ -95,7 +95,7 @@ def packets(path):
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63)])
-def test_a_video_keeps_its_pictures_and_times(tmp_path, suffix, height, width):
+def test_a_video_keeps_its_images_and_times(tmp_path, suffix, height, width):
     pytest.importorskip("av", reason="pip install av")
     source = open_source(str(record(tmp_path / f"a.{suffix}", height=height, width=width)))
     found = all_of(source)
@@ -131,7 +131,7 @@ def test_a_turned_video_comes_out_upright(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_sound_is_copied_bit_by_bit_as_far_as_the_pictures_go(tmp_path, suffix):
+def test_the_sound_is_copied_bit_by_bit_as_far_as_the_images_go(tmp_path, suffix):
     source = open_source(str(with_sound(tmp_path / "in.mp4")))
     source.open()
     assert source.audio == source.path
@@ -144,7 +144,7 @@ def test_the_sound_is_copied_bit_by_bit_as_far_as_the_pictures_go(tmp_path, suff
     assert packets(half) == sound[: len(packets(half))] and 0.3 < len(packets(half)) / len(sound) < 0.7
 
 
-def test_a_recording_by_the_clock_holds_each_picture_as_long_as_it_was_shown(tmp_path):
+def test_a_recording_by_the_clock_holds_each_image_as_long_as_it_was_shown(tmp_path):
     pytest.importorskip("av", reason="pip install av")
     with Writing(open_sink(f"record:{tmp_path / 'a.mp4'}", rate=30), depth=8) as writing:
         for seconds in (7.0, 7.1, 7.5, 8.2):
@@ -260,8 +260,8 @@ def test_a_video_with_damage_goes_on_after_it(tmp_path, caplog):
 
 @pytest.mark.parametrize(("suffix", "lacking"), [("mp4", 6), ("mkv", 1)])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
-def test_a_recording_lacks_only_its_last_pictures_while_it_is_written(tmp_path, suffix, lacking, count):
-    """What is on the disk then is what a killed process leaves: of an .mkv all but one picture, of an .mp4 half a second."""
+def test_a_recording_lacks_only_its_last_images_while_it_is_written(tmp_path, suffix, lacking, count):
+    """What is on the disk then is what a killed process leaves: of an .mkv all but one image, of an .mp4 half a second."""
     pytest.importorskip("av", reason="pip install av")
     sink = open_sink(f"file:{tmp_path / f'a.{suffix}'}", rate=10)
     sink.open()
@@ -314,7 +314,7 @@ def test_a_folder_comes_back_in_order_and_is_continued(tmp_path):
     assert all(np.array_equal(one.pixels, picture(k).pixels) for one, k in zip(found, (0, 1, *range(9)), strict=True))
 
 
-def test_pictures_are_sorted_by_number_and_turned_by_exif(tmp_path):
+def test_images_are_sorted_by_number_and_turned_by_exif(tmp_path):
     for k in (10, 2):
         PIL.Image.fromarray(picture(k // 2).pixels).save(tmp_path / f"p{k}.png")
     assert [one.pixels[-1, -1, 0] for one in all_of(open_source(f"folder:{tmp_path}"))] == [20, 100]
@@ -408,7 +408,7 @@ def test_a_folder_that_vanishes_raises_and_is_made_again(tmp_path):
 
 @pytest.fixture
 def served():
-    """A server on a free port that shows pictures until the test ends."""
+    """A server on a free port that shows images until the test ends."""
     sink, over = open_sink("mjpeg:0", viewers=2), threading.Event()
     sink.open()
 
@@ -691,7 +691,7 @@ def sent(tmp_path, monkeypatch):
 
 
 class Counting:
-    """A source of numbered pictures, as fast as it is read, which may fail at one."""
+    """A source of numbered images, as fast as it is read, which may fail at one."""
 
     def __init__(self, count=10**9, fails=None):
         self.count, self.fails, self.k, self.opened, self.threads = count, fails, 0, 0, set()
@@ -712,7 +712,7 @@ class Counting:
         self.threads.add(threading.get_ident())
 
 
-def test_every_gives_each_picture_and_makes_the_source_wait():
+def test_every_gives_each_image_and_makes_the_source_wait():
     source = Counting(50)
     with Reading(source, "every", depth=3) as reading:
         time.sleep(0.05)
@@ -738,14 +738,14 @@ def test_newest_gives_a_clip_at_its_own_pace(tmp_path):
     assert found[-1] - found[0] > 0.1 and reading.dropped == 0
 
 
-def test_a_pause_that_begins_while_a_picture_is_awaited_discards_nothing(tmp_path):
+def test_a_pause_that_begins_while_an_image_is_awaited_discards_nothing(tmp_path):
     for k in range(3):
         PIL.Image.fromarray(picture(k).pixels).save(tmp_path / f"{k}.png")
     with Reading(open_source(str(tmp_path), rate=10), "newest") as reading:
         while not reading.queued:
             time.sleep(0.001)
         time.sleep(0.03)
-        reading.pause(True)  # the second picture is read, and its time has not come
+        reading.pause(True)  # the second image is read, and its time has not come
         time.sleep(0.3)
         assert reading.queued == 1 and reading.dropped == 0
         reading.read()
@@ -765,7 +765,7 @@ def test_what_a_source_raises_reaches_the_reader_after_what_it_gave():
 
 
 class Slow:
-    """A sink that takes a picture only when it is let, and may fail."""
+    """A sink that takes an image only when it is let, and may fail."""
 
     def __init__(self, fails=False):
         self.gate, self.entered, self.found, self.fails = threading.Semaphore(0), threading.Semaphore(0), [], fails
@@ -984,6 +984,6 @@ def test_what_is_of_another_system_or_not_installed_says_what_to_do():
         (np.zeros((0, 4, 3), np.uint8), ValueError),
     ],
 )
-def test_a_picture_is_checked(pixels, error):
+def test_an_image_is_checked(pixels, error):
     with pytest.raises(error, match="pixels are"):
         TimedImage(pixels, 0.0)

@@ -1,4 +1,4 @@
-"""A stream between a source and sinks: pictures in order, errors held, scenes switched, and everything closed."""
+"""A stream between a source and sinks: images in order, errors held, scenes switched, and everything closed."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ WAIT = 20  # seconds, after which a thread that should have gone on has not
 
 
 class Camera:
-    """Gives grey pictures as fast as they are read, up to `most`; is unplugged before those numbered in `lost`."""
+    """Gives grey images as fast as they are read, up to `most`; is unplugged before those numbered in `lost`."""
 
     def __init__(self, most=None, lost=(), error=SourceLost):
         self.most, self.lost, self.error = most, set(lost), error
@@ -40,7 +40,7 @@ class Camera:
 
 
 class Kept:
-    """Keeps what it is given, and fails at the picture numbered `fails`."""
+    """Keeps what it is given, and fails at the image numbered `fails`."""
 
     def __init__(self, fails=None, error=SinkLost):
         self.pictures, self.fails, self.error, self.closed = [], fails, error, 0
@@ -65,7 +65,7 @@ def until(condition):
 
 
 def distinct(pictures):
-    """The pictures without repetitions."""
+    """The images without repetitions."""
     return [one for k, one in enumerate(pictures) if not k or not np.array_equal(one, pictures[k - 1])]
 
 
@@ -80,7 +80,7 @@ def no_thread_is_left():
     assert not [one.name for one in threading.enumerate() if one.name.startswith(("streamflow live", "reading", "writing"))]
 
 
-def test_every_picture_is_drawn_and_shown_in_order_as_the_loop_draws_them(stream, stream_of):
+def test_every_image_is_drawn_and_shown_in_order_as_the_loop_draws_them(stream, stream_of):
     camera, kept, other = Camera(most=6), Kept(), Kept()
     with stream.live(camera, [kept, other], target_fps=200, policy="every", mode="sequential") as show:
         found = show.wait()
@@ -179,7 +179,7 @@ def test_text_is_drawn_as_fast_as_it_is_shown_and_no_faster(stream):
     assert found.dropped_out == 0 and found.drawn <= found.shown - found.repeated + 4 and found.mode == "text"
 
 
-def test_a_source_that_is_lost_holds_the_last_picture_and_comes_back(stream, caplog):
+def test_a_source_that_is_lost_holds_the_last_image_and_comes_back(stream, caplog):
     camera, kept = Camera(lost=[3, 4]), Kept()
     with stream.live(camera, kept, target_fps=50, mode="fed") as show:
         until(lambda: camera.count > 6 and len(distinct(kept.pictures)) > 2)
@@ -290,7 +290,7 @@ def test_what_a_retry_cannot_mend_is_raised_though_it_is_held(error, stream):
 
 
 @pytest.mark.parametrize("hold", ["hold", "raise"])
-def test_an_error_of_a_source_s_close_is_raised_after_all_pictures_are_shown(hold, stream):
+def test_an_error_of_a_source_s_close_is_raised_after_all_images_are_shown(hold, stream):
     camera, kept = Camera(most=4), Kept()
     camera.close = failing(ValueError("not closed"))
     with (
@@ -347,7 +347,7 @@ def test_an_error_of_the_stream_that_looks_like_one_of_the_source_is_held_too(st
 
 
 def shown_to(*sinks, hold=True):
-    """Sinks that are shown a picture every few milliseconds until the condition holds."""
+    """Sinks that are shown an image every few milliseconds until the condition holds."""
     outputs = Sinks(sinks, hold)
 
     def show_until(condition):
@@ -462,7 +462,7 @@ def test_a_scene_is_warmed_while_the_other_plays_and_shown_at_the_next_tick(stre
         show.switch(scene)
 
 
-def test_a_crossfade_goes_from_the_last_picture_to_the_new_ones(monkeypatch):
+def test_a_crossfade_goes_from_the_last_image_to_the_new_ones(monkeypatch):
     from streamflow.live import draw
 
     now = [10.0]

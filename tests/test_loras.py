@@ -139,7 +139,7 @@ def test_without_fusing_the_networks_are_what_they_were(own_stream, lora):
 
 
 def test_frames_in_flight_take_the_network_and_new_ones_the_prompt_too(own_stream, lora):
-    """A swap while rows are under way, from another thread; frames that enter afterwards equal a stream that had it from
+    """A swap while rows are in flight, from another thread; frames that enter afterwards equal a stream that had it from
     the first."""
     stream, reference = own_stream(steps=3), own_stream(steps=3)
     x = noises(stream, 6)

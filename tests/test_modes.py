@@ -49,7 +49,7 @@ def test_latencies_are_the_ones_that_follow_from_the_ticks(stages):
 
 
 def test_a_mode_that_is_too_slow_leaves_frames_out():
-    """At 0.1 s a tick: ten pictures a second, of the newest frames, however many come in."""
+    """At 0.1 s a tick: ten images a second, of the newest frames, however many come in."""
     found = played(ring=0.1, stages=2, step=0.1, period=1 / 60)
     assert found["fed"].rate == pytest.approx(10, rel=1e-6) and found["free"].rate == pytest.approx(10, rel=1e-6)
     assert found["sequential"].rate == pytest.approx(5, rel=1e-6)

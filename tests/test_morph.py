@@ -1,4 +1,4 @@
-"""The morph example: from the one picture to the other in small steps, and back."""
+"""The morph example: from the one image to the other in small steps, and back."""
 
 import runpy
 from itertools import pairwise
@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples/morph.py"
 
 
 @pytest.mark.slow
-def test_a_morph_goes_from_one_picture_to_the_other_and_back(tmp_path, monkeypatch, capsys):
+def test_a_morph_goes_from_one_image_to_the_other_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path(str(EXAMPLE))["main"]([]) == 0
     assert "30 frames from 'a red apple, 3d render'" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_a_call_that_empties_the_ring_ends_the_loop_with_the_number_of_frames(ca
     dropped = int(str(error.value).split(" of its frames were dropped")[0].split()[-1])
     assert got == list(range(len(got))), "what was decoded by then still comes"
     returned = sum(map(len, returned))
-    assert dropped == entered - len(got) - returned + 1, "those under way, and the input that came in after"
+    assert dropped == entered - len(got) - returned + 1, "those in flight, and the input that came in after"
     assert call != "flush" or options.get("use_denoising_batch") is False or returned
 
 
@@ -100,7 +100,7 @@ def test_calls_that_would_take_the_loops_frames_are_refused_and_it_goes_on(call,
     pictures, drawn = [picture(k) for k in range(6)], []
     for frame in stream.frames(pictures):
         drawn.append(frame.image)
-        with pytest.raises(RuntimeError, match="a loop over frames\\(\\) is under way"):
+        with pytest.raises(RuntimeError, match="a loop over frames\\(\\) is running"):
             DRAWING[call](stream, pictures[0])
     assert all(torch.equal(a, b.image) for a, b in zip(drawn, twin.frames(pictures), strict=True))
 
@@ -109,7 +109,7 @@ def test_of_two_iterators_the_second_is_refused_also_where_both_were_made_before
     stream = stream_of("sd3", [1, 2, 3], cfg_type="none")
     one, two = stream.frames([picture(0)] * 4), stream.frames([picture(1)] * 4)
     next(one)
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="is running"):
         next(two)
     assert len(list(one)) == 3
     assert len(list(stream.frames([picture(1)] * 4))) == 4

@@ -7,7 +7,7 @@ from streamflow.live.pacing import Pacer
 
 
 def played(arrivals, period=1.0, slots=10, takes=0.0):
-    """Run a pacer whose pictures arrive at these times: [(time, picture) shown]. takes: seconds of each showing."""
+    """Run a pacer whose images arrive at these times: [(time, image) shown]. takes: seconds of each showing."""
     clock, shown, waiting = SimulatedClock(), [], sorted(arrivals)
 
     def take():
@@ -24,7 +24,7 @@ def played(arrivals, period=1.0, slots=10, takes=0.0):
     return pacer, shown
 
 
-def test_pictures_are_shown_at_exact_multiples_whatever_their_arrival():
+def test_images_are_shown_at_exact_multiples_whatever_their_arrival():
     pacer, shown = played([(0.4 + 0.77 * k, k) for k in range(40)], period=0.8, slots=25, takes=0.3)
     start = shown[0][0]
     assert [at for at, _ in shown] == pytest.approx([start + 0.8 * k for k in range(25)])

@@ -1,4 +1,4 @@
-"""Tiles of a picture on several devices: the whole decode, exactly where the decoder is local, nearly where it is not."""
+"""Tiles of an image on several devices: the whole decode, exactly where the decoder is local, nearly where it is not."""
 
 import pytest
 import torch

@@ -325,7 +325,7 @@ def test_a_slow_decoder_holds_its_callers_and_grows_no_queue(tiny, latents):
     submitted = threading.Thread(target=lambda: [pending.append(sharded.submit(latents[:1])) for _ in range(20)])
     submitted.start()
     deadline = time.perf_counter() + 20
-    while len(pending) < 6 and time.perf_counter() < deadline:  # two under way, two times two in queues
+    while len(pending) < 6 and time.perf_counter() < deadline:  # two in flight, two times two in queues
         time.sleep(0.001)
     submitted.join(0.05)
     assert len(pending) == 6 and sharded.pool.queued == 4 and submitted.is_alive()

@@ -10,7 +10,7 @@ from conftest import PROMPT, noises, relative_error, streamed
 
 HALF_PLAIN = ("sd3-guided", "flux-dev", "flux-true-cfg")  # bfloat16 in the plain suite; the others have it in the slow one
 FRAMES = 6
-SHORT = {"max_sequence_length": 48}  # by default 256 or 512 tokens, nearly all padding, beside the 16 of a small picture
+SHORT = {"max_sequence_length": 48}  # by default 256 or 512 tokens, nearly all padding, beside the 16 of a small image
 
 # name: family, cfg_type, prepare's and the pipeline's arguments, changes of the random pipeline. Texts are short but in the
 # two "-default" cases, which have the pipeline's own length.

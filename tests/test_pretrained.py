@@ -12,7 +12,7 @@ from streamflow.pretrained import EXAMPLE_PROMPTS, embedded, embedded_tiny_vae  
 
 REFERENCE = Path(__file__).parent / "data" / "emoji_reference.npz"
 LIMIT_MIB = 80
-TWIN_PSNR = 25.0  # dB; 29.0 on the 3d pictures (evaluation.json)
+TWIN_PSNR = 25.0  # dB; 29.0 on the 3d images (evaluation.json)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def noise(seed: int) -> torch.Tensor:
 
 
 def nearest(image: torch.Tensor) -> str:
-    """The label of the 3d training picture nearest to `image` [3, 128, 128] at 16x16."""
+    """The label of the 3d training image nearest to `image` [3, 128, 128] at 16x16."""
     with np.load(REFERENCE) as reference:
         pixels, labels = reference["pixels"].astype(np.float32) / 255, reference["labels"]
     small = torch.nn.functional.avg_pool2d(image, 8).flatten().numpy()

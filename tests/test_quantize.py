@@ -1,4 +1,4 @@
-"""Eight-bit matrices: which layers they take, how far the pictures move, the weights back to the bit, and who is refused."""
+"""Eight-bit matrices: which layers they take, how far the images move, the weights back to the bit, and who is refused."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def test_only_large_layers_that_see_many_rows_are_taken(part):
     inside = {id(m) for block in blocks for m in block.modules()}
     assert all(id(m) in inside for m in taken.values())
     assert any(name.endswith("attn.to_q") for name in taken) and any(".ff." in name for name in taken)
-    assert not any("norm" in name for name in taken)  # modulation: one row a picture
+    assert not any("norm" in name for name in taken)  # modulation: one row an image
     undo()
     assert not eight_bit(part.module)
 
@@ -110,7 +110,7 @@ def test_a_watch_sees_quantised_weights_move(part):
 
 @needs_torchao
 @pytest.mark.slow
-def test_the_embedded_model_in_eight_bits_keeps_its_pictures(monkeypatch):
+def test_the_embedded_model_in_eight_bits_keeps_its_images(monkeypatch):
     monkeypatch.setattr(quantizing, "FEATURES", 256)
     stream = StreamFlow(models.load(), range(4), cfg_type="none")
     stream.prepare("a fox, 3d render", num_inference_steps=4, max_sequence_length=0)

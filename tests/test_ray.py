@@ -154,7 +154,7 @@ def test_a_killed_replica_is_replaced_and_every_user_gets_an_image(example, tmp_
     sheet = tmp_path / "sheet.png"
     run = example(SERVE, "--port", free_port, "--requests", 40, "--replicas", 1, "--output", sheet)
     run.wait_for(lambda: "is served by" in run.output.read_text())
-    time.sleep(1)  # requests are under way
+    time.sleep(1)  # requests are in flight
     (replica,) = run.workers("ServeReplica")
     replica.kill()
     code, output = run.wait()

@@ -54,7 +54,7 @@ def drawn_alone(prompt: str) -> list[np.ndarray]:
     return [np.asarray(one, np.float32) for one in postprocess_image(stream.txt2img(16))]
 
 
-def test_links_and_pictures_are_there():
+def test_links_and_images_are_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
     assert not missing

@@ -37,7 +37,7 @@ def test_a_flushed_ring_starts_clean(stream_of):
 
 
 def test_seeds_decide_on_every_call_pattern(stream_of):
-    """txt2img() six times, txt2img(6), frames, groups of three and one at a time without the batch: the same pictures."""
+    """txt2img() six times, txt2img(6), frames, groups of three and one at a time without the batch: the same images."""
 
     def stream(**options):
         return stream_of("sd3", prepare={"seed": 11}, **options)
@@ -134,7 +134,7 @@ def test_prepare_empties_the_ring_and_logs_what_it_dropped(stream_of, caplog):
 
 
 def test_the_unfilled_ring_takes_no_part(stream_of):
-    """Rows that hold no frame yet cannot reach a picture, whatever is in them."""
+    """Rows that hold no frame yet cannot reach an image, whatever is in them."""
     stream = stream_of("sd3")
     expected = streamed(stream, noises(stream, 2))
     stream._denoiser.engine._flight.advanced.fill_(float("nan"))
@@ -181,7 +181,7 @@ def test_frames_one_output_an_input_in_order(frames, stream_of, picture):
     assert stream.flush() == []
 
 
-def test_frames_gives_a_skipped_input_the_picture_it_resembles(stream_of, picture):
+def test_frames_gives_a_skipped_input_the_image_it_resembles(stream_of, picture):
     stream = stream_of("sd3", [2, 3])
     stream.enable_similar_image_filter(0.9, max_skip_frame=10)
     inputs = [picture(0), picture(0), picture(0), picture(5), picture(5)]

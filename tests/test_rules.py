@@ -33,7 +33,7 @@ SCHEDULERS = {
 
 
 def drawn_alone(pipe, steps, generator, count, **call):
-    """`count` pictures' latents, one after another, with the latents and every step's noise from this generator, which
+    """`count` images' latents, one after another, with the latents and every step's noise from this generator, which
     pipelines of straight flows do not hand on to their schedulers."""
     if isinstance(pipe.scheduler, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchLCMScheduler)):
         scheduler = copy.deepcopy(pipe.scheduler)
@@ -65,7 +65,7 @@ def test_a_stochastic_scheduler_draws_the_pipelines_own_noise(name, batched, pip
 
 
 def test_fresh_noise_is_a_frames_own_whatever_is_in_flight(pipes):
-    """By (seed, frame, step): the ring, the loop and a frame buffer draw the same, and do_add_noise another picture."""
+    """By (seed, frame, step): the ring, the loop and a frame buffer draw the same, and do_add_noise another image."""
     pipe = with_scheduler(pipes("sd3"), SCHEDULERS["lcm"]())
     drawn = []
     for options in ({}, {"use_denoising_batch": False}, {"frame_buffer_size": 2}, {"do_add_noise": True}):
@@ -121,7 +121,7 @@ def test_sana_sprint_is_the_pipeline_to_the_bit(dtype, steps, pipes, found):
     assert relative_error(own[:1], own[1:2]) > 0.05
 
 
-def test_sana_sprint_starts_from_a_picture_as_its_image_pipeline(pipes, picture, found):
+def test_sana_sprint_starts_from_an_image_as_its_image_pipeline(pipes, picture, found):
     pipe = pipes("sana-sprint")
     image_pipe = diffusers.SanaSprintImg2ImgPipeline(**pipe.components)
     image_pipe.set_progress_bar_config(disable=True)
@@ -222,8 +222,8 @@ def test_perflow_keeps_its_windows(pipes):
     assert relative_error(*drawn) < 1e-5
 
 
-def test_perflow_starts_from_a_picture_on_stable_diffusions_path(pipes, picture):
-    """From a picture as `add_noise` of its scheduler does, alpha at t - 1; a known part ends as it is."""
+def test_perflow_starts_from_an_image_on_stable_diffusions_path(pipes, picture):
+    """From an image as `add_noise` of its scheduler does, alpha at t - 1; a known part ends as it is."""
     pipe, stream = perflow(pipes, "perflow", "ddim_eps", t_index_list=[2, 3])
     stream.prepare(PROMPT, num_inference_steps=4)
     x0, noise = torch.randn(2, 1, 4, 8, 8)

@@ -59,7 +59,7 @@ def test_copies_are_paid_one_after_another_at_home(model, linear):
     assert model.Tick(4, linear, link, row_bytes=2).seconds(4) == 3 * 0.5 + 1 + 3 * 0.5
     # One piece each; that of the second GPU comes home over the road.
     assert model.Batch(2, 1, linear, link, bytes_in=2, bytes_out=6).seconds(2) == 0.5 + 1 + 1
-    # Pictures of three GPUs queue for the road.
+    # Images of three GPUs wait for the same link.
     assert model.Batch(4, 1, linear, link, bytes_out=6).seconds(4) == 0.25 + 1 + 3 * 1
 
 

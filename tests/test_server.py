@@ -274,7 +274,7 @@ def server():
 
 
 def heard(ws, kind):
-    """The next message of this kind: (it, its data); pictures on the way are acknowledged."""
+    """The next message of this kind: (it, its data); images on the way are acknowledged."""
     while True:
         message = ws.recv(30)
         if isinstance(message, bytes):
@@ -294,7 +294,7 @@ def put(ws, **settings):
 
 
 def drawn(ws, count=4):
-    """The last of so many pictures: what was on its way before has passed."""
+    """The last of so many images: what was on its way before has passed."""
     for _ in range(count):
         said, data = heard(ws, "image")
     return said, Image.open(io.BytesIO(data)).convert("RGB")
@@ -307,7 +307,7 @@ def gone(service):
         time.sleep(0.01)
 
 
-def test_a_viewer_draws_text_and_pictures(server):
+def test_a_viewer_draws_text_and_images(server):
     with server.viewer() as ws:
         welcome = heard(ws, "welcome")[0]
         assert welcome["models"] == ["model"] and (welcome["width"], welcome["height"]) == (128, 128)
@@ -320,7 +320,7 @@ def test_a_viewer_draws_text_and_pictures(server):
         said["stamp"] = None
         for stamp in (1.5, 2.5):
             ws.send(struct.pack(">d", stamp) + encoded((60, 40), "JPEG"))
-            while said["stamp"] != stamp:  # text that was under way comes first
+            while said["stamp"] != stamp:  # text that was in flight comes first
                 said, restyled = drawn(ws, 1)
         assert said["age_ms"] > 0 and restyled.tobytes() != fox.tobytes()
         ws.send('{"type": "gif"}')
@@ -437,13 +437,13 @@ def test_tokens_and_quotas_over_the_network(caplog):
 
 
 @pytest.mark.slow
-def test_viewers_share_the_model_fairly_and_the_newest_picture_wins():
+def test_viewers_share_the_model_fairly_and_the_newest_image_wins():
     running = Running(max_viewers=3)
     counts, until = [0, 0, 0], time.monotonic() + 12
 
     def watch(k):
         with running.viewer() as ws:
-            if k == 0:  # pictures far faster than they can be drawn
+            if k == 0:  # images far faster than they can be drawn
                 put(ws, mode="image", strength=1.0)
             while time.monotonic() < until:
                 for _ in range(10 if k == 0 else 0):

@@ -27,15 +27,15 @@ def module(monkeypatch):
     return import_module
 
 
-def test_acts_cover_all_frames_and_pictures_keep_their_number(module):
+def test_acts_cover_all_frames_and_images_keep_their_number(module):
     acts = module("soak_acts")
     played = list(acts.acts(range(100, 400), seed=1))
     assert [number for act in played for number in act.numbers] == list(range(100, 400))
     assert any(a.prompt != b.prompt for a, b in pairwise(played)) and len({act.size for act in played}) > 2
     for act in played:
         for number in (act.numbers.start, 65535):
-            shown = act.picture(number).resize((64, 64), 1)
-            assert act.picture(number).size == act.size and acts.number_of(np.asarray(shown) / 255) == number
+            shown = act.image(number).resize((64, 64), 1)
+            assert act.image(number).size == act.size and acts.number_of(np.asarray(shown) / 255) == number
         mask = act.mask_of(64, 48)
         assert mask.shape == (48, 64) and not mask[:12, :16].any()
 

@@ -27,7 +27,7 @@ def sequential(stream_of, family="sd3", t_index_list=(0, 1, 2, 3), **options) ->
 
 
 # -- every way to draw ---------------------------------------------------------------------------------------------------
-# Each gives all frames in order, as pictures; `before(k)` is called before frame k comes in.
+# Each gives all frames in order, as images; `before(k)` is called before frame k comes in.
 
 
 def by_predict_x0_batch(stream, n, before):
@@ -82,7 +82,7 @@ def test_scope_frame_every_frame_equals_a_sequential_run_of_its_own_prompt(strea
 
 
 def image_calls(stream, pictures, before):
-    """All that `__call__` returned, then what was left in flight, one picture an entry."""
+    """All that `__call__` returned, then what was left in flight, one image an entry."""
     F = stream.frame_bff_size
     drawn = []
     for k in range(0, len(pictures), F):
@@ -158,7 +158,7 @@ def test_several_changes_of_length_in_flight(stream_of):
     assert close(drawn, stream.decode_image(torch.cat(parts)))
 
 
-# -- rows under way -------------------------------------------------------------------------------------------------------
+# -- rows in flight ------------------------------------------------------------------------------------------------------
 
 NOW = {
     "prompt": ("sd3", "none", {}, {"prompt": OTHER}),
@@ -377,7 +377,7 @@ def test_sigmas_may_be_an_array(stream_of):
 
 
 def test_updates_from_another_thread_while_ticking(stream_of):
-    """Every picture is that of the one prompt or of the other, in order, and the last update wins."""
+    """Every image is that of the one prompt or of the other, in order, and the last update wins."""
     prompts, n = (PROMPT, OTHER), 12
     stream = stream_of("sd3", [0, 2])
     going, errors = threading.Event(), []

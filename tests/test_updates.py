@@ -54,7 +54,7 @@ def stream(stream_of):
 
 @pytest.fixture
 def held(stream):
-    """The encoder, held by an update to "first" that is under way in a thread of its own."""
+    """The encoder, held by an update to "first" that runs in a thread of its own."""
     held = Held(stream.pipe.text_encoder)
     held.holding = True
     thread = in_thread(lambda: stream.update(prompt="first"), [])

@@ -74,7 +74,7 @@ def test_several_frames_at_once_are_a_list(made, picture):
     assert [one.size for one in wrapper([picture(0), picture(1)])] == [(64, 64)] * 2
 
 
-def test_pictures_come_as_files_arrays_or_ready_tensors(made, picture, tmp_path):
+def test_images_come_as_files_arrays_or_ready_tensors(made, picture, tmp_path):
     picture(3).save(tmp_path / "in.png")
     wrapper = made(mode="img2img", t_index_list=[1], output_type="latent")
     wrapper.prepare(PROMPT, num_inference_steps=2)

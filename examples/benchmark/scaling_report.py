@@ -21,7 +21,7 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to reach: `least` or `most` of the value at this place of `parts`."""
+    """A bound, `least` or `most`, of the value under these keys of `parts`."""
 
     what: str
     path: tuple[str, ...]

@@ -1,5 +1,5 @@
 """Hours on stage in short: thousands of frames through the wrapper and through the server, with prompts, guidance, steps,
-masks and sizes of pictures changing all the while, and both ended and started again in between.
+masks and sizes of images changing all the while, and both ended and started again in between.
 
     python examples/benchmark/soak.py --frames 10000 --output static/benchmarks/soak-cpu.json
     python examples/benchmark/soak.py --device cuda --model embedded --acceleration cuda-graph
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         a.output.parent.mkdir(parents=True, exist_ok=True)
         a.output.write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
         draw(result, a.output.with_suffix(".png"))
-    told = {name: {key: value for key, value in part.items() if key != "samples"} for name, part in parts.items()}
-    print(json.dumps(rounded({**result, "parts": told})))
+    short = {name: {key: value for key, value in part.items() if key != "samples"} for name, part in parts.items()}
+    print(json.dumps(rounded({**result, "parts": short})))
     return 0 if result["kept"] else 1
 
 
 def in_new_process(a: argparse.Namespace, part: str) -> dict[str, Any]:
-    """What one part found. One that broke down is told by its last words."""
+    """What one part found. For a part that failed, the end of its output."""
     command = [sys.executable, __file__, "--one", part, "--model", a.model, "--device", a.device]
     command += ["--frames", str(a.frames), "--sessions", str(a.sessions), "--acceleration", a.acceleration]
     environment = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", **os.environ}

@@ -1,4 +1,4 @@
-"""What a soak plays: acts with their own prompt, guidance, steps, mask and size of pictures; pictures that carry their
+"""What a soak plays: acts with their own prompt, guidance, steps, mask and size of images; images that carry their
 number, which inpainting hands on to what is drawn of them; and the memory meanwhile. Knows no stream and no server.
 """
 
@@ -25,14 +25,14 @@ PROMPTS = (
 )
 STEPS = ((1, 2, 3), (3,), (2, 3), (1, 3))  # of four
 SIZES = ((64, 64), (96, 80), (37, 61), (128, 128), (200, 64))
-GRID = 16  # cells a side of a picture, of which the upper left 4 x 4 are the bits of its number
+GRID = 16  # cells a side of an image, of which the upper left 4 x 4 are the bits of its number
 BITS = 4
 
 
 @dataclass(frozen=True)
 class Act:
-    """numbers: of its frames. steps: a t_index_list of four steps. size: width and height of its pictures. mask: seed of
-    which part of a picture is drawn."""
+    """numbers: of its frames. steps: a t_index_list of four steps. size: width and height of its images. mask: seed of
+    which part of an image is drawn."""
 
     numbers: range
     prompt: str | tuple[tuple[str, float], ...]
@@ -41,7 +41,7 @@ class Act:
     size: tuple[int, int]
     mask: int
 
-    def picture(self, number: int) -> PIL.Image.Image:
+    def image(self, number: int) -> PIL.Image.Image:
         """Coloured squares, the upper left ones black or white: the bits of the number."""
         cells = np.random.default_rng(number).integers(0, 256, (GRID, GRID, 3), np.uint8)
         bits = np.array([number >> i & 1 for i in range(BITS * BITS)], np.uint8)
@@ -68,11 +68,11 @@ def acts(numbers: Iterable[int], seed: int = 0) -> Iterator[Act]:
         yield Act(range(mine[0], mine[-1] + 1), *chosen, dice.randrange(2**32))
 
 
-def number_of(picture: np.ndarray) -> int:
-    """The number that a picture `[H, W, 3]` in [0, 1] carries."""
-    height, width = picture.shape[:2]
+def number_of(image: np.ndarray) -> int:
+    """The number that an image `[H, W, 3]` in [0, 1] carries."""
+    height, width = image.shape[:2]
     rows, columns = (((np.arange(BITS) + 0.5) * size / GRID).astype(int) for size in (height, width))
-    bits = picture[np.ix_(rows, columns)].mean(2).flatten() > 0.5
+    bits = image[np.ix_(rows, columns)].mean(2).flatten() > 0.5
     return int(sum(1 << i for i, bit in enumerate(bits) if bit))
 
 
@@ -95,7 +95,7 @@ class Memory:
         self.samples: list[tuple[int, int, int]] = []
 
     def sample(self, frames: int) -> None:
-        """Now, when so many frames have been drawn and nothing is under way."""
+        """Now, when so many frames have been drawn and nothing is in flight."""
         gc.collect()
         allocated = 0
         if self._cuda:

@@ -1,4 +1,4 @@
-"""The soak's part over the network: the server in a thread of this process, a viewer that sends a picture and waits for its
+"""The soak's part over the network: the server in a thread of this process, a viewer that sends an image and waits for its
 answer, looks at text in between, leaves and comes again; and a server that is ended and started again."""
 
 from __future__ import annotations
@@ -81,23 +81,23 @@ def put(ws: ClientConnection, **settings: Any) -> None:
     heard(ws, "settings")
 
 
-def ask(ws: ClientConnection, number: int, picture: bytes) -> int:
-    """Send a picture and wait for the next one that is drawn of a picture: its number."""
-    ws.send(struct.pack(">d", number) + picture)
-    while (stamp := heard(ws, "image")["stamp"]) is None:  # text that was under way
+def ask(ws: ClientConnection, number: int, image: bytes) -> int:
+    """Send an image and wait for the next one that is drawn of an image: its number."""
+    ws.send(struct.pack(">d", number) + image)
+    while (stamp := heard(ws, "image")["stamp"]) is None:  # text that was in flight
         pass
     return int(stamp)
 
 
 def play_act(ws: ClientConnection, act: Act) -> list[int]:
-    """An act's pictures, each asked for when the last is answered; then text for a while. The numbers of the answers."""
+    """An act's images, each asked for when the last is answered; then text for a while. The numbers of the answers."""
     first, other = ((act.prompt, 1.0), ("", 0.0)) if isinstance(act.prompt, str) else act.prompt
     words = {"prompt": first[0], "other": other[0], "blend": other[1]}
     put(ws, mode="image", guidance=act.guidance, steps=4, strength=len(act.steps) / 4, seed=act.mask, **words)
     found = []
     for number, kind in zip(act.numbers, cycle(FORMATS), strict=False):
         data = io.BytesIO()
-        act.picture(number).save(data, kind)
+        act.image(number).save(data, kind)
         found.append(ask(ws, number, data.getvalue()))
     while found[-1] != number:  # the next act's levels would drop what is in flight
         found.append(ask(ws, number, data.getvalue()))

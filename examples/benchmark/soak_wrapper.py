@@ -1,4 +1,4 @@
-"""The soak's part in one process with the wrapper: pictures by calls, text by calls, and `frames`, one session after
+"""The soak's part in one process with the wrapper: images by calls, text by calls, and `frames`, one session after
 another, each with a wrapper of its own."""
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ def change(wrapper: StreamFlowWrapper, act: Act) -> None:
     wrapper.update(prompt=prompt, guidance_scale=act.guidance, t_index_list=act.steps)
 
 
-def by_pictures(wrapper: StreamFlowWrapper, played: list[Act], memory: Memory) -> list[int]:
-    """`wrapper(picture)`, with `inpaint` for an act's mask: the numbers of the pictures that came out."""
-    return _by_calls(wrapper, played, memory, _enter_picture)
+def by_images(wrapper: StreamFlowWrapper, played: list[Act], memory: Memory) -> list[int]:
+    """`wrapper(image)`, with `inpaint` for an act's mask: the numbers of the images that came out."""
+    return _by_calls(wrapper, played, memory, _enter_image)
 
 
 def by_text(wrapper: StreamFlowWrapper, played: list[Act], memory: Memory) -> list[int]:
-    """`wrapper.txt2img()`, each frame around a known picture."""
+    """`wrapper.txt2img()`, each frame around a known image."""
     return _by_calls(wrapper, played, memory, _enter_text)
 
 
-def _enter_picture(wrapper: StreamFlowWrapper, act: Act, number: int) -> int:
+def _enter_image(wrapper: StreamFlowWrapper, act: Act, number: int) -> int:
     stream = wrapper.stream
     if number == act.numbers.start:
         stream.inpaint(mask=act.mask_of(stream.width, stream.height))
-    return number_of(wrapper(act.picture(number)))
+    return number_of(wrapper(act.image(number)))
 
 
 def _enter_text(wrapper: StreamFlowWrapper, act: Act, number: int) -> int:
     stream = wrapper.stream
-    stream.inpaint(act.picture(number), act.mask_of(stream.width, stream.height))
+    stream.inpaint(act.image(number), act.mask_of(stream.width, stream.height))
     return number_of(wrapper.txt2img())
 
 
@@ -67,7 +67,7 @@ def by_frames(wrapper: StreamFlowWrapper, played: list[Act], memory: Memory) -> 
             change(wrapper, act)
             mask = act.mask_of(stream.width, stream.height)
             for number in act.numbers:
-                yield Input(act.picture(number), mask)
+                yield Input(act.image(number), mask)
             memory.sample(act.numbers.stop)
 
     for k, frame in enumerate(stream.frames(inputs())):
@@ -77,7 +77,7 @@ def by_frames(wrapper: StreamFlowWrapper, played: list[Act], memory: Memory) -> 
     return found
 
 
-WAYS = (by_pictures, by_frames, by_text)
+WAYS = (by_images, by_frames, by_text)
 
 
 def play(model: str, device: str, acceleration: str, sessions: list[range]) -> Memory:

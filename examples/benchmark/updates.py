@@ -80,7 +80,7 @@ class Updating:
             if self._stop.is_set():
                 return
             began = time.perf_counter()
-            self._stream.update(prompt=f"picture {k} of thread {number}")
+            self._stream.update(prompt=f"image {k} of thread {number}")
             self._waits.append(time.perf_counter() - began)
             time.sleep(max(0.0, self._period - self._waits[-1]))
 

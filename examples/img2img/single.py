@@ -1,6 +1,6 @@
 """An image restyled. What is given is noised to a level in the middle and drawn from there: low strength keeps more of it.
 
-python examples/img2img/single.py --input picture.png --prompt "a fox, flat vector" --strength 0.6
+python examples/img2img/single.py --input photo.png --prompt "a fox, flat vector" --strength 0.6
 """
 
 import argparse

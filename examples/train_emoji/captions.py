@@ -1,6 +1,6 @@
-"""The words of a caption: styles, colours, backgrounds, and the ways in which one picture can be asked for.
+"""The words of a caption: styles, colours, backgrounds, and the ways in which one image can be asked for.
 
-Knows nothing of tensors. A picture is a row of `captions.jsonl` (see data.py): `label`, `style`, `caption`,
+Knows nothing of tensors. An image is a row of `captions.jsonl` (see data.py): `label`, `style`, `caption`,
 `keywords`, `color`, ...
 """
 
@@ -71,7 +71,7 @@ def on_background(background: str) -> str:
 
 
 def plain_name(row: dict) -> str:
-    """What the picture shows, without the colour word that a recolouring would contradict."""
+    """What the image shows, without the colour word that a recolouring would contradict."""
     return COLOUR_WORDS.sub("", parts(row)[1])
 
 
@@ -85,7 +85,7 @@ def tinted(row: dict, colour: str) -> tuple[str, str]:
 
 
 def canonical(row: dict, colour: str = "", background: str = "white") -> str:
-    """`a turtle, 3d render, on a sky blue background`: the form that a picture is known by."""
+    """`a turtle, 3d render, on a sky blue background`: the form that an image is known by."""
     start, name = tinted(row, colour)
     return f"{start}{name}, {STYLES[row['style']]}{on_background(background)}"
 
@@ -95,7 +95,7 @@ def _usable_keywords(row: dict) -> list[str]:
 
 
 def paraphrase(rng: random.Random, row: dict, colour: str, background: str) -> str:
-    """Another way to ask for the same picture: no article, no style, another order, a keyword in place of the label."""
+    """Another way to ask for the same image: no article, no style, another order, a keyword in place of the label."""
     start, name = tinted(row, colour)
     style, end = STYLES[row["style"]], on_background(background)
     keywords = _usable_keywords(row)
@@ -123,7 +123,7 @@ def known_share(count: int) -> int:
 
 
 def ways_to_ask(rng: random.Random, row: dict, colour: str, background: str, count: int) -> list[str]:
-    """`count` captions of one picture, a little over half of them canonical."""
+    """`count` captions of one image, a little over half of them canonical."""
     known = known_share(count)
     return [canonical(row, colour, background)] * known + [
         paraphrase(rng, row, colour, background) for _ in range(count - known)

@@ -1,9 +1,9 @@
-"""Builds the pack of pictures and captions from npm packages (see PACKAGES for their licences).
+"""Builds the pack of images and captions from npm packages (see PACKAGES for their licences).
 
     python examples/train_emoji/data.py --output .cache/emoji/pack128.tar
 
 Needs `npm` on the path and `pip install resvg_py==0.5.0`. Writes a tar of `<style>/<codepoint>.webp` (128x128 RGBA),
-`captions.jsonl` with one row a picture, and `LICENSES.txt`. Left out: skin tones, nation flags, keycaps, arrows,
+`captions.jsonl` with one row an image, and `LICENSES.txt`. Left out: skin tones, nation flags, keycaps, arrows,
 signs, letters, clock faces, families.
 """
 
@@ -73,7 +73,7 @@ class Packages:
         return {style: self.json(f"@iconify-json/{name}/icons.json") for style, name in ICON_SETS.items()}
 
     @property
-    def pictures_3d(self) -> Path:
+    def images_3d(self) -> Path:
         return self.folder / "node_modules" / "@lobehub" / "fluent-emoji-3d" / "assets"
 
 
@@ -152,7 +152,7 @@ def find_icon(icons: dict, names: list[str]) -> dict | None:
 
 
 def render(icon: dict) -> Image.Image:
-    """An iconify icon as a square RGBA picture, its view box padded where it is not square."""
+    """An iconify icon as a square RGBA image, its view box padded where it is not square."""
     import resvg_py
 
     width, height = icon["width"], icon["height"]
@@ -165,15 +165,15 @@ def render(icon: dict) -> Image.Image:
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
 
 
-def resize(picture: Image.Image) -> Image.Image:
+def resize(image: Image.Image) -> Image.Image:
     """To 128x128, in premultiplied alpha, so that no colour of transparent pixels bleeds in."""
-    small = picture.convert("RGBA").convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    small = image.convert("RGBA").convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     return small.convert("RGBA")
 
 
-def colour_of(picture: Image.Image) -> dict:
+def colour_of(image: Image.Image) -> dict:
     """Its main colour's name, that colour's share of the visible pixels, and how narrow its hues are (0..1)."""
-    pixels = np.asarray(picture, dtype=np.float64) / 255
+    pixels = np.asarray(image, dtype=np.float64) / 255
     seen = pixels[..., 3] > 0.5
     rgb = pixels[seen][:, :3]
     if not len(rgb):
@@ -194,10 +194,10 @@ def colour_of(picture: Image.Image) -> dict:
     }
 
 
-def pictures_of(packages: Packages, concept: dict) -> dict[str, Image.Image]:
-    """style -> 128x128 RGBA picture, for the styles that have the concept."""
+def images_of(packages: Packages, concept: dict) -> dict[str, Image.Image]:
+    """style -> 128x128 RGBA image, for the styles that have the concept."""
     found = {}
-    paths = {codepoints(path.stem): path for path in packages.pictures_3d.glob(f"{concept['id'].split('-')[0]}*.webp")}
+    paths = {codepoints(path.stem): path for path in packages.images_3d.glob(f"{concept['id'].split('-')[0]}*.webp")}
     if concept["id"] in paths:
         found["3d"] = resize(Image.open(paths[concept["id"]]))
     for style, icons in packages.icons.items():
@@ -213,9 +213,9 @@ def add(tar: tarfile.TarFile, name: str, blob: bytes) -> None:
     tar.addfile(info, io.BytesIO(blob))
 
 
-def webp(picture: Image.Image) -> bytes:
+def webp(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=92, alpha_quality=100, method=6)
+    image.save(out, "WEBP", quality=92, alpha_quality=100, method=6)
     return out.getvalue()
 
 
@@ -227,14 +227,14 @@ def build(packages: Packages, output: Path) -> None:
         tar = stack.enter_context(tarfile.open(part, "w"))
         everything = concepts(packages)
         pool = stack.enter_context(ProcessPoolExecutor())
-        drawn = pool.map(partial(pictures_of, packages), everything, chunksize=8)
-        for concept, pictures in zip(tqdm(everything, desc="pictures"), drawn, strict=True):
-            for style, picture in pictures.items():
+        drawn = pool.map(partial(images_of, packages), everything, chunksize=8)
+        for concept, images in zip(tqdm(everything, desc="images"), drawn, strict=True):
+            for style, image in images.items():
                 name = f"{style}/{concept['id']}.webp"
-                add(tar, name, webp(picture))
+                add(tar, name, webp(image))
                 rows.append({
                     "image": name, "id": concept["id"], "label": concept["label"], "style": style,
-                    "caption": caption(concept["label"], style), "keywords": concept["keywords"], **colour_of(picture),
+                    "caption": caption(concept["label"], style), "keywords": concept["keywords"], **colour_of(image),
                     "group": concept["group"], "subgroup": concept["subgroup"],
                 })  # fmt: skip
         add(tar, "captions.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -3,7 +3,7 @@
     python examples/train_emoji/evaluate.py --model streamflow/pretrained/emoji --json
     streamflow/pretrained/emoji/evaluation.json
 
-Recognition: a picture counts when its nearest neighbour, by pixel distance at 32x32 among all training pictures of
+Recognition: an image counts when its nearest neighbour, by pixel distance at 32x32 among all training images of
 its style (for a withheld concept: and the withheld ones), is the prompted concept. Noise is drawn on the CPU from the
 prompt's index as the seed.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from captions import STYLES, canonical
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
-from pictures import Pack, background_rgb, compose, read_pack, withheld
+from pack import Pack, background_rgb, compose, read_pack, withheld
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from training import HERE, options
@@ -31,7 +31,7 @@ STEPS = (1, 2, 4, 8, 28)
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the concept and style that its picture must be nearest to, on the background it names."""
+    """A prompt and the concept and style that its image must be nearest to, on the background it names."""
 
     prompt: str
     label: str
@@ -60,24 +60,24 @@ def read_question(prompt: str, pack: Pack) -> Question:
     background = end.removesuffix(" background").removeprefix("an ").removeprefix("a ") or "white"
     row = next((row for row in pack.rows if row["caption"] == start), None)
     if row is None:
-        raise ValueError(f"no picture of the pack is captioned {start!r}")
+        raise ValueError(f"no image of the pack is captioned {start!r}")
     return Question(prompt, row["label"], row["style"], background)
 
 
 @torch.no_grad()
 def draw(pipe, prompts: list[str], steps: int, zero_tokens: int = 0, guidance: float = 0.0, seed: int = 0, batch: int = 50):
-    """Pictures [N, 3, 128, 128] in [0, 1] on the host; picture i's noise comes from seed + i."""
+    """Images [N, 3, 128, 128] in [0, 1] on the host; image i's noise comes from seed + i."""
     shape = (1, pipe.transformer.config.in_channels, 16, 16)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
-    pictures = []
+    drawn = []
     for start in range(0, len(prompts), batch):
         few = slice(start, start + batch)
         images = pipe(
             prompts[few], num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=zero_tokens,
             latents=noise[few].to(pipe.device, pipe.dtype), output_type="pt",
         ).images  # fmt: skip
-        pictures.append(images.float().cpu())
-    return torch.cat(pictures)
+        drawn.append(images.float().cpu())
+    return torch.cat(drawn)
 
 
 def shrink(images: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def shrink(images: torch.Tensor) -> torch.Tensor:
 
 
 class Judge:
-    """Names the nearest picture of a pack."""
+    """Names the nearest image of a pack."""
 
     def __init__(self, pack: Pack):
         self.pack, self.shelves = pack, {}
@@ -98,21 +98,21 @@ class Judge:
             self.shelves[style, background] = shrink(images), [row["label"] for row in of_style.rows]
         return self.shelves[style, background]
 
-    def answers(self, pictures: torch.Tensor, questions: list[Question]) -> list[str]:
+    def answers(self, images: torch.Tensor, questions: list[Question]) -> list[str]:
         names = []
-        for picture, question in zip(shrink(pictures), questions, strict=True):
+        for image, question in zip(shrink(images), questions, strict=True):
             pixels, labels = self.shelf(question.style, question.background)
-            names.append(labels[(pixels - picture).square().sum(1).argmin()])
+            names.append(labels[(pixels - image).square().sum(1).argmin()])
         return names
 
-    def score(self, pictures: torch.Tensor, questions: list[Question]) -> float:
+    def score(self, images: torch.Tensor, questions: list[Question]) -> float:
         """Share named rightly, 0 to 1."""
-        right = [a == q.label for a, q in zip(self.answers(pictures, questions), questions, strict=True)]
+        right = [a == q.label for a, q in zip(self.answers(images, questions), questions, strict=True)]
         return sum(right) / len(right)
 
 
 def psnr(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """dB of each picture, pixels in [0, 1]."""
+    """dB of each image, pixels in [0, 1]."""
     return -10 * torch.log10((made - wanted).square().mean((1, 2, 3)) + 1e-10)
 
 
@@ -121,7 +121,7 @@ def sharpness(images: torch.Tensor) -> float:
     return ((images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()) / 2).item()
 
 
-def true_pictures(pack: Pack, questions: list[Question]) -> torch.Tensor:
+def true_images(pack: Pack, questions: list[Question]) -> torch.Tensor:
     index = {(row["label"], row["style"]): i for i, row in enumerate(pack.rows)}
     rgba = pack.rgba[[index[q.label, q.style] for q in questions]]
     return (compose(rgba, background_rgb([q.background for q in questions], rgba.device)) + 1) / 2
@@ -129,12 +129,12 @@ def true_pictures(pack: Pack, questions: list[Question]) -> torch.Tensor:
 
 @torch.no_grad()
 def judge_vae(pipe, twin: AutoencoderTiny | None, pack: Pack) -> dict:
-    """PSNR of the reconstructions of 3d pictures on white, and of the twin's decode against the KL decode."""
+    """PSNR of the reconstructions of 3d images on white, and of the twin's decode against the KL decode."""
     config = pipe.vae.config
-    pictures = pack.select(lambda row: row["style"] == "3d")
+    chosen = pack.select(lambda row: row["style"] == "3d")
     own, between, latents_apart = [], [], []
-    for start in range(0, len(pictures.rows), 32):
-        images = compose(pictures.rgba[start : start + 32], torch.ones(1, 3)).to(pipe.device)
+    for start in range(0, len(chosen.rows), 32):
+        images = compose(chosen.rgba[start : start + 32], torch.ones(1, 3)).to(pipe.device)
         mean = pipe.vae.encode(images).latent_dist.mean
         decoded = pipe.vae.decode(mean).sample.clamp(-1, 1)
         own.append(psnr((decoded + 1) / 2, (images + 1) / 2))
@@ -152,7 +152,7 @@ def judge_vae(pipe, twin: AutoencoderTiny | None, pack: Pack) -> dict:
 
 
 def contact_sheet(columns: list[torch.Tensor], heads: list[str], names: list[str], across: int = 2) -> Image.Image:
-    """Pictures of one prompt side by side, `across` prompts in a row, with the prompt under them."""
+    """Images of one prompt side by side, `across` prompts in a row, with the prompt under them."""
     size, text, head = 128, 14, 16
     width = size * len(columns)
     rows = -(-len(names) // across)
@@ -160,8 +160,8 @@ def contact_sheet(columns: list[torch.Tensor], heads: list[str], names: list[str
     pen = ImageDraw.Draw(sheet)
     for place, name in enumerate(names):
         left, top = (place % across) * (width + 8), head + (place // across) * (size + text)
-        for column, (pictures, title) in enumerate(zip(columns, heads, strict=True)):
-            pixels = (pictures[place].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        for column, (images, title) in enumerate(zip(columns, heads, strict=True)):
+            pixels = (images[place].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(pixels), (left + column * size, top))
             if place < across:
                 pen.text((left + column * size + 4, 2), title, fill="black")
@@ -170,21 +170,21 @@ def contact_sheet(columns: list[torch.Tensor], heads: list[str], names: list[str
 
 
 def recognition(pipe, judge: Judge, pack: Pack, questions: list[Question], steps, **how) -> dict:
-    """Score, PSNR to the training picture and relative sharpness at each number of steps."""
-    true = true_pictures(pack, questions)
+    """Score, PSNR to the training image and relative sharpness at each number of steps."""
+    true = true_images(pack, questions)
     report = {}
     for count in tqdm(steps, desc=str(how or "recognition")):
-        pictures = draw(pipe, [q.prompt for q in questions], count, **how)
+        images = draw(pipe, [q.prompt for q in questions], count, **how)
         report[str(count)] = {
-            "named": round(judge.score(pictures, questions), 4),
-            "median_psnr_to_the_picture": round(psnr(pictures, true).median().item(), 2),
-            "sharpness_of_the_true": round(sharpness(pictures) / sharpness(true), 3),
+            "named": round(judge.score(images, questions), 4),
+            "median_psnr_to_the_picture": round(psnr(images, true).median().item(), 2),
+            "sharpness_of_the_true": round(sharpness(images) / sharpness(true), 3),
         }
     return report
 
 
 def write_reference(judge: Judge, path: Path) -> None:
-    """16x16 pixels (uint8 [N, 768]) and labels of every 3d training picture, for tests that have no pack."""
+    """16x16 pixels (uint8 [N, 768]) and labels of every 3d training image, for tests that have no pack."""
     pixels, labels = judge.shelf("3d", "white")
     pixels = F.avg_pool2d(pixels.view(-1, 3, 32, 32), 2).flatten(1)
     np.savez_compressed(path, pixels=(pixels * 255).round().byte().numpy(), labels=np.array(labels))
@@ -247,13 +247,13 @@ class Bench:
         return report
 
     def examples(self) -> dict:
-        """What the pictures of EXAMPLE_PROMPTS are named, and the contact sheets."""
+        """What the images of EXAMPLE_PROMPTS are named, and the contact sheets."""
         prompts = runpy.run_path(str(self.args.examples))["EXAMPLE_PROMPTS"]
         questions = [read_question(prompt, self.trained) for prompt in prompts]
         drawn = {count: draw(self.pipe, list(prompts), count) for count in self.args.steps}
         if self.args.sheets:
             self.draw_sheets(list(prompts), drawn)
-        named = {str(count): self.judge.answers(pictures, questions) for count, pictures in drawn.items()}
+        named = {str(count): self.judge.answers(images, questions) for count, images in drawn.items()}
         right = {count: sum(a == q.label for a, q in zip(names, questions, strict=True)) for count, names in named.items()}
         return {"prompts": prompts, "named_rightly": right, "named": named}
 
@@ -263,7 +263,7 @@ class Bench:
         heads = [f"{count} steps" if count > 1 else "1 step" for count in drawn]
         contact_sheet([*drawn.values()], heads, prompts).save(folder / "steps.png", optimize=True)
         few = withheld_questions(self.pack, self.hidden, "3d")[::4]
-        sides = [true_pictures(self.pack, few), *(draw(self.pipe, [q.prompt for q in few], n) for n in (4, 28))]
+        sides = [true_images(self.pack, few), *(draw(self.pipe, [q.prompt for q in few], n) for n in (4, 28))]
         sheet = contact_sheet(sides, ["never shown", "4 steps", "28 steps"], [q.prompt for q in few], 3)
         sheet.save(folder / "withheld.png", optimize=True)
 
@@ -290,7 +290,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True, help="the exported folder")
     parser.add_argument("--json", type=Path, help="write the report here as well")
     parser.add_argument("--sheets", type=Path, help="write contact sheets into this folder")
-    parser.add_argument("--reference", type=Path, help="write 16x16 pixels of the 3d pictures here, for the tests")
+    parser.add_argument("--reference", type=Path, help="write 16x16 pixels of the 3d images here, for the tests")
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure only these anew")

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/train_emoji/flow.py --seconds 600
 
 x = (1 - sigma) x0 + sigma noise, and the network learns v = noise - x0. A caption in its canonical form names one
-picture, so at high sigma it is taught that picture unmoved; moved ones are taught below sigma 0.8, where x itself
+image, so at high sigma it is taught that image unmoved; moved ones are taught below sigma 0.8, where x itself
 shows where they are.
 
 An SD3 pipeline without T5 appends `max_sequence_length` zero tokens to the text. They are all alike, so one zero
@@ -28,12 +28,12 @@ class Recipe:
     batch: int = 384  # a worker
     lr: float = 1.5e-3
     unprompted: float = 0.06  # share of empty captions
-    at_one: float = 0.25  # share of sigma = 1, where a picture is decided
+    at_one: float = 0.25  # share of sigma = 1, where an image is decided
     on_grid: float = 0.25  # share of the sigmas of the 2, 4 and 8 step schedules
 
 
 class JointAttention:
-    """SD3's attention with a bias [B, 1, 1, L] on the logits of each key (picture tokens first, then text)."""
+    """SD3's attention with a bias [B, 1, 1, L] on the logits of each key (image tokens first, then text)."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, bias=None):
         def heads(x, norm=None):
@@ -57,9 +57,9 @@ class JointAttention:
         v = torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], 2)
         mask = None if bias is None else bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
         mixed = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-        picture, text = mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        image, text = mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
         text = text if attn.context_pre_only else attn.to_add_out(text)
-        return attn.to_out[0](picture), text
+        return attn.to_out[0](image), text
 
 
 def zero_token_bias(counts: torch.Tensor, others: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Encodes every training picture in many ways (as it is, moved, on named backgrounds, recoloured) with captions for
+"""Encodes every training image in many ways (as it is, moved, on named backgrounds, recoloured) with captions for
 each.
 
-Writes `work/latents-<rank>.pt` per worker and the tokenizer; the flow then trains without touching a picture again.
+Writes `work/latents-<rank>.pt` per worker and the tokenizer; the flow then trains without touching an image again.
 
     torchrun --nproc-per-node 2 examples/train_emoji/latents.py
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from captions import BACKGROUNDS, HUES, canonical, known_share, plain_name, ways_to_ask
 from networks import SHIPPED, TINY, build_vae, load_tokenizer, token_ids, train_tokenizer
-from pictures import Pack, background_rgb, can_recolour, compose, placement, recolour, row_weights, training_pack
+from pack import Pack, background_rgb, can_recolour, compose, placement, recolour, row_weights, training_pack
 from tqdm import tqdm
 from training import Worker, load_average, options, worker, write_whole
 from vae import encoded, read_factors
 
 CAPTIONS = 8  # a latent
-KNOWN = known_share(CAPTIONS)  # of them, the first ones, are canonical: they name one picture
-KINDS = {  # name: (how many of each picture, share of the training draws)
+KNOWN = known_share(CAPTIONS)  # of them, the first ones, are canonical: they name one image
+KINDS = {  # name: (how many of each image, share of the training draws)
     "plain": (1, 0.52),
     "moved": (4, 0.07),
     "backed": (7, 0.20),
@@ -32,7 +32,7 @@ KINDS = {  # name: (how many of each picture, share of the training draws)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to show a picture. An empty `colour` keeps its own."""
+    """One way to show an image. An empty `colour` keeps its own."""
 
     row: int
     kind: str
@@ -53,7 +53,7 @@ class Table:
 
 
 def other_colours(row: dict, labels: set[str]) -> list[str]:
-    """Colours that the picture can take without becoming another concept of the pack."""
+    """Colours that the image can take without becoming another concept of the pack."""
     return [c for c in HUES if c != row["color"] and f"{c} {plain_name(row)}".lower() not in labels]
 
 
@@ -74,7 +74,7 @@ def plan(rows: list[dict], seed: int = 0) -> list[Variant]:
 
 
 def variant_weights(variants: list[Variant], rows: list[dict]) -> torch.Tensor:
-    """How often each variant is drawn, float32 [M]: its picture's weight, shared out by `KINDS`."""
+    """How often each variant is drawn, float32 [M]: its image's weight, shared out by `KINDS`."""
     weights = row_weights(rows)
     return torch.tensor([weights[v.row].item() * KINDS[v.kind][1] / KINDS[v.kind][0] for v in variants])
 

@@ -1,9 +1,9 @@
 """Straightens the flow for few steps without guidance.
 
-A caption in its canonical form names one picture, so its flow is straight already: the student goes on learning it from
-the pictures. A share of those rows starts from where the student itself gets to in one or two steps from the noise, so
+A caption in its canonical form names one image, so its flow is straight already: the student goes on learning it from
+the images. A share of those rows starts from where the student itself gets to in one or two steps from the noise, so
 that a later step mends what an earlier one missed. The other captions leave room; for them the trained flow first draws
-pairs (noise, picture) in 20 guided steps, and the student learns the straight lines between the two.
+pairs (noise, image) in 20 guided steps, and the student learns the straight lines between the two.
 
     torchrun --nproc-per-node 2 examples/train_emoji/reflow.py --pair-seconds 60 --seconds 240
 """
@@ -24,7 +24,7 @@ from training import Captured, Phase, Worker, load_average, mixed_precision, opt
 class Recipe:
     batch: int = 384  # a worker
     lr: float = 5e-4
-    pairs: float = 0.2  # share of the rows; the rest are real pictures
+    pairs: float = 0.2  # share of the rows; the rest are real images
     steps: int = 20  # of the teacher
     guidance: float = 2.0  # of the teacher
     unprompted: float = 0.15  # share of the pairs without a caption
@@ -40,7 +40,7 @@ def euler(velocity_at, noise: torch.Tensor, sigmas: list[float]) -> torch.Tensor
 
 
 def draw_pairs(me: Worker, args, recipe: Recipe, draws: Draws) -> dict:
-    """Noise, picture (float16) and token ids of as many pairs as `--pair-seconds` allow; kept in
+    """Noise, image (float16) and token ids of as many pairs as `--pair-seconds` allow; kept in
     `work/pairs-<rank>.pt`.
     """
     path: Path = args.work / f"pairs-{me.rank}.pt"
@@ -108,7 +108,7 @@ def train(me: Worker, args, recipe: Recipe) -> None:
     few, paired = int(recipe.batch * recipe.rolled), int(recipe.batch * recipe.pairs)
 
     def loss_of():
-        """The first `few` rows are rolled, the last `paired` are pairs, and all but those are real pictures."""
+        """The first `few` rows are rolled, the last `paired` are pairs, and all but those are real images."""
         real, real_ids, moved, _ = draws.rows(recipe.batch - paired, 0.0, (0, KNOWN))
         index = torch.randint(len(pairs["x0"]), (paired,), device=me.device)
         x0 = torch.cat([real, pairs["x0"][index].float()])
@@ -123,7 +123,7 @@ def train(me: Worker, args, recipe: Recipe) -> None:
             embeds, pooled = flow.text(ids)
             own = own_sigma(few, me.device)
             rolled = roll(flow.transformer, noise[:few], own, embeds[:few], pooled[:few], bias[:few])
-            use = ~moved[:few]  # one picture belongs to this noise and caption
+            use = ~moved[:few]  # one image belongs to this noise and caption
             sigma[:few] = torch.where(use, own, sigma[:few])
             x[:few] = torch.where(use[:, None, None, None], rolled, x[:few])
             weight[:few] = torch.where(use, own.square(), 1.0)

@@ -3,7 +3,7 @@ decode.
 
     python examples/train_emoji/speed.py --model streamflow/pretrained/emoji
 
-The batch-4 call is what a stream of four stages does for each picture. The two are timed in turn.
+The batch-4 call is what a stream of four stages does for each image. The two are timed in turn.
 """
 
 import argparse

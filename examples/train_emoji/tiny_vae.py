@@ -1,4 +1,4 @@
-"""Trains the light twin of the KL autoencoder: the same latents, already shifted and scaled, from and to pictures.
+"""Trains the light twin of the KL autoencoder: the same latents, already shifted and scaled, from and to images.
 
 torchrun --nproc-per-node 2 examples/train_emoji/tiny_vae.py --seconds 60
 """
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from networks import SHIPPED, TINY, build_tiny_vae
-from pictures import training_pack
+from pack import training_pack
 from torch import nn
 from training import Phase, Worker, earlier, half_type, in_half, options, worker
-from vae import Pictures, encoded, finished_vae, picture_error, read_factors
+from vae import ImageSampler, encoded, finished_vae, image_error, read_factors
 
 
 @dataclass(frozen=True)
 class Recipe:
     batch: int = 64  # a worker
     lr: float = 1.5e-3
-    plain: float = 0.5  # share of pictures on white, as they are
+    plain: float = 0.5  # share of images on white, as they are
     encoder: float = 0.5  # weight of the latents' error
-    true: float = 0.3  # weight of the true pictures' error, beside that of the KL decoder's pictures
+    true: float = 0.3  # weight of the true images' error, beside that of the KL decoder's images
     noise: float = 0.3  # largest deviation of the noise on the latents that both decoders see
 
 
@@ -31,19 +31,19 @@ class Loss(nn.Module):
     def forward(self, images, latent, seen, taught) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images and their latents; the latents that the decoder sees and what the KL decoder makes of them.
 
-        -> the loss, and the errors of pictures and of latents.
+        -> the loss, and the errors of images and of latents.
         """
         kind = self.tiny.dtype
         made = self.tiny.decoder(seen.to(kind))
-        decoded = picture_error(made, taught)
+        decoded = image_error(made, taught)
         encoded = (self.tiny.encoder(images.to(kind)).float() - latent).square().mean()
-        loss = decoded + self.recipe.true * picture_error(made, images) + self.recipe.encoder * encoded
+        loss = decoded + self.recipe.true * image_error(made, images) + self.recipe.encoder * encoded
         return loss, decoded, encoded
 
 
 def train(me: Worker, args, recipe: Recipe) -> None:
     shape = TINY if args.tiny else SHIPPED
-    pictures = Pictures(training_pack(args.data, args.holdout, args.limit), me.device)
+    sampler = ImageSampler(training_pack(args.data, args.holdout, args.limit), me.device)
     teacher = finished_vae(args.work, shape).to(me.device).eval()
     factors = read_factors(args.work)
     shift, scale = factors["shift_factor"], factors["scaling_factor"]
@@ -55,7 +55,7 @@ def train(me: Worker, args, recipe: Recipe) -> None:
     @torch.no_grad()
     def lesson() -> tuple:
         """What `Loss` takes."""
-        images = pictures.draw(recipe.batch, recipe.plain)
+        images = sampler.draw(recipe.batch, recipe.plain)
         latent = (encoded(me, teacher, images) - shift) * scale
         seen = latent + recipe.noise * torch.rand_like(latent[:, :1, :1, :1]) * torch.randn_like(latent)
         taught = in_half(me, teacher.decoder, (seen / scale + shift).to(half_type(me))).float().clamp(-1, 1)
@@ -70,7 +70,7 @@ def train(me: Worker, args, recipe: Recipe) -> None:
 
 if __name__ == "__main__":
     parser = options(__doc__, seconds=60)
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a worker and step")
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="images a worker and step")
     arguments = parser.parse_args()
     with worker() as me:
         train(me, arguments, Recipe(batch=arguments.batch))

@@ -26,7 +26,7 @@ def options(description: str, seconds: float = 0.0) -> argparse.ArgumentParser:
     parser.add_argument("--holdout", type=Path, default=HERE / "holdout.json", help="what training must not see")
     parser.add_argument("--work", type=Path, default=Path(".cache/emoji/work"), help="checkpoints, latents, pairs")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the scripts on a CPU")
-    parser.add_argument("--limit", type=int, default=0, help="use only so many pictures (0: all)")
+    parser.add_argument("--limit", type=int, default=0, help="use only so many images (0: all)")
     if seconds:
         parser.add_argument("--seconds", type=float, default=seconds, help="length of the phase; the rate ends at 0")
         parser.add_argument("--stop-after", type=float, default=float("inf"), help="stop this run early, to resume later")

@@ -1,4 +1,4 @@
-"""Trains the KL autoencoder: 128x128 pictures to 16 channels of 16x16 and back.
+"""Trains the KL autoencoder: 128x128 images to 16 channels of 16x16 and back.
 
 L1 of pixels and of their differences, a KL term, and a quarter of the batch decoded from latents at half the size,
 which keeps coarse structure in coarse latents and so makes them easier for the flow to model.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from captions import BACKGROUNDS
 from diffusers import AutoencoderKL
 from networks import SHIPPED, TINY, Shape, build_vae
-from pictures import Pack, background_rgb, compose, placement, row_weights, training_pack
+from pack import Pack, background_rgb, compose, placement, row_weights, training_pack
 from torch import nn
 from training import Phase, Worker, cumulated, earlier, in_half, load_average, mixed_precision, options, pick, worker
 
@@ -26,12 +26,12 @@ class Recipe:
     lr: float = 1e-3
     kl: float = 2e-3  # times the mean over latent elements, at first
     kl_end: float = 1e-3  # and at the end
-    plain: float = 0.5  # share of pictures on white, as they are
+    plain: float = 0.5  # share of images on white, as they are
     noise: float = 0.05  # least deviation of the latents that the decoder is trained on
     half_size: float = 0.25  # share also decoded at half size
 
 
-class Pictures:
+class ImageSampler:
     """The pack on the device, drawn from without the host, so that a CUDA graph can hold it."""
 
     def __init__(self, pack: Pack, device: torch.device):
@@ -56,7 +56,7 @@ class Pictures:
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-def picture_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def image_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """L1 of the pixels plus L1 of their horizontal and vertical differences."""
     off = made.float() - wanted
     return off.abs().mean() + off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
@@ -76,17 +76,17 @@ class Loss(nn.Module):
         log_variance = log_variance.clamp(-20, 10)
         deviation = (log_variance.exp() + self.recipe.noise**2).sqrt()
         latent = (mean + deviation * torch.randn_like(mean)).to(kind)
-        error = picture_error(self.vae.decoder(latent), images)
+        error = image_error(self.vae.decoder(latent), images)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         few = max(1, int(len(images) * self.recipe.half_size))
-        small = picture_error(self.vae.decoder(F.avg_pool2d(latent[:few], 2)), F.avg_pool2d(images[:few], 2))
+        small = image_error(self.vae.decoder(F.avg_pool2d(latent[:few], 2)), F.avg_pool2d(images[:few], 2))
         weight = self.recipe.kl + (self.recipe.kl_end - self.recipe.kl) * over
         return error + weight * kl + self.recipe.half_size * small, error
 
 
 @torch.no_grad()
 def measure(vae: nn.Module, pack: Pack) -> dict:
-    """Mean and deviation of the latents of all pictures on white, and PSNR (dB, of pixels in [0, 1]) of the 3d ones."""
+    """Mean and deviation of the latents of all images on white, and PSNR (dB, of pixels in [0, 1]) of the 3d ones."""
     latents, errors = [], []
     for start in range(0, len(pack.rows), 128):
         images = compose(pack.rgba[start : start + 128], torch.ones(1, 3, device=pack.rgba.device))
@@ -128,13 +128,13 @@ def finished_vae(work: Path, shape: Shape) -> AutoencoderKL:
 def train(me: Worker, args, recipe: Recipe) -> None:
     shape = TINY if args.tiny else SHIPPED
     pack = training_pack(args.data, args.holdout, args.limit)
-    pictures = Pictures(pack, me.device)
+    sampler = ImageSampler(pack, me.device)
     vae = build_vae(shape)
     phase = Phase.start(me, args.work / "vae.pt", vae, args, recipe.lr, decay=0.998, begin=earlier(args, "vae"))
     errors_of = Loss(vae, recipe)
 
     def loss_of():
-        loss, error = in_half(me, errors_of, pictures.draw(recipe.batch, recipe.plain), phase.over)
+        loss, error = in_half(me, errors_of, sampler.draw(recipe.batch, recipe.plain), phase.over)
         return loss, {"error": error}
 
     phase.run(loss_of, args.stop_after)
@@ -149,7 +149,7 @@ def train(me: Worker, args, recipe: Recipe) -> None:
 
 if __name__ == "__main__":
     parser = options(__doc__, seconds=240)
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a worker and step")
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="images a worker and step")
     arguments = parser.parse_args()
     with worker() as me:
         train(me, arguments, Recipe(batch=arguments.batch))

@@ -1,4 +1,4 @@
-"""Several pictures a call: frames that enter the denoising batch together and leave it together.
+"""Several images a call: frames that enter the denoising batch together and leave it together.
 
 python examples/txt2img/multi.py --frame-buffer-size 3 --output outputs/txt2img-multi
 """
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
-    p.add_argument("--frame-buffer-size", type=int, default=3, help="pictures a call (default: %(default)s)")
+    p.add_argument("--frame-buffer-size", type=int, default=3, help="images a call (default: %(default)s)")
     p.add_argument("--calls", type=int, default=2, help="default: %(default)s")
     p.add_argument("--output", type=Path, default=Path("outputs/txt2img-multi"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     with StreamFlowWrapper(a.model, mode="txt2img", cfg_type="none", frame_buffer_size=size, warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         for call in range(a.calls):
-            for k, picture in enumerate(wrapper.txt2img()):
-                picture.save(a.output / f"{call * size + k}.png")
+            for k, image in enumerate(wrapper.txt2img()):
+                image.save(a.output / f"{call * size + k}.png")
     return 0
 
 

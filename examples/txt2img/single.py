@@ -1,4 +1,4 @@
-"""A picture of a prompt, or several, drawn one a call.
+"""An image of a prompt, or several, drawn one a call.
 
 python examples/txt2img/single.py --prompt "a fox, 3d render" --output outputs/txt2img
 """
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
-    p.add_argument("--count", type=int, default=2, help="pictures (default: %(default)s)")
+    p.add_argument("--count", type=int, default=2, help="images (default: %(default)s)")
     p.add_argument("--seed", type=int, default=2, help="default: %(default)s")
     p.add_argument("--output", type=Path, default=Path("outputs/txt2img"), help="folder (default: %(default)s)")
     a = p.parse_args(argv)

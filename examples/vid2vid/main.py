@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     options = {"like": (width, height), "stream_options": {"feedback": a.feedback}}
     with StreamFlowWrapper(a.model, cfg_type="none", warmup=0, **options) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
-        pictures = chain([first], iter(video.read, None))
-        for frame in wrapper.stream.frames(picture.pixels for picture in pictures):
+        images = chain([first], iter(video.read, None))
+        for frame in wrapper.stream.frames(image.pixels for image in images):
             recorder.write(TimedImage(uint8_pixels(frame.wait().image[None])[0], 0.0))
     recorder.close()
     video.close()

@@ -1,4 +1,4 @@
-"""A webcam restyled in a window, at even intervals; the last good picture stays where the camera is unplugged.
+"""A webcam restyled in a window, at even intervals; the last good image stays where the camera is unplugged.
 
     python examples/webcam/main.py --prompt "a fox, 3d render"
     python examples/webcam/main.py --source camera:1 --sink virtualcam --fps 15
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     p.add_argument("--strength", type=float, default=0.6, help="0 to 1 (default: %(default)s)")
-    p.add_argument("--fps", type=float, default=30, help="pictures a second that are shown (default: %(default)s)")
+    p.add_argument("--fps", type=float, default=30, help="images a second that are shown (default: %(default)s)")
     p.add_argument("--seconds", type=float, help="end after so long (default: when the window is closed)")
     a = p.parse_args(argv)
 

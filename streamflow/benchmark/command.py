@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,8 @@ from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.sweep import measure_sweeps, points
 from streamflow.benchmark.ways import VARIANTS
 
+SETTINGS = ("model", "random_weights", "width", "height", "steps", "cfg_type", "frame_buffer_size", "rounds", "warmup")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 1 where a variant failed, 2 for an invalid argument."""
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no plots: {missing}", file=sys.stderr)
         settings = replace(settings, plot=False)
     cache = compile_cache() if settings.compiles else None
-    with log_to_stderr(), current(settings.torch_device):
+    with log_to_stderr(), torch.cuda.device(settings.torch_device) if settings.cuda else nullcontext():
         try:
             subject = sized(load(settings))
             check(subject)
@@ -75,16 +77,8 @@ def run(subject: Subject, known: Json) -> Json:
     found = measure_all(subject)
     result = {
         **known,
-        "model": s.model,
-        "random_weights": s.random_weights,
-        "width": s.width,
-        "height": s.height,
-        "steps": s.steps,
-        "cfg_type": s.cfg_type,
-        "frame_buffer_size": s.frame_buffer_size,
+        **{name: getattr(s, name) for name in SETTINGS},
         "dtype": str(subject.pipe.dtype).removeprefix("torch."),
-        "rounds": s.rounds,
-        "warmup": s.warmup,
         "load_s": subject.seconds,
         "machine": machine(subject.device),
         "clocks_before": before,
@@ -97,11 +91,6 @@ def run(subject: Subject, known: Json) -> Json:
     if s.latency:
         result["latency"] = measure_latency(subject)
     return report.rounded(result)
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which this CUDA device is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -6,10 +6,10 @@ since speed does not depend on weights. Text encoders are left out; embeddings o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from diffusers import (
@@ -35,13 +35,7 @@ from torch import Tensor, nn
 from streamflow.models.protocols import Arguments, Call, Function, Pipeline
 
 IMAGE_STD = 0.4  # of a random tiny VAE's images, in [-1, 1]: neither grey nor clipped, so that differences show
-NOT_MADE = (
-    "text_encoder",
-    "tokenizer",
-    "image_encoder",
-    "safety_checker",
-    "feature_extractor",
-)  # starts of components' names
+NOT_MADE = ("text_encoder", "tokenizer", "image_encoder", "safety_checker", "feature_extractor")  # starts of parts' names
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
@@ -77,10 +71,10 @@ SCHEDULERS: dict[str, Function] = {"instaflow": RectifiedFlowScheduler, "sdxl": 
 
 @dataclass(frozen=True)
 class Size:
-    """One model. config, vae: the configs of its network and its VAE. embeds: the shapes of a prompt's embeddings, by the
-    pipeline's argument names, with the batch dimension. scheduler: makes the scheduler. family: where the pipeline's class
-    does not determine it. options: more arguments of the pipeline's class. make_vae: makes the VAE of its config. tiny: the
-    config of the tiny VAE, where it is not AutoencoderTiny's default."""
+    """One model. config, vae, tiny: the configs of its network, its VAE and its tiny VAE, where they are not diffusers'
+    defaults. embeds: the shapes of a prompt's embeddings, by the pipeline's argument names, with the batch dimension.
+    scheduler: makes the scheduler. family: where the pipeline's class does not determine it. options: more arguments of the
+    pipeline's class. make_vae: makes the VAE of its config."""
 
     pipeline: Function
     network: type[nn.Module]
@@ -100,10 +94,6 @@ class Size:
         parts: Call = dict.fromkeys(name for name in names if name.startswith(NOT_MADE))
         parts |= {"unet" if "unet" in names else "transformer": network, "vae": vae, "scheduler": self.scheduler()}
         return self.pipeline(**parts, **self.options)
-
-
-def _euler(shift: float) -> Callable[[], FlowMatchEulerDiscreteScheduler]:
-    return lambda: FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
 _KL = {
@@ -129,43 +119,20 @@ SIZES: dict[str, Size] = {
     "sd3-medium": Size(
         pipeline=StableDiffusion3Pipeline,
         network=SD3Transformer2DModel,
-        config={
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 192,
-        },
+        config={"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
         vae={**_KL_16_CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609},
         embeds={"prompt_embeds": (1, 77 + 256, 4096), "pooled_prompt_embeds": (1, 2048)},
         dtype=torch.bfloat16,
-        scheduler=_euler(3.0),
+        scheduler=partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
     ),
     "flux-schnell": Size(
         pipeline=FluxPipeline,
         network=FluxTransformer2DModel,
-        config={
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": False,
-            "axes_dims_rope": (16, 56, 56),
-        },
+        config={},
         vae={**_KL_16_CHANNELS, "scaling_factor": 0.3611, "shift_factor": 0.1159},
         embeds={"prompt_embeds": (1, 256, 4096), "pooled_prompt_embeds": (1, 768)},
         dtype=torch.bfloat16,
-        scheduler=_euler(1.0),
+        scheduler=partial(FlowMatchEulerDiscreteScheduler, shift=1.0),
     ),
     "sdxl": Size(
         pipeline=StableDiffusionXLPipeline,
@@ -204,7 +171,7 @@ SIZES: dict[str, Size] = {
         },
         embeds={"prompt_embeds": (1, 300, 2304), "prompt_attention_mask": (1, 300)},
         dtype=torch.bfloat16,
-        scheduler=_euler(3.0),
+        scheduler=partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
         make_vae=AutoencoderDC,
         tiny={
             **{f"{side}_block_out_channels": (64,) * 6 for side in ("encoder", "decoder")},
@@ -222,31 +189,23 @@ def size_of(model: str) -> Size:
     return SIZES[model]
 
 
-def full_size(model: str, device: torch.device | str, dtype: torch.dtype | None = None, seed: int = 0) -> Pipeline:
+def full_size(model: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Pipeline:
     """The pipeline of this model, with random weights and without text encoders, on the device. `dtype` None: the dtype that
     the model is published in. The device's random state does not change."""
     size = size_of(model)
     dtype = dtype or size.dtype
-    with _making(device, dtype, seed):
-        net, vae = network(model), size.make_vae(**size.vae)
-    pipe = size.assemble(_for_inference(net, dtype), _for_inference(vae, dtype))
+    with _making(device, dtype):
+        network, vae = size.network(**size.config), size.make_vae(**size.vae)
+    pipe = size.assemble(_for_inference(network, dtype), _for_inference(vae, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def network(model: str) -> nn.Module:
-    """The network alone, on torch's default device in its default dtype. Under `torch.device("meta")` it takes no memory."""
-    size = size_of(model)
-    return size.network(**size.config)
-
-
-def full_size_tiny_vae(
-    model: str, device: torch.device | str, dtype: torch.dtype | None = None, seed: int = 0
-) -> AutoencoderTiny:
+def full_size_tiny_vae(model: str, device: torch.device | str, dtype: torch.dtype | None = None) -> AutoencoderTiny:
     """An AutoencoderTiny of the size of the published one (TAESD, TAESD3, TAEF1) for this model, with random weights."""
     size = size_of(model)
     dtype = dtype or size.dtype
-    with _making(device, dtype, seed):
+    with _making(device, dtype):
         vae = AutoencoderTiny(latent_channels=size.vae["latent_channels"], **size.tiny)
         _for_inference(vae, dtype)
         if torch.device(device).type != "meta":
@@ -255,17 +214,18 @@ def full_size_tiny_vae(
 
 
 def prompt_arguments(
-    model: str, device: torch.device | str, dtype: torch.dtype | None = None, guided: bool = False, seed: int = 0
+    model: str, device: torch.device | str, dtype: torch.dtype | None = None, guided: bool = False
 ) -> dict[str, Tensor]:
     """Random embeddings in place of a prompt, under the names and in the shapes that the pipeline takes, with masks of ones.
     `guided`: embeddings in place of a negative prompt too."""
     size = size_of(model)
-    generator = torch.Generator().manual_seed(seed)
-    names = list(size.embeds) + [f"negative_{name}" for name in size.embeds] * guided
-    shapes = [size.embeds[name.removeprefix("negative_")] for name in names]
-    masks = [name.endswith("mask") for name in names]
-    drawn = [torch.ones(n) if mask else torch.randn(n, generator=generator) for n, mask in zip(shapes, masks, strict=True)]
-    return {name: x.to(device, dtype or size.dtype) for name, x in zip(names, drawn, strict=True)}
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for prefix in ("", "negative_") if guided else ("",):
+        for name, shape in size.embeds.items():
+            values = torch.ones(shape) if name.endswith("mask") else torch.randn(shape, generator=generator)
+            made[prefix + name] = values.to(device, dtype or size.dtype)
+    return made
 
 
 def _for_inference(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -274,11 +234,11 @@ def _for_inference(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _making(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Modules made inside are on the device in the dtype, and their weights depend on the seed and the device alone."""
+def _making(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside are on the device in the dtype, and their weights depend on the device alone."""
     device, before = torch.device(device), torch.get_default_dtype()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -289,8 +249,9 @@ def _making(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterat
 @torch.no_grad()
 def _spread(vae: AutoencoderTiny, channels: int) -> None:
     """Scale the decoder's last convolution, so that a network without norms draws images with contrast instead of grey."""
-    decoder: Any = vae.decoder
-    last: Any = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)][-1]
+    decoder = vae.get_submodule("decoder")
+    last = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)][-1]
+    assert last.bias is not None, "the last convolution of an AutoencoderTiny has a bias"
     weight = next(decoder.parameters())
     x = torch.randn(1, channels, 16, 16, device=weight.device, dtype=weight.dtype)
     last.weight.mul_(IMAGE_STD / decoder(x).float().std())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from streamflow._files import Json
 from streamflow.benchmark.measure import attempt, clean
 from streamflow.benchmark.subject import Subject
 from streamflow.benchmark.timing import wait
-from streamflow.live.latency_modes import Measured, Mode, RealClock, choose_mode, fed, free, play, sequential
+from streamflow.live.latency_modes import Measured, RealClock, choose_mode, fed, free, play, sequential
 from streamflow.pipeline import StreamFlow
 
 logger = logging.getLogger(__name__)
@@ -43,21 +42,15 @@ def measure_rates(subject: Subject, tiny: bool) -> list[Json]:
     found: dict[int, list[Measured]] = {rate: [] for rate in INPUT_RATES}
     for batched in (True, False):
         clean(subject.device)
-        with ExitStack() as stack:
-            stream = stack.enter_context(subject.stream(tiny, batched, skipped=1))
+        with subject.stream(tiny, batched, skipped=1) as stream:
             stream.accelerate(s.kind)
             tick = ticking(stream)
             for _ in range(1 + s.warmup):
                 tick(0)
             modes = (fed(tick, s.steps), free(tick, s.steps)) if batched else (sequential(tick),)
             for rate in INPUT_RATES:
-                found[rate] += [measured(mode, rate, s.latency_seconds) for mode in modes]
+                found[rate] += [play(mode, RealClock(), 1 / rate, s.latency_seconds) for mode in modes]
     return [row(rate, modes) for rate, modes in found.items()]
-
-
-def measured(mode: Mode, rate: float, seconds: float) -> Measured:
-    """One mode at one input rate, with the real clock."""
-    return play(mode, RealClock(), 1 / rate, seconds)
 
 
 def ticking(stream: StreamFlow) -> Callable[[int], None]:

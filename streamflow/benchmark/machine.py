@@ -25,7 +25,7 @@ def machine(device: torch.device) -> Json:
         "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -68,10 +68,3 @@ def clocks(device: torch.device) -> dict[str, str] | None:
         return None
     values = [value.strip() for value in answer.stdout.split(",")]
     return dict(zip(QUERY, values, strict=True)) if answer.returncode == 0 and len(values) == len(QUERY) else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -15,14 +15,14 @@ from streamflow._decibels import decibels
 from streamflow._files import Json
 from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.subject import COMPARED, Subject
-from streamflow.benchmark.timing import Spread, latencies, ticks_within, timed, wait
+from streamflow.benchmark.timing import Round, Spread, latencies, ticks_within, timed, wait
 from streamflow.benchmark.ways import VARIANTS, Way, problem
 from streamflow.live.latency_modes import percentile
 
 logger = logging.getLogger(__name__)
 # The errors of models, compilers and drivers. torch, its compiler and engines raise RuntimeErrors, and out of memory is one;
 # settings that a model does not support are ValueErrors, a missing library or compiler is an ImportError or an OSError, and
-# images that are not finite are an ArithmeticError. Any other error is a bug of this package.
+# images that are not finite are an ArithmeticError. Others are bugs of this package.
 FAILURES = (RuntimeError, ValueError, ArithmeticError, ImportError, OSError)
 
 
@@ -40,7 +40,9 @@ def measure_all(subject: Subject) -> dict[str, Json]:
         logger.info("(%s) %s", name, variant.title)
         found[name] = {"title": variant.title, **attempt(f"({name})", lambda name=name: measure(subject, name))}
         if "failed" not in found[name]:
-            logger.info("(%s) %s", name, in_short(found[name]))
+            rate, tick = (found[name][key]["median"] for key in ("images_per_s", "tick_ms"))
+            start_up = found[name]["start_up_s"]
+            logger.info("(%s) %.2f images/s, %.2f ms a tick, start-up %.1f s", name, rate, tick, start_up)
     return found
 
 
@@ -56,12 +58,6 @@ def attempt(label: str, call: Callable[[], Json]) -> Json:
 def cause(error: BaseException, most: int = 600) -> str:
     """An error's type and the beginning of its message, in one line; compilers put the cause into the later lines."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
-
-
-def in_short(figures: Json) -> str:
-    """A variant's figures in one line."""
-    rate, tick = figures["images_per_s"]["median"], figures["tick_ms"]["median"]
-    return f"{rate:.2f} images/s, {tick:.2f} ms a tick, start-up {figures['start_up_s']:.1f} s"
 
 
 def measure(subject: Subject, name: str) -> Json:
@@ -99,10 +95,9 @@ def times(subject: Subject, way: Way) -> Json:
         if way.by_hand:
             bare.append(timed(way.by_hand, count, device))
         waits += latencies(way.tick, way.depth, -(-count // 2), device)
-    rates = Spread.of([way.frames / r.mean for r in rounds])
     found = {
         "ticks_per_round": count,
-        "images_per_s": vars(rates),
+        "images_per_s": rates(way, rounds),
         "tick_ms": milliseconds([seconds for r in rounds for seconds in r.each]),
         "latency_ms": milliseconds(waits),
     }
@@ -119,11 +114,9 @@ def warm(subject: Subject, way: Way) -> int:
     return ticks_within(s.round_seconds, way.tick, s.frames, subject.device)
 
 
-def steady_rate(subject: Subject, way: Way) -> Spread:
-    """Images a second over the settings' rounds."""
-    count = warm(subject, way)
-    rounds = [timed(way.tick, count, subject.device) for _ in range(subject.settings.rounds)]
-    return Spread.of([way.frames / r.mean for r in rounds])
+def rates(way: Way, rounds: list[Round]) -> dict[str, float]:
+    """Images a second, with their spread over the rounds."""
+    return vars(Spread.of([way.frames / r.mean for r in rounds]))
 
 
 def milliseconds(values: list[float]) -> dict[str, float]:

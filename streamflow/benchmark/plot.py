@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamflow.benchmark.report import Result, swept
+from streamflow._files import Json
+from streamflow.benchmark.report import swept
 from streamflow.benchmark.settings import SWEEPS
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ ROOFS = (
 
 def missing() -> str | None:
     """The package that is missing for plots, with the command that installs it, or None."""
-    if find_spec("matplotlib") is None:
-        return 'matplotlib is not installed: pip install "streamflow-rf[bench]"'
-    return None
+    return None if find_spec("matplotlib") else 'matplotlib is not installed: pip install "streamflow-rf[bench]"'
 
 
 def require() -> None:
@@ -32,7 +31,7 @@ def require() -> None:
         raise ImportError(f"{reason}, or pass --no-plot")
 
 
-def draw(result: Result, folder: Path, name: str) -> list[Path]:
+def draw(result: Json, folder: Path, name: str) -> list[Path]:
     """Draw all plots for which there are figures. Returns their paths."""
     paths = []
     if any("images_per_s" in figures for figures in result["variants"].values()):
@@ -51,7 +50,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, squeeze
     return made, made.subplots(rows, columns, squeeze=squeeze)
 
 
-def title(result: Result, *more: str) -> str:
+def title(result: Json, *more: str) -> str:
     """The model and its settings, and the device, in two lines."""
     about = f"{result['width']}x{result['height']}", f"{result['steps']} steps", result["dtype"], *more
     return f"{result['model']}, {', '.join(about)}\n{result['machine']['device']}"
@@ -65,13 +64,17 @@ def save(made: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def bars(result: Result, folder: Path, name: str) -> list[Path]:
+def error_bars(rates: list[Json]) -> tuple[list[float], list[list[float]]]:
+    """The medians, and how far the least are below them and the most above them."""
+    spread = [[r["median"] - r["least"] for r in rates], [r["most"] - r["median"] for r in rates]]
+    return [r["median"] for r in rates], spread
+
+
+def bars(result: Json, folder: Path, name: str) -> list[Path]:
     """Images a second of every variant as bars, with their spread."""
     rows = [(key, f) for key, f in result["variants"].items() if "images_per_s" in f]
     made, axes = figure(9, 1.2 + 0.45 * len(rows))
-    rates = [f["images_per_s"] for _, f in rows]
-    medians = [r["median"] for r in rates]
-    spread = [[r["median"] - r["least"] for r in rates], [r["most"] - r["median"] for r in rates]]
+    medians, spread = error_bars([f["images_per_s"] for _, f in rows])
     colours = ["tab:orange" if f["vae"] == "tiny" else "tab:blue" for _, f in rows]
     drawn = axes.barh([f"({key}) {f['title']}" for key, f in rows], medians, xerr=spread, color=colours, height=0.7)
     axes.bar_label(drawn, [f"{rate:.1f}" for rate in medians], padding=6)
@@ -83,16 +86,15 @@ def bars(result: Result, folder: Path, name: str) -> list[Path]:
     return save(made, folder, name)
 
 
-def sweeps(result: Result, folder: Path, name: str) -> list[Path]:
+def sweeps(result: Json, folder: Path, name: str) -> list[Path]:
     """A panel for every swept setting: images a second of the ring and of the sequential loop with their spread, their
     ratio, and the rooflines."""
-    panels = {swept_name: [p for p in points if "ring" in p] for swept_name, points in swept(result).items()}
-    panels = {swept_name: points for swept_name, points in panels.items() if points}
+    panels = {key: measured for key, points in swept(result).items() if (measured := [p for p in points if "ring" in p])}
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     made, grid = figure(5.6 * columns + 0.4, 3.9 * rows + 1.1, rows, columns, squeeze=False)
-    for axes, (swept_name, points) in zip(grid.flat, panels.items(), strict=False):
-        panel(axes, swept_name, points)
+    for axes, (key, points) in zip(grid.flat, panels.items(), strict=False):
+        panel(axes, key, points)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -103,7 +105,7 @@ def sweeps(result: Result, folder: Path, name: str) -> list[Path]:
     return save(made, folder, name)
 
 
-def panel(axes: Axes, name: str, points: list[Result]) -> None:
+def panel(axes: Axes, name: str, points: list[Json]) -> None:
     """One sweep. Rates and numbers have logarithmic axes; kinds of guidance are next to each other."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -116,9 +118,7 @@ def panel(axes: Axes, name: str, points: list[Result]) -> None:
     positions = values if numbers else list(range(len(values)))
     lines = numbers and len(points) > 1
     for way, colour, label in (("ring", "tab:blue", "the ring"), ("sequential", "tab:orange", "sequential, batch 1")):
-        rates = [p[way]["images_per_s"] for p in points]
-        medians = [r["median"] for r in rates]
-        spread = [[r["median"] - r["least"] for r in rates], [r["most"] - r["median"] for r in rates]]
+        medians, spread = error_bars([p[way]["images_per_s"] for p in points])
         style = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "linestyle": "-" if lines else ""}
         axes.errorbar(positions, medians, spread, label=label, **style)
     for key, style, label in ROOFS:

@@ -5,21 +5,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from streamflow._files import Json
 from streamflow.benchmark.settings import SWEEPS
 from streamflow.benchmark.ways import CHAIN, SAME_VAE
 
-Result = Mapping[str, Any]
-Figures = Mapping[str, Result]  # of variants, by name
-
-
-def rate(figures: Result) -> float:
-    """Images a second, the median over rounds."""
-    return figures["images_per_s"]["median"]
+Figures = Mapping[str, Json]  # of variants, by name
 
 
 def measured(found: Figures, names: Sequence[str]) -> list[str]:
@@ -33,10 +27,11 @@ def factors(found: Figures) -> Json:
     chain = measured(found, CHAIN)
     if len(chain) < 2:
         return {"total": 1.0, "steps": []}
-    total = rate(found[chain[-1]]) / rate(found[chain[0]])
+    rate = {name: found[name]["images_per_s"]["median"] for name in chain}
+    total = rate[chain[-1]] / rate[chain[0]]
     steps = []
-    for before, name in zip(chain, chain[1:], strict=False):
-        factor = rate(found[name]) / rate(found[before])
+    for before, name in pairwise(chain):
+        factor = rate[name] / rate[before]
         share = 100 * math.log(factor) / math.log(total) if total != 1.0 else None
         steps.append({"from": before, "to": name, "title": found[name]["title"], "factor": factor, "share": share})
     return {"total": total, "steps": steps}
@@ -44,11 +39,8 @@ def factors(found: Figures) -> Json:
 
 def ratios(found: Figures) -> dict[str, dict[str, float]]:
     """Rates of variants with the same VAE, "5/1" for 5 over 1; `least` and `most` from the spreads of both."""
-    made = {}
-    for fast, slow in SAME_VAE:
-        if len(measured(found, (fast, slow))) == 2:
-            made[f"{fast}/{slow}"] = ratio(found[fast]["images_per_s"], found[slow]["images_per_s"])
-    return made
+    pairs = [(fast, slow) for fast, slow in SAME_VAE if len(measured(found, (fast, slow))) == 2]
+    return {f"{a}/{b}": ratio(found[a]["images_per_s"], found[b]["images_per_s"]) for a, b in pairs}
 
 
 def ratio(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
@@ -56,105 +48,83 @@ def ratio(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {"median": a["median"] / b["median"], "least": a["least"] / b["most"], "most": a["most"] / b["least"]}
 
 
-def swept(result: Result) -> dict[str, list[Result]]:
+def swept(result: Json) -> dict[str, list[Json]]:
     """The sweeps' points by the setting's name."""
     return {name: points for name, points in result.get("sweeps", {}).items() if name in SWEEPS}
 
 
-def failures(result: Result) -> list[str]:
+def failures(result: Json) -> list[str]:
     """The errors of all failed measurements."""
     points = [point for points in swept(result).values() for point in points]
     all_figures = [*result["variants"].values(), *points, *result.get("latency", {}).get("rows", [])]
     return [figures["failed"] for figures in all_figures if "failed" in figures]
 
 
-def table(result: Result) -> str:
+def table(result: Json) -> str:
     """The result as Markdown."""
     found = result["variants"]
+    around = {name: f["around_network_and_decode"] for name, f in found.items() if "around_network_and_decode" in f}
     lines = [
         f"{result['model']}, {result['width']}x{result['height']}, {result['steps']} steps, {result['dtype']}, "
         f"guidance {result['cfg_type']}, on {result['machine']['device']}",
+        *_rows(
+            "| | variant | images/s (least, most) | ms a tick (p95) | latency ms (p95) | memory MiB | start-up s | largest, "
+            "mean difference, PSNR |",
+            (_variant(name, f) for name, f in found.items()),
+        ),
+        *_rows("| factor | times | share |", _factors(result["factors"])),
+        *_rows("| same VAE on both sides | times (least, most) |", ([n, _spread(r)] for n, r in result["ratios"].items())),
+        *_rows(
+            "| time around the network and the decode | ms a tick | called alone | per cent |",
+            ([n, f"{a['tick_ms']:.3f}", f"{a['by_hand_ms']:.3f}", _spread(a["percent"], 1)] for n, a in around.items()),
+        ),
     ]
-    lines += _variant_lines(found) + _factor_lines(result["factors"]) + _ratio_lines(result["ratios"]) + _around_lines(found)
-    lines += _sweep_lines(result) + _latency_lines(result.get("latency"))
-    return "\n".join(lines)
+    return "\n".join(lines + _sweep_lines(result) + _latency_lines(result.get("latency")))
 
 
-def _variant_lines(found: Figures) -> list[str]:
-    if not found:
-        return []
-    return [
-        "",
-        "| | variant | images/s (least, most) | ms a tick (p95) | latency ms (p95) | memory MiB | start-up s | largest, "
-        "mean difference, PSNR |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_row(name, figures) for name, figures in found.items()),
-    ]
+def _rows(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table after an empty line, its rows filled with empty cells; nothing where there are no rows."""
+    columns = head.count("|") - 1
+    lines = [f"| {' | '.join([*row, *[''] * (columns - len(row))])} |" for row in rows]
+    return ["", head, "|---" * columns + "|", *lines] if lines else []
 
 
-def _row(name: str, f: Result) -> str:
+def _spread(figure: Mapping[str, float], digits: int = 2) -> str:
+    return f"{figure['median']:.{digits}f} ({figure['least']:.{digits}f}, {figure['most']:.{digits}f})"
+
+
+def _variant(name: str, f: Json) -> list[str]:
     if "images_per_s" not in f:
-        reason = f"skipped: {f['skipped']}" if "skipped" in f else f"failed: {f['failed']}"
-        return f"| {name} | {f['title']} | {reason} | | | | | |"
-    r, t, wait, d = f["images_per_s"], f["tick_ms"], f["latency_ms"], f["difference"]
-    memory = f"{f['memory_mib']['reserved']:.0f}" if f["memory_mib"] else ""
-    psnr = "equal" if d["psnr_db"] is None else f"{d['psnr_db']:.1f} dB"
-    cells = (
+        return [name, f["title"], f"skipped: {f['skipped']}" if "skipped" in f else f"failed: {f['failed']}"]
+    difference = f["difference"]
+    psnr = "equal" if difference["psnr_db"] is None else f"{difference['psnr_db']:.1f} dB"
+    return [
         name,
         f["title"],
-        f"{r['median']:.2f} ({r['least']:.2f}, {r['most']:.2f})",
-        f"{t['median']:.2f} ({t['p95']:.2f})",
-        f"{wait['median']:.2f} ({wait['p95']:.2f})",
-        memory,
+        _spread(f["images_per_s"]),
+        *(f"{f[key]['median']:.2f} ({f[key]['p95']:.2f})" for key in ("tick_ms", "latency_ms")),
+        f"{f['memory_mib']['reserved']:.0f}" if f["memory_mib"] else "",
         f"{f['start_up_s']:.1f}",
-        f"{d['largest']:.1e}, {d['mean']:.1e}, {psnr}",
-    )
-    return f"| {' | '.join(cells)} |"
+        f"{difference['largest']:.1e}, {difference['mean']:.1e}, {psnr}",
+    ]
 
 
-def _factor_lines(found: Result) -> list[str]:
-    if not found["steps"]:
-        return []
-    lines = ["", "| factor | times | share |", "|---|---|---|"]
+def _factors(found: Json) -> list[list[str]]:
+    rows = []
     for step in found["steps"]:
         share = "" if step["share"] is None else f"{step['share']:.0f} %"
-        lines.append(f"| ({step['from']}) to ({step['to']}): {step['title']} | {step['factor']:.2f} | {share} |")
-    return [*lines, f"| all together | {found['total']:.2f} | 100 % |"]
+        rows.append([f"({step['from']}) to ({step['to']}): {step['title']}", f"{step['factor']:.2f}", share])
+    return [*rows, ["all together", f"{found['total']:.2f}", "100 %"]] if rows else []
 
 
-def _ratio_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if not found:
-        return []
-    lines = ["", "| same VAE on both sides | times (least, most) |", "|---|---|"]
-    return lines + [f"| {name} | {r['median']:.2f} ({r['least']:.2f}, {r['most']:.2f}) |" for name, r in found.items()]
-
-
-def _around_lines(found: Figures) -> list[str]:
-    rows = [(name, f["around_network_and_decode"]) for name, f in found.items() if "around_network_and_decode" in f]
-    if not rows:
-        return []
-    lines = [
-        "",
-        "| time around the network and the decode | ms a tick | called alone | per cent |",
-        "|---|---|---|---|",
-    ]
-    for name, a in rows:
-        p = a["percent"]
-        spread = f"{p['median']:.1f} ({p['least']:.1f}, {p['most']:.1f})"
-        lines.append(f"| {name} | {a['tick_ms']:.3f} | {a['by_hand_ms']:.3f} | {spread} |")
-    return lines
-
-
-def _sweep_lines(result: Result) -> list[str]:
+def _sweep_lines(result: Json) -> list[str]:
     lines = []
     for name, points in swept(result).items():
-        lines += [
-            "",
+        head = (
             f"| {SWEEPS[name].label} | sequential, images/s | ring, images/s (least, most) | ring over sequential "
-            "(least, most) | roofline of the network, images/s | with the decoder |",
-            "|---|---|---|---|---|---|",
-            *(_point(point) for point in points),
-        ]
+            "(least, most) | roofline of the network, images/s | with the decoder |"
+        )
+        lines += _rows(head, map(_point, points))
     if lines:
         s = result["sweeps"]
         rate = s["matrix_rate"]
@@ -167,37 +137,24 @@ def _sweep_lines(result: Result) -> list[str]:
     return lines
 
 
-def _point(p: Result) -> str:
+def _point(p: Json) -> list[str]:
     if "failed" in p:
-        return f"| {p['value']} | failed: {p['failed']} | | | | |"
-    ring, times, roof = p["ring"]["images_per_s"], p["ratio"], p["roofline"]
-    cells = (
+        return [str(p["value"]), f"failed: {p['failed']}"]
+    return [
         str(p["value"]),
         f"{p['sequential']['images_per_s']['median']:.2f}",
-        f"{ring['median']:.2f} ({ring['least']:.2f}, {ring['most']:.2f})",
-        f"{times['median']:.2f} ({times['least']:.2f}, {times['most']:.2f})",
-        f"{roof['network_images_per_s']:.2f}",
-        f"{roof['with_decoder_images_per_s']:.2f}",
-    )
-    return f"| {' | '.join(cells)} |"
+        _spread(p["ring"]["images_per_s"]),
+        _spread(p["ratio"]),
+        *(f"{p['roofline'][key]:.2f}" for key in ("network_images_per_s", "with_decoder_images_per_s")),
+    ]
 
 
-def _latency_lines(found: Result | None) -> list[str]:
+def _latency_lines(found: Json | None) -> list[str]:
     if found is None:
         return []
-    lines = [
-        "",
-        "| input frames/s | stages | the ring fed by the source | the ring ticking freely | sequential | auto |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        if "failed" in row:
-            lines.append(f"| | {row['stages']} | failed: {row['failed']} | | | |")
-            continue
-        cells = (_mode(row["modes"][name]) for name in ("fed", "free", "sequential"))
-        lines.append(f"| {row['input_rate']} | {row['stages']} | {' | '.join(cells)} | {row['auto']} |")
+    head = "| input frames/s | stages | the ring fed by the source | the ring ticking freely | sequential | auto |"
     return [
-        *lines,
+        *_rows(head, map(_latency, found["rows"])),
         "",
         "Latency in ms from an input frame to its finished image, p50 (p95), and input frames drawn a second; "
         f"acceleration {found['acceleration']}, {found['vae']} VAE, image-to-image, one frame a tick. auto: the lowest "
@@ -205,20 +162,20 @@ def _latency_lines(found: Result | None) -> list[str]:
     ]
 
 
-def _mode(m: Mapping[str, float]) -> str:
-    return f"{m['p50_ms']:.1f} ({m['p95_ms']:.1f}), {m['images_per_s']:.1f}/s"
+def _latency(row: Json) -> list[str]:
+    if "failed" in row:
+        return ["", str(row["stages"]), f"failed: {row['failed']}"]
+    modes = (row["modes"][name] for name in ("fed", "free", "sequential"))
+    figures = (f"{m['p50_ms']:.1f} ({m['p95_ms']:.1f}), {m['images_per_s']:.1f}/s" for m in modes)
+    return [str(row["input_rate"]), str(row["stages"]), *figures, row["auto"]]
 
 
-def rounded(value: object, digits: int = 5) -> Any:
-    """The value with its floats rounded to so many significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, Mapping):
-        return {name: rounded(entry, digits) for name, entry in value.items()}
-    return [rounded(entry, digits) for entry in value] if isinstance(value, (list, tuple)) else value
+def rounded(value: Json) -> Json:
+    """The value as JSON, with its floats rounded to five significant digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-def write(result: Result, folder: Path, name: str) -> list[Path]:
+def write(result: Json, folder: Path, name: str) -> list[Path]:
     """Write the JSON and the table. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]

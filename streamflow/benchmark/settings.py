@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,47 @@ EXAMPLE = """examples:
 The last line is JSON. The exit code is 2 for an invalid argument."""
 
 
+def option(default: object, text: str, flag: str | None = None, **arguments: object) -> Any:
+    """A field of `Settings` that is also an option of the command line. text: its help. flag: its name, if that is not the
+    field's. arguments: more arguments of `add_argument`."""
+    return field(default=default, metadata={"flag": flag, "help": text, **arguments})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """One run. model: a key of `streamflow.benchmark.full_size.SIZES` with `random_weights`, "embedded", a hub id or a
-    folder. width, height: in pixels, None: the model's own. frames: most ticks of a round. rounds: measurements of each
-    figure. round_seconds: the time of a round, so that slow variants take fewer ticks. warmup: ticks before the first round.
-    variants: None: all. compile: None: on CUDA. sweep: by the names of `SWEEPS`, values that one setting takes while the
-    others stay. sweep_vae: "own" or "tiny". latency: the modes of `latency` are measured too, each for `latency_seconds`.
-    json: the table is not printed."""
+    """One run. A field is described by the help of its option. variants: None: all. sweep: by the names of `SWEEPS`, values
+    that one setting takes while the others stay."""
 
-    model: str = "embedded"
-    random_weights: bool = False
-    family: str | None = None
-    steps: int = 4
-    width: int | None = None
-    height: int | None = None
-    frames: int = 30
-    rounds: int = 5
-    round_seconds: float = 0.4
-    warmup: int = 3
+    model: str = option(
+        "embedded", "sd15, sdxl, sd3-medium, flux-schnell, sana (with --random-weights), embedded, a hub id or a folder"
+    )
+    random_weights: bool = option(False, "a network of this size with random weights: no download", action="store_true")
+    family: str | None = option(None, "rectified-flow family, where the pipeline's class does not determine it")
+    steps: int = option(4, "steps an image (default %(default)s)", type=at_least(1))
+    width: int | None = option(None, "pixels (default: the model's)", type=at_least(1))
+    height: int | None = option(None, "pixels (default: the model's)", type=at_least(1))
+    frames: int = option(30, "most ticks of a round (default %(default)s)", type=at_least(1))
+    rounds: int = option(5, "measurements of each figure (default %(default)s)", type=at_least(1))
+    round_seconds: float = option(
+        0.4, "time of a round: slow variants take fewer ticks (default %(default)s)", type=above(0)
+    )
+    warmup: int = option(3, "ticks before the first round (default %(default)s)", type=at_least(0))
     variants: tuple[str, ...] | None = None
-    tiny_vae: str | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    cfg_type: str = "none"
-    frame_buffer_size: int = 1
-    output: Path = Path("outputs/benchmark")
-    plot: bool = True
-    json: bool = False
-    compile: bool | None = None
+    tiny_vae: str | None = option(None, "hub id or folder of an AutoencoderTiny of the model's latents")
+    dtype: str | None = option(None, "default: float32 on a CPU, the model's own elsewhere", choices=DTYPES)
+    device: str = option("cpu", "default: %(default)s")
+    cfg_type: str = option("none", "guidance (default %(default)s)", choices=CFG_TYPES)
+    frame_buffer_size: int = option(1, "frames a tick (default %(default)s)", type=at_least(1))
+    output: Path = option(Path("outputs/benchmark"), "folder (default: %(default)s)", type=Path)
     sweep: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    sweep_vae: str = "own"
-    latency: bool = False
-    latency_seconds: float = 2.0
+    sweep_vae: str = option("own", "the VAE of the sweeps (default %(default)s)", choices=VAES)
+    latency: bool = option(
+        False, "rate and latency of the modes, for cameras of 24, 30 and 60 a second", action="store_true"
+    )
+    latency_seconds: float = option(2.0, "how long each mode is measured (default %(default)s)", type=above(0))
+    plot: bool = option(True, "table and JSON only", flag="--no-plot", action="store_false")
+    compile: bool | None = option(None, "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
+    json: bool = option(False, "print the line of JSON and no table", action="store_true")
 
     @property
     def torch_device(self) -> torch.device:
@@ -84,65 +92,27 @@ class Settings:
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}-{self.width}x{self.height}-{self.steps}steps"
 
 
-class OncePerName(argparse.Action):
-    """Collects (name, values) of an option that can be given once for each name."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        name, values = values
-        collected = getattr(namespace, self.dest)
-        if name in collected:
-            raise argparse.ArgumentError(self, f"{name} is given twice")
-        setattr(namespace, self.dest, {**collected, name: values})
-
-
 def parser(variants: Sequence[str]) -> Parser:
     """The parser of the command line; variants: the names of all variants."""
-    known = ", ".join(variants)
     p = Parser(
         prog="streamflow benchmark",
         description="Measures one model on one machine: the speed of plain diffusers and of each optimisation.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--model",
-        default="embedded",
-        help="sd15, sdxl, sd3-medium, flux-schnell, sana (with --random-weights), embedded, a hub id or a folder",
-    )
-    p.add_argument("--random-weights", action="store_true", help="a network of this size with random weights: no download")
-    p.add_argument("--family", help="rectified-flow family, where the pipeline's class does not determine it")
-    p.add_argument("--steps", type=at_least(1), default=4, help="steps an image (default 4)")
-    p.add_argument("--width", type=at_least(1), help="pixels (default: the model's)")
-    p.add_argument("--height", type=at_least(1), help="pixels (default: the model's)")
-    p.add_argument("--frames", type=at_least(1), default=30, help="most ticks of a round (default 30)")
-    p.add_argument("--rounds", type=at_least(1), default=5, help="measurements of each figure (default 5)")
-    p.add_argument("--round-seconds", type=above(0), default=0.4, help="time of a round (default 0.4)")
-    p.add_argument("--warmup", type=at_least(0), default=3, help="ticks before the first round (default 3)")
+    for one in (one for one in fields(Settings) if one.metadata):
+        arguments = {"default": one.default, **one.metadata}
+        p.add_argument(arguments.pop("flag") or f"--{one.name.replace('_', '-')}", dest=one.name, **arguments)
+    known = ", ".join(variants)
     p.add_argument("--variants", type=chosen(variants), help=f"comma-separated, of {known}; or none (default: all)")
-    p.add_argument("--tiny-vae", help="hub id or folder of an AutoencoderTiny of the model's latents")
-    p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, the model's own elsewhere")
-    p.add_argument("--device", default=default_device(), help="default: %(default)s")
-    p.add_argument("--cfg-type", choices=CFG_TYPES, default="none", help="guidance (default none)")
-    p.add_argument("--frame-buffer-size", type=at_least(1), default=1, help="frames a tick (default 1)")
-    p.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
     p.add_argument(
         "--sweep",
         type=sweep,
-        action=OncePerName,
-        default={},
+        action="append",
         metavar="NAME=VALUE,...",
         help=f"rates at each value, and the roofline; NAME is one of {', '.join(SWEEPS)}; may be given several times",
     )
-    p.add_argument("--sweep-vae", choices=VAES, default="own", help="the VAE of the sweeps (default own)")
-    p.add_argument(
-        "--latency", action="store_true", help="rate and latency of the modes, for cameras of 24, 30 and 60 a second"
-    )
-    p.add_argument("--latency-seconds", type=above(0), default=2.0, help="how long each mode is measured (default 2)")
-    p.add_argument("--no-plot", dest="plot", action="store_false", help="table and JSON only")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    p.add_argument("--json", action="store_true", help="print the line of JSON and no table")
+    p.set_defaults(device=default_device(), sweep=[])
     return p
 
 
@@ -152,10 +122,12 @@ def parse(argv: Sequence[str] | None, variants: Sequence[str]) -> tuple[Parser, 
     a = p.parse_args(argv)
     if (a.width is None) != (a.height is None):
         p.error("--width and --height go together")
-    device_problem = unusable(a.device)
-    if device_problem:
+    if device_problem := unusable(a.device):
         p.error(f"--device {a.device}: {device_problem}")
-    return p, Settings(**vars(a))
+    names = [name for name, _ in a.sweep]
+    if repeated := [name for name in SWEEPS if names.count(name) > 1]:
+        p.error(f"--sweep: {repeated[0]} is given twice")
+    return p, Settings(**{**vars(a), "sweep": dict(a.sweep)})
 
 
 def unusable(device: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -38,11 +39,15 @@ class Round:
 
 
 def timed(call: Call, count: int, device: torch.device) -> Round:
-    """`count` calls back to back; the host waits for the device once, at the end."""
-    return (_timed_by_events if device.type == "cuda" else _timed_by_host)(call, count, device)
-
-
-def _timed_by_events(call: Call, count: int, device: torch.device) -> Round:
+    """`count` calls back to back. On CUDA the host waits for the device once, at the end."""
+    if device.type != "cuda":
+        wait(device)
+        times = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            wait(device)
+            times.append(time.perf_counter())
+        return Round(times[-1] - times[0], tuple(b - a for a, b in pairwise(times)))
     with torch.cuda.device(device):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         wait(device)
@@ -53,18 +58,7 @@ def _timed_by_events(call: Call, count: int, device: torch.device) -> Round:
             mark.record()
         wait(device)
         total = time.perf_counter() - began
-    each = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
-    return Round(total, tuple(each))
-
-
-def _timed_by_host(call: Call, count: int, device: torch.device) -> Round:
-    wait(device)
-    marks = [time.perf_counter()]
-    for _ in range(count):
-        call()
-        wait(device)
-        marks.append(time.perf_counter())
-    return Round(marks[-1] - marks[0], tuple(b - a for a, b in zip(marks, marks[1:], strict=False)))
+    return Round(total, tuple(a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)))
 
 
 def latencies(call: Call, depth: int, count: int, device: torch.device) -> list[float]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import count, repeat
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from streamflow._files import Json
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject
+from streamflow.image_utils import denormalize
 from streamflow.pipeline import StreamFlow
 
 if TYPE_CHECKING:
@@ -33,11 +35,6 @@ class Way:
     details: Json = field(default_factory=dict)
 
 
-def unit_range(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to [0, 1], clamped."""
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
 @contextmanager
 def plain(subject: Subject, tiny: bool) -> Iterator[Way]:
     """The diffusers pipeline's own call, one image after another."""
@@ -53,12 +50,17 @@ def streamed(subject: Subject, kind: str, tiny: bool, batched: bool, anchored: b
     with subject.stream(tiny, batched) as stream:
         stream.accelerate(kind)
         yield Way(
-            tick=with_anchors(stream) if anchored and stream.cfg_type == "self" else lambda: unit_range(stream.txt2img()),
+            tick=with_anchors(stream) if anchored and stream.cfg_type == "self" else lambda: denormalize(stream.txt2img()),
             frames=stream.frame_bff_size,
             depth=subject.settings.steps if batched else 1,
             by_hand=by_hand(stream),
             details={"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
         )
+
+
+def fastest(subject: Subject, tiny: bool, batched: bool) -> AbstractContextManager[Way]:
+    """As `streamed`, with the best acceleration that the settings allow."""
+    return streamed(subject, subject.settings.kind, tiny, batched)
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def frame_by_frame(stream: StreamFlow) -> Callable[[], Tensor]:
 
     def tick() -> Tensor:
         images = [next(frames).image.to(stream.device) for _ in range(stream.frame_bff_size)]
-        return unit_range(torch.stack(images))
+        return denormalize(torch.stack(images))
 
     return tick
 
@@ -98,7 +100,7 @@ def with_anchors(stream: StreamFlow) -> Callable[[], Tensor]:
         while x0 is None:  # the ring fills
             noise = torch.cat([stream.frame_noise(next(ids)) for _ in range(frames)])
             x0 = stream.predict_x0_batch(noise, torch.zeros_like(noise))
-        return unit_range(stream.decode_image(x0))
+        return denormalize(stream.decode_image(x0))
 
     return tick
 
@@ -118,18 +120,14 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
         for part, module in calls:
             part.call(module)
 
-    if len(graphs) < len(calls):
-        return call
-    call()
-
     def replay() -> None:
         for graph in graphs:
             graph.replay_last()
 
+    if len(graphs) < len(calls):
+        return call
+    call()
     return replay
-
-
-Open = Callable[[Subject], AbstractContextManager[Way]]
 
 
 @dataclass(frozen=True)
@@ -139,13 +137,8 @@ class Variant:
 
     title: str
     tiny: bool
-    open: Open
+    open: Callable[[Subject], AbstractContextManager[Way]]
     problem: Callable[[Settings], str | None] = lambda settings: None
-
-
-def best(subject: Subject) -> str:
-    """The best acceleration that the settings allow."""
-    return subject.settings.kind
 
 
 def no_graphs(s: Settings) -> str | None:
@@ -165,12 +158,8 @@ def nothing_faster(s: Settings) -> str | None:
 
 def no_tensorrt(s: Settings) -> str | None:
     """The reason why there is no TensorRT, or None."""
-    from importlib.util import find_spec
-
     if not s.cuda:
         return "TensorRT needs a CUDA device"
-    if find_spec("streamflow.acceleration.tensorrt") is None:
-        return "this version of StreamFlow has no TensorRT part"
     if find_spec("tensorrt") is None and find_spec("tensorrt_rtx_bindings") is None:
         return 'TensorRT is not installed: pip install "streamflow-rf[tensorrt-rtx]"'
     if find_spec("tensorrt") is None and torch.cuda.get_device_capability(s.torch_device) == (9, 0):
@@ -187,16 +176,16 @@ def one_device(s: Settings) -> str | None:
 VARIANTS: dict[str, Variant] = {
     "1": Variant("plain diffusers, eager, one after another", False, lambda s: plain(s, False)),
     "1t": Variant("plain diffusers, eager, tiny VAE", True, lambda s: plain(s, True)),
-    "2": Variant("one after another, accelerated", False, lambda s: streamed(s, best(s), False, False), nothing_faster),
-    "2t": Variant(
-        "one after another, accelerated, tiny VAE", True, lambda s: streamed(s, best(s), True, False), nothing_faster
-    ),
+    "2": Variant("one after another, accelerated", False, lambda s: fastest(s, False, False), nothing_faster),
+    "2t": Variant("one after another, accelerated, tiny VAE", True, lambda s: fastest(s, True, False), nothing_faster),
     "3": Variant("the denoising batch", False, lambda s: streamed(s, "none", False, True)),
     "4": Variant("the batch + CUDA graph", False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
     "5": Variant("the batch + CUDA graph + compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
-    "6": Variant("the batch, accelerated, tiny VAE", True, lambda s: streamed(s, best(s), True, True)),
+    "6": Variant("the batch, accelerated, tiny VAE", True, lambda s: fastest(s, True, True)),
     "7": Variant("the batch + TensorRT, tiny VAE", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
-    "8": Variant("the batch + compile, decoded on all GPUs", False, lambda s: decoded_elsewhere(s, best(s)), one_device),
+    "8": Variant(
+        "the batch + compile, decoded on all GPUs", False, lambda s: decoded_elsewhere(s, s.settings.kind), one_device
+    ),
 }
 CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
 SAME_VAE = (

@@ -4,20 +4,20 @@ from streamflow.parallel import decode, shard_denoiser, shard_vae
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_WHERE = {
-    "RayModule": "streamflow.parallel.ray_actors",
-    "ShardedVAE": "streamflow.parallel.vae",
-    "decode": "streamflow.parallel.decoding",
-    "decode_tiled": "streamflow.parallel.tiles",
-    "shard_denoiser": "streamflow.parallel.rows",
-    "shard_vae": "streamflow.parallel.vae",
-}
-__all__ = sorted(_WHERE)
+if TYPE_CHECKING:
+    from streamflow.parallel.ray_actors import RayModule
+    from streamflow.parallel.rows import shard_denoiser
+    from streamflow.parallel.tiles import decode, decode_tiled
+    from streamflow.parallel.vae import ShardedVAE, shard_vae
+
+__all__ = ["RayModule", "ShardedVAE", "decode", "decode_tiled", "shard_denoiser", "shard_vae"]
+
+_FILES = {"RayModule": "ray_actors", "decode": "tiles", "decode_tiled": "tiles", "shard_denoiser": "rows"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+def __getattr__(name: str) -> object:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(f"{__name__}.{_FILES.get(name, 'vae')}"), name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from streamflow.parallel.plan import shares
+from streamflow.parallel.replicas import current
 from streamflow.parallel.trees import batch_size, join_rows, list_tensors, map_tensors, rows_of_call
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def served(
     try:
         _check_same(modules, control)
         if dist.get_rank():
-            with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with torch.no_grad(), current(device):
                 while (call := link.receive(0)) is not None:
                     name, args, kwargs = call
                     link.send(modules[name](*args, **kwargs), 0)
@@ -140,10 +141,8 @@ def served(
 
 
 def _new_group(backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """A process group of all ranks."""
     group = dist.new_group(backend=backend, timeout=timeout)
-    if not isinstance(group, dist.ProcessGroup):
-        raise RuntimeError(f"this rank is in no group of {backend}, and got {group!r}")
+    assert isinstance(group, dist.ProcessGroup), "a group of all ranks has this one"
     return group
 
 

@@ -21,19 +21,13 @@ from streamflow.parallel.trees import list_tensors, map_tensors
 
 T = TypeVar("T")
 
-Events = Mapping[torch.device, torch.cuda.Event]
+Events = Mapping[torch.device, torch.Event]
 
 
-def current_events(value: object) -> dict[torch.device, torch.cuda.Event]:
+def current_events(value: object) -> dict[torch.device, torch.Event]:
     """For each GPU with one of these tensors, an event recorded on its current stream. Empty on a CPU."""
     devices = {t.device for t in list_tensors(value) if t.is_cuda}
-    return {device: _recorded(torch.cuda.current_stream(device)) for device in devices}
-
-
-def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
 
 def on_current_streams(value: T, events: Events) -> T:
@@ -80,7 +74,7 @@ class Lane:
                 # A copy to the host blocks until it is complete. It is this lane's thread that waits.
                 value = map_tensors(lambda t: t.to(target, non_blocking=target.type == "cuda"), value)
             home = target or self.device
-            return value, {home: _recorded(self._stream(home))} if home.type == "cuda" else {}
+            return value, {home: self._stream(home).record_event()} if home.type == "cuda" else {}
 
     def _fetch(self, tensor: Tensor) -> Tensor:
         if tensor.is_cuda:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 
 def shares(n: int, k: int) -> tuple[range, ...]:
     """n rows for k workers: k contiguous ranges in order. Their sizes differ by one at most, and the larger come first. With
-    fewer rows than workers, the last ranges are empty.
-
-    Raises:
-        ValueError: n < 0 or k < 1.
-    """
-    _check_counts(n, k)
+    fewer rows than workers, the last ranges are empty. ValueError: n < 0 or k < 1."""
     return shares_by(n, (1,) * k)
 
 
 def shares_by(n: int, weights: Sequence[float]) -> tuple[range, ...]:
     """n rows in contiguous ranges, whose sizes are as near to these weights as whole rows allow (largest remainder method).
-
-    Raises:
-        ValueError: n < 0, or the weights are negative or all 0.
-    """
-    _check_counts(n, len(weights))
+    ValueError: n < 0, or the weights are negative or all 0."""
+    if n < 0 or not weights:
+        raise ValueError(f"{n} rows cannot be shared by {len(weights)} workers: pass 0 rows or more and 1 worker or more")
     if min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(f"weights must be 0 or more and not all 0, not {list(weights)}")
     exact = [n * weight / sum(weights) for weight in weights]
@@ -31,8 +25,7 @@ def shares_by(n: int, weights: Sequence[float]) -> tuple[range, ...]:
     nearest = sorted(range(len(exact)), key=lambda i: (sizes[i] - exact[i], i))
     for i in nearest[: n - sum(sizes)]:
         sizes[i] += 1
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+    return tuple(range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
 
 
 def chunks(rows: range, limit: int | None) -> Iterator[range]:
@@ -52,11 +45,6 @@ def row_shares(n: int, k: int, pairs: bool = False) -> tuple[tuple[range, ...], 
     return tuple((share, range(half + share.start, half + share.stop)) if share else () for share in shares(half, k))
 
 
-def _check_counts(n: int, k: int) -> None:
-    if n < 0 or k < 1:
-        raise ValueError(f"{n} rows cannot be shared by {k} workers: pass 0 rows or more and 1 worker or more")
-
-
 @dataclass(frozen=True)
 class Span:
     """One side of a tile, in latents. core: the part of the image that this tile provides; the cores of all tiles cover the
@@ -71,21 +59,13 @@ class Span:
         return slice(start * factor, (start + len(self.core)) * factor)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The rows and the columns of a tile."""
-
-    rows: Span
-    columns: Span
+Tile = tuple[Span, Span]  # the rows and the columns of a tile
 
 
 def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
     """A side of `size` latents as `count` spans, whose cores are as equal as possible, with `halo` latents around each. All
     windows have one length: at the edge of the image the window moves inwards, so the halo on its other side is longer.
-
-    Raises:
-        ValueError: not 1 <= count <= size, or halo < 0.
-    """
+    ValueError: not 1 <= count <= size, or halo < 0."""
     if not 1 <= count <= size or halo < 0:
         raise ValueError(f"{size} latents cannot be cut in {count} tiles with a halo of {halo}")
     cores = shares(size, count)
@@ -96,8 +76,7 @@ def spans(size: int, count: int, halo: int) -> tuple[Span, ...]:
 
 def tiles(height: int, width: int, counts: tuple[int, int], halo: int) -> tuple[Tile, ...]:
     """An image of `height` x `width` latents as `counts` (down, across) tiles, row by row."""
-    down, across = spans(height, counts[0], halo), spans(width, counts[1], halo)
-    return tuple(Tile(rows, columns) for rows in down for columns in across)
+    return tuple(product(spans(height, counts[0], halo), spans(width, counts[1], halo)))
 
 
 def ramp(span: Span, size: int, blend: int, factor: int) -> list[float]:
@@ -126,11 +105,8 @@ def window_area(height: int, width: int, counts: tuple[int, int], halo: int) -> 
 
 def grid(height: int, width: int, workers: int, halo: int, room: int) -> tuple[int, int]:
     """The number of tiles (down, across) for an image of `height` x `width` latents: the smallest multiple of `workers` for
-    which each window holds `room` latents or fewer, in the layout with the smallest windows.
-
-    Raises:
-        ValueError: tiles of one latent and its halo do not fit either.
-    """
+    which each window holds `room` latents or fewer, in the layout with the smallest windows. ValueError: tiles of one latent
+    and its halo do not fit either."""
     least = window_area(height, width, (height, width), halo)
     if least > room:
         raise ValueError(
@@ -140,8 +116,8 @@ def grid(height: int, width: int, workers: int, halo: int, room: int) -> tuple[i
     for count in range(workers, height * width + 1, workers):
         layouts = [
             (window_area(height, width, (down, count // down), halo), abs(down - count // down), down)
-            for down in range(1, count + 1)
-            if count % down == 0 and down <= height and count // down <= width
+            for down in range(1, min(count, height) + 1)
+            if count % down == 0 and count // down <= width
         ]
         if layouts and min(layouts)[0] <= room:
             down = min(layouts)[2]

@@ -47,10 +47,7 @@ class Pending:
 
     def result(self) -> Any:
         """The result, ready for the caller's current CUDA streams. The host waits for the launch, and not for the GPU.
-
-        Raises:
-            DecodeError: every device failed.
-        """
+        DecodeError: every device failed."""
         self._finished.wait()
         if self._error is not None:
             raise self._error
@@ -114,14 +111,11 @@ class Pool:
     ends when it is deleted, and when the interpreter ends."""
 
     def __init__(self, devices: Sequence[torch.device], depth: int = 2):
-        self._state = _State(devices, depth)
-        names = [f"streamflow-{worker.lane.device}-{worker.index}" for worker in self._state.workers]
-        self._threads = [
-            Thread(_run, name, (self._state, worker)) for worker, name in zip(self._state.workers, names, strict=True)
-        ]
-        for thread in self._threads:
+        state = self._state = _State(devices, depth)
+        threads = [Thread(_run, f"streamflow-{one.lane.device}-{one.index}", (state, one)) for one in state.workers]
+        for thread in threads:
             thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._state, self._threads)
+        self._finalizer = weakref.finalize(self, _stop, state, threads)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -157,18 +151,14 @@ class Pool:
         target: torch.device | None = None,
         worker: int | None = None,
     ) -> Pending:
-        """Queue one job, `calls[worker](*args, **kwargs)`, and return at once; if every queue is full, wait for room.
+        """Queue one job, `calls[worker](*args, **kwargs)`, and return at once; if every queue is full, wait for room. The
+        arguments must not be written to until the result is there. RuntimeError: the pool is closed.
 
         Args:
             calls: one for each worker.
             rows: of the batch, for `seconds_per_row`.
             target: the device of the result; None: where it was computed.
             worker: the index of the worker; None: the next in turn that has room.
-
-        The arguments must not be written to until the result is there.
-
-        Raises:
-            RuntimeError: the pool is closed.
         """
         job = _Job(calls, args, kwargs or {}, rows, target, current_events((args, dict(kwargs or {}))))
         state = self._state

@@ -14,7 +14,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_not_offloaded, copy_to
@@ -34,7 +34,7 @@ class _Actor:
         self.module = module.to(self.device)
 
     @torch.no_grad()
-    def call(self, args: tuple, kwargs: Call) -> Any:
+    def call(self, args: tuple, kwargs: Call) -> object:
         args, kwargs = map_tensors(lambda t: t.to(self.device), (args, kwargs))
         return map_tensors(lambda t: t.cpu(), self.module(*args, **kwargs))
 
@@ -79,16 +79,16 @@ class RayModule(nn.Module):
         """How many calls are computed at once, one for each actor."""
         return len(self._actors)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: object) -> object:
         parts = zip(self._actors, shares(batch_size(args), self.lanes), strict=True)
         pending = [_start(actor, *rows_of_call(args, kwargs, rows, self._shared)) for actor, rows in parts if rows]
         return map_tensors(lambda t: t.to(args[0].device), join_rows([one.result() for one in pending]))
 
-    def submit(self, *args: object, **kwargs: object) -> Future[Any]:
+    def submit(self, *args: object, **kwargs: object) -> Future[object]:
         """Give a whole call to the next actor in turn, and return at once. The result is on the CPU. It raises the module's
         error, or `ray.exceptions.ActorDiedError` after more restarts than `restarts`."""
         return _start(next(self._next), args, kwargs)
 
 
-def _start(actor: Any, args: tuple, kwargs: Arguments) -> Future[Any]:
+def _start(actor: Any, args: tuple, kwargs: Arguments) -> Future[object]:
     return actor.call.remote(*map_tensors(lambda t: t.cpu(), (args, kwargs))).future()

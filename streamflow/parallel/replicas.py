@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
@@ -15,11 +16,7 @@ Devices = str | int | torch.device | Sequence[str | int | torch.device]
 
 def resolve_devices(devices: Devices, home: torch.device) -> tuple[torch.device, ...]:
     """The torch devices for a setting, in order, with repetitions. "all": every CUDA device, or `home` where there is none.
-    An integer is the index of a CUDA device.
-
-    Raises:
-        TypeError, ValueError: the list is empty, or a device is unknown or missing.
-    """
+    An integer is the index of a CUDA device. TypeError, ValueError: the list is empty, or a device is unknown or missing."""
     if isinstance(devices, str) and devices == "all":
         return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())) or (home,)
     listed = [devices] if isinstance(devices, (str, int, torch.device)) else list(devices)
@@ -32,19 +29,25 @@ def resolve_device(one: str | int | torch.device) -> torch.device:
     """The torch device for a name, an index or a device, with its index where it is a GPU."""
     if isinstance(one, bool) or not isinstance(one, (str, int, torch.device)):
         raise TypeError(f"a device is a name, an index or a torch.device, not {one!r}")
+    choice = "choose 'cpu' or 'cuda:0', 'cuda:1', ..."
     try:
         device = torch.device("cuda", one) if isinstance(one, int) else torch.device(one)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {one!r}: choose 'cpu' or 'cuda:0', 'cuda:1', ...") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {one!r} is not supported: choose 'cpu' or 'cuda:0', 'cuda:1', ...")
+        raise ValueError(f"unknown device {one!r}: {choice}") from error
     if device.type == "cpu":
         return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"device {one!r} is not supported: {choice}")
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None and count else device.index or 0
     if not 0 <= index < count:
         raise ValueError(f"device {one!r} does not exist: torch sees {count} CUDA device{'s' * (count != 1)}")
     return torch.device("cuda", index)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a CUDA device is the current one. For a CPU it does nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -78,11 +81,8 @@ def check_not_offloaded(module: nn.Module) -> None:
 
 
 def replicate(module: nn.Module, devices: Sequence[torch.device]) -> tuple[nn.Module, ...]:
-    """One copy for each device, which shares no tensor with the module or with another copy.
-
-    Raises:
-        ValueError: the module is offloaded. MemoryError: a device has too little free memory.
-    """
+    """One copy for each device, which shares no tensor with the module or with another copy. ValueError: the module is
+    offloaded. MemoryError: a device has too little free memory."""
     check_not_offloaded(module)
     check_memory(module, devices)
     return tuple(copy_to(module, device) for device in devices)

@@ -10,9 +10,9 @@ graph, so on GPUs use it with `stream.accelerate`. Knows modules, rows and devic
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from streamflow.acceleration.watch import Watch, version_of
 from streamflow.parallel.plan import row_shares
-from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, resolve_devices
+from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, current, resolve_devices
 
 if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
@@ -59,9 +59,11 @@ class ShardedVelocity(nn.Module):
         self._inputs = [InputCache(device) for device in self.devices]
         self._weights = WeightSync(source, [one for one in replicas if one is not source])
 
-    def with_replicas(self, modules: Sequence[nn.Module]) -> nn.Module:
+    def with_replicas(self, modules: Sequence[nn.Module]) -> ShardedVelocity:
         """The same, with these modules in the place of the replicas, such as accelerated ones."""
-        return _WithReplicas(self, modules)
+        other = copy.copy(self)
+        other._modules = {"source": self.source, "replicas": nn.ModuleList(modules)}
+        return other
 
     def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of one device, on it, for a call with these inputs, x first. A device without rows gets those of the
@@ -70,12 +72,8 @@ class ShardedVelocity(nn.Module):
         rows = shares[index] or shares[0]
         return {name: self._input(index, value, name, rows) for name, value in inputs.items()}
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return self.call(self.replicas, x, t, cond)
-
     @torch.no_grad()
-    def call(self, modules: Sequence[nn.Module] | nn.ModuleList, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The velocity of all rows. modules: one for each device, which computes its share."""
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         self._weights.update()
         shares = self._shares(len(x))
         busy = [i for i, rows in enumerate(shares) if rows]
@@ -84,8 +82,8 @@ class ShardedVelocity(nn.Module):
         parts = {}
         for i in busy:
             inputs = {name: self._input(i, value, name, shares[i]) for name, value in cond.items()}
-            with _current(self.devices[i]):
-                parts[i] = modules[i](latents[i], self._input(i, t, "t", shares[i]), **inputs)
+            with current(self.devices[i]):
+                parts[i] = self.replicas[i](latents[i], self._input(i, t, "t", shares[i]), **inputs)
         v = torch.empty_like(x, dtype=parts[busy[0]].dtype)
         for i in reversed(busy):
             _put(v, shares[i], parts[i])
@@ -97,17 +95,6 @@ class ShardedVelocity(nn.Module):
 
     def _input(self, index: int, value: Tensor, name: str, rows: Rows) -> Tensor:
         return self._inputs[index].get(value, None if name in self.shared else rows)
-
-
-class _WithReplicas(nn.Module):
-    """A `ShardedVelocity` with other modules in the place of its replicas."""
-
-    def __init__(self, sharded: ShardedVelocity, modules: Sequence[nn.Module]):
-        super().__init__()
-        self.sharded, self.replicas = sharded, nn.ModuleList(modules)
-
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return self.sharded.call(self.replicas, x, t, cond)
 
 
 class InputCache:
@@ -143,10 +130,7 @@ class WeightSync:
         self._watch = Watch(source)
         self._adapters = self._watch.adapters()
         self._tensors = list(chain(source.parameters(), source.buffers()))
-        self._versions = self._now()
-
-    def _now(self) -> list[int | None]:
-        return [version_of(t) for t in self._tensors]
+        self._versions = [version_of(t) for t in self._tensors]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -156,12 +140,12 @@ class WeightSync:
                 f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other "
                 f"devices: call shard_denoiser(stream, devices) again"
             )
-        now = self._now()
+        now = [version_of(t) for t in self._tensors]
         if now == self._versions:
             return
         written = [i for i, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
-        for copy in self._copies:
-            theirs = list(chain(copy.parameters(), copy.buffers()))
+        for one in self._copies:
+            theirs = list(chain(one.parameters(), one.buffers()))
             for i in written:
                 theirs[i].copy_(self._tensors[i])
         self._versions = now
@@ -199,11 +183,5 @@ def _cut(value: Tensor, rows: Rows) -> Tensor:
 
 
 def _put(v: Tensor, rows: Rows, part: Tensor) -> None:
-    start = 0
-    for one in rows:
-        v[one.start : one.stop].copy_(part[start : start + len(one)])
-        start += len(one)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    for one, values in zip(rows, part.split([len(one) for one in rows]), strict=True):
+        v[one.start : one.stop].copy_(values)

@@ -1,4 +1,7 @@
-"""Decoding one large image by tiles, on the devices of a `ShardedVAE`. Knows receptive fields of decoders; no family.
+"""Decoding without a stream, in one call: by row, or one large image by tile, on the devices of a `ShardedVAE`. It knows
+receptive fields of decoders and no family.
+
+    images = decode(vae, latents, ["cuda:0", "cuda:1"])
 
 A decoder of convolutions and pointwise functions (AutoencoderTiny) has a finite receptive field. Tiles with a halo of that
 width, cropped to their cores, equal the whole decode up to the order of sums.
@@ -12,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -25,8 +28,8 @@ from streamflow._decibels import decibels
 from streamflow.models.protocols import VAE
 from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
-from streamflow.parallel.replicas import free_bytes
-from streamflow.parallel.vae import ShardedVAE, decode_images
+from streamflow.parallel.replicas import Devices, free_bytes
+from streamflow.parallel.vae import ShardedVAE, decode_images, shard_vae
 
 T = TypeVar("T")
 
@@ -45,6 +48,39 @@ class Reach:
     factor: int
     halo: int
     local: bool
+
+
+def decode(
+    vae: VAE,
+    latents: Tensor,
+    devices: Devices = "all",
+    *,
+    tile: int | str | None = None,
+    output_device: str | int | torch.device | None = None,
+    **settings: object,
+) -> Tensor:
+    """Decode latents `[N, ...]`, N >= 1, as the VAE's own `decode` takes them.
+
+    Args:
+        vae: a VAE, which is copied to the devices for this call, or a `ShardedVAE` with its own devices and settings.
+        devices: as in `shard_vae`.
+        tile: None: by row. "auto", or the side of a tile in latents: by tile, as `decode_tiled`.
+        output_device: where the images are put; by default the device of the latents.
+        settings: `balance`, `batch`, `depth` (see `Settings`).
+
+    Raises:
+        TypeError, ValueError, MemoryError: as `shard_vae`, or the batch is empty.
+        DecodeError: all devices failed.
+    """
+    if isinstance(vae, ShardedVAE):
+        if devices != "all" or output_device is not None or settings:
+            raise TypeError("this VAE is sharded already: pass devices, output_device and settings to shard_vae")
+        opened = nullcontext(vae)
+    else:
+        output = latents.device if output_device is None else output_device
+        opened = shard_vae(vae, devices, output_device=output, **settings)
+    with opened as sharded:
+        return decode_images(sharded, latents) if tile is None else decode_tiled(sharded, latents, tile)
 
 
 @torch.no_grad()
@@ -66,21 +102,44 @@ def decode_tiled(sharded: ShardedVAE, latents: Tensor, tile: int | str = "auto",
     if not latents.numel():
         raise ValueError(f"there are no latents to decode, {list(latents.shape)}: pass one row or more")
     height, width = latents.shape[-2:]
-    probe = latents[:1, ..., :1, :1]
-    reach = _with_halo(_on_first(sharded, reach_of, probe), halo)
-    counts = _counts(sharded, latents, tile, reach)
-    image = _Exact(latents, reach) if reach.local else _Blended(latents, reach)
-    target = sharded.settings.target or latents.device
+    reach = _with_halo(_on_first(sharded, reach_of, latents[:1, ..., :1, :1]), halo)
+    parts = tiles(height, width, _counts(sharded, latents, tile, reach), reach.halo)
+    image: Tensor | None = None
+    for (rows, columns), pixels in _decode_parts(sharded, latents, parts):
+        if image is None:
+            size = (*pixels.shape[:-2], height * reach.factor, width * reach.factor)
+            image = pixels.new_zeros(size, dtype=pixels.dtype if reach.local else torch.float32)
+        if reach.local:
+            core = pixels[..., rows.cut(reach.factor), columns.cut(reach.factor)]
+            _pixels(image, rows.core, columns.core, reach.factor).copy_(core)
+            continue
+        down, across = (
+            torch.tensor(ramp(span, size, reach.halo // 2, reach.factor))
+            for span, size in ((rows, height), (columns, width))
+        )
+        weight = torch.outer(down, across).to(pixels.device)
+        _pixels(image, rows.window, columns.window, reach.factor).add_(pixels.float() * weight)
+    assert image is not None, "there is one tile at least"
+    return image.to(pixels.dtype)
+
+
+def _decode_parts(sharded: ShardedVAE, latents: Tensor, parts: tuple[Tile, ...]) -> Iterator[tuple[Tile, Tensor]]:
+    """Each tile with its decoded window, in order. One tile more than there are devices is in flight."""
     calls = [partial(decode_images, one) for one in sharded.replicas]
+    target = sharded.settings.target or latents.device
     pending: deque[tuple[Tile, Pending]] = deque()
-    for part in tiles(height, width, counts, reach.halo):
+    for part in parts:
         if len(pending) > sharded.lanes:
-            image.put(pending.popleft())
-        window = latents[..., _slice(part.rows.window), _slice(part.columns.window)]
+            yield pending[0][0], pending.popleft()[1].result()
+        window = _pixels(latents, part[0].window, part[1].window)
         pending.append((part, sharded.pool.submit(calls, (window,), None, len(window), target)))
-    for decoded in pending:
-        image.put(decoded)
-    return image.finished()
+    for part, decoded in pending:
+        yield part, decoded.result()
+
+
+def _pixels(image: Tensor, rows: range, columns: range, factor: int = 1) -> Tensor:
+    """The part of an image at these rows and columns of its latents."""
+    return image[..., rows.start * factor : rows.stop * factor, columns.start * factor : columns.stop * factor]
 
 
 def _with_halo(reach: Reach, halo: int | None) -> Reach:
@@ -96,9 +155,6 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return decibels((a.double() - b.double()).square().mean().item() / 4)
 
 
-# -- the receptive field of a decoder ----------------------------------------------------------------------------------
-
-
 def reach_of(vae: VAE | ShardedVAE, like: Tensor) -> Reach:
     """The reach of a decoder, measured by a decode of a few latents. like: latents of one position, `[1, ..., 1, 1]`, which
     set the channels, dtype and device."""
@@ -107,32 +163,35 @@ def reach_of(vae: VAE | ShardedVAE, like: Tensor) -> Reach:
     factor, rest = divmod(images.shape[-1], PROBE)
     pixels: dict[int, int] = defaultdict(int)
     local = not rest
-    for module, size in ran:
-        if isinstance(module, CONVOLUTIONS) and size and not size % PROBE:
-            pixels[size // PROBE] += _conv_reach(module)
-        local = local and _is_local(module, size)
+    for module, width, _ in ran:
+        if any(True for _ in module.children()):
+            continue
+        if isinstance(module, CONVOLUTIONS) and width and not width % PROBE:
+            pixels[width // PROBE] += _conv_reach(module)
+        local = local and _is_local(module, width)
     halo = _in_latents(pixels)
     return Reach(factor, halo, local and _is_confined(vae, like, halo, factor))
 
 
-def _record_modules(vae: VAE | ShardedVAE, latents: Tensor) -> tuple[list[tuple[nn.Module, int]], Tensor]:
-    """(the modules without children that ran in a decode, each with the width of its input; the images)."""
-    ran: list[tuple[nn.Module, int]] = []
+def _record_modules(vae: VAE | ShardedVAE, latents: Tensor) -> tuple[list[tuple[nn.Module, int, int]], Tensor]:
+    """(each module that ran in a decode, with the width of its first input and the bytes of its inputs and outputs; the
+    images)."""
+    ran: list[tuple[nn.Module, int, int]] = []
 
-    def note(module: nn.Module, args: tuple) -> None:
-        ran.append((module, args[0].shape[-1] if args and isinstance(args[0], Tensor) else 0))
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        width = args[0].shape[-1] if args and isinstance(args[0], Tensor) else 0
+        ran.append((module, width, sum(t.nbytes for t in (*args, output) if isinstance(t, Tensor))))
 
     with ExitStack() as stack:
         for module in vae.modules():
-            if not any(True for _ in module.children()):
-                stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(module.register_forward_hook(note).remove)
         return ran, decode_images(vae, latents)
 
 
-def _is_local(module: nn.Module, size: int) -> bool:
+def _is_local(module: nn.Module, width: int) -> bool:
     if isinstance(module, CONVOLUTIONS):
         keeps_size = all(step == 1 for step in module.stride) and module.padding_mode == "zeros"
-        return keeps_size and size > 0 and size % PROBE == 0
+        return keeps_size and width > 0 and width % PROBE == 0
     if isinstance(module, nn.Upsample):
         return module.mode == "nearest"
     return isinstance(module, POINTWISE) or type(module).__module__.endswith("activations")
@@ -168,24 +227,16 @@ def _is_confined(vae: VAE | ShardedVAE, like: Tensor, halo: int, factor: int) ->
     return all(torch.allclose(a, b, atol=tolerance, rtol=0) for a, b in far)
 
 
-# -- the size of a tile -------------------------------------------------------------------------------------------------
-
-
 def _counts(sharded: ShardedVAE, latents: Tensor, tile: int | str, reach: Reach) -> tuple[int, int]:
+    """How many tiles (down, across). "auto": as many as fit into the device with the least free memory."""
     height, width = latents.shape[-2:]
     if tile == "auto":
-        return grid(height, width, sharded.lanes, reach.halo, _room(sharded, latents))
+        each = _on_first(sharded, bytes_per_latent, latents[:1, ..., :1, :1]) * len(latents)
+        free = min(free_bytes(device) // sharded.devices.count(device) for device in sharded.devices)
+        return grid(height, width, sharded.lanes, reach.halo, room_for(free, each))
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise ValueError(f"tile must be 'auto' or a side of 1 latent or more, not {tile!r}")
     return -(-height // tile), -(-width // tile)
-
-
-def _room(sharded: ShardedVAE, latents: Tensor) -> int:
-    """How many latents a tile may hold on the device with the least free memory."""
-    like = latents[:1, ..., :1, :1]
-    each = _on_first(sharded, bytes_per_latent, like) * len(latents)
-    free = [free_bytes(device) // sharded.devices.count(device) for device in sharded.devices]
-    return room_for(min(free), each)
 
 
 def bytes_per_latent(vae: VAE | ShardedVAE, like: Tensor) -> float:
@@ -197,82 +248,10 @@ def bytes_per_latent(vae: VAE | ShardedVAE, like: Tensor) -> float:
         before = torch.cuda.memory_allocated(like.device)
         decode_images(vae, latents)
         return (torch.cuda.max_memory_allocated(like.device) - before) / SAMPLE**2
-    return 2 * _largest_module(vae, latents) / SAMPLE**2
-
-
-def _largest_module(vae: VAE | ShardedVAE, latents: Tensor) -> int:
-    """The largest sum of inputs and outputs of one module in a decode, in bytes."""
-    sizes = [0]
-
-    def note(module: nn.Module, args: tuple, output: object) -> None:
-        sizes.append(sum(t.nbytes for t in (*args, output) if isinstance(t, Tensor)))
-
-    with ExitStack() as stack:
-        for module in vae.modules():
-            stack.callback(module.register_forward_hook(note).remove)
-        decode_images(vae, latents)
-    return max(sizes)
-
-
-# -- joining tiles ------------------------------------------------------------------------------------------------------
-
-
-class _Exact:
-    """An image made of the cores of its tiles."""
-
-    def __init__(self, latents: Tensor, reach: Reach):
-        self.size, self.factor = latents.shape[-2:], reach.factor
-        self.canvas: Tensor | None = None
-
-    def put(self, decoded: tuple[Tile, Pending]) -> None:
-        """Wait for the pixels of a tile and write them."""
-        tile, pixels = decoded[0], decoded[1].result()
-        core = pixels[..., tile.rows.cut(self.factor), tile.columns.cut(self.factor)]
-        self.region(self.canvas_for(pixels), tile.rows.core, tile.columns.core).copy_(core)
-
-    def canvas_for(self, pixels: Tensor) -> Tensor:
-        """The canvas, which is made with the channels, dtype and device of the first tile."""
-        if self.canvas is None:
-            self.canvas = pixels.new_zeros((*pixels.shape[:-2], *(side * self.factor for side in self.size)))
-        return self.canvas
-
-    def region(self, canvas: Tensor, rows: range, columns: range) -> Tensor:
-        f = self.factor
-        return canvas[..., rows.start * f : rows.stop * f, columns.start * f : columns.stop * f]
-
-    def finished(self) -> Tensor:
-        assert self.canvas is not None, "there is one tile at least"
-        return self.canvas
-
-
-class _Blended(_Exact):
-    """An image made of the windows of its tiles, which are blended around the ends of their cores."""
-
-    def __init__(self, latents: Tensor, reach: Reach):
-        super().__init__(latents, reach)
-        self.blend = reach.halo // 2
-
-    def put(self, decoded: tuple[Tile, Pending]) -> None:
-        tile, pixels = decoded[0], decoded[1].result()
-        self.dtype = pixels.dtype
-        down = ramp(tile.rows, self.size[0], self.blend, self.factor)
-        across = ramp(tile.columns, self.size[1], self.blend, self.factor)
-        weight = torch.outer(torch.tensor(down), torch.tensor(across)).to(pixels.device)
-        canvas = self.canvas_for(pixels.float())
-        self.region(canvas, tile.rows.window, tile.columns.window).add_(pixels.float() * weight)
-
-    def finished(self) -> Tensor:
-        return super().finished().to(self.dtype)
-
-
-# -- on the devices ----------------------------------------------------------------------------------------------------
+    return 2 * max(size for _, _, size in _record_modules(vae, latents)[0]) / SAMPLE**2
 
 
 def _on_first(sharded: ShardedVAE, function: Callable[..., T], like: Tensor) -> T:
     """The result of a function of (VAE, latents) on the first device that works, computed in its own thread."""
     calls = [partial(function, one) for one in sharded.replicas]
     return sharded.pool.submit(calls, (like,), worker=sharded.pool.alive[0]).result()
-
-
-def _slice(span: range) -> slice:
-    return slice(span.start, span.stop)

@@ -28,7 +28,6 @@ from streamflow.parallel.trees import batch_size, join_rows, take_rows
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments
 
-BALANCES = ("equal", "measured")
 KEEP = "decoder"  # of `Settings.output_device`
 
 
@@ -54,8 +53,8 @@ class Settings:
     depth: int = 2
 
     def __post_init__(self) -> None:
-        if self.balance not in BALANCES:
-            raise ValueError(f"unknown balance {self.balance!r}: choose one of {', '.join(map(repr, BALANCES))}")
+        if self.balance not in ("equal", "measured"):
+            raise ValueError(f"unknown balance {self.balance!r}: choose one of 'equal', 'measured'")
         for name, value in (("batch", 1 if self.batch is None else self.batch), ("depth", self.depth)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
@@ -65,7 +64,7 @@ class Settings:
     @property
     def target(self) -> torch.device | None:
         """The device of `output_device`; None for "decoder"."""
-        return None if self.output_device == KEEP else resolve_device(self.output_device)
+        return self.output_device if isinstance(self.output_device, torch.device) else None
 
 
 def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tuple, kwargs: Arguments) -> Any:
@@ -75,24 +74,19 @@ def by_row(pool: Pool, settings: Settings, calls: Sequence[Callable], args: tupl
     Raises:
         TypeError, ValueError: the first argument is no tensor, or has no rows. DecodeError: all devices failed.
     """
-    n = batch_size(args)
+    n, workers = batch_size(args), pool.alive
     target = settings.target or args[0].device
-    workers = pool.alive
-    pieces = [list(chunks(share, settings.batch)) for share in _shares(pool, settings, workers, n)]
-    pending: list[tuple[int, Pending]] = []
-    for turn in zip_longest(*pieces):  # the first piece of every device, then the second ones, so that no device waits
+    seconds = [one for i in workers if (one := pool.seconds_per_row[i])]
+    measured = settings.balance == "measured" and len(seconds) == len(workers)
+    cut = shares_by(n, [1 / s for s in seconds]) if measured else shares(n, len(workers))
+    pending: dict[int, Pending] = {}
+    # The first piece of every device, then the second ones, so that no device waits.
+    for turn in zip_longest(*(chunks(share, settings.batch) for share in cut)):
         for worker, rows in zip(workers, turn, strict=True):
             if rows is not None:
                 own_args, own_kwargs = take_rows((args, dict(kwargs)), rows, n)
-                pending.append((rows.start, pool.submit(calls, own_args, own_kwargs, len(rows), target, worker)))
-    return join_rows([result.result() for _, result in sorted(pending, key=lambda one: one[0])])
-
-
-def _shares(pool: Pool, settings: Settings, workers: Sequence[int], n: int) -> tuple[range, ...]:
-    seconds = [one for i in workers if (one := pool.seconds_per_row[i])]
-    if settings.balance == "equal" or len(seconds) < len(workers):
-        return shares(n, len(workers))
-    return shares_by(n, [1 / s for s in seconds])
+                pending[rows.start] = pool.submit(calls, own_args, own_kwargs, len(rows), target, worker)
+    return join_rows([pending[start].result() for start in sorted(pending)])
 
 
 class Sharded(nn.Module):
@@ -132,23 +126,26 @@ class Sharded(nn.Module):
         rows = next(chunks(cut[index] or cut[0], self.settings.batch))
         return {name: value.to(self.devices[index]) for name, value in take_rows(dict(inputs), rows, n).items()}
 
-    def start(self, index: int, args: Sequence[Tensor]) -> None:
-        """Call one of the modules in its own thread and wait for the end, for modules that compile or capture."""
-        self.pool.submit(self.replicas, tuple(args), None, len(args[0]), torch.device("cpu"), index).result()
+    def start(self, inputs: Mapping[str, Tensor]) -> None:
+        """Call every module once in the thread of its device, for modules that compile or capture."""
+        for index in range(len(self.replicas)):
+            args = tuple(self.inputs_of(index, inputs).values())
+            self.pool.submit(self.replicas, args, None, len(args[0]), torch.device("cpu"), index).result()
 
 
 class ShardedVAE(nn.Module):
     """Used in the place of a VAE, with its config, dtype and outputs, on several devices. Made by `shard_vae`.
 
-    Other attributes are those of the first copy. Setting one of them, and calling a method whose name starts with `enable_`,
-    `disable_`, `set_`, `fuse_` or `unfuse_`, acts on every copy. The VAE that was passed is copied and stays as it is.
+    Other attributes, the parameters, buffers and state are those of the first copy. Setting an attribute, loading a state,
+    and calling a method whose name starts with `enable_`, `disable_`, `set_`, `fuse_` or `unfuse_`, acts on every copy. The
+    VAE that was passed is copied and stays as it is.
     """
 
     def __init__(self, vae: VAE, devices: Devices = "all", settings: Settings | None = None):
         super().__init__()
         if isinstance(vae, ShardedVAE):
             raise TypeError(f"this VAE is sharded already, over {', '.join(map(str, vae.devices))}: pass the plain VAE")
-        home = _device_of(vae)
+        home = next((t.device for t in chain(vae.parameters(), vae.buffers())), torch.device("cpu"))
         chosen = resolve_devices(devices, home)
         self._own(device=home, settings=settings or Settings(), replicas=replicate(vae, chosen))
         self._own(pool=Pool(chosen, self.settings.depth))
@@ -156,8 +153,6 @@ class ShardedVAE(nn.Module):
 
     def _own(self, **attributes: object) -> None:
         self.__dict__.update(attributes)
-
-    # -- work ---------------------------------------------------------------------------------------------------------
 
     def decode(self, z: Tensor, *args: object, **kwargs: object) -> Any:
         """As the VAE's own `decode`, for latents `[N, ...]`, N >= 1, whose rows the devices share."""
@@ -186,8 +181,6 @@ class ShardedVAE(nn.Module):
         modules = ([codec.decoder for codec in codecs], [codec.encoder for codec in codecs])
         return Codec.of(*(Sharded(self.pool, self.settings, one) for one in modules))
 
-    # -- devices ------------------------------------------------------------------------------------------------------
-
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """The devices that work, each as often as it has copies."""
@@ -213,14 +206,27 @@ class ShardedVAE(nn.Module):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # -- as one module ------------------------------------------------------------------------------------------------
+    def _call_all(self, name: str, *args: object, **kwargs: object) -> Any:
+        return [getattr(one, name)(*args, **kwargs) for one in self.replicas][0]
+
+    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.replicas[0].named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: object, **kwargs: object) -> Iterator[tuple[str, Tensor]]:
+        return self.replicas[0].named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: object, **kwargs: object) -> Any:
+        return self.replicas[0].state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> Any:
+        return self._call_all("load_state_dict", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         copies = self.__dict__.get("replicas")
         if copies is None or name.startswith("__"):
             raise AttributeError(name)
         value = getattr(copies[0], name)
-        return partial(_call_all, copies, name) if callable(value) and name.startswith(_SETTERS) else value
+        return partial(self._call_all, name) if callable(value) and name.startswith(_SETTERS) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         copies = self.__dict__.get("replicas", ())
@@ -235,53 +241,27 @@ class ShardedVAE(nn.Module):
         probe = fn(torch.empty(0, device=self.device, dtype=self.dtype))
         if probe.device != self.device:
             raise ValueError(f"a sharded VAE stays on {', '.join(map(str, self.devices))}: use shard_vae(vae, devices)")
-        for one in self.replicas:
-            one.to(dtype=probe.dtype)
+        self._call_all("to", dtype=probe.dtype)
         return self
 
     def train(self, mode: bool = True) -> ShardedVAE:
         """Set the mode of every copy."""
         super().train(mode)
-        _call_all(self.replicas, "train", mode)
+        self._call_all("train", mode)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> ShardedVAE:
         """Set it for the weights of every copy."""
-        _call_all(self.replicas, "requires_grad_", requires_grad)
+        self._call_all("requires_grad_", requires_grad)
         return self
-
-    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of the first copy."""
-        return self.replicas[0].named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: object, **kwargs: object) -> Iterator[tuple[str, Tensor]]:
-        """The buffers of the first copy."""
-        return self.replicas[0].named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: object, **kwargs: object) -> Any:
-        """The state of the first copy."""
-        return self.replicas[0].state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: object, **kwargs: object) -> Any:
-        """Load it into every copy."""
-        return _call_all(self.replicas, "load_state_dict", *args, **kwargs)
 
 
 _SETTERS = ("enable_", "disable_", "set_", "fuse_", "unfuse_")
 
 
-def _call_all(modules: Sequence[nn.Module], name: str, *args: object, **kwargs: object) -> Any:
-    return [getattr(one, name)(*args, **kwargs) for one in modules][0]
-
-
 def decode_images(vae: VAE | ShardedVAE, latents: Tensor) -> Tensor:
     """The tensor of images that `vae.decode` gives for these latents."""
     return vae.decode(latents, return_dict=False)[0]
-
-
-def _device_of(vae: nn.Module) -> torch.device:
-    tensor = next(chain(vae.parameters(), vae.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def shard_vae(vae: VAE, devices: Devices = "all", **settings: Any) -> ShardedVAE:

@@ -316,8 +316,8 @@ class Attributes:
             engine = self._denoiser.running()
             if not isinstance(engine, Ring) or engine.anchors is None or engine.waiting is None:
                 raise AttributeError(
-                    f"no frame under way has a residual noise that could be changed (cfg_type {self.cfg_type!r}, "
-                    f"{self._denoiser.in_flight()} frames under way): delta=... moderates residual guidance, "
+                    f"no frame in flight has a residual noise that could be changed (cfg_type {self.cfg_type!r}, "
+                    f"{self._denoiser.in_flight()} frames in flight): delta=... moderates residual guidance, "
                     f"update(seed=...) draws other noise"
                 )
             engine.set_residual_noise(value.to(self._model.device).float())
@@ -343,7 +343,7 @@ class Attributes:
             if not isinstance(engine, Ring) or not same:
                 raise ValueError(
                     f"x_t_latent_buffer is "
-                    f"{'None, there are no rows under way' if waiting is None else list(waiting.shape)}, not "
+                    f"{'None, there are no rows in flight' if waiting is None else list(waiting.shape)}, not "
                     f"{_shape_or_type(value)}; None empties the ring"
                 )
             if engine.empty:

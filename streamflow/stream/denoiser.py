@@ -122,7 +122,7 @@ class Denoiser:
             self.check_step(call)
         if self.current_pass is not None:
             raise RuntimeError(
-                f"{call} was called while a loop over frames() is under way, and would take its frames: let the loop end, "
+                f"{call} was called while a loop over frames() is running, and would take its frames: let the loop end, "
                 f"close() its iterator, or call reset()"
             )
         if self.ranges.pending:

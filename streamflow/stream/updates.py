@@ -196,7 +196,7 @@ class Updates:
             if new_levels and scope == "now" and len(changed.stages) != len(target.stages):
                 raise ValueError(
                     f"scope='now' keeps the number of stages, {len(target.stages)}, and {len(changed.stages)} were given: "
-                    f"leave scope out, and frames under way finish first"
+                    f"leave scope out, and frames in flight finish first"
                 )
             levels_now = scope == "now" if new_levels or not pending else pending.levels_now
             if pending:

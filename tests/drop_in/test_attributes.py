@@ -333,7 +333,7 @@ def test_residual_noise_that_is_assigned_is_what_the_next_step_takes(stream_of, 
     anchor, sigma = step.anchors.x0[:going_on], step.rows.sigma_next[:going_on]
     rebuilt = (1 - sigma) * anchor + sigma * halved[:going_on]
     assert torch.allclose(rebuilt, stream.x_t_latent_buffer.float(), atol=1e-5)
-    with pytest.raises(AttributeError, match="no frame under way has a residual noise .*delta="):
+    with pytest.raises(AttributeError, match="no frame in flight has a residual noise .*delta="):
         other = stream_of("sd3")
         other.stock_noise = other.stock_noise + 1
     other.stock_noise *= 0.5  # of zeros, as after every prepare
@@ -355,7 +355,7 @@ def test_latents_under_way_are_replaced_or_dropped(stream_of, picture):
         empty.x_t_latent_buffer = torch.zeros_like(empty.x_t_latent_buffer)
     single = stream_of("sd3", [2])
     assert single.x_t_latent_buffer is None
-    with pytest.raises(ValueError, match="None, there are no rows under way"):
+    with pytest.raises(ValueError, match="None, there are no rows in flight"):
         single.x_t_latent_buffer = torch.zeros(1, 16, 8, 8)
 
 

@@ -1,7 +1,7 @@
-"""The pack of pictures (see data.py) and what is done to one on the device: background, place and size, colour.
+"""The pack of images (see data.py) and what is done to one on the device: background, place and size, colour.
 
-Knows captions' colour tables; knows no network. Pictures are uint8 RGBA [N, 4, 128, 128], straight alpha; images are
-float RGB in [-1, 1].
+Knows captions' colour tables; knows no network. The images of the pack are uint8 RGBA [N, 4, 128, 128], straight alpha;
+composed images are float RGB in [-1, 1].
 """
 
 import io
@@ -25,7 +25,7 @@ PEOPLE_WEIGHT = 0.4
 
 @dataclass(frozen=True)
 class Pack:
-    """`rows` are the dicts of captions.jsonl; `rgba` uint8 [N, 4, 128, 128] holds their pictures in the same order."""
+    """`rows` are the dicts of captions.jsonl; `rgba` uint8 [N, 4, 128, 128] holds their images in the same order."""
 
     rows: list[dict]
     rgba: torch.Tensor
@@ -40,7 +40,7 @@ def _decode(blob: bytes) -> np.ndarray:
 
 
 def read_pack(path: Path) -> Pack:
-    """Every picture of the tar that data.py writes."""
+    """Every image of the tar that data.py writes."""
     with tarfile.open(path) as tar:
         files = {member.name.removeprefix("./"): tar.extractfile(member).read() for member in tar if member.isfile()}
     rows = [json.loads(line) for line in files["captions.jsonl"].decode().splitlines()]
@@ -50,7 +50,7 @@ def read_pack(path: Path) -> Pack:
 
 
 def withheld(row: dict, holdout: dict) -> bool:
-    """True for a picture that no training script may see."""
+    """True for an image that no training script may see."""
     hidden = {
         "3d": "withheld_3d_and_gradient",
         "gradient": "withheld_3d_and_gradient",
@@ -61,7 +61,7 @@ def withheld(row: dict, holdout: dict) -> bool:
 
 
 def training_pack(path: Path, holdout: Path, limit: int = 0) -> Pack:
-    """The pack without its withheld pictures; with `limit`, only that many, evenly spread."""
+    """The pack without its withheld images; with `limit`, only that many, evenly spread."""
     hidden = json.loads(Path(holdout).read_text())
     pack = read_pack(path).select(lambda row: not withheld(row, hidden))
     if limit:
@@ -71,7 +71,7 @@ def training_pack(path: Path, holdout: Path, limit: int = 0) -> Pack:
 
 
 def row_weights(rows: list[dict]) -> torch.Tensor:
-    """How often each picture is drawn, float64 [N]: by style, people less often."""
+    """How often each image is drawn, float64 [N]: by style, people less often."""
     weight = torch.tensor([PEOPLE_WEIGHT if row["group"] == "people & body" else 1.0 for row in rows], dtype=torch.float64)
     for style, share in STYLE_SHARES.items():
         of_style = torch.tensor([row["style"] == style for row in rows])
@@ -86,7 +86,7 @@ def background_rgb(names: list[str], device) -> torch.Tensor:
 
 
 def placement(scale: torch.Tensor, shift: torch.Tensor, turn: torch.Tensor | None = None) -> torch.Tensor:
-    """Affine maps [B, 2, 3] for `compose`: the picture drawn `scale` times as large, moved by `shift` [B, 2] pixels."""
+    """Affine maps [B, 2, 3] for `compose`: the image drawn `scale` times as large, moved by `shift` [B, 2] pixels."""
     turn = torch.zeros_like(scale) if turn is None else turn
     cos, sin = torch.cos(turn) / scale, torch.sin(turn) / scale
     linear = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
@@ -98,13 +98,13 @@ def compose(rgba: torch.Tensor, background: torch.Tensor, place: torch.Tensor | 
     """uint8 [B, 4, H, W] over `background` [B, 3] -> images [B, 3, H, W] in [-1, 1]; resampled in premultiplied
     alpha.
     """
-    picture = rgba.float() / 255
-    alpha = picture[:, 3:]
-    picture = torch.cat([picture[:, :3] * alpha, alpha], 1)
+    layer = rgba.float() / 255
+    alpha = layer[:, 3:]
+    layer = torch.cat([layer[:, :3] * alpha, alpha], 1)
     if place is not None:
-        grid = F.affine_grid(place, list(picture.shape), align_corners=False)
-        picture = F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (picture[:, :3] + (1 - picture[:, 3:]) * background[..., None, None]) * 2 - 1
+        grid = F.affine_grid(place, list(layer.shape), align_corners=False)
+        layer = F.grid_sample(layer, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (layer[:, :3] + (1 - layer[:, 3:]) * background[..., None, None]) * 2 - 1
 
 
 def _hue_chroma(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
