@@ -139,19 +139,20 @@ QUANTILES = {"least": 0.0, "p1": 0.01, "median": 0.5, "p99": 0.99, "most": 1.0}
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Every interval over time, with the band of 20 %."""
-    from matplotlib.figure import Figure
+    """How long each interval between two images was, as a histogram in periods."""
+    from streamflow.benchmark.plot import OURS, figure, style
 
-    period, each = result["period_ms"], result["each_ms"]
-    figure = Figure((8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axhspan(0.8 * period, 1.2 * period, color="#dfe9f3", label="period ± 20 %")
-    axes.plot(np.cumsum(each) / 1e3, each, ".", markersize=3, color="#1f5fa8", label="interval")
-    axes.set(xlabel="seconds", ylabel="ms from one image to the next", ylim=(0, max(1.5 * period, 1.05 * max(each))))
-    share = 100 * result["share_within_20_percent"]
-    axes.set_title(f"{share:.2f} % of {len(each)} intervals within ± 20 % of {period:.0f} ms", fontsize=10)
-    axes.legend(loc="lower right")
-    figure.savefig(file, dpi=150)
+    period, each = result["period_ms"], np.asarray(result["each_ms"])
+    with style():
+        made, axes = figure(8, 3.6)
+        shares = each / period
+        edge = max(0.05, 1.1 * float(np.abs(shares - 1).max()))
+        axes.hist(shares, bins=np.linspace(1 - edge, 1 + edge, 41), color=OURS)
+        axes.set(xlabel=f"interval between two images, in periods of {period:.0f} ms", ylabel="intervals")
+        share = 100 * result["share_within_20_percent"]
+        axes.set_title(f"{len(each)} intervals, {share:.0f} % of them within 20 % of the period", loc="left")
+        axes.grid(axis="y")
+        made.savefig(file, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:

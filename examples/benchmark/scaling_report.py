@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamflow.benchmark.plot import figure, save
+from streamflow.benchmark.plot import INK, OTHERS, OURS, SERIES, figure, save, style
 
 Result = Mapping[str, Any]
 PANELS = {
@@ -121,30 +121,80 @@ def _alike(f: Mapping[str, Any]) -> str:
 
 
 def draw(result: Result, folder: Path, name: str) -> list[Path]:
-    """A panel a part: how many times faster than one GPU, measured as points and simulated as lines; what was written."""
-    made, grid = figure(11, 8.4, 2, 2)
+    """Two figures: what was measured, as bars, and the forecast for more GPUs, as lines. Returns what was written."""
+    with style():
+        return [*_measured(result, folder, name), *_forecast(result, folder, f"{name}-forecast")]
+
+
+def _measured(result: Result, folder: Path, name: str) -> list[Path]:
+    """Times one GPU, a bar for every series and number of GPUs."""
+    rows = [
+        (part, series, one)
+        for part in PANELS
+        for series in result["parts"].get(part, {})
+        if (one := _times(result, part, series))
+    ]
+    rows = [(part, series, one) for part, series, one in rows if len(one) > 1]
+    if not rows:
+        return []
+    counts = sorted({count for _, _, one in rows for count in one})
+    made, axes = figure(10, 1.4 + 0.35 * sum(len(one) for _, _, one in rows) + 0.25 * len(rows))
+    y, ticks = 0.0, []
+    for part, series, one in rows:
+        ticks.append((y + (len(one) - 1) / 2, f"{PANELS[part]}\n{series}"))
+        for count, (median, least, most) in one.items():
+            colour = OTHERS[1] if count == 1 else OURS
+            spread = {"xerr": [[median - least], [most - median]], "error_kw": {"elinewidth": 1.5, "ecolor": INK}}
+            axes.barh(y, median, color=colour, alpha=0.55 + 0.45 * count / counts[-1], height=0.85, **spread)
+            axes.text(most + 0.05, y, f"{median:.2f}   {count} GPU{'s' if count > 1 else ''}", va="center", fontsize=10)
+            y += 1
+        y += 0.7
+    axes.set_yticks(*zip(*ticks, strict=True))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y - 1, -0.8)
+    axes.set_xlim(0, counts[-1] + 0.8)
+    axes.set_xticks(range(counts[-1] + 1))
+    axes.set_xlabel("times one GPU")
+    axes.set_title(f"measured on {result['machine']['device']}", loc="left")
+    return save(made, folder, name)
+
+
+def _times(result: Result, part: str, series: str) -> dict[int, tuple[float, float, float]]:
+    """For every number of GPUs that was measured: times one GPU, as median, least and most."""
+    measured = {int(k): f["ms"] for k, f in result["parts"][part][series].items() if k.isdigit() and "ms" in f}
+    alone = measured.get(1, {}).get("median")
+    return (
+        {k: (alone / ms["median"], alone / ms["most"], alone / ms["least"]) for k, ms in measured.items()} if alone else {}
+    )
+
+
+def _forecast(result: Result, folder: Path, name: str) -> list[Path]:
+    """A panel for each part: measured points, and lines that are simulated from one GPU's costs."""
+    made, grid = figure(12, 9, 2, 2)
     for axes, (part, title) in zip(grid.flat, PANELS.items(), strict=True):
         _panel(axes, result, part)
-        axes.set_title(title, fontsize=10)
-    made.suptitle(f"Points: measured on {result['machine']['device']}. Lines: simulated from one GPU's costs", fontsize=10)
+        axes.set_title(title)
+    made.suptitle(f"Points: measured on {result['machine']['device']}. Lines: forecast from one GPU's costs")
     return save(made, folder, name)
 
 
 def _panel(axes: Any, result: Result, part: str) -> None:
     simulated = result.get("scaling_model", {}).get("series", {})
     counts = (1, 64)
-    axes.plot(counts, counts, color="0.7", linestyle="--", linewidth=1, label="as many times as GPUs")
+    axes.plot(counts, counts, color="0.7", linestyle="--", linewidth=1, label="times the number of GPUs")
     for i, (series, rows) in enumerate(result["parts"].get(part, {}).items()):
-        colour = f"C{i}"
-        measured = {int(k): f["ms"] for k, f in rows.items() if k.isdigit() and "ms" in f}
+        colour = SERIES[i % len(SERIES)]
+        measured = _times(result, part, series)
         curve = {int(k): ms for k, ms in simulated.get(f"{part}: {series}", {}).get("simulated_ms", {}).items()}
         if 1 not in measured or not (curve or len(measured) > 1):
             continue
-        alone = measured[1]["median"]
-        medians = [alone / ms["median"] for ms in measured.values()]
-        low = [m - alone / ms["most"] for m, ms in zip(medians, measured.values(), strict=True)]
-        high = [alone / ms["least"] - m for m, ms in zip(medians, measured.values(), strict=True)]
-        axes.errorbar(list(measured), medians, [low, high], color=colour, marker="o", markersize=5, linestyle="", capsize=3)
+        medians = [median for median, _, _ in measured.values()]
+        spread = [
+            [median - least for median, least, _ in measured.values()],
+            [most - median for median, _, most in measured.values()],
+        ]
+        alone = rows["1"]["ms"]["median"]
+        axes.errorbar(list(measured), medians, spread, color=colour, marker="o", markersize=5, linestyle="", capsize=3)
         axes.plot(list(curve), [alone / ms for ms in curve.values()], color=colour, linewidth=1.3)
         axes.plot([], [], color=colour, marker="o", markersize=5, label=series)
     axes.set_xscale("log", base=2)
@@ -153,6 +203,5 @@ def _panel(axes: Any, result: Result, part: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("GPUs")
     axes.set_ylabel("times one GPU")
-    axes.grid(color="0.93")
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid()
+    axes.legend()
