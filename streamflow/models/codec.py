@@ -86,11 +86,9 @@ class Decode(Protocol):
 
     def done(self) -> bool:
         """Whether the images are ready."""
-        ...
 
     def result(self) -> Tensor:
         """The images `[n, 3, H, W]` in [-1, 1]; waits for them."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,11 +78,9 @@ class Decoding(Protocol):
 
     def done(self) -> bool:
         """Whether they are ready."""
-        ...
 
     def result(self) -> Tensor:
         """The images, `[n, 3, H, W]`. Waits until they are ready."""
-        ...
 
 
 class Order:
