@@ -26,11 +26,13 @@ def is_whole_number(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def whole_number(name: str, value: object, least: int, unit: str = "", wrong_type: type[Exception] = ValueError) -> int:
+def whole_number(
+    name: str, value: object, least: int, unit: str = "an integer", wrong_type: type[Exception] = ValueError
+) -> int:
     """Return value. Raise `wrong_type` for what is no integer, ValueError for one below `least`."""
     if not is_whole_number(value) or value < least:
         error = ValueError if is_whole_number(value) else wrong_type
-        raise error(f"{name} must be an integer of {least} or more{unit}, not {value!r}")
+        raise error(f"{name} must be {unit} of {least} or more, not {value!r}")
     return int(value)
 
 

@@ -124,7 +124,7 @@ class StreamFlow(StreamDiffusion):
             noise_period=noise_period,
             feedback=feedback,
         )
-        self._reader = reader = ImageReader(model, denoiser.ranges, input_range, resize, check_inputs)
+        self._reader = reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
         self._inputs = inputs = Inputs(model, denoiser, reader, (self._inpainting, self._controlnets))
@@ -210,6 +210,7 @@ class StreamFlow(StreamDiffusion):
         """
         denoiser, inputs, outputs, frames = self._denoiser, self._inputs, self._outputs, self._model.frames
         denoiser.check_free("txt2img()")
+        self._reader.ranges.raise_failed()
         groups = inputs.group_count(batch_size, latents)
         conditions = inputs.conditions({"control": control}, None, range(groups * frames))
         outputs.similar_filter.forget()
@@ -246,12 +247,15 @@ class StreamFlow(StreamDiffusion):
         ValueError: another number of rows or another shape."""
         denoiser = self._denoiser
         denoiser.check_free("predict_x0_batch()")
+        self._reader.ranges.raise_failed()
         self._model.check_rows(x_t_latent, self._model.frames)
         conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
         self._updates.take()
         ids = denoiser.next_ids(len(x_t_latent))
         denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))
-        return denoiser.finished.popleft().x0 if denoiser.finished else None
+        done = denoiser.oldest()
+        denoiser.hand_out([done] if done else [])
+        return done and done.x0
 
     def live(
         self,
@@ -276,6 +280,7 @@ class StreamFlow(StreamDiffusion):
         from streamflow.live.show import Live
 
         self._denoiser.check_free("live()")
+        self._reader.ranges.raise_failed()
         return Live(
             self, source, sinks, target_fps=target_fps, policy=policy, mode=mode, on_error=on_error, controls=controls
         )
@@ -312,6 +317,9 @@ class StreamFlow(StreamDiffusion):
     def unet_step(self): ...
 
     update = forwards.method("_updates", Updates.update)
+    requested = forwards.method("_updates", Updates.requested)
+    forget_prompts = forwards.method("_updates", Updates.forget_prompts)
+    cached_prompts = Attribute[int]("_updates", "cached_prompts", Updates.cached_prompts)
     flush = forwards.method("_denoiser", Denoiser.flush)
     reset = forwards.method("_denoiser", Denoiser.reset)
     close = forwards.method("_denoiser", Denoiser.close)

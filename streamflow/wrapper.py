@@ -507,7 +507,7 @@ class StreamFlowWrapper:
 
     def _same_places(self, steps: int) -> list[int] | None:
         """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
-        requested = self.stream._updates.requested()
+        requested = self.stream.requested()
         given = requested.request.t_index_list is not None and requested.request.strength is None
         if not given or not isinstance(steps, int) or steps < 1:
             return None  # `update` says what is wrong with `steps`
@@ -516,7 +516,7 @@ class StreamFlowWrapper:
 
     def clear_caches(self) -> None:
         """Forget the prompts that are kept encoded; those in force stay."""
-        self.stream._updates.planner.forget_prompts()
+        self.stream.forget_prompts()
 
     def cleanup_gpu_memory(self) -> None:
         """`close`, and give the memory that torch holds beyond its tensors back to the GPU."""
@@ -527,7 +527,7 @@ class StreamFlowWrapper:
     def get_stream_state(self, include_caches: bool = False) -> Call:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
-        stream, requested = self.stream, self.stream._updates.requested()
+        stream, requested = self.stream, self.stream.requested()
         request, seed = requested.request, requested.noise.seed
         return {
             **{name: getattr(stream, name) for name in ("width", "height", "latent_width", "latent_height", "batch_size")},
@@ -553,7 +553,7 @@ class StreamFlowWrapper:
                 for name, scale in stream.controls.items()
             ],
             "ipadapter_config": None,
-            **({"caches": {"cached_prompts": len(stream._updates.planner.cache)}} if include_caches else {}),
+            **({"caches": {"cached_prompts": stream.cached_prompts}} if include_caches else {}),
         }
 
     # -- inside -----------------------------------------------------------------------------------------------------------

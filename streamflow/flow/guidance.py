@@ -113,9 +113,11 @@ class Lines(Protocol):
 
     def x0(self, x: Tensor, v: Tensor) -> Tensor:
         """The estimate of the image, given these outputs."""
+        ...
 
     def toward(self, x: Tensor, x0: Tensor) -> Tensor:
         """The outputs that lead to this image."""
+        ...
 
 
 def combine(

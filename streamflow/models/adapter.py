@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from streamflow._validation import is_whole_number
 from streamflow.conditioning.controlnet import LEVELS, Controls
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.convention import add_noise
@@ -186,7 +187,7 @@ class FlowAdapter:
     def check_size(self, height: int, width: int) -> None:
         """Raise TypeError or ValueError where the pipeline cannot draw this size."""
         for name, size in (("height", height), ("width", width)):
-            if isinstance(size, bool) or not isinstance(size, int):
+            if not is_whole_number(size):
                 raise TypeError(f"{name} must be an integer number of pixels, not {size!r}")
             if size <= 0 or size % self.multiple:
                 below = max(self.multiple, size // self.multiple * self.multiple)

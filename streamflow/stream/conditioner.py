@@ -38,12 +38,15 @@ class Conditioner(Protocol):
         """Read a call's argument for some frames. Returns one entry a frame, None for a frame without the condition. images:
         `[n, 3, H, W]` in [-1, 1], the frames' own; None for frames that start from noise. positions: the frames' rows,
         counted from the first row of a group. Raises TypeError or ValueError, and changes nothing."""
+        ...
 
     def compared(self, entries: Sequence[Any]) -> Tensor | None:
         """What the similarity filter compares besides the frames' images, `[n, C, H, W]`; None: nothing."""
+        ...
 
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:
         """The group with the condition, given one entry a row."""
+        ...
 
 
 Conditions = Sequence[tuple[Conditioner, Sequence[Any]]]

@@ -46,6 +46,7 @@ class FrameLoop:
         """RuntimeError unless `frames` may begin."""
         denoiser = self._denoiser
         denoiser.check_free("frames()")
+        self._inputs.reader.ranges.raise_failed()
         if denoiser.finished or not denoiser.running().empty:
             raise RuntimeError(
                 f"frames() needs an empty ring; {denoiser.in_flight()} frames are in flight, copies not counted: "
@@ -77,7 +78,7 @@ class FrameLoop:
             try:
                 if denoiser.current_pass is now:
                     denoiser.current_pass = None
-                    denoiser.finished.extendleft(reversed(order.undelivered))
+                    denoiser.put_back(order.undelivered)
             finally:
                 if held:
                     denoiser.ticks.release()
@@ -91,7 +92,7 @@ class FrameLoop:
         for item in iterable:
             now.taken += 1
             now.check()
-            denoiser.ranges.raise_failed()
+            self._inputs.reader.ranges.raise_failed()
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
             image = None if given.image is None else self._one_image(given.image)
@@ -100,8 +101,7 @@ class FrameLoop:
             conditions = self._inputs.conditions(given.conditions, image, range(row, row + 1))
             with denoiser.ticks:
                 now.check()
-                (frame_id,) = denoiser.next_ids(1)
-                denoiser.next_id += 1
+                frame_id = denoiser.take_id()
             skip = self._skips(image, conditions)
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
@@ -123,7 +123,7 @@ class FrameLoop:
         while denoiser.drained(ticks, now):
             yield from self._deliver(order, now)
         yield from self._deliver(order, now, last=True)
-        denoiser.ranges.raise_failed(wait=True)
+        self._inputs.reader.ranges.raise_failed(wait=True)
 
     def _take_update(self, buffer: list[Waiting], now: Pass) -> None:
         """Let a pending update act. Frames that wait for their group and that it would change enter before it."""

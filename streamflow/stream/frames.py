@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import ControlArgument, Images
 
 if TYPE_CHECKING:
+    from streamflow.models.codec import Decode
     from streamflow.models.protocols import Arguments, Call
 
 
@@ -73,22 +74,12 @@ class _Input:
     since: float
 
 
-class Decoding(Protocol):
-    """Images that are being decoded."""
-
-    def done(self) -> bool:
-        """Whether they are ready."""
-
-    def result(self) -> Tensor:
-        """The images, `[n, 3, H, W]`. Waits until they are ready."""
-
-
 class Order:
     """Matches images with the inputs that wait for them. `expect` in input order, `decoding` in any, `ready` in order."""
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
-        self._decoding: deque[tuple[Any, Decoding]] = deque()
+        self._decoding: deque[tuple[Any, Decode]] = deque()
         self._arrived: deque[Any] = deque()  # decoded, and none of their frames given
         self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
@@ -106,7 +97,7 @@ class Order:
         """The groups of which no frame has been given, oldest first."""
         return [*self._arrived, *self.undecoded]
 
-    def decoding(self, group: object, decoding: Decoding) -> None:
+    def decoding(self, group: object, decoding: Decode) -> None:
         """Add a group that is being decoded, with its frames' `ids`. `decoding.done()`: whether its images are ready.
         `decoding.result()`: waits, and returns them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((group, decoding))

@@ -25,13 +25,7 @@ class Inpainting:
     name = "mask"
     uses_image = True
 
-    def __init__(
-        self,
-        model: Model,
-        denoiser: Denoiser,
-        redraw: Callable[[], None],
-        reader: ImageReader,
-    ) -> None:
+    def __init__(self, model: Model, denoiser: Denoiser, redraw: Callable[[], None], reader: ImageReader) -> None:
         self._model, self._denoiser, self._redraw, self._reader = model, denoiser, redraw, reader
         self.active = False  # frames are inpainted where a call brings no mask
         self._regions: tuple[Region, ...] | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import whole_number
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
@@ -44,8 +45,7 @@ class Model:
         self.height = adapter.default_size if height is None else height
         self.width = adapter.default_size if width is None else width
         adapter.check_size(self.height, self.width)
-        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-            raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frames!r}")
+        whole_number("frame_buffer_size", frames, 1)
         self.device, dtype = torch.device(pipe.device), check_dtype(dtype, adapter.net, pipe.device)
         self.shape = adapter.latent_shape(self.height, self.width)
         self.dtype = adapter.latent_dtype or dtype

@@ -19,7 +19,7 @@ from streamflow.stream.model import Model
 from streamflow.stream.ring import Done, Group
 
 if TYPE_CHECKING:
-    from streamflow.stream.frames import Decoding
+    from streamflow.models.codec import Decode
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Finishing:
     """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
 
-    decoding: Decoding
+    decoding: Decode
     finish: Callable[[Tensor], Tensor]
 
     def done(self) -> bool:
@@ -63,7 +63,7 @@ class Outputs:
         images = (self.decode_image or self._model.codec.decode)(done.x0)
         return images if done.finish is None else done.finish(images)
 
-    def decode_later(self, done: Done) -> Decoding:
+    def decode_later(self, done: Done) -> Decode:
         """Start what `decode` does, without waiting for the images (`Codec.decode_later`)."""
         decoding = self._model.codec.decode_later(done.x0)
         return decoding if done.finish is None else Finishing(decoding, done.finish)

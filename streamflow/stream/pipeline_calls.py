@@ -29,6 +29,7 @@ class Caller(Protocol):
 
     def draw(self, prompt: object, latents: Tensor, call_network: Callable[[Arguments], Any], /) -> Tensor:
         """The clean latents of the frame that starts from these latents."""
+        ...
 
 
 class PipelineCalls(Engine):

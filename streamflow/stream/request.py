@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamflow._validation import check_bool, check_number
+from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.conditioning.blending import METHODS, as_weighted, check_sum, with_weights
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.guidance import Mode, Weight, mode
@@ -72,9 +71,7 @@ class Request:
             raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
         if self.prompt is not None and embeds:
             raise ValueError("pass a prompt or prompt_embeds, not both")
-        steps = self.num_inference_steps
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-            raise ValueError(f"num_inference_steps must be an integer of 1 or more, not {steps!r}")
+        whole_number("num_inference_steps", self.num_inference_steps, 1)
         for name in ("guidance_scale", "delta", "strength"):
             check_number(name, getattr(self, name))
         if self.delta is None:

@@ -1,6 +1,7 @@
-"""The frames in flight: the base class of engines, and two of them. `Ring` is the denoising batch: S stages of F frames, newest first. One `push` takes F new rows,
-advances every row by one stage with one call of the network, and returns the F rows that are done. `Loop` is the same step
-in a loop, one group at a time: the sequential reference. Both handle rows, not prompt texts or pixels.
+"""The frames in flight: the base class of engines, and two of them. `Ring` is the denoising batch: S stages of F frames,
+newest first. One `push` takes F new rows, advances every row by one stage with one call of the network, and returns the F
+rows that are done. `Loop` is the same step in a loop, one group at a time: the sequential reference. Both handle rows, not
+prompt texts or pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from streamflow.conditioning.inpaint import MASK, Path, put_known
 from streamflow.conditioning.prompt import CondBatch, Prompt, Velocity, stack
-from streamflow.flow.convention import add_noise
+from streamflow.flow.convention import add_noise, per_row, velocity_from
 from streamflow.flow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
 from streamflow.flow.schedule import Stages
 from streamflow.flow.solvers import Rule
@@ -160,10 +161,16 @@ class Engine:
     the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and returns the
     latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group that the last
     push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the network
-    advances, rows of the negative prompt in that call).
+    advances, rows of the negative prompt in that call). anchors: the rows' anchors, and which rows have one; None where the
+    mode carries none. waiting: the rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None where
+    there are none. residual_noise: the noise that residual guidance takes each row for at its next step, float32
+    `[rows, ...]`; None without anchors.
     """
 
     observer: Observer | None = None
+    anchors: Anchors | None = None
+    waiting: Tensor | None = None
+    residual_noise: Tensor | None = None
     first_sigma: Tensor
     groups: Sequence[Group | None] = ()
     leaving: tuple[Done, ...] = ()
@@ -259,38 +266,39 @@ class Ring(Engine):
 
     @property
     def anchors(self) -> Anchors | None:
-        """The rows' anchors, and which rows have one; None where the mode carries none."""
         return self._anchors(self._flight.groups, self._flight.carried) if self.settings.mode.carries_anchor else None
 
     @property
     def waiting(self) -> Tensor | None:
-        """The rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._flight.advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
-    @property
-    def next_x(self) -> Tensor:
-        """The latents of all rows `[rows, ...]` as the next step sees them; of the rows that have left, their last
-        step's."""
-        return torch.cat((self._flight.advanced[: -self.settings.frames], self._flight.x[-self.settings.frames :]))
-
-    @property
-    def next_sigma(self) -> Tensor:
-        """The noise levels of `next_x`, `[rows, 1, ...]`."""
-        return torch.cat((self.rows.sigma_next[: -self.settings.frames], self.rows.sigma[-self.settings.frames :]))
-
-    def set_waiting(self, x: Tensor) -> None:
-        """Replace the latents of the rows under way, `[(S - 1) F, ...]`."""
+    @waiting.setter
+    def waiting(self, x: Tensor) -> None:
         advanced = torch.cat((x, self._flight.advanced[-self.settings.frames :]))
         self._flight = replace(self._flight, advanced=advanced)
 
-    def set_residual_noise(self, noise: Tensor) -> None:
-        """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise` at its next
-        step; noise float32 `[rows, ...]`, of which the rows that have left take none."""
-        remaining = self.rows.count - self.settings.frames
-        x, sigma = self.next_x[:remaining].float(), self.next_sigma[:remaining]
-        anchor = (x - sigma * noise[:remaining]) / (1.0 - sigma)
+    @property
+    def residual_noise(self) -> Tensor | None:
+        if self.anchors is None:
+            return None
+        (x, sigma), anchor, known = self._next(), self.anchors.x0, self.anchors.known
+        noise = anchor + velocity_from(x, anchor, sigma)
+        return noise if known is None else noise * per_row(known, noise)
+
+    @residual_noise.setter
+    def residual_noise(self, noise: Tensor) -> None:
+        """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise`. The rows that
+        have left take none."""
+        remaining, (x, sigma) = self.rows.count - self.settings.frames, self._next()
+        anchor = (x.float() - sigma * noise)[:remaining] / (1.0 - sigma[:remaining])
         moved = Carried(torch.cat((anchor, self._flight.carried["anchor"].value[remaining:])))
         self._flight = replace(self._flight, carried={**self._flight.carried, "anchor": moved})
+
+    def _next(self) -> tuple[Tensor, Tensor]:
+        """(x, sigma) of all rows, `[rows, ...]`, as the next step sees them; of rows that have left, their last step's."""
+        frames, flight, rows = self.settings.frames, self._flight, self.rows
+        x = torch.cat((flight.advanced[:-frames], flight.x[-frames:]))
+        return x, torch.cat((rows.sigma_next[:-frames], rows.sigma[-frames:]))
 
     def set_levels(self, stages: Stages) -> None:
         self.rows.set_levels(stages)
