@@ -23,6 +23,7 @@ from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
+from streamflow.parallel.accelerated import accelerate
 from streamflow.stream import forwards
 from streamflow.stream.attributes import READ_ONLY, Attributes
 from streamflow.stream.callbacks import weak_call
@@ -42,7 +43,7 @@ from streamflow.stream.steps import Steps
 from streamflow.stream.updates import Updates
 
 if TYPE_CHECKING:
-    from streamflow.acceleration import Accelerated, Parts
+    from streamflow.acceleration import Parts
     from streamflow.io import Sink, Source
     from streamflow.live.remote import Controls
     from streamflow.live.show import Live
@@ -124,7 +125,7 @@ class StreamFlow(StreamDiffusion):
             noise_period=noise_period,
             feedback=feedback,
         )
-        self._reader = reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
+        reader = self._reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
         self._inputs = inputs = Inputs(model, denoiser, reader, (self._inpainting, self._controlnets))
@@ -133,7 +134,7 @@ class StreamFlow(StreamDiffusion):
         self._attributes = Attributes(model, denoiser, self._updates, inputs, outputs)
         self._loras = Loras(model, denoiser, self._updates, outputs.redraw)
         parts = partial(_parts, model, denoiser, self._steps, self._controlnets)
-        self._accelerator = accelerator = Accelerator(model, parts, _accelerate, hooks.check_acceleration)
+        self._accelerator = accelerator = Accelerator(model, parts, accelerate, hooks.check_acceleration)
         denoiser.on_close.add(accelerator.put_back)
         model.before_change.add(accelerator.put_back, outputs.redraw)
         model.after_change.add(accelerator.rebuild)
@@ -210,7 +211,6 @@ class StreamFlow(StreamDiffusion):
         """
         denoiser, inputs, outputs, frames = self._denoiser, self._inputs, self._outputs, self._model.frames
         denoiser.check_free("txt2img()")
-        self._reader.ranges.raise_failed()
         groups = inputs.group_count(batch_size, latents)
         conditions = inputs.conditions({"control": control}, None, range(groups * frames))
         outputs.similar_filter.forget()
@@ -247,14 +247,12 @@ class StreamFlow(StreamDiffusion):
         ValueError: another number of rows or another shape."""
         denoiser = self._denoiser
         denoiser.check_free("predict_x0_batch()")
-        self._reader.ranges.raise_failed()
         self._model.check_rows(x_t_latent, self._model.frames)
         conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
         self._updates.take()
         ids = denoiser.next_ids(len(x_t_latent))
         denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))
-        done = denoiser.oldest()
-        denoiser.hand_out([done] if done else [])
+        done = denoiser.take_oldest()
         return done and done.x0
 
     def live(
@@ -280,7 +278,6 @@ class StreamFlow(StreamDiffusion):
         from streamflow.live.show import Live
 
         self._denoiser.check_free("live()")
-        self._reader.ranges.raise_failed()
         return Live(
             self, source, sinks, target_fps=target_fps, policy=policy, mode=mode, on_error=on_error, controls=controls
         )
@@ -398,10 +395,3 @@ def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlN
     latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
     prompt = controlnets.prompt(denoiser.state.prompt, controlnets.blank)
     return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
-
-
-def _accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
-    """Accelerate parts that may be on several devices."""
-    from streamflow.parallel.accelerated import accelerate
-
-    return accelerate(kind, parts, options)

@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from streamflow._validation import is_whole_number
-from streamflow.conditioning.controlnet import LEVELS, Controls
+from streamflow.conditioning.controlnet import LEVELS, ControlledVelocity, Controls
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.convention import add_noise
 from streamflow.flow.guidance import Weight
@@ -119,7 +120,7 @@ class FlowAdapter:
         self._given = pipe
         self.pipe = self._text_to_image(pipe)
         self.scheduler = copy.deepcopy(pipe.scheduler)  # the stream's own; schedules are read from it
-        self.texts: Texts = {}  # encoded prompts
+        self.texts = Texts()  # encoded prompts
         self.rebuild(getattr(pipe, self.network))
 
     @property
@@ -131,7 +132,7 @@ class FlowAdapter:
         """Make the velocity module of another network of the same family."""
         self.net = network
         velocity = self.Velocity(network)
-        self.velocity: nn.Module = self.controls.over(velocity) if self.controls else velocity
+        self.velocity: nn.Module = ControlledVelocity(velocity, self.controls) if self.controls else velocity
 
     def follow_pipe(self) -> None:
         """Use the parts that the pipe has now. The stream rebuilds the network and the codec."""
@@ -288,7 +289,8 @@ class FlowAdapter:
             raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
         import diffusers
 
-        holder = _TimestepHolder(schedule)
+        holder = SimpleNamespace(timesteps=schedule.timesteps, sigmas=schedule.sigmas, order=1)
+        holder.scheduler, holder.set_begin_index = holder, lambda index: None  # what `get_timesteps` reads of a pipeline
         get_timesteps = getattr(diffusers, self.image_pipeline).get_timesteps
         timesteps, _ = get_timesteps(holder, len(schedule), strength, "cpu")
         if not len(timesteps):
@@ -407,14 +409,3 @@ class FlowAdapter:
                 f"{label} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "
                 f"pass embeddings made by this pipeline's own text encoders"
             )
-
-
-class _TimestepHolder:
-    """The attributes that `get_timesteps` of an image pipeline reads from `self`."""
-
-    def __init__(self, schedule: Schedule):
-        self.scheduler = self
-        self.timesteps, self.sigmas, self.order = schedule.timesteps, schedule.sigmas, 1
-
-    def set_begin_index(self, index: int) -> None:
-        """The holder takes no step."""

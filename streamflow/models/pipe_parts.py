@@ -172,10 +172,7 @@ def _by_device_map(module: nn.Module) -> bool:
 
 _OFFLOADED = (
     (_by_device_map, "load them without a device_map, or with one of a single device"),
-    (
-        _by_accelerate,
-        "call pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()",
-    ),
+    (_by_accelerate, "call pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()"),
     (_by_groups, "load the pipe without enable_group_offload(), which cannot be undone, and pipe.to(device)"),
 )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow._validation import check_bool
+from streamflow.conditioning.prompt import Cond
 from streamflow.flow.convention import per_row
 from streamflow.flow.guidance import mode
 from streamflow.flow.schedule import check_indices
@@ -198,7 +198,7 @@ class Attributes:
         cond = self._embeds(prompt.cond).expand(count, -1, -1)
         if not rows:
             return cond.clone()
-        uncond = self._embeds(prompt.uncond)
+        uncond = self._embeds(prompt.negative)
         if uncond.shape[1:] != cond.shape[1:]:
             raise AttributeError(
                 f"the prompt has {cond.shape[1]} tokens and the negative prompt {uncond.shape[1]}, which one tensor cannot "
@@ -218,7 +218,7 @@ class Attributes:
         cond, uncond = (self._one_row(part, own) if len(part) else None for part in (value[twins:], value[:twins]))
         self._updates.assign_embeds(cond, uncond)
 
-    def _embeds(self, cond: Any) -> Tensor:
+    def _embeds(self, cond: Cond) -> Tensor:
         name = self._model.adapter.embeds.get("prompt_embeds")
         if name is None:
             raise AttributeError(
@@ -394,6 +394,6 @@ class Attributes:
         return values.to(self._model.device).repeat_interleave(repeats)
 
 
-def _shape_or_type(value: Any) -> str:
+def _shape_or_type(value: object) -> str:
     """What a value is, for an error about its shape."""
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

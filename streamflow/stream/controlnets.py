@@ -146,7 +146,7 @@ class ControlNets:
             )
         if not self.scales:
             return [None] * count
-        by_net = [self._images(name, given[name], count) for name in self._controls().names]
+        by_net = [self._images(name, given[name], count) for name in self.scales]
         batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net)]
         rows = [self._inputs(batch) for batch in zip(*batches, strict=True)]
         by_frame = [{name: one[name][i : i + 1] for name in one} for one in rows for i in range(len(one[image_name(0)]))]

@@ -290,6 +290,11 @@ class Denoiser:
         """Queue these groups again, before the others."""
         self.finished.extendleft(reversed(groups))
 
+    def take_oldest(self) -> Done | None:
+        """Remove the oldest finished group from the queue, and return it."""
+        with self.ticks:
+            return self.finished.popleft() if self.finished else None
+
     def hand_out(self, given: Sequence[Done]) -> None:
         """Remove these groups, the oldest, from the queue. Their caller has them."""
         with self.ticks:

@@ -56,8 +56,8 @@ class Attribute(property, Generic[T]):
 
 
 class DiffusersAttribute(Attribute[T]):
-    """An attribute for objects of diffusers. Any object can be assigned, since diffusers' classes do not declare the members
-    of `T`."""
+    """An attribute for objects of diffusers. All can be assigned, since diffusers' classes do not declare the members of
+    `T`."""
 
     def __set__(self, instance: object, value: Any) -> None:
         super().__set__(instance, value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamflow._grad_mode import computing
+from streamflow.image_utils import Images
 from streamflow.stream.conditioner import Conditions
 from streamflow.stream.denoiser import Denoiser, Pass, PassEnded
 from streamflow.stream.frames import Frame, Input, Order, Waiting
@@ -17,6 +17,8 @@ from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.updates import Updates
+
+InputsOfFrames = Iterable[Images | Input | None]
 
 
 class FrameLoop:
@@ -26,7 +28,7 @@ class FrameLoop:
         self._model, self._denoiser, self._updates = model, denoiser, updates
         self._inputs, self._outputs = inputs, outputs
 
-    def frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
+    def frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is an image, None for a frame
         drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
         other calls.
@@ -54,7 +56,7 @@ class FrameLoop:
             )
 
     @computing
-    def _frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
+    def _frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         denoiser, order = self._denoiser, Order()
         now, left = Pass(order), False
         denoiser.check_step("frames()")
@@ -83,7 +85,7 @@ class FrameLoop:
                 if held:
                     denoiser.ticks.release()
 
-    def _answers(self, iterable: Iterable[Any], order: Order, now: Pass) -> Iterator[Frame]:
+    def _answers(self, iterable: InputsOfFrames, order: Order, now: Pass) -> Iterator[Frame]:
         denoiser, outputs, frames = self._denoiser, self._outputs, self._model.frames
         buffer: list[Waiting] = []
         outputs.similar_filter.reset()
@@ -92,7 +94,6 @@ class FrameLoop:
         for item in iterable:
             now.taken += 1
             now.check()
-            self._inputs.reader.ranges.raise_failed()
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
             image = None if given.image is None else self._one_image(given.image)
@@ -180,7 +181,7 @@ class FrameLoop:
             finished.popleft()
         return True
 
-    def _one_image(self, given: Any) -> Tensor:
+    def _one_image(self, given: Images) -> Tensor:
         image = self._inputs.images(given)
         if len(image) != 1:
             raise ValueError(f"frames() takes one image at a time, not {len(image)}")

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from streamflow.image_utils import ControlArgument, Images
 if TYPE_CHECKING:
     from streamflow.models.codec import Decode
     from streamflow.models.protocols import Arguments, Call
+    from streamflow.stream.ring import Done
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,8 @@ class Order:
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
-        self._decoding: deque[tuple[Any, Decode]] = deque()
-        self._arrived: deque[Any] = deque()  # decoded, and none of their frames given
+        self._decoding: deque[tuple[Done, Decode]] = deque()
+        self._arrived: deque[Done] = deque()  # decoded, and none of their frames given
         self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
@@ -88,18 +89,17 @@ class Order:
         self._inputs.append(_Input(frame_id, source, time.perf_counter()))
 
     @property
-    def undecoded(self) -> list[Any]:
+    def undecoded(self) -> list[Done]:
         """The groups without images yet, oldest first."""
         return [group for group, _ in self._decoding]
 
     @property
-    def undelivered(self) -> list[Any]:
+    def undelivered(self) -> list[Done]:
         """The groups of which no frame has been given, oldest first."""
         return [*self._arrived, *self.undecoded]
 
-    def decoding(self, group: object, decoding: Decode) -> None:
-        """Add a group that is being decoded, with its frames' `ids`. `decoding.done()`: whether its images are ready.
-        `decoding.result()`: waits, and returns them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
+    def decoding(self, group: Done, decoding: Decode) -> None:
+        """Add a group that is being decoded, to images `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((group, decoding))
 
     def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:

@@ -50,8 +50,6 @@ class ImageReader:
 
     def read(self, image: Images, what: str) -> Tensor:
         """An image or several as `[n, 3, height, width]` in [-1, 1]. what: the image's name in errors."""
-        if self.ranges.pending:
-            self.ranges.raise_failed()
         model, check = self._model, check_values if self.check else partial(self.ranges.add, what)
         return image_tensor(image, model.height, model.width, self.input_range, self._resize, check)
 
@@ -79,7 +77,10 @@ class Inputs:
         return self.reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
-        """The arguments of a call besides images, read by each conditioner that is active or has an argument here."""
+        """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Raises
+        ValueError for an earlier image on a GPU whose values were out of range."""
+        if self.reader.ranges.pending:
+            self.reader.ranges.raise_failed()
         return [
             (one, one.read(given.get(one.name), images, positions))
             for one in self.conditioners

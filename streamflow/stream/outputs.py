@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Finishing:
-    """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
+    """A decode that has been started. `result` applies `finish` to its images."""
 
     decoding: Decode
     finish: Callable[[Tensor], Tensor]

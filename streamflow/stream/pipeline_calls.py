@@ -4,10 +4,10 @@ in a coroutine that stops at each call of the network. The adapter makes the cal
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import finalize
 
 import torch
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
-from streamflow.models.protocols import Arguments
+from streamflow.models.protocols import Arguments, Function
 from streamflow.stream.coroutine import Coroutine
 from streamflow.stream.ring import Done, Engine, Group, Settings
 
 FrameCall = Coroutine[Arguments, Tensor]  # one frame: its requests are calls of the network
-MergedNetwork = Callable[[list[Arguments]], list[Any]]  # the arguments of several calls to their outputs
+MergedNetwork = Function  # the arguments of several calls, a list, to their outputs
 Groups = deque[tuple[Group, list[FrameCall]]]
 
 
 class Caller(Protocol):
     """An adapter that draws a frame with one call of a pipeline, as `streamflow.models.fallback.adapter.Fallback` does."""
 
-    def draw(self, prompt: object, latents: Tensor, call_network: Callable[[Arguments], Any], /) -> Tensor:
+    def draw(self, prompt: object, latents: Tensor, call_network: Function, /) -> Tensor:
         """The clean latents of the frame that starts from these latents."""
         ...
 
@@ -52,6 +52,7 @@ class PipelineCalls(Engine):
 
     @property
     def groups(self) -> Sequence[Group | None]:
+        """The groups in flight, newest first."""
         return [group for group, _ in reversed(self._groups)]
 
     def reset(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from streamflow.flow.convention import add_noise, per_row, velocity_from
 from streamflow.flow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
 from streamflow.flow.schedule import Stages
 from streamflow.flow.solvers import Rule
+from streamflow.models.protocols import Function
 
 ALWAYS = ("noise", "anchor")  # carried by every row where the rule, or the mode, needs it of any
 
@@ -161,10 +161,7 @@ class Engine:
     the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and returns the
     latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group that the last
     push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the network
-    advances, rows of the negative prompt in that call). anchors: the rows' anchors, and which rows have one; None where the
-    mode carries none. waiting: the rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None where
-    there are none. residual_noise: the noise that residual guidance takes each row for at its next step, float32
-    `[rows, ...]`; None without anchors.
+    advances, rows of the negative prompt in that call).
     """
 
     observer: Observer | None = None
@@ -198,11 +195,11 @@ class Engine:
         """Whether this group is in flight."""
         return any(one is group for one in self.groups)
 
-    def push(self, group: Group, network: Callable[..., Any]) -> Done | None:
+    def push(self, group: Group, network: Function) -> Done | None:
         """Take a group, advance all frames by one stage, and return the oldest group if it is done, copies too."""
         raise NotImplementedError
 
-    def drain(self, network: Callable[..., Any]) -> Iterator[Done]:
+    def drain(self, network: Function) -> Iterator[Done]:
         """Run the frames in flight to their end, one group after another, oldest first, copies left out. Empties the
         engine."""
         return iter(())
@@ -258,6 +255,7 @@ class Ring(Engine):
 
     @property
     def leaving(self) -> tuple[Done, ...]:
+        """The group that the last push returned, or none."""
         oldest, frames = self._flight.groups[-1], self.settings.frames
         return () if oldest is None else (Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish),)
 
@@ -266,10 +264,12 @@ class Ring(Engine):
 
     @property
     def anchors(self) -> Anchors | None:
+        """The rows' anchors, and which rows have one; None where the mode carries none."""
         return self._anchors(self._flight.groups, self._flight.carried) if self.settings.mode.carries_anchor else None
 
     @property
     def waiting(self) -> Tensor | None:
+        """The rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._flight.advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
     @waiting.setter
@@ -279,6 +279,7 @@ class Ring(Engine):
 
     @property
     def residual_noise(self) -> Tensor | None:
+        """The noise that residual guidance takes each row for at its next step, float32 `[rows, ...]`."""
         if self.anchors is None:
             return None
         (x, sigma), anchor, known = self._next(), self.anchors.x0, self.anchors.known
