@@ -35,6 +35,7 @@ FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "fallback": "streamflow.models.fallback.adapter:Fallback",
 }
 
+# The names of the pipeline classes of each family, without "Pipeline".
 _NAMES = {
     "sd3": "StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet",
     "flux": "Flux FluxImg2Img FluxInpaint FluxControlNet FluxControlNetImg2Img",
@@ -63,8 +64,7 @@ RECTIFIED = {
 
 
 def register(family: str, adapter: str | type[FlowAdapter], pipelines: tuple[str, ...] = ()) -> None:
-    """Add a family: `adapter` is a `FlowAdapter` subclass or `"module:Class"`, `pipelines` the names of its
-    pipeline classes. A known name is replaced."""
+    """Add a family, or replace it: a `FlowAdapter` or `"module:Class"`, and the names of its pipeline classes."""
     FAMILIES[family] = adapter
     PIPELINES.update(dict.fromkeys(pipelines, family))
 

@@ -359,8 +359,7 @@ class FlowAdapter:
         return record(self.pipe, self.network, self.sample, self.scheduler, self.texts, **size, **arguments)
 
     def _settle_negative_prompt(self, arguments: Call) -> None:
-        """Drop an empty negative prompt where the pipeline takes none, and refuse any other; elsewhere it defaults to the
-        empty prompt."""
+        """Drop an empty negative prompt where the pipeline takes none, refuse any other; elsewhere it is "" by default."""
         name = type(self.pipe).__name__
         if "negative_prompt" not in self._parameters():
             if arguments.pop("negative_prompt", None):

@@ -83,8 +83,7 @@ class Attributes:
 
     @property
     def cfg_type(self) -> str:
-        """How rows are guided: "none", "full", "self" or "initialize". Assigning it is `update(cfg_type=...)`, and later
-        calls of `prepare` keep it."""
+        """How rows are guided. Assigning it is `update(cfg_type=...)`, and later calls of `prepare` keep it."""
         return self._updates.current("cfg_type")
 
     @cfg_type.setter
@@ -104,8 +103,7 @@ class Attributes:
 
     @property
     def t_list(self) -> list[int]:
-        """The steps of the schedule at which a frame stops. Assigning it is `update(t_index_list=...)`, and later calls of
-        `prepare` keep it."""
+        """The steps at which a frame stops. Assigning is `update(t_index_list=...)`, which later calls of `prepare` keep."""
         if self._denoiser.state is None:
             return list(self._updates.defaults["t_index_list"] or [0])
         return list(self._updates.requested().stages.indices)
@@ -161,8 +159,7 @@ class Attributes:
 
     @property
     def seed(self) -> Seeds | None:
-        """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
-        `update(seed=...)`."""
+        """The seed of all noise, or several with weights; None under a generator. Assigning it is `update(seed=...)`."""
         return None if self._denoiser.state is None else self._updates.requested().noise.seed
 
     @seed.setter
@@ -173,8 +170,7 @@ class Attributes:
 
     @property
     def generator(self) -> torch.Generator | None:
-        """The generator of all noise; None where noise is a function of the seed. A generator that is assigned acts from the
-        next frame on."""
+        """The generator of all noise; None where a seed decides it. An assigned generator acts from the next frame on."""
         return None if self._denoiser.state is None else self._updates.requested().noise.generator
 
     @generator.setter

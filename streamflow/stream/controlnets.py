@@ -248,7 +248,5 @@ class ControlNets:
         if self._levels_of[0] is stages and self._levels_of[1] is scales:
             return
         table = self._controls().levels(stages.timesteps, scales)
-        if self._levels.device.type == "cuda":
-            table = table.pin_memory()
-        self._levels.copy_(table, non_blocking=True)
+        self._levels.copy_(self._model.to_device(table, table.dtype))
         self._levels_of = stages, scales

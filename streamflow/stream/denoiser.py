@@ -218,8 +218,7 @@ class Denoiser:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A context in which the engine advances, for one thread at a time. Inside it, other calls that advance or empty the
-        engine raise RuntimeError."""
+        """A context in which the engine advances, for one thread at a time. Calls inside it that advance it too raise."""
         with self.ticks:
             if self._stepping is not None:
                 self.check_step("a call that draws")
@@ -326,8 +325,7 @@ class Denoiser:
         self.empty("reset()")
 
     def empty(self, call: str) -> None:
-        """Drop the frames in flight and restart frame numbers at 0. The number of dropped frames is logged. call: the call
-        that does it, for errors."""
+        """Drop the frames in flight and restart frame numbers at 0. call: the call that does it, for errors."""
         self._model.check_open()
         self.check_step(call)
         with self.ticks:

@@ -59,8 +59,7 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A frame that waits for its group to be full: its image `[1, 3, H, W]` or None, its prompt,
-    and its entries by the names of conditioners."""
+    """A frame that waits for its group: its image `[1, 3, H, W]`, prompt, and entries by the names of conditioners."""
 
     id: int
     image: Tensor | None

@@ -167,7 +167,12 @@ class Model:
         try:
             if new_network:
                 adapter.net = now.network
-                self._check_same_latents()
+                shape = list(adapter.latent_shape(self.height, self.width))
+                if shape != list(self.shape):
+                    raise ValueError(
+                        f"pipe.{adapter.network} was replaced by a network with latents {shape}, and this stream's are "
+                        f"{list(self.shape)}: make a new StreamFlow of the pipe"
+                    )
             if now.scheduler != seen.scheduler:
                 adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
             adapter.follow_pipe()
@@ -182,14 +187,6 @@ class Model:
         if codec is not None and now.vae is not None:
             self._vae, self.codec, self.plain_codec = now.vae, codec, codec
         self._seen = now
-
-    def _check_same_latents(self) -> None:
-        shape = list(self.adapter.latent_shape(self.height, self.width))
-        if shape != list(self.shape):
-            raise ValueError(
-                f"pipe.{self.adapter.network} was replaced by a network with latents {shape}, and this stream's are "
-                f"{list(self.shape)}: make a new StreamFlow of the pipe"
-            )
 
     # -- tensors ----------------------------------------------------------------------------------------------------------
 

@@ -118,8 +118,7 @@ class Request:
         return None if positive else self.assigned_embeds[0], None if negative else self.assigned_embeds[1]
 
     def read_key(self, weight_name: str | None) -> tuple:
-        """The fields that make the pipeline encode again when they change. The guidance weight, an argument of the name
-        `weight_name`, is left out."""
+        """The fields that need new encoding when they change; the guidance weight, argument `weight_name`, is left out."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
         how = self.blend, self.normalize, self.guided
@@ -152,8 +151,7 @@ def is_plain(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A planned request: the schedule, the stages picked from it, the encoded prompt, the pipeline's guidance_scale, the
-    guidance weight in force, and the noise."""
+    """A planned request: the schedule and its stages, the encoded prompt, the scale, the weight in force, and the noise."""
 
     request: Request
     schedule: Schedule

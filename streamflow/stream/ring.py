@@ -200,8 +200,7 @@ class Engine:
         raise NotImplementedError
 
     def drain(self, network: Function) -> Iterator[Done]:
-        """Run the frames in flight to their end, one group after another, oldest first, copies left out. Empties the
-        engine."""
+        """Run the frames in flight to their end, oldest first, copies left out. Empties the engine."""
         return iter(())
 
     def reset(self) -> None:
@@ -288,8 +287,7 @@ class Ring(Engine):
 
     @residual_noise.setter
     def residual_noise(self, noise: Tensor) -> None:
-        """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise`. The rows that
-        have left take none."""
+        """Move the anchors of rows under way so that each is taken for `(1 - sigma) anchor + sigma noise`."""
         remaining, (x, sigma) = self.rows.count - self.settings.frames, self._next()
         anchor = (x.float() - sigma * noise)[:remaining] / (1.0 - sigma[:remaining])
         moved = Carried(torch.cat((anchor, self._flight.carried["anchor"].value[remaining:])))

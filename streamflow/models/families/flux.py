@@ -16,8 +16,7 @@ from streamflow.models.protocols import VAE
 
 
 class FluxVelocity(TransformerVelocity):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; extra:
-    more arguments of the network."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]`; extra: more arguments of the network."""
 
     def forward(
         self,
