@@ -79,7 +79,7 @@ class Planner:
         same = again.stages.same_levels(current.stages)
         return replace(again, noise=current.noise, stages=current.stages if same else again.stages)
 
-    def noise(self, generator: torch.Generator | None, seed: object, period: int | None = None) -> NoiseSource:
+    def noise(self, generator: torch.Generator | None, seed: Any, period: int | None = None) -> NoiseSource:
         """Noise from a generator, from a seed or from several with weights; from the default seed where none is given. A
         seed of -1 is a random one. Of a generator and a seed, the generator; seeding it is left to the caller."""
         seed = self.seed(seed)
