@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
+from typing import TypeGuard
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,10 +21,19 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless value is an integer of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Whether value is an integer, Python's or numpy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole_number(
+    name: str, value: object, least: int, unit: str = "an integer", wrong_type: type[Exception] = ValueError
+) -> int:
+    """Return value. Raise `wrong_type` for what is no integer, ValueError for one below `least`."""
+    if not is_whole_number(value) or value < least:
+        error = ValueError if is_whole_number(value) else wrong_type
+        raise error(f"{name} must be {unit} of {least} or more, not {value!r}")
+    return int(value)
 
 
 def check_number(name: str, value: object) -> None:

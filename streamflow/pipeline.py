@@ -23,6 +23,7 @@ from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
+from streamflow.parallel.accelerated import accelerate
 from streamflow.stream import forwards
 from streamflow.stream.attributes import READ_ONLY, Attributes
 from streamflow.stream.callbacks import weak_call
@@ -42,7 +43,7 @@ from streamflow.stream.steps import Steps
 from streamflow.stream.updates import Updates
 
 if TYPE_CHECKING:
-    from streamflow.acceleration import Accelerated, Parts
+    from streamflow.acceleration import Parts
     from streamflow.io import Sink, Source
     from streamflow.live.remote import Controls
     from streamflow.live.show import Live
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 class StreamFlow(StreamDiffusion):
     """Streams a loaded diffusers pipeline of a rectified-flow model. The pipeline stays usable and unchanged. One thread
-    draws; `update` may be called from any, and `prepare`, `reset`, `flush` and `close` wait for the tick under way.
+    draws; `update` may be called from any, and `prepare`, `reset`, `flush` and `close` wait for the current tick.
 
     Args:
         pipe: a diffusers pipeline of a known family (`streamflow.models.PIPELINES`), on its device, in its dtype.
@@ -124,7 +125,7 @@ class StreamFlow(StreamDiffusion):
             noise_period=noise_period,
             feedback=feedback,
         )
-        self._reader = reader = ImageReader(model, denoiser.ranges, input_range, resize, check_inputs)
+        reader = self._reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
         self._inputs = inputs = Inputs(model, denoiser, reader, (self._inpainting, self._controlnets))
@@ -133,7 +134,7 @@ class StreamFlow(StreamDiffusion):
         self._attributes = Attributes(model, denoiser, self._updates, inputs, outputs)
         self._loras = Loras(model, denoiser, self._updates, outputs.redraw)
         parts = partial(_parts, model, denoiser, self._steps, self._controlnets)
-        self._accelerator = accelerator = Accelerator(model, parts, _accelerate, hooks.check_acceleration)
+        self._accelerator = accelerator = Accelerator(model, parts, accelerate, hooks.check_acceleration)
         denoiser.on_close.add(accelerator.put_back)
         model.before_change.add(accelerator.put_back, outputs.redraw)
         model.after_change.add(accelerator.rebuild)
@@ -172,7 +173,7 @@ class StreamFlow(StreamDiffusion):
         Where the decoder raises, the finished frames stay, and the next call begins with decoding them.
 
         Raises:
-            RuntimeError: before `prepare`, after `close`, or while a loop over `frames` is under way. TypeError, ValueError:
+            RuntimeError: before `prepare`, after `close`, or while a loop over `frames` is running. TypeError, ValueError:
                 for a bad image, or not F of them.
         """
         if x is None:
@@ -251,7 +252,8 @@ class StreamFlow(StreamDiffusion):
         self._updates.take()
         ids = denoiser.next_ids(len(x_t_latent))
         denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))
-        return denoiser.finished.popleft().x0 if denoiser.finished else None
+        done = denoiser.take_oldest()
+        return done and done.x0
 
     def live(
         self,
@@ -312,6 +314,9 @@ class StreamFlow(StreamDiffusion):
     def unet_step(self): ...
 
     update = forwards.method("_updates", Updates.update)
+    requested = forwards.method("_updates", Updates.requested)
+    forget_prompts = forwards.method("_updates", Updates.forget_prompts)
+    cached_prompts = Attribute[int]("_updates", "cached_prompts", Updates.cached_prompts)
     flush = forwards.method("_denoiser", Denoiser.flush)
     reset = forwards.method("_denoiser", Denoiser.reset)
     close = forwards.method("_denoiser", Denoiser.close)
@@ -390,10 +395,3 @@ def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlN
     latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
     prompt = controlnets.prompt(denoiser.state.prompt, controlnets.blank)
     return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
-
-
-def _accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
-    """Accelerate parts that may be on several devices."""
-    from streamflow.parallel.accelerated import accelerate
-
-    return accelerate(kind, parts, options)

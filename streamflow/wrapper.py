@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow import models, pretrained
+from streamflow._validation import whole_number
 from streamflow.conditioning.blending import METHODS, parts
 from streamflow.image_utils import Images, as_rgb, open_image, postprocess_image
 from streamflow.models.loading import default_device, prompt_defaults
@@ -191,8 +192,7 @@ class StreamFlowWrapper:
             acceleration = "none"
         if acceleration == "sfast":
             raise ValueError("acceleration 'sfast': stable-fast is no longer maintained: choose 'auto', or 'none'")
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(f"warmup must be an integer of 0 or more, not {warmup!r}")
+        whole_number("warmup", warmup, 0)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
@@ -464,7 +464,7 @@ class StreamFlowWrapper:
 
     def _same_places(self, steps: int) -> list[int] | None:
         """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
-        requested = self.stream._updates.requested()
+        requested = self.stream.requested()
         given = requested.request.t_index_list is not None and requested.request.strength is None
         if not given or not isinstance(steps, int) or steps < 1:
             return None  # `update` says what is wrong with `steps`
@@ -473,7 +473,7 @@ class StreamFlowWrapper:
 
     def clear_caches(self) -> None:
         """Forget the prompts that are kept encoded; those in force stay."""
-        self.stream._updates.planner.forget_prompts()
+        self.stream.forget_prompts()
 
     def cleanup_gpu_memory(self) -> None:
         """`close`, and give the memory that torch holds beyond its tensors back to the GPU."""
@@ -484,7 +484,7 @@ class StreamFlowWrapper:
     def get_stream_state(self, include_caches: bool = False) -> Call:
         """What is drawn and how, in plain values, under livepeer's keys; caches: how many prompts are kept encoded."""
         self._prepared()
-        stream, requested = self.stream, self.stream._updates.requested()
+        stream, requested = self.stream, self.stream.requested()
         request, seed = requested.request, requested.noise.seed
         read = ("width", "height", "latent_width", "latent_height", "batch_size", "use_denoising_batch")
         return {
@@ -510,7 +510,7 @@ class StreamFlowWrapper:
                 for name, scale in stream.controls.items()
             ],
             "ipadapter_config": None,
-            **({"caches": {"cached_prompts": len(stream._updates.planner.cache)}} if include_caches else {}),
+            **({"caches": {"cached_prompts": stream.cached_prompts}} if include_caches else {}),
         }
 
     # -- inside -----------------------------------------------------------------------------------------------------------

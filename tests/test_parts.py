@@ -70,7 +70,7 @@ def made(pipes):
         planner, denoiser = Planner(model), Denoiser(model, batched)
         outputs = Outputs(model, denoiser)
         updates = Updates(model, planner, denoiser, outputs, **{**DEFAULTS, **defaults})
-        reader = ImageReader(model, denoiser.ranges)
+        reader = ImageReader(model, denoiser)
         parts = Made(model, planner, denoiser, outputs, updates, reader, Inputs(model, denoiser, reader))
         if prepare:
             updates.prepare("a red apple", num_inference_steps=4, seed=3)
@@ -331,6 +331,23 @@ def test_a_denoiser_has_nothing_to_draw_before_prepare_and_after_close(made):
     for call in (denoiser.prepared, denoiser.running, denoiser.flush, denoiser.reset):
         with pytest.raises(RuntimeError, match="was closed"):
             call()
+
+
+def test_a_denoiser_is_closed_where_a_function_of_its_end_raises(made):
+    parts = made()
+
+    class Failing:
+        def undo(self) -> None:
+            raise RuntimeError("the layers cannot be put back")
+
+    failing = Failing()
+    parts.denoiser.on_close.add(failing.undo)
+    with pytest.raises(RuntimeError, match="cannot be put back"):
+        parts.denoiser.close()
+    assert parts.model.closed and parts.denoiser.state is None
+    with pytest.raises(RuntimeError, match="was closed"):
+        parts.denoiser.running()
+    parts.denoiser.close()
 
 
 def test_an_adapter_names_its_engine(made, monkeypatch):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamflow._validation import check_count
+from streamflow._validation import whole_number
 from streamflow.acceleration import Accelerated, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.side_streams import side_stream
@@ -53,7 +53,7 @@ class Options:
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        check_count("limit", self.limit)
+        whole_number("limit", self.limit, 1)
 
     def for_device(self, device: torch.device) -> Options:
         """These options. RuntimeError: the device has no CUDA graphs."""

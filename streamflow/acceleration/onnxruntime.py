@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from streamflow._validation import check_count
+from streamflow._validation import whole_number
 from streamflow.acceleration import Accelerated, Part, Parts, bind_arguments
 from streamflow.acceleration.onnx_export import check_exportable, export
 from streamflow.acceleration.watch import WeightWatch
@@ -38,8 +38,8 @@ class Options:
     limit: int = 8
 
     def __post_init__(self) -> None:
-        check_count("threads", 1 if self.threads is None else self.threads)
-        check_count("limit", self.limit)
+        whole_number("threads", 1 if self.threads is None else self.threads, 1)
+        whole_number("limit", self.limit, 1)
 
     def for_device(self, device: torch.device) -> Options:
         """These options with a number of `threads`. RuntimeError: the device is no CPU. ImportError: no onnxruntime."""

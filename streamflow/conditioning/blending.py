@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from streamflow.conditioning.prompt import Cond
 
 Weighted = tuple[tuple[Any, float], ...]
+Result = TypeVar("Result")
 ROUNDS = 8  # of the spherical mean: rounding is reached in fewer for directions within a right angle
 TINY = 1e-12
 
@@ -187,7 +188,7 @@ class Cache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: object, make: Callable[[], Any]) -> Any:
+    def get(self, key: object, make: Callable[[], Result]) -> Result:
         """The result that is kept under the key, or a new one by `make`, which is then kept."""
         try:
             hash(key)

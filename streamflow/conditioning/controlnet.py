@@ -142,15 +142,6 @@ class Controls:
     rule: ControlRule
     items: tuple[Control, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the control nets, in their order."""
-        return tuple(item.name for item in self.items)
-
-    def over(self, velocity: nn.Module) -> nn.Module:
-        """A family's velocity with these nets."""
-        return ControlledVelocity(velocity, self)
-
     def levels(self, timesteps: Tensor, scales: Mapping[str, float]) -> Tensor:
         """The table `control_levels` for these stages, on the CPU."""
         return torch.tensor([(scales[item.name], *item.window(timesteps)) for item in self.items], dtype=torch.float32)

@@ -9,11 +9,12 @@ import math
 import random
 from collections.abc import Callable
 from functools import reduce
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from streamflow._validation import is_whole_number, whole_number
 
 logger = logging.getLogger(__name__)
 RANDOM_SEEDS = 1_000_000  # random seeds are below it, as in StreamDiffusion's wrapper
@@ -24,8 +25,7 @@ def check_policy(noise: object, period: object) -> None:
     """ValueError unless `noise` is one of `POLICIES` and `period` an integer of 1 or more frames."""
     if noise not in POLICIES:
         raise ValueError(f"unknown noise {noise!r}: choose one of {', '.join(map(repr, POLICIES))}")
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ValueError(f"noise_period must be an integer of 1 or more frames, not {period!r}")
+    whole_number("noise_period", period, 1, "an integer number of frames")
 
 
 def resolve_seeds(seed: object) -> Any:
@@ -38,7 +38,7 @@ def resolve_seeds(seed: object) -> Any:
         return None
     if isinstance(seed, tuple):
         return tuple((resolve_seeds(one), weight) for one, weight in seed)
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
+    if not is_whole_number(seed):
         raise TypeError(f"seed must be an integer or a list of (integer, weight), not {seed!r}")
     if seed == -1:
         drawn = random.SystemRandom().randrange(RANDOM_SEEDS)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from streamflow._validation import is_whole_number
 
 logger = logging.getLogger(__name__)
 ROUNDING = 1e-5  # by how much a scheduler's float32 arithmetic may leave the first sigma above 1
@@ -26,7 +27,7 @@ def check_indices(t_index_list: Sequence[int], steps: int | None = None) -> tupl
     """
     if isinstance(t_index_list, str) or not isinstance(t_index_list, Sequence):
         raise TypeError(f"t_index_list must be a sequence of integers such as [0, 16, 32, 45], not {t_index_list!r}")
-    wrong = [t for t in t_index_list if not isinstance(t, Integral) or isinstance(t, bool)]
+    wrong = [t for t in t_index_list if not is_whole_number(t)]
     if wrong:
         raise TypeError(f"t_index_list holds {wrong[0]!r}, which is no integer: it indexes the schedule's steps")
     indices = tuple(int(t) for t in t_index_list)

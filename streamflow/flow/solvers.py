@@ -111,8 +111,7 @@ BY_SCHEDULER = {
 
 
 def rule_of(scheduler: str, config: Mapping[str, object], own_noise: bool) -> Rule:
-    """The rule of a scheduler by the name of its class; Euler where it has none here. own_noise: re-noise every frame with
-    the noise that it started from."""
+    """The rule of a scheduler's class; Euler where it has none. own_noise: re-noise with the frame's first noise."""
     if own_noise:
         return STOCHASTIC.with_own_noise()
     rule, settings = BY_SCHEDULER.get(scheduler, (EULER, {}))

@@ -131,7 +131,7 @@ class Drawing(Thread):
         self._backoff = Backoff()
 
     def stop(self) -> None:
-        """End after the tick under way."""
+        """End after the current tick."""
         self._ending.set()
         self.outbox.close()
 

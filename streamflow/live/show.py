@@ -350,7 +350,7 @@ class Live:
         return before.stream
 
     def stop(self) -> None:
-        """End the show after the tick under way, and close the sinks, whose files are then complete."""
+        """End the show after the current tick, and close the sinks, whose files are then complete."""
         self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
         self.wait()
 

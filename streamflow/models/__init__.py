@@ -35,45 +35,22 @@ FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "fallback": "streamflow.models.fallback.adapter:Fallback",
 }
 
-PIPELINES = {
-    "StableDiffusion3Pipeline": "sd3",
-    "StableDiffusion3Img2ImgPipeline": "sd3",
-    "StableDiffusion3InpaintPipeline": "sd3",
-    "StableDiffusion3ControlNetPipeline": "sd3",
-    "FluxPipeline": "flux",
-    "FluxControlNetPipeline": "flux",
-    "FluxControlNetImg2ImgPipeline": "flux",
-    "FluxImg2ImgPipeline": "flux",
-    "FluxInpaintPipeline": "flux",
-    "RectifiedFlowPipeline": "instaflow",
-    "ChromaPipeline": "chroma",
-    "ChromaImg2ImgPipeline": "chroma",
-    "ChromaInpaintPipeline": "chroma",
-    "Flux2Pipeline": "flux2",
-    "Flux2KleinPipeline": "flux2-klein",
-    "SanaPipeline": "sana",
-    "SanaSprintPipeline": "sana-sprint",
-    "SanaSprintImg2ImgPipeline": "sana-sprint",
-    "QwenImagePipeline": "qwenimage",
-    "QwenImageImg2ImgPipeline": "qwenimage",
-    "QwenImageControlNetPipeline": "qwenimage",
-    "QwenImageInpaintPipeline": "qwenimage",
-    "Lumina2Pipeline": "lumina2",
-    "ZImagePipeline": "zimage",
-    "ZImageImg2ImgPipeline": "zimage",
-    "ZImageInpaintPipeline": "zimage",
-    "AuraFlowPipeline": "fallback",
-    "BriaPipeline": "fallback",
-    "CogView4Pipeline": "fallback",
-    "ErnieImagePipeline": "fallback",
-    "HiDreamImagePipeline": "fallback",
-    "HunyuanImagePipeline": "fallback",
-    "Kandinsky5T2IPipeline": "fallback",
-    "LuminaPipeline": "fallback",
-    "OmniGenPipeline": "fallback",
-    "OvisImagePipeline": "fallback",
-    "PRXPipeline": "fallback",
+# The names of the pipeline classes of each family, without "Pipeline".
+_NAMES = {
+    "sd3": "StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet",
+    "flux": "Flux FluxImg2Img FluxInpaint FluxControlNet FluxControlNetImg2Img",
+    "instaflow": "RectifiedFlow",
+    "chroma": "Chroma ChromaImg2Img ChromaInpaint",
+    "flux2": "Flux2",
+    "flux2-klein": "Flux2Klein",
+    "sana": "Sana",
+    "sana-sprint": "SanaSprint SanaSprintImg2Img",
+    "qwenimage": "QwenImage QwenImageImg2Img QwenImageControlNet QwenImageInpaint",
+    "lumina2": "Lumina2",
+    "zimage": "ZImage ZImageImg2Img ZImageInpaint",
+    "fallback": "AuraFlow Bria CogView4 ErnieImage HiDreamImage HunyuanImage Kandinsky5T2I Lumina OmniGen OvisImage PRX",
 }
+PIPELINES = {f"{name}Pipeline": family for family, names in _NAMES.items() for name in names.split()}
 
 # Diffusion pipelines by the start of their class's name: the family of the rectified network, and published models.
 RECTIFIED = {
@@ -87,8 +64,7 @@ RECTIFIED = {
 
 
 def register(family: str, adapter: str | type[FlowAdapter], pipelines: tuple[str, ...] = ()) -> None:
-    """Add a family: `adapter` is a `FlowAdapter` subclass or `"module:Class"`, `pipelines` the names of its
-    pipeline classes. A known name is replaced."""
+    """Add a family, or replace it: a `FlowAdapter` or `"module:Class"`, and the names of its pipeline classes."""
     FAMILIES[family] = adapter
     PIPELINES.update(dict.fromkeys(pipelines, family))
 

@@ -9,13 +9,15 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from streamflow.conditioning.controlnet import LEVELS, Controls
+from streamflow._validation import is_whole_number
+from streamflow.conditioning.controlnet import LEVELS, ControlledVelocity, Controls
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.convention import add_noise
 from streamflow.flow.guidance import Weight
@@ -118,7 +120,7 @@ class FlowAdapter:
         self._given = pipe
         self.pipe = self._text_to_image(pipe)
         self.scheduler = copy.deepcopy(pipe.scheduler)  # the stream's own; schedules are read from it
-        self.texts: Texts = {}  # encoded prompts
+        self.texts = Texts()  # encoded prompts
         self.rebuild(getattr(pipe, self.network))
 
     @property
@@ -130,7 +132,7 @@ class FlowAdapter:
         """Make the velocity module of another network of the same family."""
         self.net = network
         velocity = self.Velocity(network)
-        self.velocity: nn.Module = self.controls.over(velocity) if self.controls else velocity
+        self.velocity: nn.Module = ControlledVelocity(velocity, self.controls) if self.controls else velocity
 
     def follow_pipe(self) -> None:
         """Use the parts that the pipe has now. The stream rebuilds the network and the codec."""
@@ -186,7 +188,7 @@ class FlowAdapter:
     def check_size(self, height: int, width: int) -> None:
         """Raise TypeError or ValueError where the pipeline cannot draw this size."""
         for name, size in (("height", height), ("width", width)):
-            if isinstance(size, bool) or not isinstance(size, int):
+            if not is_whole_number(size):
                 raise TypeError(f"{name} must be an integer number of pixels, not {size!r}")
             if size <= 0 or size % self.multiple:
                 below = max(self.multiple, size // self.multiple * self.multiple)
@@ -287,7 +289,8 @@ class FlowAdapter:
             raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
         import diffusers
 
-        holder = _TimestepHolder(schedule)
+        holder = SimpleNamespace(timesteps=schedule.timesteps, sigmas=schedule.sigmas, order=1)
+        holder.scheduler, holder.set_begin_index = holder, lambda index: None  # what `get_timesteps` reads of a pipeline
         get_timesteps = getattr(diffusers, self.image_pipeline).get_timesteps
         timesteps, _ = get_timesteps(holder, len(schedule), strength, "cpu")
         if not len(timesteps):
@@ -356,8 +359,7 @@ class FlowAdapter:
         return record(self.pipe, self.network, self.sample, self.scheduler, self.texts, **size, **arguments)
 
     def _settle_negative_prompt(self, arguments: Call) -> None:
-        """Drop an empty negative prompt where the pipeline takes none, and refuse any other; elsewhere it defaults to the
-        empty prompt."""
+        """Drop an empty negative prompt where the pipeline takes none, refuse any other; elsewhere it is "" by default."""
         name = type(self.pipe).__name__
         if "negative_prompt" not in self._parameters():
             if arguments.pop("negative_prompt", None):
@@ -406,14 +408,3 @@ class FlowAdapter:
                 f"{label} is {value.shape[-1]} wide, this network's {self.widths[name]} is {width}: "
                 f"pass embeddings made by this pipeline's own text encoders"
             )
-
-
-class _TimestepHolder:
-    """The attributes that `get_timesteps` of an image pipeline reads from `self`."""
-
-    def __init__(self, schedule: Schedule):
-        self.scheduler = self
-        self.timesteps, self.sigmas, self.order = schedule.timesteps, schedule.sigmas, 1
-
-    def set_begin_index(self, index: int) -> None:
-        """The holder takes no step."""

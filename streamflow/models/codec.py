@@ -25,10 +25,6 @@ def _factors(config: Config) -> tuple[float, float]:
     return getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
 
 
-def _mode(encoded: Any) -> Tensor:
-    return encoded.latent if hasattr(encoded, "latent") else retrieve_latents(encoded, sample_mode="argmax")
-
-
 class Normalized(nn.Module):
     """Latents with a mean and a standard deviation per channel, `[channels, ...]` broadcast against `[n, channels, ...]`.
     Computes in the dtype of its input, as the pipelines do."""
@@ -76,7 +72,8 @@ class Encoder(nn.Module):
         self.scaling, self.shift = _factors(vae.config)
 
     def forward(self, images: Tensor) -> Tensor:
-        z = _mode(self.vae.encode(images.to(self.vae.dtype)))
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        z = encoded.latent if hasattr(encoded, "latent") else retrieve_latents(encoded, sample_mode="argmax")
         z = (z - self.shift) * self.scaling
         return z if self.pack is None else self.pack(z)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamflow._validation import is_whole_number
 from streamflow.conditioning.controlnet import Control, ControlRule, Residuals
 from streamflow.models.families.flux import pack
 from streamflow.models.protocols import VAE, Network
@@ -80,7 +81,7 @@ class FluxControl(ControlRule):
         if net.config.guidance_embeds and not network.config.guidance_embeds:
             raise ValueError(f"control {item.name!r} takes a guidance scale and this network none: use a net without one")
         modes = net.config.num_mode
-        if net.union and (isinstance(item.mode, bool) or not isinstance(item.mode, int) or not 0 <= item.mode < modes):
+        if net.union and not (is_whole_number(item.mode) and 0 <= item.mode < modes):
             raise ValueError(
                 f"control {item.name!r} is a union net of {modes} modes: pass one, "
                 f"add_control(name, net, mode=0 to {modes - 1}), not {item.mode!r}"

@@ -42,8 +42,7 @@ def base_network(network: Any) -> Network:
 
 
 def check_network(network: object) -> None:
-    """Raise TypeError for what cannot be called, and ValueError for a network with a cache of the step before, which rows at
-    different steps cannot share."""
+    """TypeError for what cannot be called; ValueError for a network with a cache of the step before."""
     if not callable(network):
         raise TypeError(f"a network must be a module that can be called, not {network!r}")
     if getattr(base_network(network), "is_cache_enabled", False):
@@ -157,23 +156,18 @@ def check_placement(pipe: Pipeline) -> None:
             )
 
 
-def _by_accelerate(module: nn.Module) -> bool:
-    return getattr(module, "_hf_hook", None) is not None
+def _by_device_map(module: nn.Module) -> bool:
+    return len({str(device) for device in (getattr(module, "hf_device_map", None) or {}).values()}) > 1
 
 
 def _by_groups(module: nn.Module) -> bool:
     return any("offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
 
 
-def _by_device_map(module: nn.Module) -> bool:
-    devices = getattr(module, "hf_device_map", None) or {}
-    return len({str(device) for device in devices.values()}) > 1
-
-
 _OFFLOADED = (
     (_by_device_map, "load them without a device_map, or with one of a single device"),
     (
-        _by_accelerate,
+        lambda module: getattr(module, "_hf_hook", None) is not None,
         "call pipe.remove_all_hooks() and pipe.to(device), or load the pipe without enable_..._cpu_offload()",
     ),
     (_by_groups, "load the pipe without enable_group_offload(), which cannot be undone, and pipe.to(device)"),

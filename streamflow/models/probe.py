@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_map_only
 
+from streamflow.conditioning.blending import Cache
 from streamflow.flow.schedule import Schedule
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.protocols import Arguments, Function, Pipeline, Scheduler
 
-KNOWN = 64  # encoded prompts that are kept
-Texts = dict[str, Any]  # results of `encode_prompt` by its arguments, newest last
+Texts = Cache  # results of `encode_prompt` by its arguments
 
 
 class _Done(Exception):
@@ -102,19 +102,14 @@ def record(
 
 
 def once(function: Function, known: Texts) -> Function:
-    """The function, run once for equal arguments without tensors. The last `KNOWN` results are kept, and a call returns a
-    clone."""
+    """The function, run once for equal arguments without tensors. A call returns a clone of the result that is kept."""
 
     @wraps(function)
-    def call(*args: object, **kwargs: object) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if tree_any(lambda leaf: isinstance(leaf, Tensor), (args, kwargs)):
             return function(*args, **kwargs)
-        key = repr((args, kwargs))
-        if key not in known:
-            known[key] = function(*args, **kwargs)
-            while len(known) > KNOWN:
-                known.pop(next(iter(known)))
-        return tree_map_only(Tensor, torch.clone, known[key])
+        result = known.get(repr((args, kwargs)), lambda: function(*args, **kwargs))
+        return tree_map_only(Tensor, torch.clone, result)
 
     return call
 

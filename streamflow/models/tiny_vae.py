@@ -85,8 +85,7 @@ class TinySana(AutoencoderTiny):
 
 @dataclass(frozen=True)
 class Upstream:
-    """Weights in upstream's own format. files: their names. make: makes the model. rename: (index of the file, key) to a key
-    of the model."""
+    """Weights in upstream's format: their files, the model, and `rename(index of the file, key)` to a key of the model."""
 
     files: tuple[str, ...]
     make: Callable[[], AutoencoderTiny]
@@ -109,10 +108,6 @@ def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
     return torch.load(file, map_location="cpu", weights_only=True).items()
 
 
-def _as_is(_: int, key: str) -> str:
-    return key
-
-
 def _sequential(file: int, key: str) -> str:
     """Layers are numbered from 0 in both files, and upstream's decoder begins with a clamp, which is no layer here."""
     index, _, rest = key.partition(".")
@@ -120,7 +115,7 @@ def _sequential(file: int, key: str) -> str:
 
 
 PUBLISHED: Mapping[str, Upstream] = {
-    "taef2": Upstream(("taef2.safetensors",), TinyFlux2, _as_is),
+    "taef2": Upstream(("taef2.safetensors",), TinyFlux2, lambda file, key: key),
     "taesana": Upstream(("taesana_encoder.pth", "taesana_decoder.pth"), TinySana, _sequential),
 }
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow._decibels import decibels
+from streamflow._validation import is_whole_number
 from streamflow.models.protocols import VAE
 from streamflow.parallel.plan import Tile, grid, ramp, room_for, tiles
 from streamflow.parallel.pool import Pending
@@ -145,7 +146,7 @@ def _pixels(image: Tensor, rows: range, columns: range, factor: int = 1) -> Tens
 def _with_halo(reach: Reach, halo: int | None) -> Reach:
     if halo is None:
         return reach
-    if isinstance(halo, bool) or not isinstance(halo, int) or halo < 0:
+    if not is_whole_number(halo) or halo < 0:
         raise ValueError(f"halo must be 0 latents or more, not {halo!r}")
     return replace(reach, halo=halo, local=reach.local and halo >= reach.halo)
 
@@ -234,7 +235,7 @@ def _counts(sharded: ShardedVAE, latents: Tensor, tile: int | str, reach: Reach)
         each = _on_first(sharded, bytes_per_latent, latents[:1, ..., :1, :1]) * len(latents)
         free = min(free_bytes(device) // sharded.devices.count(device) for device in sharded.devices)
         return grid(height, width, sharded.lanes, reach.halo, room_for(free, each))
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
+    if not is_whole_number(tile) or tile < 1:
         raise ValueError(f"tile must be 'auto' or a side of 1 latent or more, not {tile!r}")
     return -(-height // tile), -(-width // tile)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import whole_number
 from streamflow.models.codec import Codec
 from streamflow.models.protocols import VAE, Function
 from streamflow.parallel.plan import chunks, shares, shares_by
@@ -56,8 +57,7 @@ class Settings:
         if self.balance not in ("equal", "measured"):
             raise ValueError(f"unknown balance {self.balance!r}: choose one of 'equal', 'measured'")
         for name, value in (("batch", 1 if self.batch is None else self.batch), ("depth", self.depth)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
+            whole_number(name, value, 1)
         if self.output_device != KEEP:
             object.__setattr__(self, "output_device", resolve_device(self.output_device))
 

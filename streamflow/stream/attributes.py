@@ -3,17 +3,16 @@ holds; what is assigned acts at the next call, or raises AttributeError with the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamflow._validation import check_bool
-from streamflow.flow.convention import per_row, velocity_from
-from streamflow.flow.guidance import Mode, mode
+from streamflow.conditioning.prompt import Cond
+from streamflow.flow.convention import per_row
+from streamflow.flow.guidance import mode
 from streamflow.flow.schedule import check_indices
 from streamflow.models.pipe_parts import check_sampling
 from streamflow.models.protocols import Scheduler
@@ -22,15 +21,11 @@ from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.request import Request, Seeds
-from streamflow.stream.ring import Ring
 from streamflow.stream.updates import Updates
-
-logger = logging.getLogger(__name__)
 
 _ANEW = "it shapes everything that the stream holds: make a new StreamFlow of the same pipe"
 _MOVE = "the stream is where its pipe is: pipe.to(...), then make a new StreamFlow of it"
 _SIGMAS = "it follows from the schedule: assign t_list, or call update(t_index_list=...), update(num_inference_steps=...)"
-_UPDATE = "call update({}=...)"
 READ_ONLY = {
     **dict.fromkeys(("device", "dtype", "torch_dtype"), _MOVE),
     **dict.fromkeys(("height", "width", "latent_height", "latent_width", "frame_bff_size", "frame_buffer_size"), _ANEW),
@@ -48,8 +43,13 @@ READ_ONLY = {
     "text_encoder": "prompts are encoded by the pipe: assign pipe.text_encoder, then prepare",
     "image_processor": "images are read by preprocess: call stream(processor.preprocess(image)) with input_range=(-1, 1)",
     "input_range": "make a new StreamFlow of the same pipe with input_range=...",
-    **{name: _UPDATE.format(name) for name in ("prompt", "negative_prompt", "num_inference_steps", "strength")},
-    **{name: _UPDATE.format(name) for name in ("prompt_weights", "blend", "normalize", "noise", "noise_period", "feedback")},
+    **{
+        name: f"call update({name}=...)"
+        for name in (
+            *("prompt", "negative_prompt", "num_inference_steps", "strength"),
+            *("prompt_weights", "blend", "normalize", "noise", "noise_period", "feedback"),
+        )
+    },
 }
 
 
@@ -83,58 +83,34 @@ class Attributes:
 
     @property
     def cfg_type(self) -> str:
-        """How rows are guided: "none", "full", "self" or "initialize". Assigning it is `update(cfg_type=...)`, and later
-        calls of `prepare` keep it."""
-        return (
-            self._updates.defaults["cfg_type"]
-            if self._denoiser.state is None
-            else self._updates.requested().request.cfg_type
-        )
+        """How rows are guided. Assigning it is `update(cfg_type=...)`, and later calls of `prepare` keep it."""
+        return self._updates.current("cfg_type")
 
     @cfg_type.setter
     def cfg_type(self, value: str) -> None:
-        self._model.check_open()
-        self._updates.planner.check(value, self._updates.defaults["do_add_noise"])
-        if self._denoiser.state is not None:
-            self._updates.update(cfg_type=value)
-        self._updates.defaults["cfg_type"] = value
+        self._updates.keep(cfg_type=value)
 
     @property
     def do_add_noise(self) -> bool:
         """Whether every stage predicts x0 and adds noise again. Assigning it is `update(do_add_noise=...)`, and later calls
         of `prepare` keep it."""
-        return (
-            self._updates.defaults["do_add_noise"]
-            if self._denoiser.state is None
-            else self._updates.requested().request.do_add_noise
-        )
+        return self._updates.current("do_add_noise")
 
     @do_add_noise.setter
     def do_add_noise(self, value: bool) -> None:
-        self._model.check_open()
         check_bool("do_add_noise", value)
-        self._updates.planner.check(self._updates.defaults["cfg_type"], value)
-        if self._denoiser.state is not None:
-            self._updates.update(do_add_noise=value)
-        self._updates.defaults["do_add_noise"] = value
+        self._updates.keep(do_add_noise=value)
 
     @property
     def t_list(self) -> list[int]:
-        """The steps of the schedule at which a frame stops. Assigning it is `update(t_index_list=...)`, and later calls of
-        `prepare` keep it."""
-        return (
-            list(self._updates.defaults["t_index_list"] or [0])
-            if self._denoiser.state is None
-            else list(self._updates.requested().stages.indices)
-        )
+        """The steps at which a frame stops. Assigning is `update(t_index_list=...)`, which later calls of `prepare` keep."""
+        if self._denoiser.state is None:
+            return list(self._updates.defaults["t_index_list"] or [0])
+        return list(self._updates.requested().stages.indices)
 
     @t_list.setter
     def t_list(self, value: Sequence[int]) -> None:
-        self._model.check_open()
-        indices = check_indices(value)
-        if self._denoiser.state is not None:
-            self._updates.update(t_index_list=indices)
-        self._updates.defaults["t_index_list"] = indices
+        self._updates.keep(t_index_list=check_indices(value))
 
     t_index_list = t_list
 
@@ -155,10 +131,7 @@ class Attributes:
 
     @use_denoising_batch.setter
     def use_denoising_batch(self, value: bool) -> None:
-        if self._denoiser.state is None and isinstance(value, bool):
-            self._denoiser.batched = value
-        else:
-            self._denoiser.set_batched(value)
+        self._denoiser.set_batched(value)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -186,8 +159,7 @@ class Attributes:
 
     @property
     def seed(self) -> Seeds | None:
-        """The seed of all noise, or several with weights; None where a generator draws it. Assigning it is
-        `update(seed=...)`."""
+        """The seed of all noise, or several with weights; None under a generator. Assigning it is `update(seed=...)`."""
         return None if self._denoiser.state is None else self._updates.requested().noise.seed
 
     @seed.setter
@@ -198,8 +170,7 @@ class Attributes:
 
     @property
     def generator(self) -> torch.Generator | None:
-        """The generator of all noise; None where noise is a function of the seed. A generator that is assigned acts from the
-        next frame on."""
+        """The generator of all noise; None where a seed decides it. An assigned generator acts from the next frame on."""
         return None if self._denoiser.state is None else self._updates.requested().noise.generator
 
     @generator.setter
@@ -208,11 +179,8 @@ class Attributes:
             raise AttributeError("generator is set by prepare(prompt, generator=...)")
         if generator is None and self.generator is None:
             return
-        self._updates.amend(
-            lambda requested: replace(
-                requested, noise=self._updates.planner.noise(generator, None, requested.request.period)
-            )
-        )
+        make = self._updates.planner.noise
+        self._updates.amend(lambda plan: replace(plan, noise=make(generator, None, plan.request.period)))
 
     @property
     def prompt_embeds(self) -> Tensor:
@@ -226,7 +194,7 @@ class Attributes:
         cond = self._embeds(prompt.cond).expand(count, -1, -1)
         if not rows:
             return cond.clone()
-        uncond = self._embeds(prompt.uncond)
+        uncond = self._embeds(prompt.negative)
         if uncond.shape[1:] != cond.shape[1:]:
             raise AttributeError(
                 f"the prompt has {cond.shape[1]} tokens and the negative prompt {uncond.shape[1]}, which one tensor cannot "
@@ -244,12 +212,9 @@ class Attributes:
             )
         twins = max(0, len(value) - count)
         cond, uncond = (self._one_row(part, own) if len(part) else None for part in (value[twins:], value[:twins]))
-        self._updates.update(
-            scope="now",
-            assigned_embeds=(cond, self._updates.requested().request.assigned_embeds[1] if uncond is None else uncond),
-        )
+        self._updates.assign_embeds(cond, uncond)
 
-    def _embeds(self, cond: Any) -> Tensor:
+    def _embeds(self, cond: Cond) -> Tensor:
         name = self._model.adapter.embeds.get("prompt_embeds")
         if name is None:
             raise AttributeError(
@@ -295,15 +260,12 @@ class Attributes:
     @property
     def stock_noise(self) -> Tensor:
         """The noise that residual guidance takes each row for, `anchor + v_uncond`, `[batch_size, ...]`, as the next call
-        will for rows that go on; zeros without anchors. Assigning it moves the anchors of frames under way; `delta`
+        will for rows that go on; zeros without anchors. Assigning it moves the anchors of frames in flight; `delta`
         moderates the guidance of all."""
-        engine = self._denoiser.running()
-        if not isinstance(engine, Ring) or engine.anchors is None:
+        noise = self._denoiser.running().residual_noise
+        if noise is None:
             return torch.zeros((self.batch_size, *self._model.shape), device=self._model.device, dtype=self._model.dtype)
-        x, anchor, sigma = engine.next_x, engine.anchors.x0, engine.next_sigma
-        noise = anchor + velocity_from(x, anchor, sigma)
-        known = engine.anchors.known
-        return (noise if known is None else noise * per_row(known, noise)).to(self._model.dtype)
+        return noise.to(self._model.dtype)
 
     @stock_noise.setter
     def stock_noise(self, value: Tensor) -> None:
@@ -314,21 +276,20 @@ class Attributes:
             return
         with self._denoiser.ticks:
             engine = self._denoiser.running()
-            if not isinstance(engine, Ring) or engine.anchors is None or engine.waiting is None:
+            if engine.residual_noise is None or engine.waiting is None:
                 raise AttributeError(
                     f"no frame in flight has a residual noise that could be changed (cfg_type {self.cfg_type!r}, "
                     f"{self._denoiser.in_flight()} frames in flight): delta=... moderates residual guidance, "
                     f"update(seed=...) draws other noise"
                 )
-            engine.set_residual_noise(value.to(self._model.device).float())
+            engine.residual_noise = value.to(self._model.device).float()
             self._outputs.redraw()
 
     @property
     def x_t_latent_buffer(self) -> Tensor | None:
-        """The rows under way, `[(S - 1) F, ...]`, newest first; None with one stage. Assigning a tensor of this shape
+        """The rows in flight, `[(S - 1) F, ...]`, newest first; None with one stage. Assigning a tensor of this shape
         replaces their latents; assigning None is `reset()`."""
-        engine = self._denoiser.running()
-        waiting = engine.waiting if isinstance(engine, Ring) else None
+        waiting = self._denoiser.running().waiting
         return None if waiting is None else waiting.clone()
 
     @x_t_latent_buffer.setter
@@ -338,27 +299,23 @@ class Attributes:
         self._denoiser.check_step("x_t_latent_buffer = ...")
         with self._denoiser.ticks:
             engine = self._denoiser.running()
-            waiting = engine.waiting if isinstance(engine, Ring) else None
-            same = waiting is not None and isinstance(value, Tensor) and value.shape == waiting.shape
-            if not isinstance(engine, Ring) or not same:
-                raise ValueError(
-                    f"x_t_latent_buffer is "
-                    f"{'None, there are no rows in flight' if waiting is None else list(waiting.shape)}, not "
-                    f"{_shape_or_type(value)}; None empties the ring"
-                )
+            waiting = engine.waiting
+            if waiting is None or not isinstance(value, Tensor) or value.shape != waiting.shape:
+                rows = "None, there are no rows in flight" if waiting is None else list(waiting.shape)
+                raise ValueError(f"x_t_latent_buffer is {rows}, not {_shape_or_type(value)}; None empties the ring")
             if engine.empty:
                 raise AttributeError(
                     "no frame is in flight, so there are no latents to replace: predict_x0_batch(latents) and "
                     "txt2img(latents=...) take latents in"
                 )
-            engine.set_waiting(value.to(self._model.device, self._model.dtype))
+            engine.waiting = value.to(self._model.device, self._model.dtype)
             self._outputs.redraw()
 
     # -- what follows from it -------------------------------------------------------------------------------------------
 
     @property
     def denoising_steps_num(self) -> int:
-        """S, the number of stages of the frames under way."""
+        """S, the number of stages of the frames in flight."""
         return len(self.t_list) if self._denoiser.engine is None else len(self._denoiser.engine.settings.stages)
 
     @property
@@ -371,21 +328,16 @@ class Attributes:
         """The rows of a call of the network, with those of the negative prompt."""
         return sum(self._row_counts())
 
-    def _next_row_counts(self) -> tuple[int, int]:
-        """As `_row_counts`, of the next call."""
-        requested = self._updates.requested()
-        return self._counts(len(requested.stages), requested.request.mode)
-
     def _row_counts(self) -> tuple[int, int]:
         """(rows that are advanced, rows of the negative prompt) of a call."""
-        if self._denoiser.engine is not None:
-            return self._denoiser.engine.row_counts
-        return self._counts(len(self.t_list), mode(self.cfg_type))
+        engine = self._denoiser.engine
+        return self._next_row_counts() if engine is None else engine.row_counts
 
-    def _counts(self, stages: int, mode: Mode) -> tuple[int, int]:
+    def _next_row_counts(self) -> tuple[int, int]:
+        """As `_row_counts`, of the next call."""
         frames = self._model.frames
-        count = stages * frames if self._denoiser.batched else frames
-        return count, mode.extra_rows(count, frames)
+        count = len(self.t_list) * frames if self._denoiser.batched else frames
+        return count, mode(self.cfg_type).extra_rows(count, frames)
 
     @property
     def timesteps(self) -> Tensor:
@@ -416,12 +368,11 @@ class Attributes:
     @property
     def c_skip(self) -> Tensor:
         """Raises AttributeError, with the reason."""
-        raise AttributeError("c_skip belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
+        raise AttributeError(
+            "c_skip and c_out belong to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v"
+        )
 
-    @property
-    def c_out(self) -> Tensor:
-        """As `c_skip`."""
-        raise AttributeError("c_out belongs to LCM's boundary condition; a flow's step is x + (sigma_next - sigma) v")
+    c_out = c_skip
 
     @property
     def inference_time_ema(self) -> float:
@@ -439,6 +390,6 @@ class Attributes:
         return values.to(self._model.device).repeat_interleave(repeats)
 
 
-def _shape_or_type(value: Any) -> str:
+def _shape_or_type(value: object) -> str:
     """What a value is, for an error about its shape."""
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

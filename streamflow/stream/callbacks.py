@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakMethod
+
+from streamflow.models.protocols import Function
 
 
 class Callbacks:
@@ -26,11 +27,11 @@ class Callbacks:
                 method()
 
 
-def weak_call(method: Callable[..., Any]) -> Callable[..., Any]:
+def weak_call(method: Function) -> Function:
     """A function that calls this bound method and does not keep its object alive."""
     reference, name = WeakMethod(method), method.__name__
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         alive = reference()
         if alive is None:
             raise RuntimeError(f"the object of {name} is gone: keep the stream while it draws")

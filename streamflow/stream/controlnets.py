@@ -78,7 +78,7 @@ class ControlNets:
             `control_guidance_end`, parts of the stages that a frame goes through.
         mode: the control mode of a union net (Flux).
 
-        Several nets' residuals are added. Frames under way finish first with the nets that they have; later calls deliver
+        Several nets' residuals are added. Frames in flight finish first with the nets that they have; later calls deliver
         them before anything newer. What is accelerated is accelerated anew. To be called by the thread that draws.
 
         Raises:
@@ -96,7 +96,7 @@ class ControlNets:
 
     @computing
     def remove_control(self, name: str) -> None:
-        """Take a control net out; as `add_control`, frames under way finish first. ValueError: an unknown name."""
+        """Take a control net out; as `add_control`, frames in flight finish first. ValueError: an unknown name."""
         self._rule()
         self._check_names([name])
         controls = self._controls()
@@ -105,7 +105,7 @@ class ControlNets:
         self._put(Controls(controls.rule, left) if left else None, scales)
 
     def set_control_scale(self, name: str, scale: float) -> None:
-        """How strongly a control net acts on all rows, those under way too, from the next tick on. From any thread.
+        """How strongly a control net acts on all rows, those in flight too, from the next tick on. From any thread.
 
         Raises:
             ValueError, TypeError: an unknown name, with those known; a scale that is no finite number.
@@ -146,7 +146,7 @@ class ControlNets:
             )
         if not self.scales:
             return [None] * count
-        by_net = [self._images(name, given[name], count) for name in self._controls().names]
+        by_net = [self._images(name, given[name], count) for name in self.scales]
         batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net)]
         rows = [self._inputs(batch) for batch in zip(*batches, strict=True)]
         by_frame = [{name: one[name][i : i + 1] for name in one} for one in rows for i in range(len(one[image_name(0)]))]
@@ -248,7 +248,5 @@ class ControlNets:
         if self._levels_of[0] is stages and self._levels_of[1] is scales:
             return
         table = self._controls().levels(stages.timesteps, scales)
-        if self._levels.device.type == "cuda":
-            table = table.pin_memory()
-        self._levels.copy_(table, non_blocking=True)
+        self._levels.copy_(self._model.to_device(table, table.dtype))
         self._levels_of = stages, scales

@@ -16,6 +16,7 @@ STOP_SECONDS = 60.0  # how long a stopped coroutine may take to end
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
+Ask = Callable[[Request], Any]
 
 
 class Stopped(BaseException):
@@ -31,7 +32,7 @@ class Coroutine(Generic[Request, Result]):
     coroutine that is not done must call `stop` before dropping it.
     """
 
-    def __init__(self, function: Callable[[Callable[[Request], Any]], Result], device: torch.device):
+    def __init__(self, function: Callable[[Ask[Request]], Result], device: torch.device):
         self.request: Request | None = None
         self.done = False
         self.result: Result  # set once the function has returned
@@ -62,7 +63,7 @@ class Coroutine(Generic[Request, Result]):
             raise RuntimeError(f"a frame's pipeline still runs {STOP_SECONDS:.0f} s after it was stopped")
         self.done, self.request = True, None
 
-    def _run(self, function: Callable[[Callable[[Request], Any]], Result], inference_mode: bool) -> None:
+    def _run(self, function: Callable[[Ask[Request]], Result], inference_mode: bool) -> None:
         try:
             self._wait()
             with torch.inference_mode(inference_mode):

@@ -16,14 +16,12 @@ from torch import Tensor
 from streamflow import _threads
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool
-from streamflow.flow.schedule import Stages
 from streamflow.stream.callbacks import Callbacks
-from streamflow.stream.engine import Engine, make_engine
+from streamflow.stream.engine import make_engine
 from streamflow.stream.frames import Order
-from streamflow.stream.image_checks import RangeChecks
 from streamflow.stream.model import Model
-from streamflow.stream.request import NotPreparedError, Prepared
-from streamflow.stream.ring import Done, Group, Observer, Settings
+from streamflow.stream.request import Change, NotPreparedError, Prepared
+from streamflow.stream.ring import Done, Engine, Group, Observer, Settings
 from streamflow.stream.update_queue import UpdateQueue
 
 logger = logging.getLogger(__name__)
@@ -58,11 +56,11 @@ class Pass:
 class Denoiser:
     """Advances frames, and keeps the finished ones until they are handed out.
 
-    state: what is drawn; None before `prepare`. Updates assigns it. engine: holds the frames in flight. ticks: the lock of
-    the thread that advances or empties the engine. finished: groups that have left the engine, oldest first. next_id: the
-    number of the next frame. last_x0: the clean latent `[1, ...]` of the last frame that has left. ranges: checks of images
-    that have entered. queue: the queue of updates, in which the denoiser records the thread that draws. before_step,
-    on_empty, on_close: functions that are called before every step, when the engine is emptied, and on `close`.
+    state: what is drawn; None before `prepare`. engine: holds the frames in flight. ticks: the lock of the thread that
+    advances or empties the engine. finished: groups that have left the engine, oldest first. next_id: the number of the next
+    frame. last_x0: the clean latent `[1, ...]` of the last frame that has left. queue: of updates, in which the denoiser
+    records the thread that draws. before_flush, before_step, on_empty, on_close: functions that are called
+    before `flush`, before every step, when the engine is emptied, and on `close`.
     """
 
     def __init__(self, model: Model, batched: bool) -> None:
@@ -70,8 +68,7 @@ class Denoiser:
         self.ticks = threading.RLock()
         self.queue = UpdateQueue()
         self.before_step: Callbacks | None = None
-        self.on_empty, self.on_close = Callbacks(), Callbacks()
-        self.ranges = RangeChecks()
+        self.before_flush, self.on_empty, self.on_close = Callbacks(), Callbacks(), Callbacks()
         self.observer: Observer | None = None
         self.state: Prepared | None = None
         self.engine: Engine | None = None
@@ -115,7 +112,7 @@ class Denoiser:
 
     def check_free(self, call: str) -> None:
         """Raise unless this call may draw: RuntimeError inside a step of this thread, or during a loop over `frames`, which
-        would lose frames to the call; as `prepared`; ValueError for an earlier image on a GPU that was out of range."""
+        would lose frames to the call; as `prepared`."""
         if self.state is None:
             raise self._not_ready()
         if self._stepping is not None:
@@ -125,8 +122,6 @@ class Denoiser:
                 f"{call} was called while a loop over frames() is running, and would take its frames: let the loop end, "
                 f"close() its iterator, or call reset()"
             )
-        if self.ranges.pending:
-            self.ranges.raise_failed()
 
     def end_pass(self, call: str) -> Pass | None:
         """End the present pass with an error, because this call empties the ring. Returns the pass."""
@@ -156,14 +151,18 @@ class Denoiser:
         """The numbers of the next frames. They are taken once the frames have entered."""
         return tuple(range(self.next_id, self.next_id + count))
 
+    def take_id(self) -> int:
+        """Take the number of the next frame, before it enters."""
+        self.next_id += 1
+        return self.next_id - 1
+
     # -- the engine -----------------------------------------------------------------------------------------------------
 
-    def install(self, stages: Stages) -> None:
-        """Make the engine for these stages. The old engine must be empty."""
-        model, state = self._model, self.prepared()
-        request = state.request
+    def begin(self, state: Prepared) -> None:
+        """Draw this, by a new engine. The old engine must be empty."""
+        self.state, model, request = state, self._model, state.request
         settings = Settings(
-            stages=stages,
+            stages=state.stages,
             frames=model.frames,
             mode=request.mode,
             rule=model.adapter.rule(request.do_add_noise),
@@ -175,6 +174,24 @@ class Denoiser:
         self.engine = make_engine(model.adapter, settings, state.weight, self.batched)
         self.engine.observer = self.observer
 
+    def needs_engine(self, change: Change) -> bool:
+        """Whether an update needs another engine: for other guidance, other steps, or levels for later frames alone."""
+        settings, request = self.running().settings, change.target.request
+        fits = settings.mode is request.mode and settings.rule == self._model.adapter.rule(request.do_add_noise)
+        return not fits or (change.target.stages is not self.prepared().stages and not change.levels_now)
+
+    def take(self, change: Change, new_engine: bool) -> None:
+        """Draw what an update says, by a new engine or by the one that runs."""
+        before, target = self.prepared(), change.target
+        if new_engine:
+            self.begin(target)
+        self.state, engine = target, self.running()
+        if target.stages is not before.stages and not new_engine:
+            engine.set_levels(target.stages)
+        if change.entries:
+            engine.set_prompt(target.prompt, change.entries)
+        engine.weight = target.weight
+
     def watch(self, observer: Observer | None) -> None:
         """Call this function after every step; None: no function."""
         self.observer = observer
@@ -185,23 +202,23 @@ class Denoiser:
         """Draw by the ring (True), or every frame to its end by itself (False), as `use_denoising_batch` of the class.
 
         Raises:
-            TypeError: no bool. RuntimeError: before `prepare`, or frames are in flight.
+            TypeError: no bool. RuntimeError: frames are in flight, or after `close`.
         """
         check_bool("batched", batched)
         self.check_step("set_denoising_batch()")
+        self._model.check_open()
         with self.ticks:
-            self.running()
-            if self.in_flight():
+            if self.state is not None and self.in_flight():
                 raise RuntimeError(f"{self.in_flight()} frames are in flight: flush() or reset() first")
             self.batched = batched
-            self.install(self.prepared().stages)
+            if self.state is not None:
+                self.begin(self.state)
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A context in which the engine advances, for one thread at a time. Inside it, other calls that advance or empty the
-        engine raise RuntimeError."""
+        """A context in which the engine advances, for one thread at a time. Calls inside it that advance it too raise."""
         with self.ticks:
             if self._stepping is not None:
                 self.check_step("a call that draws")
@@ -268,6 +285,15 @@ class Denoiser:
         with self.ticks:
             return self.finished[0] if self.finished else None
 
+    def put_back(self, groups: Sequence[Done]) -> None:
+        """Queue these groups again, before the others."""
+        self.finished.extendleft(reversed(groups))
+
+    def take_oldest(self) -> Done | None:
+        """Remove the oldest finished group from the queue, and return it."""
+        with self.ticks:
+            return self.finished.popleft() if self.finished else None
+
     def hand_out(self, given: Sequence[Done]) -> None:
         """Remove these groups, the oldest, from the queue. Their caller has them."""
         with self.ticks:
@@ -277,14 +303,14 @@ class Denoiser:
     @computing
     def flush(self) -> list[Tensor]:
         """The latents still in flight, groups `[F, ...]`, oldest first; empties the ring. Copies are left out. A loop over
-        `frames` that is under way ends with a RuntimeError."""
+        `frames` that is running ends with a RuntimeError."""
         self.running()
         self.check_step("flush()")
-        self.ranges.raise_failed()
+        self.before_flush()
         with self.ticks:
             of_loop = self.end_pass("flush()")
             if of_loop is not None:
-                self.finished.extendleft(reversed(of_loop.order.undecoded))
+                self.put_back(of_loop.order.undecoded)
             self.run_out()
             left = [done.x0[: len(done.ids)] for done in self.finished if not done.copy]
             self.finished.clear()
@@ -295,12 +321,11 @@ class Denoiser:
     @computing
     def reset(self) -> None:
         """Empty the ring and start frame ids anew, with what `prepare` and later updates set. How many frames in flight
-        that dropped is logged; a pending update is kept. A loop over `frames` that is under way ends with a RuntimeError."""
+        that dropped is logged; a pending update is kept. A loop over `frames` that is running ends with a RuntimeError."""
         self.empty("reset()")
 
     def empty(self, call: str) -> None:
-        """Drop the frames in flight and restart frame numbers at 0. The number of dropped frames is logged. call: the call
-        that does it, for errors."""
+        """Drop the frames in flight and restart frame numbers at 0. call: the call that does it, for errors."""
         self._model.check_open()
         self.check_step(call)
         with self.ticks:
@@ -310,7 +335,6 @@ class Denoiser:
                     logger.info("%d frames in flight were dropped; flush() before keeps them", lost)
                 self.engine.reset()
             self.finished.clear()
-            self.ranges.clear()
             self.next_id, self.last_x0 = 0, None
             self.on_empty()
 
@@ -320,7 +344,9 @@ class Denoiser:
         with self.ticks:
             if self._model.closed:
                 return
-            self.empty("close()")
-            self.on_close()
-            self._model.closed = True
-            self.engine = self.state = None
+            try:
+                self.empty("close()")
+                self.on_close()
+            finally:  # a stream is closed even where putting the pipe back has failed
+                self._model.closed = True
+                self.engine = self.state = None

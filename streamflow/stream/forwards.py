@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from operator import attrgetter
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 P = ParamSpec("P")
@@ -34,13 +35,11 @@ class Attribute(property, Generic[T]):
     def __init__(self, part: str, name: str, of: object) -> None:
         fixed = isinstance(of, property) and of.fset is None
 
-        def read(self: object) -> Any:
-            return getattr(getattr(self, part), name)
-
-        def assign(self: Any, value: object) -> None:
+        def assign(self: object, value: object) -> None:
             setattr(getattr(self, part), name, value)
 
-        super().__init__(read, None if fixed else assign, None, of if isinstance(of, str) else of.__doc__)
+        doc = of if isinstance(of, str) else of.__doc__
+        super().__init__(attrgetter(f"{part}.{name}"), None if fixed else assign, None, doc)
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Attribute[T]: ...
@@ -56,8 +55,7 @@ class Attribute(property, Generic[T]):
 
 
 class DiffusersAttribute(Attribute[T]):
-    """An attribute for objects of diffusers. Any object can be assigned, since diffusers' classes do not declare the members
-    of `T`."""
+    """An attribute for objects of diffusers: all can be assigned, since their classes do not declare the members of `T`."""
 
     def __set__(self, instance: object, value: Any) -> None:
         super().__set__(instance, value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamflow._grad_mode import computing
+from streamflow.image_utils import Images
 from streamflow.stream.conditioner import Conditions
 from streamflow.stream.denoiser import Denoiser, Pass, PassEnded
 from streamflow.stream.frames import Frame, Input, Order, Waiting
@@ -17,6 +17,8 @@ from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.updates import Updates
+
+InputsOfFrames = Iterable[Images | Input | None]
 
 
 class FrameLoop:
@@ -26,17 +28,17 @@ class FrameLoop:
         self._model, self._denoiser, self._updates = model, denoiser, updates
         self._inputs, self._outputs = inputs, outputs
 
-    def frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
+    def frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is an image, None for a frame
         drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
         other calls.
 
         Until the loop ends, `stream(...)`, `txt2img`, `predict_x0_batch` and another `frames` are refused; `prepare`,
-        `reset`, `flush` and `close` end it. Where an error ends it, or it is left, frames that have entered stay under way,
+        `reset`, `flush` and `close` end it. Where an error ends it, or it is left, frames that have entered stay in flight,
         and `flush` gives their latents; only those of a group that was delivered in part do not.
 
         Raises:
-            RuntimeError: frames are in flight: `flush()` them, or `prepare` anew. Another loop is under way. From the
+            RuntimeError: frames are in flight: `flush()` them, or `prepare` anew. Another loop is running. From the
                 iterator: a call has ended the loop, with the number of frames that were dropped.
         """
         self._check_empty()
@@ -46,6 +48,7 @@ class FrameLoop:
         """RuntimeError unless `frames` may begin."""
         denoiser = self._denoiser
         denoiser.check_free("frames()")
+        self._inputs.reader.ranges.raise_failed()
         if denoiser.finished or not denoiser.running().empty:
             raise RuntimeError(
                 f"frames() needs an empty ring; {denoiser.in_flight()} frames are in flight, copies not counted: "
@@ -53,7 +56,7 @@ class FrameLoop:
             )
 
     @computing
-    def _frames(self, iterable: Iterable[object]) -> Iterator[Frame]:
+    def _frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         denoiser, order = self._denoiser, Order()
         now, left = Pass(order), False
         denoiser.check_step("frames()")
@@ -77,12 +80,12 @@ class FrameLoop:
             try:
                 if denoiser.current_pass is now:
                     denoiser.current_pass = None
-                    denoiser.finished.extendleft(reversed(order.undelivered))
+                    denoiser.put_back(order.undelivered)
             finally:
                 if held:
                     denoiser.ticks.release()
 
-    def _answers(self, iterable: Iterable[Any], order: Order, now: Pass) -> Iterator[Frame]:
+    def _answers(self, iterable: InputsOfFrames, order: Order, now: Pass) -> Iterator[Frame]:
         denoiser, outputs, frames = self._denoiser, self._outputs, self._model.frames
         buffer: list[Waiting] = []
         outputs.similar_filter.reset()
@@ -91,7 +94,6 @@ class FrameLoop:
         for item in iterable:
             now.taken += 1
             now.check()
-            denoiser.ranges.raise_failed()
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
             image = None if given.image is None else self._one_image(given.image)
@@ -100,8 +102,7 @@ class FrameLoop:
             conditions = self._inputs.conditions(given.conditions, image, range(row, row + 1))
             with denoiser.ticks:
                 now.check()
-                (frame_id,) = denoiser.next_ids(1)
-                denoiser.next_id += 1
+                frame_id = denoiser.take_id()
             skip = self._skips(image, conditions)
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
@@ -123,7 +124,7 @@ class FrameLoop:
         while denoiser.drained(ticks, now):
             yield from self._deliver(order, now)
         yield from self._deliver(order, now, last=True)
-        denoiser.ranges.raise_failed(wait=True)
+        self._inputs.reader.ranges.raise_failed(wait=True)
 
     def _take_update(self, buffer: list[Waiting], now: Pass) -> None:
         """Let a pending update act. Frames that wait for their group and that it would change enter before it."""
@@ -159,7 +160,7 @@ class FrameLoop:
         buffer.clear()
 
     def _deliver(self, order: Order, now: Pass, last: bool = False) -> Iterator[Frame]:
-        """Decode what is finished and give what is decoded, leaving as many decodes under way as there are lanes for."""
+        """Decode what is finished and give what is decoded, leaving as many decodes in flight as there are lanes for."""
         while self._decode_next(order, now):
             pass
         lanes = 0 if last else self._model.codec.lanes
@@ -180,7 +181,7 @@ class FrameLoop:
             finished.popleft()
         return True
 
-    def _one_image(self, given: Any) -> Tensor:
+    def _one_image(self, given: Images) -> Tensor:
         image = self._inputs.images(given)
         if len(image) != 1:
             raise ValueError(f"frames() takes one image at a time, not {len(image)}")

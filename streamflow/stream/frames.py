@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import ControlArgument, Images
 
 if TYPE_CHECKING:
+    from streamflow.models.codec import Decode
     from streamflow.models.protocols import Arguments, Call
+    from streamflow.stream.ring import Done
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,7 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A frame that waits for its group to be full: its image `[1, 3, H, W]` or None, its prompt,
-    and its entries by the names of conditioners."""
+    """A frame that waits for its group: its image `[1, 3, H, W]`, prompt, and entries by the names of conditioners."""
 
     id: int
     image: Tensor | None
@@ -73,25 +74,13 @@ class _Input:
     since: float
 
 
-class Decoding(Protocol):
-    """Images that are being decoded."""
-
-    def done(self) -> bool:
-        """Whether they are ready."""
-        ...
-
-    def result(self) -> Tensor:
-        """The images, `[n, 3, H, W]`. Waits until they are ready."""
-        ...
-
-
 class Order:
     """Matches images with the inputs that wait for them. `expect` in input order, `decoding` in any, `ready` in order."""
 
     def __init__(self) -> None:
         self._inputs: deque[_Input] = deque()
-        self._decoding: deque[tuple[Any, Decoding]] = deque()
-        self._arrived: deque[Any] = deque()  # decoded, and none of their frames given
+        self._decoding: deque[tuple[Done, Decode]] = deque()
+        self._arrived: deque[Done] = deque()  # decoded, and none of their frames given
         self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
@@ -99,22 +88,21 @@ class Order:
         self._inputs.append(_Input(frame_id, source, time.perf_counter()))
 
     @property
-    def undecoded(self) -> list[Any]:
+    def undecoded(self) -> list[Done]:
         """The groups without images yet, oldest first."""
         return [group for group, _ in self._decoding]
 
     @property
-    def undelivered(self) -> list[Any]:
+    def undelivered(self) -> list[Done]:
         """The groups of which no frame has been given, oldest first."""
         return [*self._arrived, *self.undecoded]
 
-    def decoding(self, group: object, decoding: Decoding) -> None:
-        """Add a group that is being decoded, with its frames' `ids`. `decoding.done()`: whether its images are ready.
-        `decoding.result()`: waits, and returns them, `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
+    def decoding(self, group: Done, decoding: Decode) -> None:
+        """Add a group that is being decoded, to images `[>= len(ids), 3, H, W]`; rows beyond the ids are padding."""
         self._decoding.append((group, decoding))
 
     def ready(self, most: int = 0, copies: bool = False) -> Iterator[Frame]:
-        """The frames whose turn it is, waiting only for those beyond `most` that are still under way. An image is dropped
+        """The frames whose turn it is, waiting only for those beyond `most` that are still in flight. An image is dropped
         when no later input can refer to it. `copies`: later inputs may, so that each frame gets an image of its own."""
         failed = None
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):

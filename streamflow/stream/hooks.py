@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from streamflow._validation import whole_number
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Group, Observer, Rows
@@ -128,7 +129,7 @@ class Hooks:
             so where graphs are in force, or are requested later, fn is refused unless this is said of it.
 
         An error in fn ends the call in which it came. That step has been taken, and the frame that left in it waits for the
-        next call; without a batch the frame under way is dropped. Inside fn, `update` and `decode_image` may be called;
+        next call; without a batch the frame in flight is dropped. Inside fn, `update` and `decode_image` may be called;
         calls that advance or empty the ring are refused.
 
         Raises:
@@ -153,11 +154,7 @@ class Hooks:
         """
         self._model.check_open()
         self._model.adapter.check_offers("on_step")
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"trace takes a number of frames, not {count!r}")
-        if count < 1:
-            raise ValueError(f"trace takes a number of frames, 1 or more, not {count}")
-        trace = Trace(count)
+        trace = Trace(whole_number("the count of trace", count, 1, "a number of frames", TypeError))
         self._traces += (trace,)
         self._denoiser.watch(self.observer)
         return trace

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,36 +27,26 @@ class HostCopy:
         return self._host
 
 
-@dataclass(frozen=True)
-class _PendingCheck:
-    """A check of an image: its least and greatest value, and the range that is allowed."""
-
-    what: str
-    low: float
-    high: float
-    extremes: HostCopy
-
-
 class RangeChecks:
     """Checks of images on a GPU, without waiting: the least and the greatest value are computed on the device and copied to
     the host, and `raise_failed` checks the values that have arrived. Images on the CPU are checked at once."""
 
     def __init__(self) -> None:
-        self.pending: deque[_PendingCheck] = deque()
+        self.pending: deque[tuple[HostCopy, float, float, str]] = deque()  # extremes, the range, the image's name
 
     def add(self, what: str, image: Tensor, low: float, high: float) -> None:
         """Check an image; `what` names it in the error. Raises ValueError at once if the image is on the CPU."""
         extremes = torch.stack(image.as_subclass(Tensor).aminmax()).float()
         if image.device.type != "cuda":
             return check_extremes(extremes.tolist(), low, high, what)
-        self.pending.append(_PendingCheck(what, low, high, HostCopy(extremes)))
+        self.pending.append((HostCopy(extremes), low, high, what))
 
     def raise_failed(self, wait: bool = False) -> None:
         """Raise ValueError for the oldest image with values out of range, once for each image. Only values that have arrived
         are checked; with `wait` all are."""
-        while self.pending and (wait or self.pending[0].extremes.arrived()):
-            one = self.pending.popleft()
-            check_extremes(one.extremes.value().tolist(), one.low, one.high, one.what)
+        while self.pending and (wait or self.pending[0][0].arrived()):
+            extremes, low, high, what = self.pending.popleft()
+            check_extremes(extremes.value().tolist(), low, high, what)
 
     def clear(self) -> None:
         """Forget all checks that are pending."""

@@ -25,13 +25,7 @@ class Inpainting:
     name = "mask"
     uses_image = True
 
-    def __init__(
-        self,
-        model: Model,
-        denoiser: Denoiser,
-        redraw: Callable[[], None],
-        reader: ImageReader,
-    ) -> None:
+    def __init__(self, model: Model, denoiser: Denoiser, redraw: Callable[[], None], reader: ImageReader) -> None:
         self._model, self._denoiser, self._redraw, self._reader = model, denoiser, redraw, reader
         self.active = False  # frames are inpainted where a call brings no mask
         self._regions: tuple[Region, ...] | None = None
@@ -40,7 +34,7 @@ class Inpainting:
     @computing
     def inpaint(self, image: Images | None = None, mask: Images | None = None, paste: bool = True) -> None:
         """Draw only part of the frames that enter from now on; the rest is known and follows its own noised path. What is
-        set stays, through `prepare` too, until `inpaint(None)` ends it; frames under way keep what they entered with.
+        set stays, through `prepare` too, until `inpaint(None)` ends it; frames in flight keep what they entered with.
 
         image: the known image, of the size of the stream or stretched to it; F of them: one a row of the frame buffer.
             None: each frame's own image is kept where the mask is black.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamflow._validation import is_whole_number
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.noise import NoiseSource
-from streamflow.image_utils import Check, Images, Normalized, check_range, check_values, image_tensor, normalize_image
+from streamflow.image_utils import Images, Normalized, check_range, check_values, image_tensor, normalize_image
 from streamflow.stream.conditioner import Conditioner, Conditions, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.image_checks import RangeChecks
@@ -30,46 +31,42 @@ class ImageReader:
     """Makes tensors of images.
 
     input_range: of float images. resize: stretch images of other sizes, or refuse them. check: also look for NaN in images
-    on a GPU, which makes the host wait; otherwise they are checked later, in `ranges`.
+    on a GPU, which makes the host wait; otherwise they are checked later, in `ranges`, whose errors later calls raise.
     """
 
     def __init__(
         self,
         model: Model,
-        ranges: RangeChecks,
+        denoiser: Denoiser,
         input_range: tuple[float, float] = (0, 1),
         resize: bool = True,
         check: bool = False,
     ) -> None:
         check_range(input_range)
-        self._model, self._ranges = model, ranges
+        self._model, self.ranges = model, RangeChecks()
         self.input_range, self._resize, self.check = input_range, resize, check
+        denoiser.before_flush.add(self.ranges.raise_failed)
+        denoiser.on_empty.add(self.ranges.clear)
 
     def read(self, image: Images, what: str) -> Tensor:
         """An image or several as `[n, 3, height, width]` in [-1, 1]. what: the image's name in errors."""
-        model = self._model
-        return image_tensor(image, model.height, model.width, self.input_range, self._resize, self._checked(what))
+        model, check = self._model, check_values if self.check else partial(self.ranges.add, what)
+        return image_tensor(image, model.height, model.width, self.input_range, self._resize, check)
 
     def preprocess(self, image: Images) -> Normalized:
         """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
-        model, check = self._model, self._checked("an image given to preprocess")
+        model, what = self._model, "an image given to preprocess"
+        check = check_values if self.check else partial(self.ranges.add, what)
         return normalize_image(image, model.height, model.width, self.input_range, self._resize, check)
-
-    def _checked(self, what: str) -> Check:
-        return check_values if self.check else partial(self._ranges.add, what)
 
 
 class Inputs:
     """Reads the arguments of calls, and makes the groups that enter. conditioners: the conditions that are arguments."""
 
     def __init__(
-        self,
-        model: Model,
-        denoiser: Denoiser,
-        reader: ImageReader,
-        conditioners: Sequence[Conditioner] = (),
+        self, model: Model, denoiser: Denoiser, reader: ImageReader, conditioners: Sequence[Conditioner] = ()
     ) -> None:
-        self._model, self._denoiser, self._reader, self.conditioners = model, denoiser, reader, conditioners
+        self._model, self._denoiser, self.reader, self.conditioners = model, denoiser, reader, conditioners
         self._fixed: tuple[NoiseSource, Tensor] | None = None  # a source, and its fixed noise on the device
         self._logged: set[str] = set()
 
@@ -77,10 +74,13 @@ class Inputs:
 
     def images(self, image: Images) -> Tensor:
         """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]."""
-        return self._reader.read(image, f"the image of frame {self._denoiser.next_id}")
+        return self.reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
-        """The arguments of a call besides images, read by each conditioner that is active or has an argument here."""
+        """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Raises
+        ValueError for an earlier image on a GPU whose values were out of range."""
+        if self.reader.ranges.pending:
+            self.reader.ranges.raise_failed()
         return [
             (one, one.read(given.get(one.name), images, positions))
             for one in self.conditioners
@@ -97,7 +97,7 @@ class Inputs:
         """The number of groups that a call of txt2img returns."""
         frames = self._model.frames
         n = batch_size if batch_size is not None else frames if latents is None else len(latents)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % frames:
+        if not is_whole_number(n) or n < 1 or n % frames:
             raise ValueError(f"batch_size must be a positive multiple of frame_buffer_size {frames}, not {n!r}")
         if latents is not None:
             self._model.check_rows(latents, n)

@@ -35,13 +35,7 @@ class Loras:
     redraw: called when what is drawn has changed.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        denoiser: Denoiser,
-        updates: Updates,
-        redraw: Callable[[], None],
-    ) -> None:
+    def __init__(self, model: Model, denoiser: Denoiser, updates: Updates, redraw: Callable[[], None]) -> None:
         self._model, self._denoiser, self._updates, self._redraw = model, denoiser, updates, redraw
 
     @property
@@ -50,7 +44,7 @@ class Loras:
         return _names(_parts(self._model.pipe))
 
     def load_lora(
-        self, pretrained_lora_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any
+        self, pretrained_lora_model_name_or_path_or_dict: object, adapter_name: str | None = None, **kwargs: object
     ) -> str:
         """Load a LoRA into the pipe's network and text encoders. Returns its name.
 
@@ -64,11 +58,10 @@ class Loras:
             ValueError: it does not fit this pipeline, with how much of it does; the name is taken. ImportError: no peft.
             RuntimeError: `unet` is not the pipe's own network; what accelerates the stream has changed that network.
         """
-        self._check_adaptable()
-        loader, lora = self._lora_loader(), pretrained_lora_model_name_or_path_or_dict
+        loader, lora = self._loader(), pretrained_lora_model_name_or_path_or_dict
         read = _fitting(self._model.pipe, loader.lora_state_dict, lora, **kwargs)
         wanted = sum(bool(DOWN.search(key)) for key in (read[0] if isinstance(read, tuple) else read))
-        with self._adapting(values=kwargs.get("hotswap", False)):
+        with self._adapting(values=bool(kwargs.get("hotswap"))):
             taken = self.loras
             name = adapter_name or next(n for i in range(len(taken) + 1) if (n := f"default_{i}") not in taken)
             if name in taken and not kwargs.get("hotswap"):
@@ -98,9 +91,7 @@ class Loras:
         for weight in adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]:
             if not isinstance(weight, dict):  # diffusers takes weights by block, too
                 check_number("a LoRA's weight", weight)
-        self._check_adaptable()
-        loader = self._lora_loader()
-        with self._adapting():
+        with self._adapting() as loader:
             self._check_loaded(names)
             loader.set_adapters(names, adapter_weights)
 
@@ -111,9 +102,7 @@ class Loras:
         Raises:
             ValueError: an unknown name, with those known. RuntimeError: this one is fused.
         """
-        self._check_adaptable()
-        loader = self._lora_loader()
-        with self._adapting():
+        with self._adapting() as loader:
             if adapter_name is not None:
                 self._check_loaded([adapter_name])
                 if adapter_name in _merged(_parts(self._model.pipe)):
@@ -132,10 +121,8 @@ class Loras:
     ) -> None:
         """Add the active LoRAs, or those named, to the weights of the network and the text encoders; `safe_fusing` looks for
         NaN. A fused network runs as fast as one without LoRA."""
-        self._check_adaptable()
-        loader = self._lora_loader()
         parts = self._fusible(fuse_unet, fuse_text_encoder)
-        with self._adapting():
+        with self._adapting() as loader:
             self._check_loaded(adapter_names or ())
             before = _merged(_parts(self._model.pipe))
             try:
@@ -147,9 +134,7 @@ class Loras:
 
     def unfuse_lora(self, unfuse_unet: bool = True, unfuse_text_encoder: bool = True) -> None:
         """Take fused LoRAs out of the weights again, to within rounding; they act as they did before they were fused."""
-        self._check_adaptable()
-        loader = self._lora_loader()
-        with self._adapting():
+        with self._adapting() as loader:
             loader.unfuse_lora(self._fusible(unfuse_unet, unfuse_text_encoder))
 
     def load_lcm_lora(self, *args: object, **kwargs: object) -> None:
@@ -161,19 +146,11 @@ class Loras:
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
-    def _lora_loader(self) -> Any:
-        """The pipe, if diffusers can load LoRAs into it."""
-        if not hasattr(self._model.pipe, "load_lora_weights"):
-            raise ValueError(f"diffusers has no LoRA loader for {type(self._model.pipe).__name__}")
-        try:
-            import peft  # noqa: F401
-        except ImportError as error:
-            raise ImportError('diffusers loads LoRAs through peft: pip install "peft>=0.17,<1"') from error
-        return self._model.pipe
-
-    def _check_adaptable(self) -> None:
+    def _loader(self) -> Pipeline:
+        """The pipe, if LoRAs can be loaded into it and act in this stream."""
         self._model.check_open()
-        if self._model.unet is not getattr(self._model.pipe, self._model.adapter.network):
+        pipe = self._model.pipe
+        if self._model.unet is not getattr(pipe, self._model.adapter.network):
             raise RuntimeError(
                 "stream.unet is not the pipe's own network, into which LoRAs are loaded: load them into the pipe before, or "
                 "into the network itself (load_lora_adapter)"
@@ -185,6 +162,13 @@ class Loras:
                 f"accelerate({kind!r}, {changed[0]}=...) has changed the layers that LoRAs belong to: accelerate('none'), "
                 f"load and fuse_lora(), then accelerate again"
             )
+        if not hasattr(pipe, "load_lora_weights"):
+            raise ValueError(f"diffusers has no LoRA loader for {type(pipe).__name__}")
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ImportError('diffusers loads LoRAs through peft: pip install "peft>=0.17,<1"') from error
+        return pipe
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         known = self.loras
@@ -198,16 +182,17 @@ class Loras:
         return wanted
 
     @contextmanager
-    def _adapting(self, values: bool = False) -> Iterator[None]:
-        """A context in which no tick runs and no prompt is encoded. An error restores everything, with `values` the
-        adapters' values too. Otherwise prompts are encoded again if a text encoder has changed."""
+    def _adapting(self, values: bool = False) -> Iterator[Pipeline]:
+        """A context in which no tick runs and no prompt is encoded, with the loader of LoRAs. An error restores everything,
+        with `values` the adapters' values too. Otherwise prompts are encoded again if a text encoder has changed."""
+        loader = self._loader()
         self._denoiser.check_step("a call that changes LoRAs")
         with self._denoiser.ticks:
             self._redraw()
             with self._updates.callers, _undone_on_error(list(_parts(self._model.pipe).values()), values):
                 texts = [part for name, part in _parts(self._model.pipe).items() if name != self._model.adapter.network]
                 before = [_settings(part) for part in texts]
-                yield
+                yield loader
                 changed = [_settings(part) for part in texts] != before
         if changed and self._denoiser.state is not None:
             self._updates.amend(self._updates.planner.plan_again)
@@ -267,7 +252,8 @@ def _undone_on_error(parts: Sequence[nn.Module], values: bool) -> Iterator[None]
     """Put networks back as they were if what happens inside fails: their layers, adapters and settings; with `values` also
     the adapters' values. Weights that an adapter was fused into are not put back."""
     modules = [m for part in parts for m in part.modules()]
-    kept = [(m, {name: _kept(value) for name, value in vars(m).items()}) for m in modules]
+    containers = (dict, list, set, OrderedDict)
+    kept = [(m, {k: v.copy() if type(v) in containers else v for k, v in vars(m).items()}) for m in modules]
     trained = [(p, p.requires_grad) for part in parts for p in part.parameters()]
     named = [pair for part in parts for pair in part.named_parameters()] if values else []
     adapters = [(p, p.detach(), p.detach().clone()) for name, p in named if ".lora_" in name]
@@ -282,8 +268,3 @@ def _undone_on_error(parts: Sequence[nn.Module], values: bool) -> Iterator[None]
         for parameter, place, value in adapters:
             parameter.data = place.copy_(value)
         raise
-
-
-def _kept(value: Any) -> Any:
-    """A container's shallow copy, anything else itself."""
-    return value.copy() if type(value) in (dict, list, set, OrderedDict) else value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from streamflow._validation import whole_number
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
@@ -44,8 +45,7 @@ class Model:
         self.height = adapter.default_size if height is None else height
         self.width = adapter.default_size if width is None else width
         adapter.check_size(self.height, self.width)
-        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-            raise ValueError(f"frame_buffer_size must be an integer of 1 or more, not {frames!r}")
+        whole_number("frame_buffer_size", frames, 1)
         self.device, dtype = torch.device(pipe.device), check_dtype(dtype, adapter.net, pipe.device)
         self.shape = adapter.latent_shape(self.height, self.width)
         self.dtype = adapter.latent_dtype or dtype
@@ -167,7 +167,12 @@ class Model:
         try:
             if new_network:
                 adapter.net = now.network
-                self._check_same_latents()
+                shape = list(adapter.latent_shape(self.height, self.width))
+                if shape != list(self.shape):
+                    raise ValueError(
+                        f"pipe.{adapter.network} was replaced by a network with latents {shape}, and this stream's are "
+                        f"{list(self.shape)}: make a new StreamFlow of the pipe"
+                    )
             if now.scheduler != seen.scheduler:
                 adapter.scheduler = copy.deepcopy(self.pipe.scheduler)
             adapter.follow_pipe()
@@ -182,14 +187,6 @@ class Model:
         if codec is not None and now.vae is not None:
             self._vae, self.codec, self.plain_codec = now.vae, codec, codec
         self._seen = now
-
-    def _check_same_latents(self) -> None:
-        shape = list(self.adapter.latent_shape(self.height, self.width))
-        if shape != list(self.shape):
-            raise ValueError(
-                f"pipe.{self.adapter.network} was replaced by a network with latents {shape}, and this stream's are "
-                f"{list(self.shape)}: make a new StreamFlow of the pipe"
-            )
 
     # -- tensors ----------------------------------------------------------------------------------------------------------
 

@@ -19,16 +19,16 @@ from streamflow.stream.model import Model
 from streamflow.stream.ring import Done, Group
 
 if TYPE_CHECKING:
-    from streamflow.stream.frames import Decoding
+    from streamflow.models.codec import Decode
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Finishing:
-    """A decode that has been started (`Codec.decode_later`). `result` applies `finish` to its images."""
+    """A decode that has been started. `result` applies `finish` to its images."""
 
-    decoding: Decoding
+    decoding: Decode
     finish: Callable[[Tensor], Tensor]
 
     def done(self) -> bool:
@@ -63,7 +63,7 @@ class Outputs:
         images = (self.decode_image or self._model.codec.decode)(done.x0)
         return images if done.finish is None else done.finish(images)
 
-    def decode_later(self, done: Done) -> Decoding:
+    def decode_later(self, done: Done) -> Decode:
         """Start what `decode` does, without waiting for the images (`Codec.decode_later`)."""
         decoding = self._model.codec.decode_later(done.x0)
         return decoding if done.finish is None else Finishing(decoding, done.finish)
@@ -85,8 +85,7 @@ class Outputs:
         return images
 
     def show(self, images: Tensor) -> Tensor:
-        """Return these images. Where the filter is on, keep a copy for calls that skip a frame. Images that are not finite
-        do not replace the last copy."""
+        """Return these images. Where the filter is on, keep a copy of finite ones for calls that skip a frame."""
         finite = self.count_finite(images)
         if not self.similar_image_filter:
             self.prev_image_result = images
@@ -100,8 +99,7 @@ class Outputs:
         return images
 
     def count_finite(self, images: Tensor) -> Tensor:
-        """Count the images `[n, 3, H, W]` that hold NaN or infinite values, and log the first. Returns whether all are
-        finite, a scalar on their device."""
+        """Count the images that hold NaN or infinite values, log the first, and return whether all are finite, a scalar."""
         counted, finite = self.finite.known, self.finite.add(images)
         if self.finite.known > counted:
             self.similar_filter.forget()  # no frame may be skipped for resembling such an image's frame
@@ -114,8 +112,7 @@ class Outputs:
 
     @property
     def not_finite(self) -> int:
-        """The number of images of this stream that held NaN or infinite values. Counted without waiting: on a GPU an image
-        counts a call or two later."""
+        """How many images held NaN or infinite values, counted without waiting: on a GPU a call or two later."""
         return self.finite.read()
 
     def skips(self, compared: Tensor) -> bool:

@@ -4,92 +4,68 @@ in a coroutine that stops at each call of the network. The adapter makes the cal
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
-from streamflow.flow.guidance import UNGUIDED
 from streamflow.flow.schedule import Stages
-from streamflow.models.protocols import Arguments
+from streamflow.models.protocols import Arguments, Function
 from streamflow.stream.coroutine import Coroutine
-from streamflow.stream.ring import Done, Group, Observer, Settings
+from streamflow.stream.ring import Done, Engine, Group, Settings
 
 FrameCall = Coroutine[Arguments, Tensor]  # one frame: its requests are calls of the network
-MergedNetwork = Callable[[list[Arguments]], list[Any]]  # the arguments of several calls to their outputs
+MergedNetwork = Function  # the arguments of several calls, a list, to their outputs
 Groups = deque[tuple[Group, list[FrameCall]]]
 
 
 class Caller(Protocol):
     """An adapter that draws a frame with one call of a pipeline, as `streamflow.models.fallback.adapter.Fallback` does."""
 
-    def draw(self, prompt: object, latents: Tensor, call_network: Callable[[Arguments], Any], /) -> Tensor:
+    def draw(self, prompt: object, latents: Tensor, call_network: Function, /) -> Tensor:
         """The clean latents of the frame that starts from these latents."""
         ...
 
 
-class PipelineCalls:
-    """The frames in flight, with the methods of `Ring`. A group enters with `push` and leaves when its calls have returned,
-    first in, first out: after as many pushes as a call of the pipeline makes calls of its network.
+class PipelineCalls(Engine):
+    """Every frame is a call of the pipeline. A group enters with `push` and leaves when its calls have returned, first in,
+    first out: after as many pushes as a call of the pipeline makes calls of its network. Finished groups stay after an
+    error, and leave at the next push.
 
     Where a pipeline raises, its group is dropped, the call of the stream raises that error, and the others stay in flight.
     Where the network raises, nothing changes, and the next push calls it again.
     """
 
     def __init__(self, adapter: Caller, settings: Settings, to_the_end: bool):
-        self._adapter, self.settings, self._to_the_end = adapter, settings, to_the_end
+        super().__init__(settings)
+        self._adapter, self._to_the_end = adapter, to_the_end
         self._groups: Groups = deque()
-        self.weight = UNGUIDED
-        self.observer: Observer | None = None
+        self.row_counts = len(settings.stages) * settings.frames, 0  # a row for each frame and stage
         sigma = settings.stages.sigmas[:1].to(settings.device)
         self.first_sigma = sigma.reshape(-1, *([1] * len(settings.shape)))
         self._finalize = finalize(self, _stop, self._groups)
 
     @property
-    def row_counts(self) -> tuple[int, int]:
-        """(a row for each frame and stage, 0)."""
-        return len(self.settings.stages) * self.settings.frames, 0
-
-    @property
-    def in_flight(self) -> int:
-        """The number of frames in flight."""
-        return sum(len(group.ids) for group, _ in self._groups)
-
-    @property
-    def groups_in_flight(self) -> int:
-        """The number of groups in flight."""
-        return len(self._groups)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no frame is in flight."""
-        return not self._groups
-
-    leaving: tuple[Done, ...] = ()  # after an error, finished groups stay and leave at the next push
-
-    def holds(self, group: Group) -> bool:
-        """Whether this group is in flight."""
-        return any(held is group for held, _ in self._groups)
+    def groups(self) -> Sequence[Group | None]:
+        """The groups in flight, newest first."""
+        return [group for group, _ in reversed(self._groups)]
 
     def reset(self) -> None:
         """Stop all frames, and wait for their threads to end."""
         _stop(self._groups)
 
     def set_levels(self, stages: Stages) -> None:
-        """NotImplementedError: the pipeline sets the noise levels of its calls."""
         raise NotImplementedError("a frame that is a call of its pipeline keeps its noise levels")
 
     def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
-        """NotImplementedError: the pipeline has encoded the prompts of its calls."""
         raise NotImplementedError("a frame that is a call of its pipeline keeps its prompt")
 
     def push(self, group: Group, network: MergedNetwork) -> Done | None:
-        """Take F new frames, let all frames make one call of the network, and return the oldest group if it is done."""
         with _stopping(self._groups):
             self._enter(group)
             self._tick(network)
@@ -97,12 +73,7 @@ class PipelineCalls:
                 self._tick(network)
         return self._leave() if self._is_done() else None
 
-    def flush(self, network: MergedNetwork) -> list[Done]:
-        """Run the frames in flight to their end, oldest first. Empties the engine."""
-        return list(self.drain(network))
-
     def drain(self, network: MergedNetwork) -> Iterator[Done]:
-        """As `flush`, but yields each group when it is done."""
         while self._groups:
             with _stopping(self._groups):
                 while not self._is_done():

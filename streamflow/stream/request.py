@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_any, tree_flatten, tree_map_only
 
-from streamflow._validation import check_bool, check_number
+from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.conditioning.blending import METHODS, as_weighted, check_sum, with_weights
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.guidance import Mode, Weight, mode
@@ -19,7 +19,7 @@ from streamflow.flow.noise import NoiseSource, check_policy
 from streamflow.flow.schedule import Schedule, Stages
 
 if TYPE_CHECKING:
-    from streamflow.models.protocols import Arguments
+    from streamflow.models.protocols import Arguments, Call
 
 SCOPES = (None, "now", "frame")
 Texts = str | Sequence[tuple[str, float]]
@@ -72,9 +72,7 @@ class Request:
             raise ValueError("pass a prompt, or prompt_embeds made by the pipeline's encode_prompt")
         if self.prompt is not None and embeds:
             raise ValueError("pass a prompt or prompt_embeds, not both")
-        steps = self.num_inference_steps
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-            raise ValueError(f"num_inference_steps must be an integer of 1 or more, not {steps!r}")
+        whole_number("num_inference_steps", self.num_inference_steps, 1)
         for name in ("guidance_scale", "delta", "strength"):
             check_number(name, getattr(self, name))
         if self.delta is None:
@@ -120,8 +118,7 @@ class Request:
         return None if positive else self.assigned_embeds[0], None if negative else self.assigned_embeds[1]
 
     def read_key(self, weight_name: str | None) -> tuple:
-        """The fields that make the pipeline encode again when they change. The guidance weight, an argument of the name
-        `weight_name`, is left out."""
+        """The fields that need new encoding when they change; the guidance weight, argument `weight_name`, is left out."""
         arguments = {name: value for name, value in self.arguments.items() if name != weight_name}
         scale = None if weight_name == "guidance_scale" else self.guidance_scale
         how = self.blend, self.normalize, self.guided
@@ -129,45 +126,32 @@ class Request:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two arguments are equal: numbers, texts, tensors and arrays by their values, and lists and mappings of them.
-    On a GPU the host waits for the answer."""
-    if a is b:
-        return True
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
+    """Whether two arguments are equal, tensors and arrays by their values. On a GPU the host waits for the answer."""
+    (mine, form), (its, other) = tree_flatten(a), tree_flatten(b)
+    return form == other and all(map(_equal, mine, its))
+
+
+def _equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
-    if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
-        return False
-    return type(a) is type(b) and bool(a == b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
-def owned(value: Any) -> Any:
-    """A copy of a value, so that the caller may change the original: tensors, arrays, and the lists and mappings of them."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) in (list, tuple):
-        return type(value)(owned(one) for one in value)
-    return {name: owned(one) for name, one in value.items()} if type(value) is dict else value
+def owned(value: Call) -> Call:
+    """A copy of arguments, so that the caller may change the original: tensors, arrays, and lists and mappings of them."""
+    return tree_map_only(np.ndarray, np.copy, tree_map_only(Tensor, lambda one: one.detach().clone(), value))
 
 
 def is_plain(value: object) -> bool:
     """Whether no tensor or array is in an argument."""
-    if isinstance(value, (list, tuple, Mapping)):
-        return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
-    return not isinstance(value, (Tensor, np.ndarray))
+    return not tree_any(lambda one: isinstance(one, (Tensor, np.ndarray)), value)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A planned request: the schedule, the stages picked from it, the encoded prompt, the pipeline's guidance_scale, the
-    guidance weight in force, and the noise."""
+    """A planned request: the schedule and its stages, the encoded prompt, the scale, the weight in force, and the noise."""
 
     request: Request
     schedule: Schedule

@@ -1,6 +1,7 @@
-"""The frames in flight. `Ring` is the denoising batch: S stages of F frames, newest first. One `push` takes F new rows,
-advances every row by one stage with one call of the network, and returns the F rows that are done. `Loop` is the same step
-in a loop, one group at a time: the sequential reference. Both handle rows, not prompt texts or pixels.
+"""The frames in flight: the base class of engines, and two of them. `Ring` is the denoising batch: S stages of F frames,
+newest first. One `push` takes F new rows, advances every row by one stage with one call of the network, and returns the F
+rows that are done. `Loop` is the same step in a loop, one group at a time: the sequential reference. Both handle rows, not
+prompt texts or pixels.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from streamflow.conditioning.inpaint import MASK, Path, put_known
 from streamflow.conditioning.prompt import CondBatch, Prompt, Velocity, stack
-from streamflow.flow.convention import add_noise
+from streamflow.flow.convention import add_noise, per_row, velocity_from
 from streamflow.flow.guidance import UNGUIDED, Anchors, Mode, Weight, combine
 from streamflow.flow.schedule import Stages
 from streamflow.flow.solvers import Rule
+from streamflow.models.protocols import Function
 
 ALWAYS = ("noise", "anchor")  # carried by every row where the rule, or the mode, needs it of any
 
@@ -152,6 +154,66 @@ Observer = Callable[[Rows, Sequence[Group | None], Tensor, Tensor, Tensor], Tens
 """(rows, their groups, x and v of this step, x at the next sigma) to x at the next sigma, all `[rows, ...]`."""
 
 
+class Engine:
+    """Takes groups of F frames and returns them drawn, oldest first. The base class keeps nothing in flight.
+
+    settings: what shapes the frames in flight. weight: the guidance weight of all rows, those in flight too. first_sigma:
+    the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and returns the
+    latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group that the last
+    push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the network
+    advances, rows of the negative prompt in that call).
+    """
+
+    observer: Observer | None = None
+    anchors: Anchors | None = None
+    waiting: Tensor | None = None
+    residual_noise: Tensor | None = None
+    first_sigma: Tensor
+    groups: Sequence[Group | None] = ()
+    leaving: tuple[Done, ...] = ()
+    row_counts: tuple[int, int]
+
+    def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
+        self.settings, self.weight = settings, weight
+
+    @property
+    def in_flight(self) -> int:
+        """The number of frames in flight, without copies."""
+        return sum(len(group.ids) for group in self.groups if group and not group.copy)
+
+    @property
+    def groups_in_flight(self) -> int:
+        """The number of groups in flight, with copies."""
+        return sum(group is not None for group in self.groups)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no frame is in flight."""
+        return not any(self.groups)
+
+    def holds(self, group: Group) -> bool:
+        """Whether this group is in flight."""
+        return any(one is group for one in self.groups)
+
+    def push(self, group: Group, network: Function) -> Done | None:
+        """Take a group, advance all frames by one stage, and return the oldest group if it is done, copies too."""
+        raise NotImplementedError
+
+    def drain(self, network: Function) -> Iterator[Done]:
+        """Run the frames in flight to their end, oldest first, copies left out. Empties the engine."""
+        return iter(())
+
+    def reset(self) -> None:
+        """Drop the frames in flight."""
+
+    def set_levels(self, stages: Stages) -> None:
+        """Change the noise levels, as many as before, of all rows, those in flight too."""
+        raise NotImplementedError
+
+    def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
+        """Give all rows in flight the tensors of these names from this prompt."""
+
+
 @dataclass(frozen=True, eq=False)
 class Flight:
     """The frames in flight after a push. groups: newest first, None where there is none; the last one has left. prompts: of
@@ -164,22 +226,18 @@ class Flight:
     carried: Mapping[str, Carried]
 
 
-class Ring:
-    """S stages x F frames, advanced together. `weight` is the guidance weight of all rows, those under way too.
-    `first_sigma` `[1, 1, ...]` is the noise level at which frames enter. `observer` sees every step and answers with the
-    latents to go on with."""
-
-    observer: Observer | None = None
+class Ring(Engine):
+    """S stages x F frames, advanced together."""
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
-        self.settings, self.weight = settings, weight
+        super().__init__(settings, weight)
         self.rows = Rows(settings, 0, len(settings.stages))
+        self.row_counts = self.rows.count, self.rows.extra
         self.first_sigma = self.rows.sigma[:1]
         self._known_rows: tuple[tuple[bool, ...], Tensor | None] = ((), None)
         self.reset()
 
     def reset(self) -> None:
-        """Drop what is in flight."""
         s = self.settings
         empty = torch.zeros((self.rows.count, *s.shape), dtype=s.dtype, device=s.device)
         carried = {}
@@ -190,32 +248,17 @@ class Ring:
         self._flight = Flight((None,) * len(s.stages), (), empty, empty, carried)
 
     @property
-    def row_counts(self) -> tuple[int, int]:
-        """(rows that a call of the network advances, rows of the negative prompt in that call)."""
-        return self.rows.count, self.rows.extra
-
-    @property
-    def _waiting(self) -> tuple[Group | None, ...]:
-        """The groups in flight between two pushes: all but the group that the last push returned."""
+    def groups(self) -> Sequence[Group | None]:
+        """All but the group that the last push returned."""
         return self._flight.groups[:-1]
 
     @property
-    def in_flight(self) -> int:
-        """How many frames are under way, copies not counted."""
-        return sum(len(group.ids) for group in self._waiting if group and not group.copy)
-
-    @property
-    def groups_in_flight(self) -> int:
-        """How many groups are under way, copies too."""
-        return sum(group is not None for group in self._waiting)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no frame is in flight."""
-        return not any(self._waiting)
+    def leaving(self) -> tuple[Done, ...]:
+        """The group that the last push returned, or none."""
+        oldest, frames = self._flight.groups[-1], self.settings.frames
+        return () if oldest is None else (Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish),)
 
     def holds(self, group: Group) -> bool:
-        """Whether this group is in flight."""
         return any(one is group for one in self._flight.groups)
 
     @property
@@ -228,38 +271,39 @@ class Ring:
         """The rows that the next push advances besides the new ones, `[(S - 1) F, ...]`; None with a single stage."""
         return self._flight.advanced[: -self.settings.frames] if len(self.settings.stages) > 1 else None
 
-    @property
-    def next_x(self) -> Tensor:
-        """The latents of all rows `[rows, ...]` as the next step sees them; of the rows that have left, their last
-        step's."""
-        return torch.cat((self._flight.advanced[: -self.settings.frames], self._flight.x[-self.settings.frames :]))
-
-    @property
-    def next_sigma(self) -> Tensor:
-        """The noise levels of `next_x`, `[rows, 1, ...]`."""
-        return torch.cat((self.rows.sigma_next[: -self.settings.frames], self.rows.sigma[-self.settings.frames :]))
-
-    def set_waiting(self, x: Tensor) -> None:
-        """Replace the latents of the rows under way, `[(S - 1) F, ...]`."""
+    @waiting.setter
+    def waiting(self, x: Tensor) -> None:
         advanced = torch.cat((x, self._flight.advanced[-self.settings.frames :]))
         self._flight = replace(self._flight, advanced=advanced)
 
-    def set_residual_noise(self, noise: Tensor) -> None:
-        """Move the anchors of the rows under way so that each is taken for `(1 - sigma) anchor + sigma noise` at its next
-        step; noise float32 `[rows, ...]`, of which the rows that have left take none."""
-        remaining = self.rows.count - self.settings.frames
-        x, sigma = self.next_x[:remaining].float(), self.next_sigma[:remaining]
-        anchor = (x - sigma * noise[:remaining]) / (1.0 - sigma)
+    @property
+    def residual_noise(self) -> Tensor | None:
+        """The noise that residual guidance takes each row for at its next step, float32 `[rows, ...]`."""
+        if self.anchors is None:
+            return None
+        (x, sigma), anchor, known = self._next(), self.anchors.x0, self.anchors.known
+        noise = anchor + velocity_from(x, anchor, sigma)
+        return noise if known is None else noise * per_row(known, noise)
+
+    @residual_noise.setter
+    def residual_noise(self, noise: Tensor) -> None:
+        """Move the anchors of rows in flight so that each is taken for `(1 - sigma) anchor + sigma noise`."""
+        remaining, (x, sigma) = self.rows.count - self.settings.frames, self._next()
+        anchor = (x.float() - sigma * noise)[:remaining] / (1.0 - sigma[:remaining])
         moved = Carried(torch.cat((anchor, self._flight.carried["anchor"].value[remaining:])))
         self._flight = replace(self._flight, carried={**self._flight.carried, "anchor": moved})
 
+    def _next(self) -> tuple[Tensor, Tensor]:
+        """(x, sigma) of all rows, `[rows, ...]`, as the next step sees them; of rows that have left, their last step's."""
+        frames, flight, rows = self.settings.frames, self._flight, self.rows
+        x = torch.cat((flight.advanced[:-frames], flight.x[-frames:]))
+        return x, torch.cat((rows.sigma_next[:-frames], rows.sigma[-frames:]))
+
     def set_levels(self, stages: Stages) -> None:
-        """Change the noise levels, as many as before, of all rows, those under way too."""
         self.rows.set_levels(stages)
         self.first_sigma = self.rows.sigma[:1]
 
     def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
-        """Give all rows under way the tensors of these names from this prompt."""
         changed = {old: old.taking(prompt, names) for old in set(self._flight.prompts)}
         self._flight = replace(self._flight, prompts=tuple(changed[old] for old in self._flight.prompts))
 
@@ -285,21 +329,9 @@ class Ring:
             changed = self.observer(self.rows, groups, x, v, advanced)  # which may replace what is in flight
             self._flight = replace(self._flight, advanced=changed)
         oldest = groups[-1]
-        if oldest is None:
-            return None
-        return Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish)
-
-    @property
-    def leaving(self) -> tuple[Done, ...]:
-        """The group that the last push returned, or none."""
-        oldest = self._flight.groups[-1]
-        if oldest is None:
-            return ()
-        return (Done(self._flight.advanced[-self.settings.frames :], oldest.ids, oldest.copy, oldest.finish),)
+        return oldest and Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish)
 
     def drain(self, network: Velocity) -> Iterator[Done]:
-        """Run what is in flight to its end with the settings it has, one group after another, oldest first, copies left
-        out. Empties the ring."""
         while not self.empty:
             newest = next(group for group in self._flight.groups if group)
             padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
@@ -316,10 +348,6 @@ class Ring:
             if failed is not None:
                 raise failed
         self.reset()
-
-    def flush(self, network: Velocity) -> list[Done]:
-        """As `drain`, all at once."""
-        return list(self.drain(network))
 
     def _shifted(self, group: Group, groups: Sequence[Group | None]) -> dict[str, Carried]:
         """What the rows carry after this group has entered: the new frames' values first, without the oldest frames'. An
@@ -363,43 +391,22 @@ class Ring:
         return self._known_rows[1]
 
 
-class Loop:
+class Loop(Engine):
     """The same step in a loop: each push runs its group through all stages. Nothing stays in flight."""
 
-    observer: Observer | None = None
-    in_flight = groups_in_flight = 0
-    empty = True
-    leaving: tuple[Done, ...] = ()
-
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
-        self.settings, self.weight = settings, weight
+        super().__init__(settings, weight)
         self.stages = [Rows(settings, i, i + 1) for i in range(len(settings.stages))]
+        self.row_counts = self.stages[0].count, self.stages[0].extra
         self.first_sigma = self.stages[0].sigma[:1]
 
-    @property
-    def row_counts(self) -> tuple[int, int]:
-        """(rows that a call of the network advances, rows of the negative prompt in the first stage's call)."""
-        return self.stages[0].count, self.stages[0].extra
-
-    def holds(self, group: Group) -> bool:
-        """False: no group stays in flight."""
-        return False
-
-    def reset(self) -> None:
-        """Nothing is in flight."""
-
     def set_levels(self, stages: Stages) -> None:
-        """Change the noise levels."""
         for rows in self.stages:
             rows.set_levels(stages)
         self.first_sigma = self.stages[0].sigma[:1]
 
-    def set_prompt(self, prompt: Prompt, names: frozenset[str]) -> None:
-        """No row is under way."""
-
     @torch.no_grad()
     def push(self, group: Group, network: Velocity) -> Done:
-        """Run a group from the first stage to sigma 0."""
         x, s = group.x, self.settings
         carried = {name: one.value for name, one in group.carried.items()}
         anchors = None
@@ -417,11 +424,3 @@ class Loop:
             if self.observer is not None:
                 x = self.observer(rows, (group,), before, v, x)
         return Done(x, group.ids, group.copy, group.finish)
-
-    def flush(self, network: Velocity) -> list[Done]:
-        """Nothing is in flight."""
-        return []
-
-    def drain(self, network: Velocity) -> Iterator[Done]:
-        """Nothing is in flight."""
-        return iter(())

@@ -27,7 +27,6 @@ class _Ticket:
     over: bool = False
     number: int | None = None
     thread: int = field(default_factory=acting_thread)
-    wake: threading.Event = field(default_factory=threading.Event)
 
 
 class UpdateQueue:
@@ -35,13 +34,13 @@ class UpdateQueue:
 
     An update that waits is left out where a later one sets the same fields. While another thread draws, a pause follows
     each update, so that all together take no more than `SHARE` of the time, and at most `LONGEST`. The thread that draws
-    waits for the update under way alone. drawn_by, drawn_at: the thread that draws, and the clock's time of its last tick,
+    waits for the running update alone. drawn_by, drawn_at: the thread that draws, and the clock's time of its last tick,
     which it sets itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._guard = threading.Lock()
+        self._changed = threading.Condition()  # of everything below
         self._waiting: list[_Ticket] = []
         self._busy = False
         self._free_at = self.drawn_at = float("-inf")
@@ -73,12 +72,10 @@ class UpdateQueue:
 
     def _turn(self, mine: _Ticket) -> int | None:
         """Wait until it is this one's turn: None. Or the number of the later update that replaces it."""
-        with self._guard:
+        with self._changed:
             self._replace(mine)
             self._waiting.append(mine)
-            self._wake_next()
-        while True:
-            with self._guard:
+            while True:
                 if mine.replaced_by is not None and mine.replaced_by.over:
                     if mine.replaced_by.number is not None:
                         return mine.replaced_by.number
@@ -88,11 +85,10 @@ class UpdateQueue:
                     self._busy = True
                     self._waiting.remove(mine)
                     return None
-                mine.wake.clear()
-            mine.wake.wait(left)
+                self._changed.wait(left)
 
     def _replace(self, mine: _Ticket) -> None:
-        """Let this one take the place of those before it. What waits for an update under way goes on waiting for that."""
+        """Let this one take the place of those before it. What waits for a running update goes on waiting for that."""
         between: set[str] = set()
         for one in reversed(self._waiting):
             free = one.replaced_by is None or one.replaced_by in self._waiting
@@ -103,36 +99,24 @@ class UpdateQueue:
                 between |= one.parts
 
     def _left(self, mine: _Ticket) -> float | None:
-        """Seconds until it is this one's turn; None where another thread sets its event."""
+        """Seconds until it is this one's turn; None where it waits for another update."""
         if mine.replaced_by is not None or self._busy:
             return None
         if mine.thread == self.drawn_by:  # what it waits for would wait for it
             return 0
-        if mine is not self._first() or any(one.thread == self.drawn_by for one in self._waiting):
+        first = next((one for one in self._waiting if one.replaced_by is None), None)
+        if mine is not first or any(one.thread == self.drawn_by for one in self._waiting):
             return None
         now = self._clock()
         drawing = now - self.drawn_at < DRAWING
         return max(0.0, self._free_at - now) if drawing else 0
 
-    def _first(self) -> _Ticket | None:
-        return next((one for one in self._waiting if one.replaced_by is None), None)
-
-    def _wake_next(self) -> None:
-        """Set the events of updates that may be next."""
-        first = self._first()
-        for one in self._waiting:
-            if one is first or one.thread == self.drawn_by:
-                one.wake.set()
-
     def _end(self, mine: _Ticket) -> None:
         """This one is made, or left out, or has failed: whoever waits for that goes on."""
-        with self._guard:
+        with self._changed:
             mine.over = True
             if mine.replaced_by is not None:
                 mine.number = mine.replaced_by.number
             if mine in self._waiting:
                 self._waiting.remove(mine)
-            for one in self._waiting:
-                if one.replaced_by is mine:
-                    one.wake.set()
-            self._wake_next()
+            self._changed.notify_all()

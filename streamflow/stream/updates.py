@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow._threads import aside
@@ -115,8 +116,8 @@ class Updates:
             self._outputs.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
             denoiser.empty("prepare()")
             with self.slot:
-                denoiser.state, self.pending = state, None
-            denoiser.install(state.stages)
+                self.pending = None
+                denoiser.begin(state)
         if model.accelerated is None:
             model.after_change()
 
@@ -144,7 +145,7 @@ class Updates:
         """Change what is drawn, from any thread; the drawing thread takes it at the start of its next call.
 
         Args:
-            scope: "now" for rows under way too, "frame" for frames that enter from then on. None: now, but for noise
+            scope: "now" for rows in flight too, "frame" for frames that enter from then on. None: now, but for noise
                 levels. New noise levels under "frame" or None let what is in flight run to its end with the old ones
                 first, and calls deliver that before anything newer, so that they stay so many frames behind until `flush`
                 or `reset`; "now" needs as many stages as before. The guidance
@@ -152,7 +153,7 @@ class Updates:
             seed: of the frames that enter from then on.
             changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
                 normalize, guidance_scale, delta, num_inference_steps, t_index_list, strength, noise, noise_period, feedback
-                (of frames that enter from then on), cfg_type, do_add_noise (frames under way finish first), and the
+                (of frames that enter from then on), cfg_type, do_add_noise (frames in flight finish first), and the
                 pipeline's own arguments by name.
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
@@ -164,7 +165,7 @@ class Updates:
         """
         if scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}: choose 'now' or 'frame'")
-        adapter, queue = self._model.adapter, self._denoiser.queue
+        adapter = self._model.adapter
         if scope != "frame":
             adapter.check_offers("update now")
         own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
@@ -173,6 +174,20 @@ class Updates:
         if own.get("t_index_list") is not None:
             own["t_index_list"] = check_indices(own["t_index_list"])
             own.setdefault("strength", None)
+        return self._queue(scope, seed, own, arguments)
+
+    @computing
+    def assign_embeds(self, cond: Tensor | None, uncond: Tensor | None) -> None:
+        """Let embeddings take the place of what the prompt and the negative prompt were encoded to, of all rows. None: those
+        that were assigned before stay."""
+        self._model.adapter.check_offers("update now")
+        before = self.requested().request.assigned_embeds
+        embeds = tuple(old if new is None else new for old, new in zip(before, (cond, uncond), strict=True))
+        self._queue("now", None, {"assigned_embeds": embeds}, {})
+
+    def _queue(self, scope: str | None, seed: Seeds | None, own: Call, arguments: Call) -> int:
+        """Plan these changes, own fields of a request and arguments of the pipeline, when it is their turn."""
+        queue = self._denoiser.queue
         names = {*own, *arguments} | (set() if seed is None else {"seed"})
         parts = {part for name in names for part in _PARTS.get(name, ("texts", "levels"))}
         change = partial(self._change_to, scope, seed, own, arguments)
@@ -231,6 +246,28 @@ class Updates:
             with self.slot:
                 self.pending = made
 
+    def current(self, name: str) -> Any:
+        """A field of what the next call draws; before `prepare`, its default."""
+        return self.defaults[name] if self._denoiser.state is None else getattr(self.requested().request, name)
+
+    def keep(self, **change: Any) -> None:
+        """Update a field, and let later calls of `prepare` keep it: `t_index_list`, `cfg_type` or `do_add_noise`."""
+        self._model.check_open()
+        kept = {**self.defaults, **change}
+        self.planner.check(kept["cfg_type"], kept["do_add_noise"])
+        if self._denoiser.state is not None:
+            self.update(**change)
+        self.defaults = kept
+
+    def forget_prompts(self) -> None:
+        """Forget the prompts that are kept encoded. Those in force stay."""
+        self.planner.forget_prompts()
+
+    @property
+    def cached_prompts(self) -> int:
+        """How many prompts are kept encoded."""
+        return len(self.planner.cache)
+
     def requested(self) -> Prepared:
         """What the next call draws, with the pending update."""
         state = self._denoiser.prepared()
@@ -252,39 +289,25 @@ class Updates:
         """Take this pending update. Returns False where another one has been merged with it since."""
         if change is None:
             return True
-        denoiser, before = self._denoiser, self._denoiser.prepared()
-        new_levels = change.target.stages is not before.stages
-        installs = not self._fits(change.target.request) or (new_levels and not change.levels_now)
-        if installs:
-            denoiser.run_out()  # where that fails, the update waits for the next call
+        new_engine = self._denoiser.needs_engine(change)
+        if new_engine:
+            self._denoiser.run_out()  # where that fails, the update waits for the next call
         with self.slot:
             if self.pending is not change:
                 return False
-            self.pending, denoiser.state = None, change.target
-        if installs:
-            denoiser.install(change.target.stages)
-        engine = denoiser.running()
-        if new_levels and not installs:
-            engine.set_levels(change.target.stages)
+            self.pending = None
+            self._denoiser.take(change, new_engine)
         self._outputs.redraw()
-        if change.entries:
-            engine.set_prompt(change.target.prompt, change.entries)
-        engine.weight = change.target.weight
         return True
 
-    def _fits(self, request: Request) -> bool:
-        """Whether the engine's guidance and steps are those of this request."""
-        settings = self._denoiser.running().settings
-        return settings.mode is request.mode and settings.rule == self._model.adapter.rule(request.do_add_noise)
 
-
-_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize", "assigned_embeds"}
+_TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}
 _VIDEO = {"noise", "noise_period", "feedback"}
 _SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
 _UPDATABLE = _TEXTS | _VIDEO | _SAMPLING
 # Which fields an update is read together with; the pipeline's own arguments with all.
 _PARTS = {
     **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise")},
-    **dict.fromkeys(_TEXTS, ("texts",)),
+    **dict.fromkeys((*_TEXTS, "assigned_embeds"), ("texts",)),
     **dict.fromkeys(("num_inference_steps", "t_index_list", "strength"), ("levels",)),
 }

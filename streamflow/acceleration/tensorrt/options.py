@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamflow._validation import check_count
+from streamflow._validation import whole_number
 from streamflow.acceleration import Part
 from streamflow.acceleration.errors import OutsideProfile
 from streamflow.acceleration.onnx_export import Range
@@ -75,7 +75,7 @@ class Options:
         for names in _ASCENDING:
             given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
             for name, value in given.items():
-                check_count(name, value)
+                whole_number(name, value, 1)
             if list(given.values()) != sorted(given.values()):
                 raise ValueError(f"values must ascend: {', '.join(f'{name}={value}' for name, value in given.items())}")
         if self.fallback not in (None, "eager"):

@@ -29,7 +29,7 @@ KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 TRIES = 2.0  # wrong tokens a second, of one visitor
 PROTOCOL = "streamflow"
 TICKET_TRIES = 10  # a tenth of a second apart, for a holder with unused tickets
-STOP_WITHIN = 2.0  # seconds for the turn under way when the server ends
+STOP_WITHIN = 2.0  # seconds for the current turn when the server ends
 UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
 
@@ -87,7 +87,7 @@ class Service:
         raise HTTPException(401, "a token is required: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
 
     async def stop(self) -> None:
-        """End the turn under way, and the model's thread."""
+        """End the current turn, and the model's thread."""
         self.leaving = True
         self.worker.stop()
         self.pools.shutdown()

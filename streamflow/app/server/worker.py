@@ -76,12 +76,12 @@ class Worker(Thread):
             self._clients.append(client)
 
     def remove(self, client: Viewer) -> None:
-        """Remove a viewer. Its slot is free once a turn under way has ended."""
+        """Remove a viewer. Its slot is free once its current turn has ended."""
         with self.changing():
             client.gone = True
 
     def stop(self) -> None:
-        """End after the turn under way."""
+        """End after the current turn."""
         with self.changing():
             self._stopping = True
 

@@ -43,7 +43,7 @@ class CallPrompt(Prompt):
     """The arguments of a frame's call of the pipeline, without its noise. texts: prompts that are encoded already."""
 
     arguments: Arguments = field(default_factory=dict)
-    texts: Texts = field(default_factory=dict)
+    texts: Texts = field(default_factory=Texts)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FullSchedule(Schedule):
     """The schedule of the pipeline's scheduler. Frames take all of its steps."""
 
     def __post_init__(self) -> None:
-        """Any schedule is accepted: the scheduler itself takes the steps."""
+        """Every schedule is accepted: the scheduler itself takes the steps."""
 
     def pick(self, t_index_list: Sequence[int]) -> Stages:
         if list(t_index_list) != list(range(len(self))):
@@ -100,7 +100,7 @@ class Fallback(FlowAdapter):
     def __init__(self, pipe: Pipeline):
         check_drawable(type(pipe))
         self.network = _network_name(pipe)
-        self._texts: Texts = {}
+        self._texts = Texts()
         self._basis: Arguments = {"prompt": ""}  # arguments of calls whose result does not depend on the prompt
         super().__init__(pipe)
         for name in ("vae", "image_processor"):

@@ -6,17 +6,18 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from streamflow.models.protocols import Arguments, Network
 
 logger = logging.getLogger(__name__)
-Outputs = list[Any]  # the network's output for each call
+Outputs = list[Any]  # the network's output for each call, or an argument of each
 
 # Exceptions from the shapes: arguments that calls share although a dimension may be as long as the batch, and arguments
 # whose batch dimension is not the first.
@@ -62,7 +63,7 @@ class MergedCalls(SeparateCalls):
         self._joiner = _Joiner()
 
     def forward(self, calls: Sequence[Arguments]) -> Outputs:
-        outputs: list[Any] = [None] * len(calls)
+        outputs: Outputs = [None] * len(calls)
         for indices in _by_form(calls):
             for index, output in zip(indices, self._outputs([calls[i] for i in indices]), strict=True):
                 outputs[index] = output
@@ -104,7 +105,7 @@ class _Joiner:
     def __init__(self) -> None:
         self._bytes = WeakTensorKeyDictionary()
 
-    def join(self, name: str, values: list[Any], rows: int) -> Any:
+    def join(self, name: str, values: Outputs, rows: int) -> Any:
         first = values[0]
         if isinstance(first, Tensor):
             return self._tensors(name, values, rows)
@@ -141,22 +142,15 @@ def _by_form(calls: Sequence[Arguments]) -> list[list[int]]:
     groups: list[tuple[object, list[int]]] = []
     for index, call in enumerate(calls):
         form = _form(call)
-        group = next((indices for other, indices in groups if (other == form) is True), None)
-        if group is None:
-            groups.append((form, [index]))
-        else:
-            group.append(index)
+        indices = next((indices for other, indices in groups if (other == form) is True), None)
+        if indices is None:
+            groups.append((form, indices := []))
+        indices.append(index)
     return [indices for _, indices in groups]
 
 
 def _form(value: object) -> object:
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, Mapping):
-        return {key: _form(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_form(entry) for entry in value]
-    return value
+    return tree_map_only(Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype, tensor.device), value)
 
 
 def _rows(arguments: Arguments) -> int:
@@ -191,11 +185,5 @@ def _difference(merged: Outputs, separate: Outputs) -> str:
     return ""
 
 
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, (list, tuple)):
-        for entry in output:
-            yield from _tensors(entry)
+def _tensors(output: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -10,29 +10,10 @@ from streamflow.models.families.flux import Packed
 
 
 class ChromaVelocity(TransformerVelocity):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension, the mask over the
-    tokens of prompt and image; extra: more arguments of the network."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; cond: the network's own arguments, the mask over all tokens."""
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        encoder_hidden_states: Tensor,
-        txt_ids: Tensor,
-        img_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        **extra: object,
-    ) -> Tensor:
-        return self.transformer(
-            hidden_states=x,
-            timestep=t.to(x.dtype) / 1000,
-            encoder_hidden_states=encoder_hidden_states,
-            txt_ids=txt_ids,
-            img_ids=img_ids,
-            attention_mask=attention_mask,
-            return_dict=False,
-            **extra,
-        )[0]
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        return self.transformer(hidden_states=x, timestep=t.to(x.dtype) / 1000, return_dict=False, **cond)[0]
 
 
 class Chroma(Packed):

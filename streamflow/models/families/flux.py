@@ -16,8 +16,7 @@ from streamflow.models.protocols import VAE
 
 
 class FluxVelocity(TransformerVelocity):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]` without a batch dimension; extra:
-    more arguments of the network."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]`; extra: more arguments of the network."""
 
     def forward(
         self,
@@ -48,20 +47,17 @@ class Packed(FlowAdapter):
 
     @property
     def multiple(self) -> int:
-        """As `FlowAdapter`'s: a token is two latents wide."""
-        return self.factor * 2
+        return self.factor * 2  # a token is two latents wide
 
     @property
     def latent_channels(self) -> int:
-        """As `FlowAdapter`'s: a token holds four latents."""
-        return self.base.config.in_channels // 4
+        return self.base.config.in_channels // 4  # a token holds four latents
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(tokens, channels)`."""
         return (height // self.multiple) * (width // self.multiple), self.base.config.in_channels
 
     def codec(self, vae: VAE, height: int, width: int) -> Codec:
-        """As `FlowAdapter`'s; packs and unpacks."""
         self.check_vae(vae)
         return Codec(vae, pack, partial(unpack, height=height // self.multiple, width=width // self.multiple))
 

@@ -21,8 +21,7 @@ from streamflow.models.protocols import VAE
 
 
 class Flux2Velocity(TransformerVelocity):
-    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`, the same for all rows; extra: more
-    arguments of the network."""
+    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`; extra: more arguments of the network."""
 
     def forward(
         self,

@@ -15,19 +15,10 @@ from streamflow.models.protocols import Arguments, Call
 
 
 class Lumina2Velocity(TransformerVelocity):
-    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the network."""
+    """x `[rows, 16, h, w]`, t `[rows]` in 0..1000; cond: the network's own arguments."""
 
-    def forward(
-        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object
-    ) -> Tensor:
-        return -self.transformer(
-            hidden_states=x,
-            timestep=1 - t / 1000,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            return_dict=False,
-            **extra,
-        )[0]
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        return -self.transformer(hidden_states=x, timestep=1 - t / 1000, return_dict=False, **cond)[0]
 
 
 class Lumina2(FlowAdapter):

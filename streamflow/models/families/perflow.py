@@ -137,8 +137,7 @@ class _PeRFlow(FlowAdapter):
             )
 
     def path(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """As Stable Diffusion noises: `sqrt(alpha) x0 + sqrt(1 - alpha) noise`, alpha of the time 1000 sigma; x0 at sigma
-        0."""
+        """As Stable Diffusion noises: `sqrt(alpha) x0 + sqrt(1 - alpha) noise`, alpha of the time 1000 sigma."""
         if self._on_device is None or self._on_device[0] != x0.device:
             alphas = torch.cat((torch.ones(1), self._windows().alphas))
             self._on_device = x0.device, alphas.to(x0.device)

@@ -17,25 +17,12 @@ from streamflow.models.protocols import VAE, Arguments
 
 class QwenImageVelocity(TransformerVelocity):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]`: its shape is the number of tokens along the height and
-    the width, its values are not read; extra: more arguments of the network."""
+    the width, its values are not read; cond: the network's own arguments."""
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        encoder_hidden_states: Tensor,
-        grid: Tensor,
-        encoder_hidden_states_mask: Tensor | None = None,
-        **extra: object,
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, grid: Tensor, **cond: Tensor) -> Tensor:
+        shapes = [[(1, *grid.shape)]]  # the network reads the first row's
         return self.transformer(
-            hidden_states=x,
-            timestep=t.to(x.dtype) / 1000,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_hidden_states_mask=encoder_hidden_states_mask,
-            img_shapes=[[(1, *grid.shape)]],  # the network reads the first row's
-            return_dict=False,
-            **extra,
+            hidden_states=x, timestep=t.to(x.dtype) / 1000, img_shapes=shapes, return_dict=False, **cond
         )[0]
 
 

@@ -19,8 +19,7 @@ MULTIPLE = 32  # the pipeline takes sizes divisible by this, whatever the VAE
 
 
 class SanaVelocity(TransformerVelocity):
-    """x float32 `[rows, 32, h, w]`, t `[rows]` in 0..1000, the mask `[rows, tokens]`; extra: more arguments of the
-    network."""
+    """x float32 `[rows, 32, h, w]`, t `[rows]` in 0..1000, mask `[rows, tokens]`; extra: more of the network's arguments."""
 
     def forward(
         self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, **extra: object

@@ -47,8 +47,7 @@ class SanaSprintVelocity(TransformerVelocity):
 
 
 class SanaSprint(Sana):
-    """Sana-Sprint. Its guidance is embedded in the network; other numbers of steps than 2 need
-    `intermediate_timesteps=None`, as the pipeline says."""
+    """Sana-Sprint. Its guidance is embedded; steps other than 2 need `intermediate_timesteps=None`."""
 
     Velocity = SanaSprintVelocity
     row_inputs = ("encoder_hidden_states", "encoder_attention_mask", "guidance")

@@ -12,12 +12,7 @@ class SD3Velocity(TransformerVelocity):
     """x `[rows, 16, h, w]`, t `[rows]` in 0..1000, float32; extra: more arguments of the network."""
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        **extra: object,
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, **extra: object
     ) -> Tensor:
         return self.transformer(
             hidden_states=x,

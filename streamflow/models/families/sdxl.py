@@ -7,34 +7,21 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamflow.models.codec import Codec
-from streamflow.models.families.instaflow import InstaFlow
-from streamflow.models.protocols import VAE, Arguments, Network
+from streamflow.models.families.instaflow import InstaFlow, RectifiedUNetVelocity
+from streamflow.models.protocols import VAE, Arguments
 
 
-class RectifiedSDXLVelocity(nn.Module):
-    """x `[rows, 4, h, w]`, t `[rows]` in 0..1000, pooled embeddings `[rows, width]`, sizes and crop `[rows, 6]`;
-    extra: more arguments of the network."""
-
-    def __init__(self, unet: Network):
-        super().__init__()
-        self.unet = unet
+class RectifiedSDXLVelocity(RectifiedUNetVelocity):
+    """As InstaFlow's, with pooled embeddings `[rows, width]` and sizes and crop `[rows, 6]`."""
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor,
-        time_ids: Tensor,
-        **extra: object,
+        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor, **extra: object
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return -self.unet(
-            x, t, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added, return_dict=False, **extra
-        )[0]
+        return super().forward(x, t, encoder_hidden_states, added_cond_kwargs=added, **extra)
 
 
 class RectifiedSDXL(InstaFlow):
