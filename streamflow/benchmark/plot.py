@@ -30,7 +30,7 @@ LABELS = {
     "8": "the batch, compiled, decoded on all GPUs",
 }
 INK, GRID = "#20242c", "#e6e9ee"
-STYLE = {
+STYLE: dict[Any, Any] = {  # of matplotlib
     "font.size": 12,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
