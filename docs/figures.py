@@ -43,13 +43,12 @@ def sheet(images: dict[str, Image.Image], name: str) -> None:
 
 def main() -> int:
     apple, fox = "a red apple, 3d render", "a fox, 3d render"
-    kinds = ("none", "full", "self", "initialize")
     guided = {"negative_prompt": "flat vector", "guidance_scale": 1.2, "image": IMAGE, "strength": 0.75}
     sheet(
         {
             "the input": Image.open(IMAGE),
-            **{kind: draw("a tangerine, 3d render", cfg_type=kind, **guided) for kind in kinds[1:]},
             "none": draw("a tangerine, 3d render", image=IMAGE, strength=0.75),
+            **{kind: draw("a tangerine, 3d render", cfg_type=kind, **guided) for kind in ("full", "self", "initialize")},
         },
         "guidance.webp",
     )
@@ -67,8 +66,8 @@ def main() -> int:
             "as it should be": draw(apple),
             "text from a late step:\nt_index_list=[2, 3]": draw(apple, t_index_list=[2, 3]),
             "too much guidance:\nguidance_scale=8": draw(apple, cfg_type="full", guidance_scale=8.0),
-            "an unknown prompt:\n\"a street at night\"": draw("a street at night"),
-            "the image is ignored:\nstrength=1": draw(apple, image=IMAGE, strength=1.0),
+            'an unknown prompt:\n"a street at night"': draw("a street at night"),
+            "the image is ignored:\nstrength=1": draw(fox, image=IMAGE, strength=1.0),
         },
         "mistakes.webp",
     )

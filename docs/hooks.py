@@ -85,7 +85,7 @@ def _help(main: typing.Callable[[list[str]], int], *arguments: str) -> str:
 
 
 def settings() -> str:
-    """A table of all settings, one for each section."""
+    """A table of the settings of each section."""
     from streamflow.app.config import Settings
 
     return "\n\n".join(_tables(Settings))
@@ -101,8 +101,8 @@ def _tables(section: type, path: str = "") -> typing.Iterator[str]:
             inside.append((sections[0], f"{path}{name}.", field.description or ""))
         else:
             default = field.get_default(call_default_factory=True)
-            cells = (f"`{path}{name}`", _type(field.annotation), _value(default), field.description or "")
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            meaning = re.sub(r"([\[\]<|*_])", r"\\\1", field.description or "")
+            lines.append(f"| `{path}{name}` | {_type(field.annotation)} | {_value(default)} | {meaning} |")
     yield "\n".join(lines)
     for kind, start, description in inside:
         yield f"## {start.rstrip('.')}\n\n{description}"
@@ -140,7 +140,9 @@ def _value(default: object) -> str:
         return "required"
     if default is None:
         return "empty"
-    text = str(default).lower() if isinstance(default, bool) else str(list(default) if isinstance(default, tuple) else default)
+    text = (
+        str(default).lower() if isinstance(default, bool) else str(list(default) if isinstance(default, tuple) else default)
+    )
     return f"`{text}`" if text else '`""`'
 
 
