@@ -24,8 +24,8 @@ BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
 FAMILIES_HEAD = ("family", "pipeline", "guidance", "image-to-image", "diffusers", "what differs, what is refused and why")
 EXACT_HEAD = ("family", "row by row", "in one batch", "the pipeline's own batch", "image-to-image")
 EXPLAINED = """\
-In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then counts as it does
-in the pipeline that is named. The column diffusers has the oldest version that has the family.
+In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then
+counts as it does in the pipeline that is named. The column diffusers has the oldest version that has the family.
 
 How exact each family is, against its pipeline's own call:
 """
