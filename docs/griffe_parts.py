@@ -18,11 +18,12 @@ class Parts(griffe.Extension):
         """Show forwards of this package. KeyError where a forward names a member that its part does not have."""
         cls = pkg["pipeline.StreamFlow"]
         for name, member in list(cls.members.items()):
-            call = getattr(member, "value", None)
+            decorators = [one.value for one in getattr(member, "decorators", ())]
+            call = decorators[0] if decorators else getattr(member, "value", None)
             if not isinstance(call, griffe.ExprCall):
                 continue
             function, of = call.function, call.arguments[-1]
-            if function.canonical_path == f"{FORWARDS}.method":
+            if function.canonical_path in (f"{FORWARDS}.method", f"{FORWARDS}.override"):
                 cls.set_member(name, self._method(name, pkg[_inside(of)], cls))
             elif isinstance(function, griffe.ExprSubscript) and function.left.canonical_path == f"{FORWARDS}.Attribute":
                 self._describe(member, function.slice, of, pkg)

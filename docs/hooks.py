@@ -24,6 +24,7 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)")  # the path of a Markdown link or image, without its anchor
 PAGES = {"CONTRIBUTING.md": "contributing.md"}  # pages outside docs/
 HELP_COLUMNS = 80
+WIDE = 4  # columns of a table that are too many for a phone
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,6 +63,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return os.path.relpath(PAGES.get(inside, inside), os.path.dirname(here)).replace(os.sep, "/")
 
     return LINK.sub(in_site, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Give each cell of a wide table the name of its column, which docs/extra.css shows on narrow screens."""
+    return re.sub(r"<table>.*?</table>", _with_labels, html, flags=re.DOTALL)
+
+
+def _with_labels(table: re.Match[str]) -> str:
+    names = [re.sub(r"<[^>]+>", "", head) for head in re.findall(r"<th\b[^>]*>(.*?)</th>", table[0], re.DOTALL)]
+    if len(names) < WIDE:
+        return table[0]
+
+    def labelled(row: re.Match[str]) -> str:
+        labels = iter(names)
+        return re.sub(r"<td\b[^>]*>(.*?)</td>", lambda cell: _cell(next(labels), cell[1]), row[0], flags=re.DOTALL)
+
+    return re.sub(r"<tr>.*?</tr>", labelled, table[0].replace("<table>", "<table data-wide>"), flags=re.DOTALL)
+
+
+def _cell(label: str, content: str) -> str:
+    return f'<td data-label="{label}"><div>{content}</div></td>' if content else "<td></td>"
 
 
 def command_line() -> str:
