@@ -16,7 +16,7 @@ from streamflow import StreamFlowWrapper
 from streamflow.samples import IMAGE
 
 STATIC = Path(__file__).parent / "static"
-SIZE, MARGIN, CAPTION = 160, 10, 44
+SIZE, MARGIN, CAPTION, COLUMNS = 160, 10, 48, 3
 
 
 def draw(prompt: str, *, steps: int = 4, image: Path | None = None, **options: Any) -> Image.Image:
@@ -29,15 +29,15 @@ def draw(prompt: str, *, steps: int = 4, image: Path | None = None, **options: A
 
 
 def sheet(images: dict[str, Image.Image], name: str) -> None:
-    """The images in a row on white, each above its caption."""
-    width = len(images) * (SIZE + MARGIN) + MARGIN
-    page = Image.new("RGB", (width, SIZE + 2 * MARGIN + CAPTION), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    for column, (caption, image) in enumerate(images.items()):
-        x = MARGIN + column * (SIZE + MARGIN)
-        page.paste(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), (x, MARGIN))
-        pen.rectangle((x - 1, MARGIN - 1, x + SIZE, MARGIN + SIZE), outline="#d0d7de")
-        pen.multiline_text((x, MARGIN + SIZE + 4), caption, fill="#222222", font=font)
+    """The images on white in rows of `COLUMNS`, each above its caption."""
+    rows, wide, high = -(-len(images) // COLUMNS), SIZE + MARGIN, SIZE + MARGIN + CAPTION
+    page = Image.new("RGB", (COLUMNS * wide + MARGIN, rows * high + MARGIN), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=16)
+    for k, (caption, image) in enumerate(images.items()):
+        x, y = MARGIN + k % COLUMNS * wide, MARGIN + k // COLUMNS * high
+        page.paste(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), (x, y))
+        pen.rectangle((x - 1, y - 1, x + SIZE, y + SIZE), outline="#d0d7de")
+        pen.multiline_text((x, y + SIZE + 3), caption, fill="#222222", font=font)
     page.save(STATIC / name, quality=88)
 
 
@@ -52,7 +52,7 @@ def main() -> int:
         },
         "guidance.webp",
     )
-    sheet({f"{n} step{'s' * (n > 1)}": draw(fox, steps=n) for n in (1, 2, 4, 8)}, "steps.webp")
+    sheet({f"{n} step{'s' * (n > 1)}": draw(fox, steps=n) for n in (1, 2, 4)}, "steps.webp")
     strengths = (0.25, 0.5, 0.75, 1.0)
     sheet(
         {
@@ -64,7 +64,7 @@ def main() -> int:
     sheet(
         {
             "as it should be": draw(apple),
-            "text from a late step:\nt_index_list=[2, 3]": draw(apple, t_index_list=[2, 3]),
+            "text, late steps:\nt_index_list=[2, 3]": draw(apple, t_index_list=[2, 3]),
             "too much guidance:\nguidance_scale=8": draw(apple, cfg_type="full", guidance_scale=8.0),
             'an unknown prompt:\n"a street at night"': draw("a street at night"),
             "the image is ignored:\nstrength=1": draw(fox, image=IMAGE, strength=1.0),

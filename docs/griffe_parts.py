@@ -9,6 +9,7 @@ from typing import Any
 import griffe
 
 FORWARDS = "streamflow.stream.forwards"
+ATTRIBUTES = (f"{FORWARDS}.Attribute", f"{FORWARDS}.DiffusersAttribute")
 
 
 class Parts(griffe.Extension):
@@ -25,7 +26,7 @@ class Parts(griffe.Extension):
             function, of = call.function, call.arguments[-1]
             if function.canonical_path in (f"{FORWARDS}.method", f"{FORWARDS}.override"):
                 cls.set_member(name, self._method(name, pkg[_inside(of)], cls))
-            elif isinstance(function, griffe.ExprSubscript) and function.left.canonical_path == f"{FORWARDS}.Attribute":
+            elif isinstance(function, griffe.ExprSubscript) and function.left.canonical_path in ATTRIBUTES:
                 self._describe(member, function.slice, of, pkg)
 
     def _method(self, name: str, target: griffe.Function, cls: griffe.Class) -> griffe.Function:

@@ -34,7 +34,7 @@ NOT_RUN = {
     "midi": "needs a controller; tests/test_control.py plays its messages",
 }
 FAMILY_OF = {"StableDiffusion3Pipeline": "sd3", "AuraFlowPipeline": "auraflow", "DiffusionPipeline": "sd3"}
-LARGE = {"sd3": {"pos_embed_max_size": 128}}  # for 512x512
+LARGE = {"sd3": {"pos_embed_max_size": 128}, "auraflow": {"pos_embed_max_size": 4096}}  # for 512x512
 
 
 def blocks(text: str, *languages: str) -> list[tuple[frozenset[str], str]]:
