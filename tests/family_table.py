@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "static" / "families.json"
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
-FAMILIES_HEAD = ("family", "pipeline", "guidance", "image-to-image", "diffusers", "what differs, what is refused and why")
+FAMILIES_HEAD = ("family", "pipeline", "guidance", "image-to-image", "diffusers", "differences, what is refused")
 EXACT_HEAD = ("family", "row by row", "in one batch", "the pipeline's own batch", "image-to-image")
 EXPLAINED = """\
 In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then
