@@ -90,6 +90,12 @@ def test_links_and_images_are_there():
     assert not missing
 
 
+def test_the_workflow_runs_its_two_commands():
+    workflow = (ROOT / ".github/workflows/readme.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"^python3 (env/install\.py .*)$", README, re.MULTILINE)[:2]
+    assert [one.strip() for one in re.findall(r"run: .*?(env/install\.py .*)", workflow)] == commands
+
+
 def test_every_substitution_is_printed():
     page = (ROOT / "docs/from-streamdiffusion.md").read_text(encoding="utf-8")
     for what, _, replacement, why in SUBSTITUTIONS:
