@@ -9,6 +9,7 @@ from typing import Any
 import griffe
 
 FORWARDS = "streamflow.stream.forwards"
+ATTRIBUTES = (f"{FORWARDS}.Attribute", f"{FORWARDS}.DiffusersAttribute")
 
 
 class Parts(griffe.Extension):
@@ -18,13 +19,14 @@ class Parts(griffe.Extension):
         """Show forwards of this package. KeyError where a forward names a member that its part does not have."""
         cls = pkg["pipeline.StreamFlow"]
         for name, member in list(cls.members.items()):
-            call = getattr(member, "value", None)
+            decorators = [one.value for one in getattr(member, "decorators", ())]
+            call = decorators[0] if decorators else getattr(member, "value", None)
             if not isinstance(call, griffe.ExprCall):
                 continue
             function, of = call.function, call.arguments[-1]
-            if function.canonical_path == f"{FORWARDS}.method":
+            if function.canonical_path in (f"{FORWARDS}.method", f"{FORWARDS}.override"):
                 cls.set_member(name, self._method(name, pkg[_inside(of)], cls))
-            elif isinstance(function, griffe.ExprSubscript) and function.left.canonical_path == f"{FORWARDS}.Attribute":
+            elif isinstance(function, griffe.ExprSubscript) and function.left.canonical_path in ATTRIBUTES:
                 self._describe(member, function.slice, of, pkg)
 
     def _method(self, name: str, target: griffe.Function, cls: griffe.Class) -> griffe.Function:

@@ -1,4 +1,4 @@
-"""Draw the README's teaser: frames that ride through the denoising batch, one leaving at every call.
+"""Draw an animation for the documentation: frames that ride through the denoising batch, one leaving at every call.
 
     python examples/make_teaser.py --output static/videos/StreamFlow_teaser.gif
 

@@ -1,9 +1,9 @@
-"""The README's table of families, made of what the parity tests measured.
+"""The tables of families in docs/models.md, made of what the parity tests measured.
 
     python -m pytest -m "slow or not slow" tests/test_parity.py tests/test_families.py --families static/families.json
     python tests/family_table.py
 
-The first writes down what was found, family by family; the second puts it into the README. Not by hand: a test compares.
+The first writes down what was found, family by family; the second writes the tables. A test compares them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from streamflow import models
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "static" / "families.json"
+PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
-HEAD = [
-    *("family", "pipeline", "guidance", "row by row", "in one batch (its own noise)", "image-to-image", "diffusers"),
-    "what differs, what is refused and why",
-]
+FAMILIES_HEAD = ("family", "pipeline", "guidance", "image-to-image", "diffusers", "differences, what is refused")
+EXACT_HEAD = ("family", "row by row", "in one batch", "the pipeline's own batch", "image-to-image")
+EXPLAINED = """\
+In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then
+counts as it does in the pipeline that is named. The column diffusers has the oldest version that has the family.
+
+How exact each family is, against its pipeline's own call:
+"""
 GUIDANCE = ("none", "full", "self", "initialize")
 
 
@@ -74,30 +79,39 @@ class Found:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def table(result: dict[str, Any]) -> str:
-    """The table in Markdown."""
-    lines = [_line(HEAD), _line("---" for _ in HEAD)]
-    rows = [_row(family, result["families"][family]) for family in models.FAMILIES if family in result["families"]]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+def tables(result: dict[str, Any]) -> str:
+    """Both tables in Markdown: what each family does, and how exact it is."""
+    found = {family: result["families"][family] for family in models.FAMILIES if family in result["families"]}
+    does = [_does(family, one) for family, one in found.items()]
+    exact = [_exact(family, one) for family, one in found.items()]
+    return f"{_table(FAMILIES_HEAD, does)}\n{EXPLAINED}\n{_table(EXACT_HEAD, exact)}"
 
 
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def _row(family: str, found: dict[str, Any]) -> list[str]:
+def _does(family: str, found: dict[str, Any]) -> list[str]:
     adapter = models.adapter_class(family)
-    asked = "" if adapter.text_pipeline in models.PIPELINES else f' with `family="{family}"`'
-    twin = f"none; strength as `{adapter.image_pipeline}` counts it"
+    selected = "" if adapter.text_pipeline in models.PIPELINES else f' with `family="{family}"`'
     return [
         f"`{family}`",
-        f"`{adapter.text_pipeline}`{asked}",
+        f"`{adapter.text_pipeline}`{selected}",
         ", ".join(f"`{one}`" for one in GUIDANCE if one in found["guidance"]),
-        f"equal in {', '.join(found['equal'])}" if found["equal"] else "not to the bit",
-        _number(found["error"]) + ("" if found["noise"] is None else f" ({_number(found['noise'])})"),
-        twin if found["image"] is None else _number(found["image"]),
+        f"`{adapter.image_pipeline}`" if found["image"] is not None else f"strength of `{adapter.image_pipeline}`",
         adapter.since,
         adapter.note,
+    ]
+
+
+def _exact(family: str, found: dict[str, Any]) -> list[str]:
+    return [
+        f"`{family}`",
+        f"equal in {', '.join(found['equal'])}" if found["equal"] else "not to the bit",
+        _number(found["error"]),
+        "" if found["noise"] is None else _number(found["noise"]),
+        "" if found["image"] is None else _number(found["image"]),
     ]
 
 
@@ -105,17 +119,16 @@ def _number(error: float) -> str:
     return f"{error:.0e}" if error else "equal"
 
 
-def in_readme(text: str, made: str) -> str:
-    """The README's text with this table in the place of the one that it has."""
+def in_page(text: str, made: str) -> str:
+    """The page's text with these tables in the place of those that it has."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + made + END + after
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    made = in_readme(readme.read_text(encoding="utf-8"), table(json.loads(RESULTS.read_text())))
-    readme.write_text(made, encoding="utf-8")
+    made = in_page(PAGE.read_text(encoding="utf-8"), tables(json.loads(RESULTS.read_text(encoding="utf-8"))))
+    PAGE.write_text(made, encoding="utf-8")
     return 0
 
 

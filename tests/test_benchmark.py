@@ -178,7 +178,7 @@ def test_latency_of_all_modes_at_all_rates(subject_of, monkeypatch):
     assert [(row["stages"], row["input_rate"]) for row in found["rows"]] == [(s, r) for s in (1, 3) for r in (24, 30, 60)]
     for row in found["rows"]:
         assert set(row["modes"]) == {"fed", "free", "sequential"} and row["auto"] in row["modes"]
-        assert all(m["images"] >= 2 and 0 < m["p50_ms"] <= m["p95_ms"] for m in row["modes"].values())
+        assert all(m["images"] >= 1 and 0 < m["p50_ms"] <= m["p95_ms"] for m in row["modes"].values())
 
 
 def point(value, ring: float = 3.0) -> dict:

@@ -4,30 +4,37 @@ site builds without a warning."""
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib
-import importlib.util
 import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import stand_ins
 from test_imports import ROWS
 
 from streamflow import StreamFlow, StreamFlowWrapper, models
+from streamflow.app import cli
 from streamflow.app.cli import COMMANDS
+from streamflow.app.config import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next((found for one in ("chromium", "chromium-browser") if (found := shutil.which(one))), None)
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
-BLOCK = re.compile(r"(<!-- needs: [^>]+ -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
 def blocks(page, language):
     """(what it needs, the text) of every block in a language."""
-    return [(needs, text) for needs, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+    return stand_ins.blocks(page.read_text(encoding="utf-8"), language)
 
 
 def name(page):
@@ -41,11 +48,21 @@ def test_its_python_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
     scope: dict = {}
     for needs, text in blocks(page, "python"):
-        code = compile(text, name(page), "exec")
-        if needs:
+        if reasons := stand_ins.not_run(needs):
+            print(f"{name(page)}, not run: {'; '.join(reasons)}")
             imported(ast.parse(text))
         else:
-            exec(code, scope)
+            stand_ins.stand_in(needs, monkeypatch, tmp_path)
+            stand_ins.run_python(text, name(page), scope)
+
+
+@pytest.mark.slow
+def test_the_quickstart_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _, text in blocks(ROOT / "docs/quickstart.md", "bash"):
+        for line in text.splitlines():
+            assert cli.main(shlex.split(line)[1:]) == 0, line
+    assert (tmp_path / "streamflow.yaml").is_file() and list(tmp_path.glob("outputs/*.png"))
 
 
 def imported(tree):
@@ -71,16 +88,19 @@ def test_its_commands_have_the_flags_they_are_given(page, line, capsys):
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
     if words[0] == "streamflow":
         main = importlib.import_module(COMMANDS[words[1]][0]).main
-        with pytest.raises(SystemExit):
-            main(["--help"])
-        said = capsys.readouterr().out
+        said = ""
+        for help_flag in ("--help-all", "--help"):  # some commands have more options than --help shows
+            with contextlib.suppress(SystemExit):
+                main([help_flag])
+            said += capsys.readouterr().out
     elif words[:2] == ["python", "-m"]:
         said = (ROOT / Path(*words[2].split("."))).with_suffix(".py")
         said = said if said.exists() else ROOT / Path(*words[2].split(".")) / "__main__.py"
         said = said.read_text(encoding="utf-8") if said.exists() else pytest.fail(f"{page}: {line}")
     else:
         script = next(word for word in words if word.endswith(".py"))
-        said = (ROOT / script).read_text(encoding="utf-8") + "".join(installer_options())
+        demo = ["test_demo_gen.py"] if "demo" in words else []  # the installer passes on what follows
+        said = "".join((ROOT / one).read_text(encoding="utf-8") for one in (script, *demo)) + "".join(installer_options())
     assert all(re.search(rf"{flag}\b", said) for flag in flags), (page, line)
 
 
@@ -100,9 +120,9 @@ def test_the_messages_that_are_explained_are_messages_of_the_code():
     assert quoted and missing == []
 
 
-@pytest.mark.parametrize("one", [StreamFlow, StreamFlowWrapper])
-def test_the_reference_lists_every_member(one):
-    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("one", "file"), [(StreamFlow, "streamflow"), (StreamFlowWrapper, "wrapper")])
+def test_the_reference_lists_every_member(one, file):
+    page = (ROOT / f"docs/reference/{file}.md").read_text(encoding="utf-8")
     listed = re.search(
         rf"^::: streamflow\.{one.__name__}\n    options:.*?members:\s*\[(.*?)\]", page, re.MULTILINE | re.DOTALL
     )
@@ -110,9 +130,20 @@ def test_the_reference_lists_every_member(one):
     assert sorted(re.split(r",\s*", listed[1])) == sorted(public)
 
 
+def test_the_reference_has_a_page_for_what_it_lists():
+    listed = re.findall(r"`(streamflow[\w.]*)`", (ROOT / "docs/reference/index.md").read_text(encoding="utf-8"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    assert len(listed) > 20 and [one for one in listed if f"::: {one}\n" not in pages] == []
+
+
+def test_every_guide_has_an_image():
+    for page in (ROOT / "docs/guides").glob("*.md"):
+        assert re.search(r"^!\[[^\]]+\]\(", page.read_text(encoding="utf-8"), re.MULTILINE), name(page)
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+\.md)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:\s]+)[)#]", without_blocks(page.read_text(encoding="utf-8"))):
             assert (page.parent / target).is_file(), (name(page), target)
 
 
@@ -179,14 +210,27 @@ def defined(token, members):
     return cls in members and (not member or member in members[cls])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: python env/install.py --docs")
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built without a warning."""
+    pytest.importorskip("mkdocs", reason="needs mkdocs: python env/install.py --docs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    reference = (tmp_path / "site/reference/index.html").read_text(encoding="utf-8")
+    assert "not included in the" not in run.stderr  # every page is in the navigation
+    return folder
+
+
+def pages_of(site):
+    """The paths of all pages, relative to the site."""
+    return sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html"))
+
+
+@pytest.mark.slow
+def test_the_site_has_the_reference(site):
+    reference = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("index.html"))
     for one in (
         "streamflow.StreamFlow.update",
         "streamflow.StreamFlow.live",
@@ -198,3 +242,70 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert [member for member in own if f'id="streamflow.StreamFlow.{member}"' not in reference] == []
     update = reference.split('id="streamflow.StreamFlow.update"')[1].split("</code>")[0]
     assert "scope" in update and "seed" in update  # with the signature of the part's method
+    private = re.findall(r'<h\d id="(streamflow[^"]*\._[a-z]\w*)"', reference)
+    assert private == [] and "Bases:" not in reference
+
+
+@pytest.mark.slow
+def test_the_site_has_every_command_and_setting(site):
+    commands = (site / "command-line/index.html").read_text(encoding="utf-8")
+    assert [one for one in COMMANDS if f'id="streamflow-{one}"' not in commands] == []
+    settings = (site / "settings/index.html").read_text(encoding="utf-8")
+    assert [path for path in setting_paths(Settings) if f"<code>{path}</code>" not in settings] == []
+
+
+def setting_paths(section, before=""):
+    for key, field in section.model_fields.items():
+        inner = getattr(field.default, "model_fields_set", None)
+        if inner is None:
+            yield f"{before}{key}" if before or key != "similar_image_filter" else "similar_image_filter.threshold"
+        else:
+            yield from setting_paths(type(field.default), f"{before}{key}.")
+
+
+@pytest.mark.slow
+def test_images_and_links_of_the_site_are_there(site):
+    missing = []
+    for page in pages_of(site):
+        if page == "404.html":
+            continue
+        html = (site / page).read_text(encoding="utf-8")
+        for target in re.findall(r'(?:src|href)="([^":#?]+)["#?]', html):
+            path = (site / page).parent / target
+            if not (path.is_file() or (path / "index.html").is_file()):
+                missing.append((page, target))
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_no_page_scrolls_sideways_on_a_phone(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    handler = functools.partial(QuietHandler, directory=str(site))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    wide = {}
+    try:
+        with playwright.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 390, "height": 844})
+            for path in pages_of(site):
+                page.goto(f"http://127.0.0.1:{server.server_port}/{path}")
+                width = page.evaluate("document.documentElement.scrollWidth")
+                parts = page.evaluate(WIDE_PARTS)
+                if width > 390 or parts:
+                    wide[path] = width, parts
+            browser.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert wide == {}
+
+
+WIDE_PARTS = """[...document.querySelectorAll('pre, pre > code, .md-typeset__scrollwrap')]
+    .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent.slice(0, 60))"""
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass

@@ -25,7 +25,7 @@ ROOT = Path(streamflow.__file__).parent
 ROWS = (
     (
         *("_version", "_environment", "_files", "_grad_mode", "_queue", "_threads", "_validation", "_decibels"),
-        *("_command_line", "pretrained"),
+        *("_command_line", "pretrained", "samples"),
     ),
     ("flow", "image_utils", "image_filter", "io"),
     ("conditioning",),

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
@@ -140,11 +139,9 @@ def test_pip_is_asked_for_the_requirements_extras_and_for_the_torch_that_is_kept
 # --- the second run --------------------------------------------------------------------------------------------------
 
 
-def test_second_run_checks_in_two_seconds_and_passes_arguments_and_exit_code_on(clone):
+def test_second_run_installs_nothing_and_passes_arguments_and_exit_code_on(clone):
     (clone.root / "test_demo_gen.py").write_text("import sys\nprint(sys.argv[1:], sys.prefix)\nsys.exit(7)\n")
-    started = time.monotonic()
     done = clone.run("demo", "--frames", "3", "a word")
-    assert time.monotonic() - started < 2
     assert done.returncode == 7, done.stderr
     checked, activate, last = done.stdout.splitlines()
     assert "is installed in" in checked and "checked in" in checked

@@ -69,7 +69,7 @@ class FlowAdapter:
     control: the `ControlRule` of the family's control nets, `module:Class`; None: diffusers has none.
     tiny_vae: a small VAE of the same latents, a hub id or a key of `models.tiny_vae.PUBLISHED`.
     since: the oldest diffusers that is supported for this family.
-    note: differences from the pipeline and what is refused, for the README's table.
+    note: differences from the pipeline and what is refused, for the table in docs/models.md.
     text_pipeline, image_pipeline: names of diffusers classes, the text-to-image pipeline and the one whose
         `get_timesteps` turns a strength into a start index; Stable Diffusion 3's where a family has no image pipeline.
     refused: arguments of the pipeline that change its loop, which a stream does not support.
