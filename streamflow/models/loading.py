@@ -56,7 +56,11 @@ def load(
 
 def _open(model: str, family: str | None, options: Call) -> Pipeline:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from huggingface_hub.utils import are_progress_bars_disabled
 
+    if are_progress_bars_disabled():  # by HF_HUB_DISABLE_PROGRESS_BARS, which diffusers does not read
+        logging.disable_progress_bar()
     from_pretrained: Function = DiffusionPipeline.from_pretrained
     if model == "embedded":
         return from_pretrained(pretrained.embedded(), **{**WITHOUT_T5, **options})
