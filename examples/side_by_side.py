@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--repeat", type=int, default=1, help="how often each prompt sees the clip (default: %(default)s)")
     p.add_argument("--stride", type=int, default=2, help="take every n-th frame (default: %(default)s)")
     p.add_argument("--seed", type=int, default=2, help="default: %(default)s")
-    p.add_argument("--output", type=Path, default=Path("outputs/side-by-side.webp"), help=".webp or .gif (default: %(default)s)")
+    p.add_argument(
+        "--output", type=Path, default=Path("outputs/side-by-side.webp"), help=".webp or .gif (default: %(default)s)"
+    )
     a = p.parse_args(argv)
     frames = clip(a.input)[:: a.stride] * a.repeat
     prompts = list(chain.from_iterable(repeat(prompt, len(frames)) for prompt in a.prompt or PROMPTS))

@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """`--help` shows the options that matter, `--help-all` every one. An error is printed in one line, with exit code 2."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+        super().__init__(allow_abbrev=False, **given)  # --mode would be taken for --model where there is no --mode
         self._rare: dict[argparse.Action, str | None] = {}
 
     def add_rare(self, action: argparse.Action) -> None:

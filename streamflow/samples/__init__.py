@@ -1,9 +1,9 @@
 """Files to try things on, drawn for this project by examples/make_samples.py: the defaults of commands and examples.
 
-    from PIL import Image
-    from streamflow.samples import CLIP, IMAGE
+from PIL import Image
+from streamflow.samples import CLIP, IMAGE
 
-    stream(Image.open(IMAGE))
+stream(Image.open(IMAGE))
 """
 
 from pathlib import Path

@@ -31,7 +31,7 @@ GROUPS = {  # the settings that `--help` shows
     "speed": ("acceleration.kind",),
     "live": ("live.target_fps",),
 }
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 SHORT = {"num_inference_steps": "--steps", "acceleration.kind": "--accelerate"}  # beside the setting's own name
 
 
@@ -124,6 +124,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(?!streamflow)")
     for name in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
