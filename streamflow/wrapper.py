@@ -87,6 +87,7 @@ SETTABLE = (
     "skip_diffusion",
     "warmup",
 )
+WARM = 10  # images that warm an accelerated stream up
 
 
 class StreamFlowWrapper:
@@ -103,7 +104,8 @@ class StreamFlowWrapper:
         vae_id: hub id or folder of a tiny VAE in the place of the model's VAE; unused with use_tiny_vae=False.
         device: None: a GPU where there is one. dtype: None: float32 on a CPU, bfloat16 elsewhere.
         frame_buffer_size, width, height, do_add_noise, use_denoising_batch, cfg_type: as `StreamFlow`'s.
-        warmup: images drawn and thrown away after the first preparation.
+        warmup: images drawn and thrown away after the first preparation. None: 10 where the acceleration in force is not
+            "none", else 0.
         acceleration: as `StreamFlow.accelerate`'s; "tensorrt" keeps its engines in `engine_dir`; "xformers" is "none", since
             torch's own attention has taken its place, which is logged.
         device_ids: more devices, "cuda:1" or 1: the decode and the denoising rows are spread over all of them.
@@ -157,7 +159,7 @@ class StreamFlowWrapper:
         frame_buffer_size: int = 1,
         width: int | None = None,
         height: int | None = None,
-        warmup: int = 10,
+        warmup: int | None = None,
         acceleration: str = "auto",
         do_add_noise: bool = False,
         device_ids: Sequence[int | str] | None = None,
@@ -192,7 +194,8 @@ class StreamFlowWrapper:
             acceleration = "none"
         if acceleration == "sfast":
             raise ValueError("acceleration 'sfast': stable-fast is no longer maintained: choose 'auto', or 'none'")
-        whole_number("warmup", warmup, 0)
+        if warmup is not None:
+            whole_number("warmup", warmup, 0)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
@@ -322,6 +325,8 @@ class StreamFlowWrapper:
         arguments = {**self._defaults, **arguments}
         given = prompt, negative_prompt, num_inference_steps, guidance_scale, delta
         self.stream.prepare(*given, **arguments)
+        if self.warmup is None:
+            self.warmup = 0 if self.stream.acceleration == "none" else WARM
         if self.warmup:
             self._warm_up()
 
@@ -335,7 +340,7 @@ class StreamFlowWrapper:
             ) from error
 
     def _warm_up(self) -> None:
-        count, self.warmup = self.warmup, 0
+        count, self.warmup = self.warmup or 0, 0
         generator = self.stream.generator
         if generator is not None:  # which warming up leaves as it is
             self.stream.generator = torch.Generator()

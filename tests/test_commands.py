@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from streamflow._version import __version__
 from streamflow.app import config
 from streamflow.app.cli import main
 from streamflow.app.commands import options
@@ -54,9 +56,9 @@ def test_a_file_of_settings_is_written_checked_and_shown(capsys):
     assert config.parse(json.loads(capsys.readouterr().out.splitlines()[-1])) == Settings()
 
 
-def of(*argv):
+def of(*argv, mode="txt2img"):
     p = options.parser("txt2img", "", "")
-    return options.settings(p, p.parse_args([*argv]), mode="txt2img")
+    return options.settings(p, p.parse_args([*argv]), mode=mode)
 
 
 def test_flags_win_over_the_file_and_texts_stay_texts():
@@ -77,7 +79,7 @@ def test_image_to_image_starts_half_way_unless_a_start_is_given():
         (["--strength", "0.7"], (None, 0.7)),
         (["--t-index-list", "[0, 2]"], ((0, 2), None)),
     ):
-        made = options.with_start(of("--mode", "img2img", *flags))
+        made = options.with_start(of(*flags, mode="img2img"))
         assert (made.t_index_list, made.strength) == start
     assert options.with_start(of()).strength is None
 
@@ -142,3 +144,49 @@ def handles(pid, number):
     with open(f"/proc/{pid}/status") as status:
         caught = next(line for line in status if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def helped(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        main([*argv])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["txt2img", "img2img", "video", "morph", "live", "serve"])
+def test_help_shows_what_matters_and_help_all_the_rest(command, capsys):
+    short, long = helped(capsys, command, "--help"), helped(capsys, command, "--help-all")
+    assert short.count("\n") <= 75 and short.count("\n") < long.count("\n")
+    assert "--steps N" in short and "--seed N" in short and "(default: 2)" in short and "--help-all" in short
+    assert "--delta" not in short and "--delta" in long and "--num-inference-steps" in long and "{none,full" in short
+    for section, readers in {"--server.": ["serve"], "--live.": ["live"], "--control.": ["live"]}.items():
+        assert (section in long) == (command in readers)
+    assert "--mode " not in long or command == "live"
+    assert "  VALUE" not in short and "empty:" not in long
+
+
+def test_the_version_and_a_typo(capsys):
+    assert helped(capsys, "--version") == f"streamflow {__version__}\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["txt2img", "--promt", "a fox"])
+    assert ended.value.code == 2 and "unrecognized arguments: --promt a fox" in capsys.readouterr().err
+
+
+def test_steps_and_accelerate_are_settings_by_shorter_names():
+    made = of("--steps", "7", "--accelerate", "none")
+    assert made.num_inference_steps == 7 and made.acceleration.kind == "none"
+    assert of("--num-inference-steps", "6", "--acceleration.kind", "compile").acceleration.kind == "compile"
+
+
+def test_without_a_prompt_the_images_are_different_examples(capsys):
+    assert main(["txt2img", "--count", "3", "--steps", "1", *QUICK, "--output", "four", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
+    a, b, c = (np.asarray(Image.open(one), np.float32) for one in files)
+    assert min(np.abs(a - b).mean(), np.abs(b - c).mean(), np.abs(a - c).mean()) > 10
+
+
+def test_the_sample_drawing_is_restyled_by_default(capsys):
+    assert main(["img2img", *QUICK, "--num-inference-steps", "2", "--output", "sample"]) == 0
+    said = capsys.readouterr()
+    assert "1 images in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
+    assert said.err.count("\r") <= 4 and "Loading" not in said.err  # one progress bar, of the images

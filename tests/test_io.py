@@ -32,6 +32,8 @@ from streamflow.io import (
     Writing,
     open_sink,
     open_source,
+    register_sink,
+    register_source,
 )
 
 pytestmark = pytest.mark.extras
@@ -987,3 +989,39 @@ def test_what_is_of_another_system_or_not_installed_says_what_to_do():
 def test_an_image_is_checked(pixels, error):
     with pytest.raises(error, match="pixels are"):
         TimedImage(pixels, 0.0)
+
+
+class Theirs:
+    """A sink of someone else's."""
+
+    def __init__(self, name=""):
+        self.name, self.count = name, 0
+
+    def open(self):
+        self.count = 0
+
+    def write(self, image):
+        self.count += 1
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    for name, table in (("SINKS", SINKS), ("SOURCES", SOURCES)):
+        monkeypatch.setattr(f"streamflow.io.addresses.{name}", dict(table))
+
+
+@pytest.mark.parametrize(("register", "make"), [(register_sink, open_sink), (register_source, open_source)])
+def test_kinds_of_others_are_registered(tables, register, make):
+    register("counting", Theirs)
+    assert make("counting:mine").name == "mine" and make("counting:").name == "" and make("counting").name == ""
+    assert make("counting:a:b").name == "a:b"
+    with pytest.raises(ValueError, match="'counting' is there already"):
+        register("counting", Theirs)
+    for wrong in ("c", "a b", "a/b", "", 3):
+        with pytest.raises(ValueError, match="a kind is a name of two or more"):
+            register(wrong, Theirs)
+    with pytest.raises(TypeError, match="needs a class or a function"):
+        register("other", "Theirs")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 
+from streamflow._version import __version__
 from streamflow.app.signals import INTERRUPTED, stop_signals
 
 COMMANDS = {
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"commands:\n{lines}\n\nexample: streamflow doctor\n`streamflow COMMAND --help` tells what a command takes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"streamflow {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")
     command = parser.parse_args(arguments[:1]).command
     with stop_signals(STOPPED[command]) if command in STOPPED else nullcontext():

@@ -33,9 +33,9 @@ class Acceleration(Section):
     """How the network and the VAE are made faster."""
 
     kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime"] = Field(
-        default="auto", description="auto is compile with a CUDA graph on a GPU, and none elsewhere"
+        default="auto", description="kind of acceleration; auto is compile with a CUDA graph on a GPU, else none"
     )
-    options: Json = Field(default={}, description="of that kind, such as quantize: fp8")
+    options: Json = Field(default={}, description="options of the acceleration, such as quantize: fp8")
 
     @field_validator("options")
     @classmethod
@@ -55,42 +55,49 @@ class Settings(Section):
     """A model, what it draws, and how. The names are those of `StreamFlow` and `prepare` where these have them."""
 
     model: str = Field(
-        default="embedded", description="embedded, a hub id, a folder, or a .safetensors file (then with a family)"
+        default="embedded", description="the built-in model, a hub id, a folder, or a .safetensors file (with a family)"
     )
     family: str | None = Field(default=None, description="a rectified-flow family, where the pipeline's class does not tell")
-    device: str | None = Field(default=None, description="cuda, cuda:1, cpu, mps; empty: a GPU where there is one")
+    device: str | None = Field(default=None, description="device: cuda, cuda:1, cpu or mps; empty: a GPU where there is one")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        default=None, description="of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
+        default=None, description="dtype of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
     devices: tuple[str, ...] = Field(
         default=(), description="more devices: the VAE and the denoising rows are spread over all"
     )
     mode: Literal["txt2img", "img2img"] = Field(default="txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(
-        default="a red apple, 3d render", description="a text, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
+        default="a red apple, 3d render", description="prompt, or several with weights: [[a cat, 0.6], [a dog, 0.4]]"
     )
     negative_prompt: str = Field(default="", description="what not to draw; needs guidance")
-    num_inference_steps: int = Field(default=4, ge=1, description="the length of the schedule")
+    num_inference_steps: int = Field(default=4, ge=1, description="number of steps")
     t_index_list: tuple[int, ...] | None = Field(
-        default=None, description="the steps of it that are taken, 0 the noisiest; empty: all, or by strength"
+        default=None, description="indices of the steps that are taken, 0 the noisiest; empty: all, or by strength"
     )
     strength: float | None = Field(
-        default=None, gt=0, le=1, description="of img2img, instead of t_index_list: above 0; 1 ignores the image"
+        default=None,
+        gt=0,
+        le=1,
+        description="how much an image is changed, above 0; 1 ignores the image; instead of t_index_list",
     )
-    cfg_type: Literal["none", "full", "self", "initialize"] = Field(default="none", description="the kind of guidance")
-    guidance_scale: float | None = Field(default=None, description="its weight; empty: the pipeline's own")
-    delta: float = Field(default=1.0, description="moderates the weight of self and initialize")
-    seed: int = Field(default=2, ge=0, le=2**64 - 1, description="of all noise")
-    width: int | None = Field(default=None, ge=1, description="pixels; empty: the model's own")
-    height: int | None = Field(default=None, ge=1, description="pixels; empty: the model's own")
+    cfg_type: Literal["none", "full", "self", "initialize"] = Field(default="none", description="kind of guidance")
+    guidance_scale: float | None = Field(default=None, description="weight of the guidance; empty: the pipeline's own")
+    delta: float = Field(default=1.0, description="moderates the guidance weight of self and initialize")
+    seed: int = Field(default=2, ge=0, le=2**64 - 1, description="seed of all noise")
+    width: int | None = Field(default=None, ge=1, description="width in pixels; empty: the model's own")
+    height: int | None = Field(default=None, ge=1, description="height in pixels; empty: the model's own")
     frame_buffer_size: int = Field(default=1, ge=1, description="frames that enter and leave together")
     use_denoising_batch: bool = Field(default=True, description="false draws frame by frame: lower rate, lower latency")
     do_add_noise: bool = Field(default=False, description="put noise back at every step instead of stepping by Euler")
     tiny_vae: bool | str = Field(default=False, description="true: the family's own tiny VAE; or a hub id or folder of one")
-    loras: dict[str, float] = Field(default={}, description="LoRAs, hub id or file, and how strong each is")
+    loras: dict[str, float] = Field(default={}, description="LoRAs, by hub id or file, and the strength of each")
     acceleration: Acceleration = Field(default=Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(default=None, description=SimilarImages.__doc__)
-    warmup: int = Field(default=10, ge=0, description="images drawn and thrown away at the start")
+    warmup: int | None = Field(
+        default=None,
+        ge=0,
+        description="images drawn and thrown away at the start; empty: 10 if something is accelerated, else 0",
+    )
     live: LiveSettings = Field(default=LiveSettings(), description=LiveSettings.__doc__)
     control: Control = Field(default=Control(), description=Control.__doc__)
     server: Server = Field(default=Server(), description=Server.__doc__)

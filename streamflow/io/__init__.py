@@ -4,7 +4,7 @@ A source opens, reads and closes; a sink opens, writes and closes; Reading and W
 One file a kind; what a kind needs is imported when it is opened. Knows no stream and no tensors.
 """
 
-from streamflow.io.addresses import SINKS, SOURCES, open_sink, open_source
+from streamflow.io.addresses import SINKS, SOURCES, open_sink, open_source, register_sink, register_source
 from streamflow.io.protocols import InvalidSource, Sink, SinkLost, Source, SourceLost, TimedImage
 from streamflow.io.threads import Reading, Writing
 
@@ -21,4 +21,6 @@ __all__ = [
     "Writing",
     "open_sink",
     "open_source",
+    "register_sink",
+    "register_source",
 ]

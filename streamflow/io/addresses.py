@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from streamflow.io.protocols import SUFFIXES, Sink, Source
 
 Options = dict[str, object]  # arguments of a source or sink
-# kind: (module, class, what turns the address's rest into arguments)
-Entry = tuple[str, str, Callable[[str], Options]]
+# kind: (module, class, what turns the address's rest into arguments), or what creates one from the rest
+Entry = tuple[str, str, Callable[[str], Options]] | Callable[..., object]
 
 
 def _named(argument: str) -> Callable[[str], Options]:
@@ -70,6 +71,32 @@ SINKS: dict[str, Entry] = {
 }
 
 
+def register_source(kind: str, create: Callable[..., Source]) -> None:
+    """Add a kind of source: `open_source("KIND:REST")` calls `create("REST")`, and `create()` where there is no rest.
+
+    Raises:
+        ValueError: a kind that is there already, or that is no name of two or more letters, digits, "-" and "_".
+        TypeError: `create` cannot be called.
+    """
+    _register(SOURCES, kind, create)
+
+
+def register_sink(kind: str, create: Callable[..., Sink]) -> None:
+    """Add a kind of sink: `open_sink("KIND:REST")` calls `create("REST")`, and `create()` where there is no rest. Raises as
+    `register_source` does."""
+    _register(SINKS, kind, create)
+
+
+def _register(table: dict[str, Entry], kind: str, create: Callable[..., object]) -> None:
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):
+        raise ValueError(f"a kind is a name of two or more letters, digits, '-' and '_', not {kind!r}")
+    if kind in table:
+        raise ValueError(f"{kind!r} is there already: choose another name")
+    if not callable(create):
+        raise TypeError(f"{kind!r} needs a class or a function that creates one, not {create!r}")
+    table[kind] = create
+
+
 def open_source(address: str, **options: object) -> Source:
     """The source at an address, made and not yet opened: `KIND:REST`, a path of a video, an image or a folder, or an
     http address of MJPEG. options: further arguments of its class.
@@ -109,7 +136,10 @@ def _make(table: dict[str, Entry], what: str, address: str, options: Options) ->
     kind, _, rest = address.partition(":")
     if kind not in table:
         raise ValueError(f"unknown {what} {address!r}: give a path, or KIND:... with one of {', '.join(table)}")
-    module, name, parse = table[kind]
+    entry = table[kind]
+    if not isinstance(entry, tuple):
+        return entry(*([rest] if rest else []), **options)
+    module, name, parse = entry
     try:
         arguments = parse(rest)
     except ValueError as error:

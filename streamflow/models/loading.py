@@ -56,7 +56,13 @@ def load(
 
 def _open(model: str, family: str | None, options: Call) -> Pipeline:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers_logging
 
+    if are_progress_bars_disabled():  # diffusers does not ask, and transformers asks at its import only
+        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     from_pretrained: Function = DiffusionPipeline.from_pretrained
     if model == "embedded":
         return from_pretrained(pretrained.embedded(), **{**WITHOUT_T5, **options})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from streamflow.app.commands import options
+from streamflow.samples import IMAGE
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -21,8 +22,8 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
     p = options.parser("img2img", "Restyles images, in their order; results have their names.", EXAMPLE)
-    p.add_argument("images", type=Path, nargs="+", help="files")
-    p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
+    p.add_argument("images", type=Path, nargs="*", default=[IMAGE], help="files (default: the sample drawing)")
+    p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
     a = p.parse_args(argv)
     names = [path.stem for path in a.images]
     if twice := sorted({name for name in names if names.count(name) > 1}):

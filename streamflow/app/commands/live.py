@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the source ended, the window was closed, or by SIGINT or SIGTERM; 1 for what failed; 2 for
     arguments."""
     description = "Restyles a camera, a screen or a file live; without --in, draws from the prompt."
-    p = options.parser("live", description, EXAMPLE, "live", "control")
+    p = options.parser("live", description, EXAMPLE, "live", "control", unused=())
     p.add_argument("--in", dest="live.source", metavar="SOURCE", help="short for --live.source")
     p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")

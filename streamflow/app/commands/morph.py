@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 EXAMPLE = 'streamflow morph "an apple, 3d render" "an orange, 3d render" --output outputs/morph.gif'
+UNUSED = ("mode", "prompt", "strength", "similar_image_filter")
 VIDEOS = (".mp4", ".mkv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where the file cannot be written; 2 for invalid arguments."""
-    p = options.parser("morph", "Draws the way from one prompt to the next while the noise stays.", EXAMPLE)
+    p = options.parser("morph", "Draws the way from one prompt to the next while the noise stays.", EXAMPLE, unused=UNUSED)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="two or more")
     p.add_argument("--frames", type=at_least(2), default=30, help="from each to the next (default %(default)s)")
     p.add_argument("--blend", choices=METHODS, default="slerp", help="default: %(default)s")
@@ -42,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = p.parse_args(argv)
     if len(a.prompts) < 2:
         p.error("a morph goes from one prompt to another: give two or more")
-    if a.prompt is not None:
-        p.error("the prompts are given without --prompt")
     if a.output.suffix.lower() not in (".gif", *VIDEOS):
         p.error(f"{a.output}: the file's name ends in .gif, {' or '.join(VIDEOS)}")
     a.prompt = json.dumps([[text, float(k == 0)] for k, text in enumerate(a.prompts)])

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 
 from streamflow._command_line import Parser
 from streamflow._files import Json, read_yaml
@@ -21,10 +24,20 @@ if TYPE_CHECKING:
     from streamflow.image_utils import Images
 
 SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
+GROUPS = {  # the settings that `--help` shows
+    "image": ("prompt", "strength", "seed", "width", "height"),
+    "model": ("model", "device"),
+    "sampling": ("num_inference_steps", "cfg_type", "guidance_scale"),
+    "speed": ("acceleration.kind",),
+    "live": ("live.target_fps",),
+}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+SHORT = {"num_inference_steps": "--steps", "acceleration.kind": "--accelerate"}  # beside the setting's own name
 
 
-def parser(command: str, description: str, example: str, *sections: str) -> Parser:
-    """A parser with `--config`, `--json` and the settings' flags, of `SECTIONS` those that the command reads."""
+def parser(command: str, description: str, example: str, *sections: str, unused: Sequence[str] = ("mode",)) -> Parser:
+    """A parser with `--config`, `--json`, `--verbose` and the settings' flags: of `SECTIONS` those that the command reads,
+    and no flag for a setting that it does not use. A file may hold them all."""
     p = Parser(
         prog=f"streamflow {command}",
         description=description,
@@ -33,13 +46,46 @@ def parser(command: str, description: str, example: str, *sections: str) -> Pars
     )
     p.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML (`streamflow config init` writes one)")
     p.add_argument("--json", action="store_true", help="print one line of JSON at the end")
-    group = p.add_argument_group("settings")
-    for path, field in _fields(Settings):
-        if (section := path.split(".")[0]) in SECTIONS and section not in sections:
-            continue
-        flag = f"--{path.replace('_', '-')}"
-        group.add_argument(flag, dest=path, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+    p.add_argument("-v", "--verbose", action="store_true", help="show the messages and progress bars of the libraries too")
+    fields = {path: field for path, field in _fields(Settings) if _is_read(path, sections, unused)}
+    shown = {path: title for title, paths in GROUPS.items() for path in paths if path in fields}
+    groups = {title: p.add_argument_group(title) for title in dict.fromkeys(shown.values())}
+    rest = p.add_argument_group("more settings")
+    for path in (*shown, *(path for path in fields if path not in shown)):
+        flag, given = f"--{path.replace('_', '-')}", {"dest": path, "metavar": _metavar(fields[path])}
+        group = groups.get(shown.get(path, ""), rest)
+        if short := SHORT.get(path):
+            group.add_argument(short, help=_help(fields[path]), **given)
+            p.add_rare(rest.add_argument(flag, help=f"the same as {short}", **given))
+        elif group is rest:
+            p.add_rare(rest.add_argument(flag, help=_help(fields[path]), **given))
+        else:
+            group.add_argument(flag, help=_help(fields[path]), **given)
     return p
+
+
+def _is_read(path: str, sections: Sequence[str], unused: Sequence[str]) -> bool:
+    section = path.split(".")[0]
+    return (section not in SECTIONS or section in sections) and section not in unused
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What a flag takes: its choices, or the kind of its value."""
+    kinds = _kinds(field)
+    choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    names = {bool: "{true,false}", int: "N", float: "X", str: "TEXT"}
+    return next((names[kind] for kind in kinds if isinstance(kind, type) and kind in names), "VALUE")
+
+
+def _help(field: FieldInfo) -> str:
+    """The description, and the default where the description does not say it."""
+    text = (field.description or "").replace("empty:", "default:").replace("%", "%%")
+    default = field.default
+    if default in (None, "", (), {}) or "default" in text:
+        return text
+    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
 def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -55,11 +101,14 @@ def _fields(section: type[Section], before: str = "") -> Iterator[tuple[str, Fie
 def _kinds(field: FieldInfo) -> tuple[object, ...]:
     """The types that a field may be of."""
     kind = field.annotation
-    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
-    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid."""
+    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid. The
+    libraries' messages are hidden from here on, without `--verbose`."""
+    if not a.verbose:
+        quiet_libraries()
     try:
         data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
         for path, _ in _fields(Settings):
@@ -68,6 +117,18 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
         return config.parse(data)
     except (ValueError, OSError) as error:
         raise SystemExit(p.failed(error, 2)) from None
+
+
+def quiet_libraries() -> None:
+    """Hide the warnings, log messages below errors, and progress bars of torch, diffusers, transformers and torchao."""
+    warnings.filterwarnings("ignore", module=r"(?!streamflow)")
+    for name in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def with_start(settings: Settings) -> Settings:
@@ -90,17 +151,30 @@ def _put(data: Json, path: list[str], value: object) -> None:
     data[path[-1]] = value
 
 
-def draw(settings: Settings, images: Iterable[Images | None], names: Sequence[str], folder: Path) -> Json:
-    """A PNG file for each of these images, or for each None of one drawn from text; the files, and the seconds that it took.
-    names: of the files. They are needed only once an image has been taken."""
+def draw(
+    settings: Settings,
+    images: Iterable[Images | None],
+    names: Sequence[str],
+    folder: Path,
+    prompts: Sequence[str] = (),
+) -> Json:
+    """A PNG file for each of these images, or for each None of one drawn from text; the files, and the seconds it took.
+    names: of the files. They are needed only once an image has been taken. prompts: one for each image, if they differ."""
     from streamflow.image_utils import postprocess_image
     from streamflow.wrapper import StreamFlowWrapper
 
     folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     with StreamFlowWrapper.from_settings(settings) as wrapper:
+
+        def entering() -> Iterator[Images | None]:
+            for number, image in enumerate(images):
+                if prompts:
+                    wrapper.stream.update_prompt(prompts[number], scope="frame")
+                yield image
+
         began = time.perf_counter()
-        for frame in wrapper.stream.frames(images):
+        for frame in wrapper.stream.frames(entering()):
             files.append(str(folder / f"{names[len(files)]}.png"))
             postprocess_image(frame.wait().image[None])[0].save(files[-1])
         return {"files": files, "seconds": round(time.perf_counter() - began, 3)}

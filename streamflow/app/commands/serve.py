@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from streamflow.app.server.slot import Slot
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
+# of a viewer's choosing, or of no use to several viewers: streamflow.app.server.app.UNUSED, and the mode
+UNUSED = ("mode", "t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
-    p = options.parser("serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server")
+    p = options.parser(
+        "serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server", unused=UNUSED
+    )
     p.add_argument("--host", dest="server.host", metavar="HOST", help="short for --server.host")
     p.add_argument("--port", dest="server.port", metavar="PORT", help="short for --server.port")
     proxy = "a proxy in front ends TLS"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from streamflow._command_line import at_least
 from streamflow.app.commands import options
+from streamflow.pretrained import EXAMPLE_PROMPTS
 
 EXAMPLE = 'streamflow txt2img --prompt "a fox, 3d render" --count 8 --output outputs/fox'
+UNUSED = ("mode", "strength", "similar_image_filter")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for invalid arguments. Images that are there when it is interrupted are whole."""
-    p = options.parser("txt2img", "Draws images from a prompt, one seed after another.", EXAMPLE)
-    p.add_argument("--count", type=at_least(1), default=4, help="how many (default %(default)s)")
-    p.add_argument("--output", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
+    about = "Draws images from a prompt, one seed after another. Without one, the built-in model draws its example prompts."
+    p = options.parser("txt2img", about, EXAMPLE, unused=UNUSED)
+    p.add_argument("--count", type=at_least(1), default=4, help="how many images (default: %(default)s)")
+    p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
     a = p.parse_args(argv)
     settings = options.settings(p, a, mode="txt2img")
     names = [f"{number:04d}" for number in range(a.count)]
-    result = options.draw(settings, tqdm([None] * a.count, unit="image", disable=a.json), names, a.output)
+    examples = settings.model == "embedded" and "prompt" not in settings.model_fields_set
+    prompts = islice(cycle(EXAMPLE_PROMPTS), a.count) if examples else ()
+    images = tqdm([None] * a.count, unit="image", disable=a.json)
+    result = options.draw(settings, images, names, a.output, tuple(prompts))
     files, seconds = result["files"], result["seconds"]
     print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
     return 0

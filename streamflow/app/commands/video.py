@@ -19,6 +19,7 @@ from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
 from streamflow.io import Reading, TimedImage, Writing
+from streamflow.samples import CLIP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "video's proportions at as many pixels as the model's own size has; with them, it is cropped to theirs.",
         EXAMPLE,
     )
-    p.add_argument("--in", dest="source", type=Path, required=True, metavar="FILE", help="what PyAV can read")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4 or .mkv")
+    p.add_argument("--in", dest="source", type=Path, default=CLIP, metavar="FILE", help="a video (default: the sample clip)")
+    p.add_argument(
+        "--out", type=Path, default=Path("outputs/video.mp4"), metavar="FILE", help=".mp4 or .mkv (default: %(default)s)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     p.add_argument("--no-sound", dest="sound", action="store_false", help="leave the sound out")
     with stop_signals(INTERRUPTED) as stop:
