@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -106,3 +107,10 @@ def aside(function: Callable[..., T], *arguments: object) -> T:
         thread.join()
         raise
     return future.result()
+
+
+def freeze_loaded() -> None:
+    """Leave everything that is loaded now out of garbage collection, until `gc.unfreeze()`. With torch and a small model
+    loaded, a full collection takes 0.3 s of CPU time, in which no other Python thread runs."""
+    gc.collect()
+    gc.freeze()

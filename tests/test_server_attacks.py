@@ -904,8 +904,13 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", 600))  # attacks start after
 
 
 WATCHED = """
-import sys, time
+import gc, sys, time
 from asyncio import events
+freeze = gc.freeze
+def counted():
+    freeze()
+    print("frozen objects:", gc.get_freeze_count(), file=sys.stderr, flush=True)
+gc.freeze = counted
 plain = events.Handle._run
 def run(self):
     wall, cpu = time.perf_counter(), time.thread_time()
@@ -1002,4 +1007,5 @@ def test_no_visitor_holds_the_event_loop(tmp_path):
     print(f"{len(found)} callbacks took more than 100 ms, the longest {1000 * longest:.0f} ms")
     assert len(made) > SOAK_SECONDS / 20
     assert code == 0 and "Traceback" not in said and "a viewer is dropped" not in said
+    assert int(re.search(r"^frozen objects: (\d+)$", said, re.MULTILINE)[1]) > 100_000  # a collection of them takes 0.3 s
     assert [one for one in found if float(one[1]) > 0.1] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import time
@@ -16,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from streamflow._command_line import Parser, above
 from streamflow._files import Json
+from streamflow._threads import freeze_loaded
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
@@ -90,6 +92,8 @@ def play(
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
             closing.callback(wrapper.close)
+            freeze_loaded()
+            closing.callback(gc.unfreeze)
             stop.remember()  # files are open from here on
             passed = s.model_dump(include={"target_fps", "policy", "mode", "on_error"})
             show = wrapper.stream.live(source, sinks, **passed, controls=controls)

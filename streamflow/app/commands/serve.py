@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from streamflow._threads import freeze_loaded
 from streamflow.app.commands import options
 from streamflow.app.signals import Stop, stop_signals
 
 if TYPE_CHECKING:
     from streamflow.app.config import Settings
+    from streamflow.app.server.slot import Slot
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
@@ -49,13 +52,19 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
 
         from streamflow.app.server.app import Service, create_app
         from streamflow.app.server.connections import Connections, Listener, uvicorn_config
+        from streamflow.app.server.slot import open_slots
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'streamflow-rf[web]'") from error
     from streamflow.app.server import tokens
 
+    def opened(settings: Settings) -> dict[str, list[Slot]]:
+        slots = open_slots(settings)
+        freeze_loaded()
+        return slots
+
     server = settings.server
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of visitors' images, such as corrupt EXIF
-    app = create_app(service := Service(settings, tokens.load(server.token_file)))
+    app = create_app(service := Service(settings, tokens.load(server.token_file), opened))
     connections = Connections(server, service.refusals)
     with Listener(server.host, server.port, connections) as listener:
         running = uvicorn.Server(uvicorn_config(app, server, connections))
@@ -65,6 +74,7 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
         url = f"http{'s' if server.tls_certificate else ''}://{host}:{listener.getsockname()[1]}"
         print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
         running.run(sockets=[listener])
+    gc.unfreeze()
     code = int(service.worker.failed is not None)
     if not service.ended(END_WITHIN):
         sys.stdout.flush()
