@@ -40,7 +40,7 @@ from streamflow.app.server.messages import BadMessage, DrawRequest  # noqa: E402
 from streamflow.app.server.metrics import Metrics  # noqa: E402
 from streamflow.app.server.safety import Bucket, check_binding  # noqa: E402
 from streamflow.app.server.settings import Server  # noqa: E402
-from streamflow.app.server.slot import first_request  # noqa: E402
+from streamflow.app.server.slot import LOADING, WARMING_UP, first_request  # noqa: E402
 
 pytestmark = pytest.mark.extras
 SECRET, OTHER = "a-token-of-sixteen-or-more", "another-token-of-sixteen"
@@ -247,7 +247,7 @@ class Running:
         self.uvicorn = uvicorn.Server(made)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
         self.thread.start()
-        while not self.uvicorn.started or self.service.state == "warming up":
+        while not self.uvicorn.started or self.service.state in (LOADING, WARMING_UP):
             time.sleep(0.01)
         assert self.service.state == "ready"
 
