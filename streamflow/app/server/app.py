@@ -170,7 +170,7 @@ def _health(app: FastAPI, service: Service) -> None:
 def _tickets(app: FastAPI, service: Service) -> None:
     @app.post("/session")
     async def session(request: Request, page: bool = False) -> Response:
-        """page: the page itself asks. It must wait, or have a token, with status 200: a browser logs any other as an error."""
+        """page: true for the page, which learns with status 200 that it must wait: a browser logs others as errors."""
         if page and service.tokens and "authorization" not in request.headers:
             return JSONResponse({"state": "token required"})
         holder = service.holder(request)

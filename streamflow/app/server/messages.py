@@ -17,7 +17,7 @@ MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript be
 
 
 class DrawRequest(Section):
-    """All settings of a viewer. blend: the share of `other` in the prompt; negative: what not to draw, where guidance uses it."""
+    """All settings of a viewer. blend: the share of `other` in the prompt. negative: what not to draw; needs guidance."""
 
     mode: Literal["text", "image"] = "text"
     model: str = Field(default="", max_length=100)

@@ -148,6 +148,7 @@ async function copyLink() {
 function veil() {
   let [kind, title, detail] = STATES[status.state] ?? ["drawing", "", ""];
   const opening = status.of !== undefined, { done, of } = status;
+  const choosing = kind === "drawing" && running && mode === "image" && !source.kind;
   if (opening) {
     const seconds = Math.round(status.seconds + (performance.now() - status.at) / 1000);
     detail = `${of > 1 ? `${detail} ${done + 1} of ${of}, ` : ""}${seconds} s so far`;
@@ -155,13 +156,15 @@ function veil() {
   if (kind === "drawing") {
     if (!running) kind = "paused";
     if (!running && !drawn) title = "Paused";
-    else if (running && mode === "image" && !source.kind) [kind, title, detail] = ["waiting", "Choose a source", "A webcam, the screen, a drawing, or an image or video file."];
+    else if (choosing) [kind, title, detail] = ["waiting", "Choose a source", "A webcam, the screen, a drawing, or an image or video file."];
     else if (running && !drawn) title = "Drawing the first image";
   }
   if ($("status").textContent !== kind) $("status").textContent = kind;
   $("status").dataset.state = kind;
   $("veil").hidden = !title;
-  $("veil").dataset.over = drawn ? "image" : "nothing";
+  const figure = $(choosing ? "input-figure" : "output-figure");
+  if ($("veil").parentElement !== figure) figure.querySelector("canvas").after($("veil"));
+  $("veil").dataset.over = drawn && !choosing ? "image" : "nothing";
   $("veil-title").textContent = title;
   $("veil-detail").textContent = detail;
   $("veil-progress").hidden = !opening;
