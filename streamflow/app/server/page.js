@@ -54,7 +54,8 @@ function show(values) {
 
 // Whatever follows from the values of the controls.
 function label() {
-  const live = !$("prompt").matches(":disabled"), withImage = mode === "image", { examples = [], prompt, guidance } = about[$("model").value] ?? {};
+  const live = !$("prompt").matches(":disabled"), withImage = mode === "image", { examples = [], prompt, guidance, max_guidance } = about[$("model").value] ?? {};
+  $("guidance").max = max_guidance ?? 12;
   for (const output of all("output")) output.value = live ? $(output.htmlFor.value).value : "–";
   $("tab-text").ariaSelected = !withImage;
   $("tab-image").ariaSelected = withImage;
@@ -72,7 +73,7 @@ function label() {
   if ($("chips").childElementCount !== examples.length) $("chips").replaceChildren(...examples.map(chip));
   for (const one of $("chips").children) one.ariaPressed = one.textContent === $("prompt").value;
   $("pause").ariaPressed = !running;
-  $("pause").textContent = running ? "Pause" : "Go on";
+  $("pause").textContent = running ? "Pause" : "Resume";
   $("record").ariaPressed = recorder !== null;
   $("record").textContent = recorder ? "Stop recording" : "Record video";
   veil();

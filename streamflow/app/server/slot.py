@@ -30,7 +30,8 @@ PROMPT_NOTE = (
     "This model draws emoji only. Write “a concept, a style”, such as “a fox, 3d render”. The styles are 3d render, "
     "flat vector, soft gradient, glossy cartoon and bold cartoon."
 )
-GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more, up to 3 works; above, images break up."
+MAX_GUIDANCE = 4.0
+GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more, up to 3 works."
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,12 @@ def offered(settings: Settings) -> dict[str, tuple[str, str | None]]:
 
 def about_models(settings: Settings) -> dict[str, Json]:
     """For each model whose limits are known: example prompts, and notes for the page."""
-    about = {"examples": pretrained.EXAMPLE_PROMPTS, "prompt": PROMPT_NOTE, "guidance": GUIDANCE_NOTE}
+    notes = {
+        "prompt": PROMPT_NOTE,
+        "guidance": GUIDANCE_NOTE,
+        "max_guidance": max(MAX_GUIDANCE, settings.guidance_scale or 0),
+    }
+    about = {"examples": pretrained.EXAMPLE_PROMPTS, **notes}
     return {name: about for name, (model, _) in offered(settings).items() if model == "embedded"}
 
 
