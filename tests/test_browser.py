@@ -12,6 +12,8 @@ import urllib.request
 
 import pytest
 
+from streamflow.pretrained import EXAMPLE_PROMPTS
+
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright").sync_playwright
 pytest.importorskip("uvicorn", reason="the page needs the extra web")
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -21,17 +23,32 @@ pytestmark = [
 ]
 COMMAND = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
 SETTINGS = ["--num-inference-steps", "1", "--cfg-type", "none", "--server.max-viewers", "2"]
+GUIDED = ["--num-inference-steps", "1", "--server.max-viewers", "1"]
 OUT = "document.getElementById('output').toDataURL()"
+IN = "document.getElementById('input').toDataURL()"
+DESKTOP, PHONE = (1366, 768), (390, 844)
+WATCH = """
+window.said = [];  // [words over the image, whether the controls are disabled], in turn
+document.addEventListener("DOMContentLoaded", () => {
+  const note = () => {
+    const now = [document.getElementById("veil-title").textContent, document.getElementById("prompt").matches(":disabled")];
+    if (JSON.stringify(window.said.at(-1)) !== JSON.stringify(now)) window.said.push(now);
+  };
+  note();
+  const everything = { subtree: true, childList: true, characterData: true, attributes: true };
+  new MutationObserver(note).observe(document.body, everything);
+});
+"""
 
 
 class Serving:
     """A server process, at the same port each time it is started."""
 
-    def __init__(self, port):
-        self.port = port
+    def __init__(self, port, settings=SETTINGS):
+        self.port, self.settings = port, settings
 
     def start(self):
-        arguments = ["serve", "--port", str(self.port), "--json", "--device", "cpu", *SETTINGS]
+        arguments = ["serve", "--port", str(self.port), "--json", "--device", "cpu", *self.settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=environment
@@ -70,14 +87,23 @@ def browser():
 
 @pytest.fixture
 def tab(browser, serving):
-    """`tab()`: the page in a tab of its own, live; at the end no script has failed."""
+    """`tab()`: the page in a tab of its own. At the end no script has failed, and nothing was logged as an error but lost
+    connections."""
     opened, errors = [], []
 
-    def open_one():
-        page = browser.new_context().new_page()
-        page.set_default_timeout(30_000)
+    def log(message):
+        if message.type == "error" and "ERR_CONNECTION" not in message.text and "WebSocket" not in message.text:
+            errors.append(message.text)
+
+    def open_one(url=None, size=DESKTOP, before=None):
+        page = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True))).new_page()
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(serving.url)
+        page.on("console", log)
+        page.add_init_script(WATCH)
+        if before:
+            before(page)
+        page.goto(url or serving.url)
         opened.append(page)
         return page
 
@@ -88,7 +114,9 @@ def tab(browser, serving):
 
 
 def live(page):
-    page.wait_for_selector("#status[data-state=live]")
+    """Wait for an image."""
+    page.wait_for_selector("#status[data-state=drawing]")
+    page.wait_for_selector("#veil", state="hidden")
 
 
 def changes(page, before):
@@ -106,7 +134,7 @@ def still(page):
             return now
         last = now
         page.wait_for_timeout(700)
-    raise AssertionError("the picture does not come to rest")
+    raise AssertionError("the image does not come to rest")
 
 
 def slide(page, name, value):
@@ -121,13 +149,13 @@ def test_a_prompt_and_sliders_change_the_image_and_a_reload_keeps_them(tab):
     live(page)
     page.select_option("#motion", "still")
     changes(page, page.evaluate(OUT))
-    picture = still(page)
+    image = still(page)
     page.fill("#prompt", "a fox, 3d render")
-    changes(page, picture)
+    changes(page, image)
     for name, value in (("seed", 11), ("steps", 3)):
-        picture = still(page)
+        image = still(page)
         slide(page, name, value)
-        changes(page, picture)
+        changes(page, image)
     fox = still(page)
     assert page.locator("#ring li").count() == 3
     page.fill("#other", "a rocket, 3d render")
@@ -151,12 +179,13 @@ def test_images_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     live(page)
     slide(page, "steps", 2)
     page.click("#tab-image")
-    page.click("[data-source=camera]")
+    page.wait_for_function("() => document.getElementById('veil-title').textContent === 'Choose a source'")
+    page.click("button[data-source=camera]")
     first = changes(page, page.evaluate(OUT))
     changes(page, changes(page, first))  # the camera moves
-    assert page.evaluate("document.getElementById('input').toDataURL()") != page.evaluate(OUT)
+    assert page.evaluate(IN) != page.evaluate(OUT)
     page.wait_for_function("() => document.getElementById('median').textContent.endsWith('ms')")
-    page.click("[data-source=drawing]")
+    page.click("button[data-source=drawing]")
     blank = still(page)
     box = page.locator("#input").bounding_box()
     page.mouse.move(box["x"] + 20, box["y"] + 20)
@@ -164,13 +193,47 @@ def test_images_are_restyled_from_the_camera_a_drawing_and_a_file(tab):
     page.mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] - 20, steps=4)
     page.mouse.up()
     line = changes(page, blank)
-    with page.expect_file_chooser() as chooser:
-        page.click("[data-source=file]")
-    chooser.value.set_files([{"name": "a.png", "mimeType": "image/png", "buffer": picture_file()}])
+    upload(page, "a.png", "image/png", image_file())
     changes(page, line)
+    still(page)
+    upload(page, "a.webm", "video/webm", video_file())
+    inputs = {page.evaluate(IN)}
+    for _ in range(2):  # the video moves, and goes on after its end
+        drawn = page.evaluate(OUT)
+        page.wait_for_function(f"before => !before.includes({IN})", arg=list(inputs))
+        inputs.add(page.evaluate(IN))
+        changes(page, drawn)
+    page.wait_for_timeout(1500)
+    changes(page, page.evaluate(OUT))
+    upload(page, "a.png", "image/png", b"no image")
+    page.wait_for_function("() => document.getElementById('message').textContent.includes('cannot read this file')")
 
 
-def picture_file():
+def upload(page, name, kind, data):
+    with page.expect_file_chooser() as chooser:
+        page.click("button[data-source=file]")
+    chooser.value.set_files([{"name": name, "mimeType": kind, "buffer": data}])
+
+
+def video_file():
+    """One second of a bar that moves."""
+    import io
+
+    import av
+    import numpy as np
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="webm") as container:
+        stream = container.add_stream("libvpx", rate=8, width=64, height=64, pix_fmt="yuv420p")
+        for k in range(8):
+            frame = np.zeros((64, 64, 3), np.uint8)
+            frame[:, 8 * k : 8 * k + 8] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def image_file():
     import io
 
     from PIL import Image
@@ -186,14 +249,138 @@ def test_two_tabs_draw_a_third_waits_and_all_come_back_to_a_server_that_was_kill
         live(page)
         changes(page, changes(page, page.evaluate(OUT)))
     third = tab()
-    third.wait_for_function("() => document.getElementById('status').textContent.includes('slots are taken')")
+    third.wait_for_function("() => document.getElementById('veil-detail').textContent.includes('slots are taken')")
+    assert third.text_content("#veil-title") == "Waiting for a free slot" and third.is_disabled("#prompt")
     second.context.close()
     live(third)
     first.fill("#prompt", "an octopus, flat vector")
     serving.kill()
-    first.wait_for_selector("#status[data-state=lost]")
+    first.wait_for_selector("#status[data-state='no connection']")
     serving.start()
     for page in (first, third):
         live(page)
         changes(page, page.evaluate(OUT))
     assert first.input_value("#prompt") == "an octopus, flat vector"
+
+
+def test_while_the_model_loads_the_page_says_so_and_a_negative_prompt_is_used(tab):
+    one = Serving(0, GUIDED).start()
+    try:
+        page = tab(one.url, PHONE)
+        said = []
+        while ["", False] not in said:
+            page.wait_for_timeout(200)
+            said = page.evaluate("said")
+        titles = [title for title, _ in said]
+        loading, warming = titles.index("Loading the model"), titles.index("Warming up")
+        assert titles[0] == "Connecting to the server" and loading < warming < titles.index("Drawing the first image")
+        assert all(disabled for title, disabled in said[: warming + 1]), "nothing can be set before its value is known"
+        page.select_option("#motion", "still")
+        slide(page, "guidance", 3)
+        before = still(page)
+        page.fill("#negative", "a red apple, 3d render, on a sky blue background")
+        changes(page, before)
+        page.fill("#negative", "")
+        page.wait_for_function(f"before => {OUT} === before", arg=before)
+    finally:
+        one.kill()
+
+
+def test_chips_and_notes_say_what_the_model_draws(tab):
+    page = tab()
+    live(page)
+    assert page.is_hidden("#negative") and page.is_hidden("#guidance"), "this server draws without guidance"
+    assert "emoji only" in page.text_content("#prompt-note") and page.locator("#chips button").count() == len(
+        EXAMPLE_PROMPTS
+    )
+    page.select_option("#motion", "still")
+    before = still(page)
+    page.click(f"#chips button:text-is('{EXAMPLE_PROMPTS[1]}')")
+    assert page.input_value("#prompt") == EXAMPLE_PROMPTS[1]
+    changes(page, before)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_the_prompt_is_seen_at_once_and_nothing_scrolls_sideways(tab, size):
+    page = tab(size=size)
+    live(page)
+    for mode in ("text", "image"):
+        page.click(f"#tab-{mode}")
+        if mode == "image":
+            page.click("button[data-source=drawing]")
+            live(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+        image, prompt = (page.locator(one).bounding_box() for one in ("#output", "#prompt"))
+        assert prompt["y"] + prompt["height"] < size[1] and image["y"] + image["height"] < size[1]
+        assert size == DESKTOP or prompt["y"] > image["y"] + image["height"]
+    page.evaluate("scrollTo(0, 10000)")
+    slide(page, "seed", -1)
+    page.wait_for_selector("#message")
+    message = page.locator("#message").bounding_box()
+    assert "seed" in page.text_content("#message").lower() and 0 < message["y"] < size[1] - message["height"]
+    slide(page, "seed", 1)
+    page.wait_for_selector("#message", state="hidden")
+
+
+def test_a_link_carries_the_settings_and_the_server_checks_them(tab):
+    page = tab()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    live(page)
+    page.fill("#prompt", "a fox & a #1 rocket, 100 % 3d render")
+    page.select_option("#motion", "fresh")
+    for name, value in (("seed", 77), ("steps", 5)):
+        slide(page, name, value)
+    page.click("#copy-link")
+    page.wait_for_selector("#message[data-kind=note]")
+    link = page.evaluate("navigator.clipboard.readText()")
+    page.context.close()
+    page = tab(link + "&unknown=1&running=false&blend=x")
+    live(page)
+    values = [page.input_value(f"#{name}") for name in ("prompt", "motion", "seed", "steps", "blend")]
+    assert values == ["a fox & a #1 rocket, 100 % 3d render", "fresh", "77", "5", "0"] and "#" not in page.url
+    page.reload()
+    live(page)
+    assert page.input_value("#seed") == "77"
+    page.evaluate("location.hash = 'seed=-5&mode=image'")
+    page.wait_for_function("() => document.getElementById('message').textContent.startsWith('Seed')")
+    assert page.get_attribute("#tab-image", "aria-selected") == "true"
+
+
+def test_the_output_is_recorded_paused_and_shown_on_the_full_screen(tab):
+    import av
+
+    page = tab()
+    live(page)
+    page.click("#record")
+    page.wait_for_selector("#record[aria-pressed=true]")
+    changes(page, changes(page, page.evaluate(OUT)))
+    page.wait_for_timeout(1200)
+    with page.expect_download() as saved:
+        page.click("#record")
+    assert saved.value.suggested_filename == "streamflow.webm"
+    with av.open(str(saved.value.path())) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) > 2 and frames[0].shape[:2] == (128, 128) and frames[-1].std() > 10
+    page.click("#full-screen")
+    page.wait_for_function("() => document.fullscreenElement?.id === 'output-figure'")
+    page.click("#full-screen")
+    page.wait_for_function("() => !document.fullscreenElement")
+    page.click("#pause")
+    page.wait_for_selector("#status[data-state=paused]")
+    assert page.text_content("#output-figure figcaption") == "paused"
+    still(page)
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ("the model cannot be opened", "The model cannot be opened"),
+        ("the model's thread has ended", "The model has stopped after an error"),
+        ("token required", "This server asks for a token"),
+    ],
+)
+def test_errors_are_said_in_words(tab, state, words):
+    answer = {"status": 200, "json": {"state": state, "message": state}}
+    page = tab(before=lambda page: page.route("**/session?page=true", lambda route: route.fulfill(**answer)))
+    page.wait_for_function("words => document.getElementById('veil-title').textContent === words", arg=words)
+    assert page.is_disabled("#prompt") and page.is_disabled("#tab-image")

@@ -40,7 +40,8 @@ from streamflow.app.server.messages import BadMessage, DrawRequest  # noqa: E402
 from streamflow.app.server.metrics import Metrics  # noqa: E402
 from streamflow.app.server.safety import Bucket, check_binding  # noqa: E402
 from streamflow.app.server.settings import Server  # noqa: E402
-from streamflow.app.server.slot import first_request  # noqa: E402
+from streamflow.app.server.slot import LOADING, WARMING_UP, about_models, first_request, takes_negative  # noqa: E402
+from streamflow.pretrained import EXAMPLE_PROMPTS  # noqa: E402
 
 pytestmark = pytest.mark.extras
 SECRET, OTHER = "a-token-of-sixteen-or-more", "another-token-of-sixteen"
@@ -158,7 +159,16 @@ def test_requests_are_checked_field_by_field():
     assert new.model_copy(update={"blend": 0.0}).prompts == "a" and new.model_copy(update={"blend": 1.0}).prompts == "b"
     for fields in (
         *({"seed": -1}, {"seed": 2**32}, {"steps": 0}, {"steps": 9}, {"steps": 1.5}, {"blend": 2}, {"mode": "x"}),
-        *({"prompt": 3}, {"prompt": "x" * 501}, {"model": "/etc/passwd"}, {"t_index_list": [0]}, {"running": 1}, [1], None),
+        *(
+            {"prompt": 3},
+            {"prompt": "x" * 501},
+            {"negative": "x" * 501},
+            {"model": "/etc/passwd"},
+            {"t_index_list": [0]},
+            {"running": 1},
+            [1],
+            None,
+        ),
     ):
         with pytest.raises(BadMessage):
             messages.changed(request, fields, ("m",), 8)
@@ -201,6 +211,38 @@ def test_only_safetensors_of_the_owner_and_settings_that_fit():
     for unused in ({"t_index_list": (0,)}, {"devices": ("cpu", "cpu")}, {"similar_image_filter": {}}):
         with pytest.raises(ValueError, match=f"does not use {next(iter(unused))}"):
             Service(Settings(**unused), tokens.Tokens())
+
+
+def test_the_state_says_what_the_server_does_while_it_opens_the_model():
+    service = Service(Settings(), tokens.parse(f"ann {SECRET}", "here"))
+
+    async def answers():
+        transport = httpx.ASGITransport(create_app(service))  # the model's thread is not started
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            ann = {"authorization": f"Bearer {SECRET}"}
+            asked = ("/session", ann), ("/session?page=true", ann), ("/session?page=true", {}), ("/session", {})
+            return [await client.get("/health/ready"), *[await client.post(url, headers=held) for url, held in asked]]
+
+    for phase, done, of in ((LOADING, 0, 1), (WARMING_UP, 2, 4)):
+        service._note_progress(phase, done, of)
+        health, plain, page, unknown, refused = asyncio.run(answers())
+        assert [one.status_code for one in (health, plain, page, unknown, refused)] == [503, 503, 200, 200, 401]
+        for one in (health, plain, page):
+            said = one.json()
+            assert (said["state"], said["done"], said["of"]) == (phase, done, of) and said["seconds"] >= 0
+        assert plain.json()["message"] == phase and unknown.json() == {"state": "token required"}
+    service.pools.shutdown()
+
+
+def test_examples_and_notes_are_of_the_embedded_model_and_negative_prompts_of_some_kinds_of_guidance():
+    settings = Settings(model="a/b", server=Server(models={"emoji": "embedded", "other": "c/d"}))
+    about = about_models(settings)
+    assert set(about) == {"emoji"} and about["emoji"]["examples"] == EXAMPLE_PROMPTS
+    assert set(about_models(Settings(server=Server(loras={"ink": "ink.safetensors"})))) == {"model", "ink"}
+    kinds = ("none", "full", "self", "initialize")
+    assert [takes_negative(Settings(cfg_type=kind)) for kind in kinds] == [False, True, False, True]
+    assert first_request(Settings(cfg_type="full", negative_prompt="blurred")).negative == "blurred"
+    assert first_request(Settings()).guidance == 1 and first_request(Settings(model="a/b")).guidance == 2
 
 
 def parsed(text):
@@ -247,7 +289,7 @@ class Running:
         self.uvicorn = uvicorn.Server(made)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
         self.thread.start()
-        while not self.uvicorn.started or self.service.state == "warming up":
+        while not self.uvicorn.started or self.service.state in (LOADING, WARMING_UP):
             time.sleep(0.01)
         assert self.service.state == "ready"
 
@@ -310,6 +352,7 @@ def gone(service):
 def test_a_viewer_draws_text_and_images(server):
     with server.viewer() as ws:
         welcome = heard(ws, "welcome")[0]
+        assert welcome["about"]["model"]["examples"] == list(EXAMPLE_PROMPTS) and welcome["limits"]["negative"] is False
         assert welcome["models"] == ["model"] and (welcome["width"], welcome["height"]) == (128, 128)
         put(ws, motion="still", prompt="a red apple, 3d render")
         apple = drawn(ws, 2)[1]

@@ -22,6 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 from streamflow.app.config import Acceleration, Settings
 from streamflow.app.server.app import Service, create_app
 from streamflow.app.server.settings import Server
+from streamflow.app.server.slot import LOADING, WARMING_UP
 from streamflow.app.server.tokens import Tokens
 
 WITHIN = 60.0  # seconds for an answer
@@ -44,7 +45,7 @@ class Serving:
         self.host = f"127.0.0.1:{listening.getsockname()[1]}"
         self._thread = threading.Thread(target=self._uvicorn.run, args=([listening],))
         self._thread.start()
-        while not self._uvicorn.started or self.service.state == "warming up":
+        while not self._uvicorn.started or self.service.state in (LOADING, WARMING_UP):
             time.sleep(0.01)
         return self
 

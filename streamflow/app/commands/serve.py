@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,8 +61,8 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
         raise ValueError(f"{error}: pip install 'streamflow-rf[web]'") from error
     from streamflow.app.server import tokens
 
-    def opened(settings: Settings) -> dict[str, list[Slot]]:
-        slots = open_slots(settings)
+    def opened(settings: Settings, progress: Callable[[str, int, int], None]) -> dict[str, list[Slot]]:
+        slots = open_slots(settings, progress)
         freeze_loaded()
         return slots
 

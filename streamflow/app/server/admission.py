@@ -54,7 +54,7 @@ class Admission:
         if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
             raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
         if waiting.total() + self.inside >= self._slots:
-            raise Refusal(f"all {self._slots} session slots are taken: try again later")
+            raise Refusal(f"all {self._slots} session slots are taken")
         if waiting[holder.name] >= UNUSED:
             raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)

@@ -15,12 +15,13 @@ from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
-from streamflow.app.server.slot import first_request, open_slots
+from streamflow.app.server.slot import LOADING, about_models, first_request, open_slots, takes_negative
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.worker import Worker
 
@@ -43,7 +44,9 @@ class Service:
         first_request(settings)
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
-        self.worker = Worker(lambda: opened(settings), self.metrics)
+        self.worker = Worker(lambda: opened(settings, self._note_progress), self.metrics)
+        self._began = time.monotonic()
+        self._opening: Json = {"state": LOADING, "done": 0, "of": 1}
         self.refusals = Refusals(self.metrics)
         share = max(1, self.server.max_viewers // len(tokens)) if len(tokens) > 1 else None
         self.admission = Admission(self.server.max_viewers, streams=self.server.streams_per_user or share)
@@ -68,8 +71,19 @@ class Service:
         if self.worker.ready.is_set() and self.worker.is_alive():
             return "ready"
         if self.worker.restarts == 0:
-            return "warming up"
+            return self._opening["state"]
         return "the model's thread has ended" + ("; it is restarting" if self.worker.is_alive() else "")
+
+    def _note_progress(self, phase: str, done: int, of: int) -> None:
+        self._opening = {"state": phase, "done": done, "of": of}
+
+    @property
+    def status(self) -> Json:
+        """The state, and while the model is opened: how many parts of the phase are done, of how many, after how long."""
+        state, opening = self.state, self._opening
+        if state != opening["state"]:
+            return {"state": state}
+        return {**opening, "seconds": round(time.monotonic() - self._began, 1)}
 
     def _queue_age(self) -> float:
         waiting = [since for one in self.viewers if (since := one.waiting_since) is not None]
@@ -144,7 +158,8 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> Response:
-        return JSONResponse({"state": service.state}, 200 if service.state == "ready" else 503)
+        status = service.status
+        return JSONResponse(status, 200 if status["state"] == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -154,15 +169,20 @@ def _health(app: FastAPI, service: Service) -> None:
 
 def _tickets(app: FastAPI, service: Service) -> None:
     @app.post("/session")
-    async def session(request: Request) -> Response:
+    async def session(request: Request, page: bool = False) -> Response:
+        """page: true for the page, which learns with status 200 that it must wait: a browser logs others as errors."""
+        if page and service.tokens and "authorization" not in request.headers:
+            return JSONResponse({"state": "token required"})
         holder = service.holder(request)
-        if service.state != "ready":
-            return JSONResponse({"message": service.state}, 503, {"retry-after": "1"})
+        status = service.status
+        if status["state"] != "ready":
+            return JSONResponse({"message": status["state"], **status}, 200 if page else 503, {"retry-after": "1"})
         try:
             return JSONResponse({"ticket": await _ticket(service.admission, holder)})
         except Refusal as refusal:
             service.refusals("full")
-            return JSONResponse({"message": refusal.message}, 429, {"retry-after": str(refusal.retry_after)})
+            refused = {"message": refusal.message, "state": "waiting for a slot"}
+            return JSONResponse(refused, 200 if page else 429, {"retry-after": str(refusal.retry_after)})
 
 
 async def _ticket(admission: Admission, holder: Holder) -> str:
@@ -201,9 +221,15 @@ def _welcome(service: Service, holder: Holder) -> Viewer:
     request = first_request(service.settings)
     viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
     width, height = worker.size
-    limits = {"max_steps": server.max_steps, "max_fps": server.max_fps, "guided": service.settings.cfg_type != "none"}
+    limits = {
+        "max_steps": server.max_steps,
+        "max_fps": server.max_fps,
+        "guided": service.settings.cfg_type != "none",
+        "negative": takes_negative(service.settings),
+    }
     size = {"width": width, "height": height}
-    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, limits=limits, **size)
+    about = about_models(service.settings)
+    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, about=about, limits=limits, **size)
     service.viewers.add(viewer)
     worker.add(viewer)
     return viewer

@@ -3,7 +3,8 @@
 const SLOWEST = 8000; // milliseconds between two tries
 
 export class Link {
-  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, gif, state, token}.
+  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, gif, status, token}.
+  // on.status({state, message, done, of, seconds}): where the connection stands; all but the state may be absent.
   constructor(settings, on) {
     this.settings = settings;
     this.on = on;
@@ -11,35 +12,40 @@ export class Link {
     this.connect();
   }
 
+  // With ?page=true the server answers with status 200 while a page must wait: browsers log other ones as errors.
   async connect() {
     const token = sessionStorage.getItem("token");
     let response;
     try {
-      response = await fetch("session", { method: "POST", headers: token ? { Authorization: `Bearer ${token}` } : {} });
+      const headers = token ? { Authorization: `Bearer ${token}` } : {};
+      response = await fetch("session?page=true", { method: "POST", headers });
     } catch {
-      return this.later("the server is not there; trying again", "lost");
+      return this.later({ state: "no connection", message: "The server does not answer. Trying again." });
     }
-    if (response.status === 401) return this.on.token(() => this.connect());
     const answer = await response.json().catch(() => ({}));
-    if (!response.ok) {
-      const wait = Number(response.headers.get("Retry-After")) || 2;
-      return this.later(answer.message || answer.detail || `refused (${response.status})`, "waiting", 1000 * wait);
+    if (response.status === 401 || answer.state === "token required") {
+      this.on.status({ state: "token required" });
+      return this.on.token(() => this.connect(), Boolean(token));
     }
-    this.open(answer.ticket);
+    if (answer.ticket) return this.open(answer.ticket);
+    const wait = 1000 * (Number(response.headers.get("Retry-After")) || 2);
+    const message = answer.message ?? answer.detail ?? `The server refused the connection (status ${response.status}).`;
+    this.later({ state: "refused", ...answer, message }, wait);
   }
 
   open(ticket) {
     const url = new URL("stream", location.href);
     url.protocol = url.protocol.replace("http", "ws");
+    url.hash = "";
     const socket = new WebSocket(url, ["streamflow", ticket]);
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => (typeof data === "string" ? this.text(JSON.parse(data)) : this.binary(data));
-    socket.onclose = ({ reason }) => this.later(reason || "connection lost; trying again", "lost");
+    socket.onclose = ({ reason }) => this.later({ state: "no connection", message: reason || "The connection is lost. Trying again." });
     this.socket = socket;
   }
 
-  later(message, state, wait = (this.pause = Math.min(SLOWEST, 1.6 * this.pause))) {
-    this.on.state(message, state);
+  later(status, wait = (this.pause = Math.min(SLOWEST, 1.6 * this.pause))) {
+    this.on.status(status);
     setTimeout(() => this.connect(), wait * (0.8 + 0.4 * Math.random()));
   }
 
@@ -48,7 +54,7 @@ export class Link {
       this.pause = 500;
       this.on.welcome(message);
       this.set(this.settings());
-      this.on.state("live", "live");
+      this.on.status({ state: "drawing" });
     } else this.on[message.type]?.(message);
   }
 

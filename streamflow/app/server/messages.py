@@ -17,12 +17,13 @@ MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript be
 
 
 class DrawRequest(Section):
-    """All settings of a viewer. blend: the share of `other` in the prompt."""
+    """All settings of a viewer. blend: the share of `other` in the prompt. negative: what not to draw; needs guidance."""
 
     mode: Literal["text", "image"] = "text"
     model: str = Field(default="", max_length=100)
     prompt: str = Field(default="", max_length=MAX_TEXT)
     other: str = Field(default="", max_length=MAX_TEXT)
+    negative: str = Field(default="", max_length=MAX_TEXT)
     blend: float = Field(default=0.0, ge=0, le=1)
     seed: int = Field(default=2, ge=0, le=MAX_SEED)
     steps: int = Field(default=4, ge=1, le=100)

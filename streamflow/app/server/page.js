@@ -4,62 +4,183 @@ import { Link } from "./link.js";
 import { Source } from "./source.js";
 
 const $ = (id) => document.getElementById(id);
+const all = (selector) => document.querySelectorAll(selector);
 const NUMBERS = ["blend", "seed", "steps", "guidance", "strength"];
-const FIELDS = ["prompt", "other", "motion", "model", ...NUMBERS];
+const FIELDS = ["prompt", "other", "negative", "motion", "model", ...NUMBERS];
 const KEPT = 120; // images over which latencies are taken
 const FASTEST = 1000 / 30; // milliseconds between two images that go in
+const RECORDED = ["video/webm;codecs=vp9", "video/webm", "video/mp4"]; // the first that the browser can record
+// For each state of the connection: its kind, which is also the word in the header; the words over the image; what follows.
+const STATES = {
+  connecting: ["connecting", "Connecting to the server", ""],
+  "loading the model": ["loading", "Loading the model", "model"],
+  "warming up": ["warming up", "Warming up", "slot"],
+  "waiting for a slot": ["waiting", "Waiting for a free slot", "The page tries again by itself."],
+  "token required": ["waiting", "This server asks for a token", ""],
+  "no connection": ["no connection", "No connection", ""],
+  "shutting down": ["no connection", "The server is shutting down", ""],
+  "the model's thread has ended; it is restarting": ["loading", "The model is loaded again after an error", ""],
+  "the model's thread has ended": ["error", "The model has stopped after an error", "The server's log has the reason. The server must be started again."],
+  "the model cannot be opened": ["error", "The model cannot be opened", "The server's log has the reason. The server must be started again."],
+  refused: ["error", "The server refused the connection", ""],
+};
 
 const screen = $("output").getContext("2d");
 const shown = []; // [when, latency] of the last images, in milliseconds
 const source = new Source($("input"), () => ({ colour: $("colour").value, width: Number($("width").value) }));
-let mode = "text", running = true, known = JSON.parse(sessionStorage.getItem("settings") ?? "null");
+let mode = "text", running = true, drawn = false, recorder = null, about = {};
+let status = { state: "connecting", at: performance.now() };
+let known = { ...JSON.parse(sessionStorage.getItem("settings") ?? "{}"), ...fromLink() };
 
 // -- settings ---------------------------------------------------------------------------------------------------------
 
 function settings() {
-  const all = { mode, running: running && !document.hidden };
+  const values = { mode, running: running && !document.hidden };
   for (const name of FIELDS) {
     const value = NUMBERS.includes(name) ? $(name).valueAsNumber : $(name).value;
-    if (value === value) all[name] = value; // an empty number is not sent
+    if (value === value) values[name] = value; // an empty number is not sent
   }
-  return all;
+  return values;
 }
 
 function show(values) {
-  for (const name of FIELDS) if (values[name] !== undefined) $(name).value = values[name];
-  mode = values.mode ?? mode;
+  for (const name of FIELDS) {
+    const offered = $(name).options ? [...$(name).options].some(({ value }) => value === values[name]) : values[name] !== undefined;
+    if (offered) $(name).value = values[name];
+  }
+  if (["text", "image"].includes(values.mode)) mode = values.mode;
   label();
 }
 
+// Whatever follows from the values of the controls.
 function label() {
-  for (const output of document.querySelectorAll("output")) output.value = $(output.htmlFor.value).value;
-  const withImage = mode === "image";
+  const live = !$("prompt").matches(":disabled"), withImage = mode === "image", { examples = [], prompt, guidance, max_guidance } = about[$("model").value] ?? {};
+  $("guidance").max = max_guidance ?? 12;
+  for (const output of all("output")) output.value = live ? $(output.htmlFor.value).value : "–";
   $("tab-text").ariaSelected = !withImage;
   $("tab-image").ariaSelected = withImage;
   $("text-panel").hidden = withImage;
   $("image-panel").hidden = $("input-figure").hidden = !withImage;
+  document.body.dataset.mode = mode;
+  document.body.dataset.source = source.kind ?? "none";
+  for (const button of all("button[data-source]")) button.ariaPressed = button.dataset.source === source.kind;
+  $("brush").hidden = source.kind !== "drawing";
+  for (const [note, text] of [[$("prompt-note"), prompt], [$("guidance-note"), guidance]]) {
+    note.textContent = text ?? "";
+    note.hidden = !text;
+  }
+  $("chips").hidden = !examples.length;
+  if ($("chips").childElementCount !== examples.length) $("chips").replaceChildren(...examples.map(chip));
+  for (const one of $("chips").children) one.ariaPressed = one.textContent === $("prompt").value;
+  $("pause").ariaPressed = !running;
+  $("pause").textContent = running ? "Pause" : "Resume";
+  $("record").ariaPressed = recorder !== null;
+  $("record").textContent = recorder ? "Stop recording" : "Record video";
+  veil();
+}
+
+function chip(text) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  button.onclick = () => {
+    $("prompt").value = text;
+    changed();
+  };
+  return button;
+}
+
+function keep() {
+  known = settings();
+  sessionStorage.setItem("settings", JSON.stringify({ ...known, running: true }));
 }
 
 function changed() {
   label();
-  known = settings();
-  sessionStorage.setItem("settings", JSON.stringify({ ...known, running: true }));
+  keep();
   link.set(known);
 }
 
-function welcome({ settings: first, models, limits, width, height }) {
+function welcome({ settings: first, models, about: notes, limits, width, height }) {
+  about = notes;
   $("steps").max = limits.max_steps;
-  $("guidance-label").hidden = !limits.guided;
+  $("guidance-panel").hidden = !limits.guided;
+  $("negative-label").hidden = !limits.negative;
   $("model").replaceChildren(...models.map((name) => new Option(name)));
   $("model-label").hidden = models.length < 2;
   for (const canvas of [$("input"), $("output")]) {
-    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    if (canvas.width === width && canvas.height === height) continue;
+    Object.assign(canvas, { width, height });
+    drawn = false;
   }
-  if (!models.includes(known?.model)) known = { ...known, model: first.model };
-  show({ ...first, ...known });
+  for (const one of all("fieldset, [role=tab]")) one.disabled = false;
+  show(first);
+  show(known);
+  keep();
 }
 
-// -- images and numbers ---------------------------------------------------------------------------------------------
+// -- a link that carries the settings -------------------------------------------------------------------------------
+
+// The settings in the address, after "#". Other names are ignored, and the server checks the values.
+function fromLink() {
+  const values = {};
+  for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
+    if (!NUMBERS.includes(name)) values[name] = text;
+    else if (text && Number.isFinite(Number(text))) values[name] = Number(text);
+  }
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+  return Object.fromEntries(Object.entries(values).filter(([name]) => name === "mode" || FIELDS.includes(name)));
+}
+
+async function copyLink() {
+  const { running: _, ...values } = settings();
+  const address = new URL(location.pathname + location.search, location.href);
+  address.hash = new URLSearchParams(values);
+  try {
+    await navigator.clipboard.writeText(address.href);
+    message("The link with these settings is copied.", "note");
+  } catch {
+    history.replaceState(null, "", address);
+    message("The link with these settings is in the address bar: copy it from there.", "note");
+  }
+}
+
+// -- states, images and numbers -------------------------------------------------------------------------------------
+
+// The words over the image, and the word in the header.
+function veil() {
+  let [kind, title, detail] = STATES[status.state] ?? ["drawing", "", ""];
+  const opening = status.of !== undefined, { done, of } = status;
+  const choosing = kind === "drawing" && running && mode === "image" && !source.kind;
+  if (opening) {
+    const seconds = Math.round(status.seconds + (performance.now() - status.at) / 1000);
+    detail = `${of > 1 ? `${detail} ${done + 1} of ${of}, ` : ""}${seconds} s so far`;
+  } else if (status.message && status.message !== status.state) detail = `${sentence(status.message)} ${detail}`;
+  if (kind === "drawing") {
+    if (!running) kind = "paused";
+    if (!running && !drawn) title = "Paused";
+    else if (choosing) [kind, title, detail] = ["waiting", "Choose a source", "A webcam, the screen, a drawing, or an image or video file."];
+    else if (running && !drawn) title = "Drawing the first image";
+  }
+  if ($("status").textContent !== kind) $("status").textContent = kind;
+  $("status").dataset.state = kind;
+  $("veil").hidden = !title;
+  const figure = $(choosing ? "input-figure" : "output-figure");
+  if ($("veil").parentElement !== figure) figure.querySelector("canvas").after($("veil"));
+  $("veil").dataset.over = drawn && !choosing ? "image" : "nothing";
+  $("veil-title").textContent = title;
+  $("veil-detail").textContent = detail;
+  $("veil-progress").hidden = !opening;
+  if (opening && of > 1) Object.assign($("veil-progress"), { max: of, value: done });
+  else $("veil-progress").removeAttribute("value");
+  document.querySelector("#output-figure figcaption").textContent = kind === "paused" ? "paused" : recorder ? "recording" : "out";
+}
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
+function message(text, kind = "error") {
+  $("message").textContent = text && sentence(text);
+  $("message").dataset.kind = kind;
+  $("message").hidden = !text;
+}
 
 async function image(header, blob) {
   const bitmap = await createImageBitmap(blob);
@@ -71,6 +192,10 @@ async function image(header, blob) {
   if (shown.length > KEPT) shown.shift();
   $("frame").textContent = header.frame;
   $("ring").replaceChildren(...header.ring.map((frame, stage) => stageOf(frame, stage, header.ring.length)));
+  if (!drawn) {
+    drawn = true;
+    veil();
+  }
 }
 
 function stageOf(frame, stage, stages) {
@@ -86,9 +211,10 @@ function numbers() {
   const span = recent.length > 1 ? (recent.at(-1)[0] - recent[0][0]) / 1000 : 0;
   const sorted = shown.map(([, latency]) => latency).sort((a, b) => a - b);
   const at = (share) => (sorted.length ? `${Math.round(sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))])} ms` : "–");
-  $("fps").textContent = span ? ((recent.length - 1) / span).toFixed(1) : "0";
+  $("fps").textContent = span ? ((recent.length - 1) / span).toFixed(1) : drawn ? "0" : "–";
   $("median").textContent = at(0.5);
   $("p95").textContent = at(0.95);
+  veil();
 }
 
 let busy = false;
@@ -111,7 +237,24 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-const message = (text) => ($("message").textContent = text);
+function record() {
+  if (recorder) return recorder.stop();
+  const type = RECORDED.find((one) => window.MediaRecorder?.isTypeSupported(one));
+  if (!type) return message("This browser cannot record video.");
+  const stream = $("output").captureStream(), parts = [];
+  const again = setInterval(() => screen.drawImage($("output"), 0, 0), 100); // a canvas that stays the same gives no frames
+  recorder = new MediaRecorder(stream, { mimeType: type, videoBitsPerSecond: 4e6 });
+  recorder.ondataavailable = ({ data }) => parts.push(data);
+  recorder.onstop = () => {
+    clearInterval(again);
+    for (const track of stream.getTracks()) track.stop();
+    recorder = null;
+    save(new Blob(parts, { type }), type.includes("webm") ? "streamflow.webm" : "streamflow.mp4");
+    label();
+  };
+  recorder.start(1000);
+  label();
+}
 
 // -- the connection, and what the page's parts do -----------------------------------------------------------------------
 
@@ -121,11 +264,12 @@ const link = new Link(settings, {
   settings: () => message(""),
   error: (answer) => message(answer.message),
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
-  state: (text, state) => {
-    $("status").textContent = text;
-    $("status").dataset.state = state;
+  status: (now) => {
+    status = { ...now, at: performance.now() };
+    veil();
   },
-  token: (again) => {
+  token: (again, wrong) => {
+    $("token-note").hidden = !wrong;
     $("token-dialog").showModal();
     $("token-dialog").onclose = () => {
       sessionStorage.setItem("token", $("token").value);
@@ -141,24 +285,25 @@ async function choose(kind, file) {
   } catch (error) {
     message(error.message);
   }
-  for (const button of document.querySelectorAll("[data-source]")) button.ariaPressed = button.dataset.source === source.kind;
-  $("brush").hidden = source.kind !== "drawing";
+  label();
 }
 
 function turn(to) {
   mode = to;
   shown.length = 0;
   if (mode === "text") source.stop();
-  for (const button of document.querySelectorAll("[data-source]")) button.ariaPressed = button.dataset.source === source.kind;
   changed();
 }
 
 for (const name of FIELDS) $(name).addEventListener("input", changed);
 for (const name of ["text", "image"]) $(`tab-${name}`).onclick = () => turn(name);
-for (const button of document.querySelectorAll("[data-source]")) {
+for (const button of all("button[data-source]")) {
   button.onclick = () => (button.dataset.source === "file" ? $("file").click() : choose(button.dataset.source));
 }
-$("file").onchange = () => $("file").files.length && choose("file", $("file").files[0]);
+$("file").onchange = () => {
+  if ($("file").files.length) choose("file", $("file").files[0]);
+  $("file").value = ""; // the same file can be chosen again
+};
 $("clear").onclick = () => source.clear();
 $("dice").onclick = () => {
   $("seed").value = Math.floor(Math.random() * 2 ** 31);
@@ -166,15 +311,21 @@ $("dice").onclick = () => {
 };
 $("pause").onclick = () => {
   running = !running;
-  $("pause").ariaPressed = !running;
-  $("pause").textContent = running ? "Pause" : "Go on";
   changed();
 };
+$("record").onclick = record;
 $("save-image").onclick = () => $("output").toBlob((blob) => save(blob, "streamflow.png"));
 $("save-gif").onclick = () => link.send({ type: "gif" });
 $("save-settings").onclick = () => save(new Blob([JSON.stringify(settings(), null, 2)], { type: "application/json" }), "streamflow.json");
-document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());
+$("copy-link").onclick = copyLink;
+$("full-screen").hidden = !document.fullscreenEnabled;
+$("full-screen").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("output-figure").requestFullscreen());
+$("settings").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("visibilitychange", () => link.set(settings()));
+window.addEventListener("hashchange", () => {
+  show(fromLink());
+  changed();
+});
 setInterval(numbers, 500);
 setInterval(feed, FASTEST);
 label();

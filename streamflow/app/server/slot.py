@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamflow import models
+from streamflow import models, pretrained
 from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.messages import DrawRequest
+from streamflow.flow.guidance import mode as guidance_mode
 from streamflow.flow.noise import interpolated
 from streamflow.image_utils import Images, uint8_pixels
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults
@@ -23,6 +25,13 @@ from streamflow.stream.hooks import Step
 
 PERIOD = 24  # frames of drift from one noise to the next
 LEVELS = ("mode", "steps", "strength")  # what needs a new ring
+LOADING, WARMING_UP = "loading the model", "warming up"
+PROMPT_NOTE = (
+    "This model draws emoji only. Write “a concept, a style”, such as “a fox, 3d render”. The styles are 3d render, "
+    "flat vector, soft gradient, glossy cartoon and bold cartoon."
+)
+MAX_GUIDANCE = 4.0
+GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more, up to 3 works."
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ class Slot:
             self._stream.use_tiny_vae(s.tiny_vae if isinstance(s.tiny_vae, str) else None)
         self._stream.accelerate(s.acceleration.kind, **s.acceleration.options)
         self._stream.on_step(self._look, graph_safe=True)
-        self._extras, self._negative, self._delta = extras, s.negative_prompt, s.delta
-        self._guided = s.cfg_type != "none"
+        self._extras, self._delta = extras, s.delta
+        self._guided, self._takes_negative = s.cfg_type != "none", takes_negative(s)
         self.size = self._stream.width, self._stream.height
         self.reset()
 
@@ -111,12 +120,12 @@ class Slot:
     def _values(self, request: DrawRequest) -> Json:
         """What `prepare` and `update` both take of a request."""
         guidance = {"guidance_scale": request.guidance} if self._guided else {}
-        return {"prompt": request.prompts, "seed": request.seed, **guidance}
+        negative = {"negative_prompt": request.negative} if self._takes_negative else {}
+        return {"prompt": request.prompts, "seed": request.seed, **guidance, **negative}
 
     def _prepare(self, request: DrawRequest) -> None:
         self._stream.prepare(
             **self._values(request),
-            negative_prompt=self._negative,
             num_inference_steps=request.steps,
             delta=self._delta,
             strength=stages_of(request) / request.steps if request.mode == "image" else None,
@@ -158,19 +167,42 @@ def stages_of(request: DrawRequest) -> int:
     return max(1, min(most, round(request.strength * request.steps)))
 
 
-def open_slots(settings: Settings) -> dict[str, list[Slot]]:
-    """For every model that viewers may choose, a warm slot for each viewer; the owner's own model first."""
-    server = settings.server
-    wanted = {"model": (settings.model, None)}
-    wanted |= {name: (model, None) for name, model in server.models.items()}
-    wanted |= {name: (settings.model, lora) for name, lora in server.loras.items()}
-    slots = {}
-    for name, (model, lora) in wanted.items():
+def takes_negative(settings: Settings) -> bool:
+    """Whether the kind of guidance uses a negative prompt."""
+    return guidance_mode(settings.cfg_type).extra_rows(1, 1) > 0
+
+
+def offered(settings: Settings) -> dict[str, tuple[str, str | None]]:
+    """The models that viewers may choose, by name: (model, LoRA or None), the owner's own first."""
+    wanted: dict[str, tuple[str, str | None]] = {"model": (settings.model, None)}
+    wanted |= {name: (model, None) for name, model in settings.server.models.items()}
+    return wanted | {name: (settings.model, lora) for name, lora in settings.server.loras.items()}
+
+
+def about_models(settings: Settings) -> dict[str, Json]:
+    """For each model whose limits are known: example prompts, and notes for the page."""
+    notes = {
+        "prompt": PROMPT_NOTE,
+        "guidance": GUIDANCE_NOTE,
+        "max_guidance": max(MAX_GUIDANCE, settings.guidance_scale or 0),
+    }
+    about = {"examples": pretrained.EXAMPLE_PROMPTS, **notes}
+    return {name: about for name, (model, _) in offered(settings).items() if model == "embedded"}
+
+
+def open_slots(settings: Settings, progress: Callable[[str, int, int], None]) -> dict[str, list[Slot]]:
+    """For every model that viewers may choose, a warm slot for each viewer; the owner's own model first. progress: called
+    with the phase, how many of its parts are done, and of how many."""
+    wanted, slots = offered(settings), {}
+    for done, (name, (model, lora)) in enumerate(wanted.items()):
+        progress(LOADING, done, len(wanted))
         pipe = open_pipe(settings, model, lora)
         extras = prompt_defaults(pipe) if model == "embedded" else {}
-        slots[name] = [Slot(pipe, settings, extras) for _ in range(server.max_viewers)]
-        for slot in slots[name]:
-            warm(slot, first_request(settings, name))
+        slots[name] = [Slot(pipe, settings, extras) for _ in range(settings.server.max_viewers)]
+    cold = [(name, slot) for name, own in slots.items() for slot in own]
+    for done, (name, slot) in enumerate(cold):
+        progress(WARMING_UP, done, len(cold))
+        warm(slot, first_request(settings, name))
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)  # their warnings quote prompts that are too long
     return slots
@@ -184,13 +216,15 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
     (prompt, _), (other, second) = (*texts, ("", 0.0))[:2]
     blend = second / sum(weight for _, weight in texts)
     steps = min(settings.num_inference_steps, settings.server.max_steps)
-    given = {"guidance": settings.guidance_scale, "strength": settings.strength}
+    guidance = 1.0 if settings.guidance_scale is None and settings.model == "embedded" else settings.guidance_scale
+    given = {"guidance": guidance, "strength": settings.strength}
     optional: Json = {name: value for name, value in given.items() if value is not None}
     return DrawRequest(
         mode="text" if settings.mode == "txt2img" else "image",
         model=model,
         prompt=prompt,
         other=other,
+        negative=settings.negative_prompt,
         blend=blend,
         seed=settings.seed,
         steps=steps,

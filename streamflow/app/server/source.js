@@ -1,4 +1,12 @@
-// Where images come from: webcam, screen, a drawing, a file. Each is drawn, cut to the middle, on the input canvas.
+// Where images come from: webcam, screen, a drawing, an image or a video file. Each is drawn, cut to the middle, on the
+// input canvas.
+
+const REASONS = {
+  NotAllowedError: { camera: "The browser does not allow the webcam: allow it for this page, then try again.", screen: "No screen was chosen." },
+  NotFoundError: { camera: "No webcam was found." },
+  NotReadableError: { camera: "The webcam does not start: another program may use it." },
+};
+const UNREADABLE = "The browser cannot read this file: choose a PNG, JPEG or WebP image, or an MP4 or WebM video.";
 
 export class Source {
   constructor(canvas, brush) {
@@ -6,36 +14,62 @@ export class Source {
     this.brush = brush; // () => {colour, width}
     this.video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
     this.kind = null;
+    this.turn = 0;
     this.listen();
   }
 
   async start(kind, file) {
     this.stop();
-    if (kind === "camera" || kind === "screen") await this.play(kind);
-    if (kind === "file") this.cover(await createImageBitmap(file));
-    if (kind === "drawing") this.clear();
+    const turn = this.turn; // a later start or stop makes this one void
+    const begin = { camera: () => this.capture(kind, turn), screen: () => this.capture(kind, turn), file: () => this.read(file, turn), drawing: () => this.clear() };
+    try {
+      await begin[kind]();
+    } catch (error) {
+      if (turn === this.turn) this.stop();
+      throw new Error(kind === "file" ? UNREADABLE : (REASONS[error.name]?.[kind] ?? error.message));
+    }
+    if (turn !== this.turn) return;
     this.canvas.classList.toggle("drawing", kind === "drawing");
     this.kind = kind;
   }
 
   stop() {
+    this.turn += 1;
     for (const track of this.video.srcObject?.getTracks() ?? []) track.stop();
     this.video.srcObject = null;
+    if (this.video.src) {
+      URL.revokeObjectURL(this.video.src);
+      this.video.removeAttribute("src");
+      this.video.load();
+    }
+    this.canvas.classList.remove("drawing");
     this.kind = null;
   }
 
-  async play(kind) {
+  async capture(kind, turn) {
     const devices = navigator.mediaDevices;
-    if (!devices) throw new Error("the browser gives cameras and screens to https pages and to 127.0.0.1 only");
+    if (!devices) throw new Error("The browser gives webcams and screens to https pages and to 127.0.0.1 only.");
     const ask = { camera: () => devices.getUserMedia({ video: { width: 640, height: 480 } }), screen: () => devices.getDisplayMedia() };
-    this.video.srcObject = await ask[kind]();
+    const stream = await ask[kind]();
+    if (turn !== this.turn) return stream.getTracks().forEach((track) => track.stop());
+    this.video.srcObject = stream;
     await this.video.play();
+  }
+
+  async read(file, turn) {
+    if (file.type.startsWith("video/")) {
+      Object.assign(this.video, { src: URL.createObjectURL(file), loop: true });
+      return this.video.play();
+    }
+    const image = await createImageBitmap(file);
+    if (turn === this.turn) this.cover(image);
+    image.close();
   }
 
   // The newest image as a JPEG; null where there is none.
   async grab() {
     if (!this.kind) return null;
-    if (this.video.srcObject) {
+    if (this.video.srcObject || this.video.src) {
       if (!this.video.videoWidth) return null;
       this.cover(this.video, this.video.videoWidth, this.video.videoHeight);
     }
