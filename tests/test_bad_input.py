@@ -11,6 +11,7 @@ from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
 from streamflow.models import register
+from streamflow.stream.image_checks import RangeChecks
 
 NAN = float("nan")
 
@@ -410,3 +411,31 @@ def test_frames_needs_an_empty_ring_and_says_how_many_are_in_it(stream_of, pictu
     stream(picture(0))
     with pytest.raises(RuntimeError, match=r"needs an empty ring; .*flush\(\) or prepare\(\) first"):
         stream.frames([None])
+
+
+class Deferred(RangeChecks):
+    """Checks images on the CPU as those on a GPU: by a later call, once their extremes have been copied."""
+
+    class Copied:
+        def __init__(self, tensor):
+            self.value = lambda: tensor
+
+        def arrived(self):
+            return True
+
+    def add(self, what, image, low, high):
+        extremes = torch.stack(image.as_subclass(torch.Tensor).aminmax()).float()
+        self.pending.append((self.Copied(extremes), low, high, what))
+
+
+def test_the_call_after_a_bad_image_on_a_device_raises_and_the_call_with_it_does_not():
+    stream = StreamFlow(random_pipeline("sd3"), [0, 1], width=64, height=64, cfg_type="none")
+    stream.prepare("a", num_inference_steps=2)
+    stream._inputs.reader.ranges = Deferred()
+    good, bad = torch.rand(3, 64, 64), torch.full((3, 64, 64), 1.5)
+    stream(good), stream(bad)
+    with pytest.raises(ValueError, match="image of frame 1 run from 1.5 to 1.5"):
+        stream(good)
+    stream(good), stream(bad)
+    with pytest.raises(ValueError, match="image of frame 3 run from 1.5 to 1.5"):
+        stream.txt2img()

@@ -73,13 +73,16 @@ class Inputs:
     # -- images ---------------------------------------------------------------------------------------------------------
 
     def images(self, image: Images) -> Tensor:
-        """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]."""
+        """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]. Raises ValueError for an earlier image on a
+        GPU whose values were out of range; the new ones are checked by a later call, since nothing waits for the GPU."""
+        if self.reader.ranges.pending:
+            self.reader.ranges.raise_failed()
         return self.reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
-        """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Raises
-        ValueError for an earlier image on a GPU whose values were out of range."""
-        if self.reader.ranges.pending:
+        """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Without
+        images it raises for an earlier one, as `images` does."""
+        if images is None and self.reader.ranges.pending:
             self.reader.ranges.raise_failed()
         return [
             (one, one.read(given.get(one.name), images, positions))
