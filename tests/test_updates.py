@@ -243,6 +243,19 @@ def test_the_thread_that_draws_waits_for_the_update_under_way_and_for_no_pause()
     assert order[2:] == [2]
 
 
+def test_an_update_that_replaces_the_first_one_lets_the_second_one_go():
+    updates, order = UpdateQueue(), []
+    drawn(updates)
+    in_thread(lambda: updates.apply({"x"}, None, lambda: time.sleep(0.02) or 0), order).join()  # a pause of 0.38 s follows
+    threads = []
+    for number, name in enumerate("aba", start=1):
+        threads.append(in_thread(lambda name=name, number=number: updates.apply({name}, None, lambda: number), order))
+        until(lambda number=number: len(updates._waiting) == number)
+    for thread in threads:
+        thread.join(WAIT)
+    assert sorted(order) == [0, 2, 3, 3]
+
+
 def test_many_threads_lose_no_field_and_end(stream):
     names, ended = ("seed", "delta", "guidance_scale"), []
 

@@ -75,6 +75,7 @@ class UpdateQueue:
         with self._changed:
             self._replace(mine)
             self._waiting.append(mine)
+            self._changed.notify_all()  # another one may be the first now
             while True:
                 if mine.replaced_by is not None and mine.replaced_by.over:
                     if mine.replaced_by.number is not None:
