@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs = (Input(None, control={"control": as_rgb(open_image(file))}) for file in files)
         for file, frame in zip(files, stream.frames(inputs), strict=True):
             postprocess_image(frame.wait().image[None])[0].save(a.output / file.name)
+    print(f"wrote {len(files)} images to {a.output}")
     return 0
 
 

@@ -10,11 +10,12 @@ from PIL import Image
 
 from streamflow import StreamFlowWrapper
 from streamflow.image_utils import as_rgb, open_image
+from streamflow.samples import IMAGE
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="an image")
+    p.add_argument("--input", type=Path, default=IMAGE, help="an image (default: the sample drawing)")
     p.add_argument("--mask", type=Path, help="an image, white where to draw (default: the left half)")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a fox, 3d render", help="default: %(default)s")
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.stream.inpaint(image, mask)  # holds for all frames until inpaint(None)
         a.output.parent.mkdir(parents=True, exist_ok=True)
         wrapper(image).save(a.output)
+    print(f"wrote {a.output}")
     return 0
 
 

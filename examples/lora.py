@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             images.append(wrapper())
         wrapper.stream.unload_lora()
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns=len(images)).save(a.output)
+    image_grid(images, columns=len(images), labels=[f"strength {one:g}" for one in a.strengths]).save(a.output)
+    print(f"wrote {a.output}: strengths {a.strengths}")
     return 0
 
 

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             images.append(postprocess_image(frame.wait().image[None])[0])
     a.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images).save(a.output)
+    print(f"wrote {a.output}")
     return 0
 
 

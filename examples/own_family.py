@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=4)
         a.output.parent.mkdir(parents=True, exist_ok=True)
         wrapper().save(a.output)
+    print(f"wrote {a.output}")
     return 0
 
 

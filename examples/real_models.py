@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=model.steps, guidance_scale=model.scale)
         for k in range(a.count):
             wrapper().save(a.output / f"{a.name}-{k}.png")
+    print(f"wrote {a.count} images to {a.output}")
     return 0
 
 

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         images = [postprocess_image(frame.wait().image[None])[0] for frame in frames]
     a.output.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(a.output, save_all=True, append_images=images[1:], duration=60, loop=0)
+    print(f"wrote {len(images)} frames to {a.output}")
     return 0
 
 

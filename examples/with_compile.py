@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.stream.accelerate("none")  # and back
     a.output.parent.mkdir(parents=True, exist_ok=True)
     image.save(a.output)
+    print(f"wrote {a.output}")
     return 0
 
 

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerate_with_tensorrt(wrapper.stream, a.engine_dir, max_batch_size=a.steps, use_cuda_graph=True)
         a.output.parent.mkdir(parents=True, exist_ok=True)
         wrapper().save(a.output)
+    print(f"wrote {a.output}")
     return 0
 
 

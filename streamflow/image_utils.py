@@ -476,10 +476,19 @@ def pil2tensor(image_pil: PIL.Image.Image, dtype: torch.dtype = torch.float32) -
     return process_image(image_pil)[0].to(dtype)
 
 
-def image_grid(images: Sequence[PIL.Image.Image], columns: int = 4) -> PIL.Image.Image:
-    """Images of one size side by side, row by row; what is left of the last row is white."""
-    width, height = images[0].size
-    sheet = PIL.Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+def image_grid(images: Sequence[PIL.Image.Image], columns: int = 4, labels: Sequence[str] | None = None) -> PIL.Image.Image:
+    """Images of one size side by side, row by row; what is left of the last row is white. labels: a line of text below each
+    image. ValueError: not as many labels as images."""
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images: give one for each")
+    (width, height), line = images[0].size, 0 if labels is None else 20
+    sheet = PIL.Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + line)), "white")
     for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * width, k // columns * height))
+        left, top = k % columns * width, k // columns * (height + line)
+        sheet.paste(image, (left, top))
+        if labels is not None:
+            from PIL import ImageDraw, ImageFont
+
+            font = ImageFont.load_default(size=12)
+            ImageDraw.Draw(sheet).text((left + width // 2, top + height + line // 2), labels[k], "black", font, anchor="mm")
     return sheet

@@ -88,6 +88,8 @@ def runs(there):
         "multi_gpu_decode.py": (["--devices", "cpu", "cpu", "--count", "3"], "outputs/decode.png", 1),
         "real_models.py": (["embedded", "--count", "1"], "outputs", 1),
         "own_family.py": ([], "outputs/own_family.png", 1),
+        "make_samples.py": ([], "outputs/samples", 1),
+        "side_by_side.py": (["--stride", "24", "--prompt", "a tangerine, 3d render"], "outputs/side-by-side.webp", 1),
         "with_compile.py": (["--acceleration", "none"], "outputs/with_compile.png", 1),
     }
 
@@ -98,11 +100,12 @@ DRAWING = sorted(set(NAMES) - {"benchmark/single.py", "benchmark/multi.py", "opt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWING)
-def test_it_draws(name, there, tmp_path, monkeypatch):
+def test_it_draws_and_says_where(name, there, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments, made, count = runs(there)[name]
-    steps = [] if name in ("real_models.py", "own_family.py") else ["--steps", "2"]
+    steps = [] if name in ("real_models.py", "own_family.py", "make_samples.py", "side_by_side.py") else ["--steps", "2"]
     assert loaded(name).main([*arguments, *steps]) == 0
+    assert made in capsys.readouterr().out
     files = sorted(Path(made).glob("*.png")) if Path(made).is_dir() else [Path(made)]
     assert len(files) == count
     for file in files:

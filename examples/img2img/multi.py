@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         images = (as_rgb(open_image(file)) for file in files)
         for file, frame in zip(files, wrapper.stream.frames(images), strict=True):
             postprocess_image(frame.wait().image[None])[0].save(a.output / f"{file.stem}.png")
+    print(f"wrote {len(files)} images to {a.output}")
     return 0
 
 

@@ -7,11 +7,12 @@ import argparse
 from pathlib import Path
 
 from streamflow import StreamFlowWrapper
+from streamflow.samples import IMAGE
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="an image")
+    p.add_argument("--input", type=Path, default=IMAGE, help="an image (default: the sample drawing)")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     with StreamFlowWrapper(a.model, cfg_type="none", warmup=0) as wrapper:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps, strength=a.strength)
         wrapper(a.input).save(a.output)  # the first call fills the batch with this image
+    print(f"wrote {a.output}")
     return 0
 
 

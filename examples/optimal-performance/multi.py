@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     a.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid([postprocess_image(one[None])[0] for one in images]).save(a.output)
     print(f"{a.count / seconds:.1f} images a second, filling and emptying the batch included")
+    print(f"wrote {a.output}")
     return 0
 
 

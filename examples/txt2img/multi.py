@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         for call in range(a.calls):
             for k, image in enumerate(wrapper.txt2img()):
                 image.save(a.output / f"{call * size + k}.png")
+    print(f"wrote {a.calls * size} images to {a.output}")
     return 0
 
 

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         for k in range(a.count):
             wrapper().save(a.output / f"{k}.png")
+    print(f"wrote {a.count} images to {a.output}")
     return 0
 
 

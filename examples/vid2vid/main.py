@@ -13,11 +13,12 @@ from streamflow import StreamFlowWrapper
 from streamflow.image_utils import uint8_pixels
 from streamflow.io import TimedImage, open_source
 from streamflow.io.recorder import Recorder
+from streamflow.samples import CLIP
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="a video")
+    p.add_argument("--input", type=Path, default=CLIP, help="a video (default: the sample clip)")
     p.add_argument("--model", default="embedded", help="hub id, folder or file (default: %(default)s)")
     p.add_argument("--prompt", default="a red apple, 3d render", help="default: %(default)s")
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             recorder.write(TimedImage(uint8_pixels(frame.wait().image[None])[0], 0.0))
     recorder.close()
     video.close()
+    print(f"wrote {a.output}")
     return 0
 
 
