@@ -18,7 +18,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples"
-LARGER = {"benchmark_scaling.py", "make_teaser.py", "ray_batch.py", "ray_serve.py", "torchrun_decode.py"}  # tools
+LARGER = {"benchmark_scaling.py", "make_samples.py", "make_teaser.py", "ray_batch.py", "ray_serve.py", "side_by_side.py"}
+LARGER |= {"torchrun_decode.py"}  # tools
 SHORT = [
     path
     for path in sorted(FOLDER.rglob("*.py"))
@@ -94,7 +95,7 @@ def runs(there):
     }
 
 
-DRAWING = sorted(set(NAMES) - {"benchmark/single.py", "benchmark/multi.py", "optimal-performance/single.py"} - {
+DRAWING = sorted({*NAMES, "make_samples.py", "side_by_side.py"} - {"benchmark/single.py", "benchmark/multi.py", "optimal-performance/single.py"} - {
     "vid2vid/main.py", "webcam/main.py", "screen/main.py", "with_tensorrt.py"})  # fmt: skip
 
 
