@@ -195,7 +195,7 @@ class StreamFlowWrapper:
         if acceleration == "sfast":
             raise ValueError("acceleration 'sfast': stable-fast is no longer maintained: choose 'auto', or 'none'")
         if warmup is not None:
-            whole_number("warmup", warmup, 0)
+            warmup = whole_number("warmup", warmup, 0)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion

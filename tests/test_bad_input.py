@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from random_pipelines import random_pipeline, random_tiny_vae
 from streamflow import StreamFlow
 from streamflow.models import register
 from streamflow.stream.image_checks import RangeChecks
+from streamflow.stream.request import is_plain, same
 
 NAN = float("nan")
 
@@ -439,3 +443,20 @@ def test_the_call_after_a_bad_image_on_a_device_raises_and_the_call_with_it_does
     stream(good), stream(bad)
     with pytest.raises(ValueError, match="image of frame 3 run from 1.5 to 1.5"):
         stream.txt2img()
+
+
+def test_integers_of_numpy_become_pythons():
+    size = {"width": np.int64(64), "height": np.int32(64), "frame_buffer_size": np.int64(1)}
+    stream = StreamFlow(random_pipeline("sd3"), [0, 1], cfg_type="none", **size)
+    assert json.dumps([stream.width, stream.height, stream.frame_bff_size]) == "[64, 64, 1]"
+    stream.prepare("a", num_inference_steps=2)
+    stream.update(noise="interpolated", noise_period=np.int64(4))
+    assert stream.txt2img().isfinite().all()
+
+
+def test_arguments_that_are_the_same_object_are_not_compared(monkeypatch):
+    monkeypatch.setattr(torch, "equal", None)
+    tensor, array = torch.full((2,), NAN), np.full(2, NAN)
+    assert same([tensor, {"a": array}], (tensor, {"a": array})) and not same(tensor, array)
+    frozen = MappingProxyType({"a": tensor})
+    assert same(frozen, {"a": tensor}) and not is_plain(frozen) and is_plain({"a": [1]})

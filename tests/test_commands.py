@@ -190,3 +190,27 @@ def test_the_sample_drawing_is_restyled_by_default(capsys):
     said = capsys.readouterr()
     assert "1 images in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
     assert said.err.count("\r") <= 4 and "Loading" not in said.err  # one progress bar, of the images
+
+
+def test_the_mode_is_the_commands_whatever_the_file_says(capsys):
+    with open("text.yaml", "w") as file:
+        file.write("mode: txt2img\n")
+    assert of("--config", "text.yaml", mode="img2img").mode == "img2img"
+    with open("image.yaml", "w") as file:
+        file.write("mode: img2img\nstrength: 0.5\n")
+    with pytest.raises(SystemExit) as ended:
+        of("--config", "image.yaml")
+    assert ended.value.code == 2 and "strength is of mode img2img" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_a_model_is_loaded(capsys):
+    open("file", "w").close()
+    for command in (["txt2img"], ["img2img"]):
+        assert main([*command, *QUICK, "--model", "no such model", "--output", "file/folder"]) == 1
+        assert capsys.readouterr().err.startswith(f"streamflow {command[0]}: error: ")
+
+
+def test_the_help_has_the_commands_own_defaults(capsys):
+    assert "(default: example prompts)" in helped(capsys, "txt2img", "--help")
+    assert "(default: 0.5)" in helped(capsys, "img2img", "--help").replace("\n", " ").replace("  ", " ")
+    assert "(default: full)" in helped(capsys, "serve", "--help")

@@ -74,13 +74,12 @@ def test_an_interrupted_video_keeps_what_is_drawn(capsys, tmp_path, monkeypatch,
 def test_what_a_video_cannot_be_is_one_line_and_nothing_is_lost(capsys, tmp_path):
     record(tmp_path / "in.mp4", 2)
     (tmp_path / "text.mp4").write_text("no video")
-    (tmp_path / "text.yaml").write_text("mode: txt2img")
     before = (tmp_path / "in.mp4").read_bytes()
     for code, arguments, says in (
         (2, ["--in", "in.mp4", "--out", "in.mp4"], "is there already"),
         (2, ["--in", "in.mp4", "--out", "in.mp4", "--overwrite"], "is what is read"),
         (2, ["--in", "in.mp4", "--out", "out.mp4", "--mode", "txt2img"], "unrecognized arguments: --mode"),
-        (2, ["--in", "in.mp4", "--out", "out.mp4", "--config", "text.yaml"], "mode is img2img"),
+        (1, ["--in", "in.mp4", "--out", "text.mp4/out.mp4"], "text.mp4"),
         (1, ["--in", "gone.mp4", "--out", "out.mp4"], "no such file: gone.mp4"),
         (1, ["--in", "text.mp4", "--out", "out.mp4"], "cannot be read as a video"),
         (1, ["--in", "in.mp4", "--out", "out.avi"], "ends in one of .mp4, .mkv"),
@@ -92,7 +91,7 @@ def test_what_a_video_cannot_be_is_one_line_and_nothing_is_lost(capsys, tmp_path
         err = capsys.readouterr().err
         assert found == code and says in err and "Traceback" not in err
     assert (tmp_path / "in.mp4").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "text.mp4", "text.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "text.mp4"]
 
 
 def test_the_middle_is_kept():

@@ -268,3 +268,34 @@ def test_many_threads_lose_no_field_and_end(stream):
         stream.txt2img()
     stream.txt2img()
     assert ended == [None] * 6 and stream.seed in (19, 22) and stream.delta in (20, 23)
+
+
+def test_an_assignment_keeps_what_another_thread_has_kept_meanwhile(stream, held):
+    one = in_thread(lambda: setattr(stream, "do_add_noise", True), [])
+    until(lambda: waiting(stream) == 1)
+    stream._updates.defaults["cfg_type"] = "self"  # what another thread's assignment would keep
+    held.release.set()
+    one.join()
+    assert stream._updates.defaults["cfg_type"] == "self" and stream._updates.defaults["do_add_noise"] is True
+
+
+def test_reading_what_is_requested_does_not_wait_for_an_engine_that_is_made(stream, monkeypatch):
+    stream.txt2img()
+    inside, release, read = threading.Event(), threading.Event(), []
+    begin = stream._denoiser.begin
+
+    def slow(state):
+        inside.set()
+        assert release.wait(WAIT)
+        begin(state)
+
+    monkeypatch.setattr(stream._denoiser, "begin", slow)
+    stream.update(num_inference_steps=5, t_index_list=[0, 1])
+    drawing = in_thread(stream.txt2img, [])
+    assert inside.wait(WAIT)
+    reading = in_thread(lambda: stream.request, read)
+    reading.join(WAIT / 2)
+    stuck = reading.is_alive()
+    release.set()
+    drawing.join()
+    assert not stuck and read

@@ -53,7 +53,7 @@ def resolve_seeds(seed: object) -> Any:
 def interpolated(noise: Callable[[int], Tensor], frame: int, period: int) -> Tensor:
     """The noise of a frame on the way from `noise(j)` to `noise(j + 1)`, which takes `period` frames, along a quarter of a
     great circle: `cos(a) n_j + sin(a) n_(j+1)` with `a = pi f / 2` at share f of the way, of variance one at every frame."""
-    step, share = divmod(frame, period)
+    step, share = divmod(frame, int(period))  # numpy's would overflow in the mixing of seeds
     angle = math.pi / 2 * share / period
     return math.cos(angle) * noise(step) + math.sin(angle) * noise(step + 1)
 

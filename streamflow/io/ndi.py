@@ -89,6 +89,7 @@ class NdiSink(Device, Sink):
     def _begin(self, library: Handle, shape: tuple[int, ...]) -> None:
         """Open the sender at a size; NDI takes it on with the frame, so another size is a new sender of the same name."""
         self._closing.close()
+        self._shape = None  # until the new sender is open
         frame = _library("video_frame").VideoSendFrame()
         frame.set_resolution(shape[1], shape[0])
         frame.set_frame_rate(self.rate)

@@ -180,12 +180,12 @@ class Denoiser:
         fits = settings.mode is request.mode and settings.rule == self._model.adapter.rule(request.do_add_noise)
         return not fits or (change.target.stages is not self.prepared().stages and not change.levels_now)
 
-    def take(self, change: Change, new_engine: bool) -> None:
-        """Draw what an update says, by a new engine or by the one that runs."""
-        before, target = self.prepared(), change.target
+    def take(self, change: Change, before: Prepared, new_engine: bool) -> None:
+        """Draw what an update says in the place of `before`, by a new engine or by the one that runs."""
+        target = change.target
         if new_engine:
             self.begin(target)
-        self.state, engine = target, self.running()
+        engine = self.running()
         if target.stages is not before.stages and not new_engine:
             engine.set_levels(target.stages)
         if change.entries:

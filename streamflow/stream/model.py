@@ -45,7 +45,8 @@ class Model:
         self.height = adapter.default_size if height is None else height
         self.width = adapter.default_size if width is None else width
         adapter.check_size(self.height, self.width)
-        whole_number("frame_buffer_size", frames, 1)
+        self.height, self.width = int(self.height), int(self.width)  # numpy's integers are no JSON
+        self.frames = whole_number("frame_buffer_size", frames, 1)
         self.device, dtype = torch.device(pipe.device), check_dtype(dtype, adapter.net, pipe.device)
         self.shape = adapter.latent_shape(self.height, self.width)
         self.dtype = adapter.latent_dtype or dtype

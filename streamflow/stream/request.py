@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_flatten, tree_map_only
 
 from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.conditioning.blending import METHODS, as_weighted, check_sum, with_weights
@@ -19,7 +18,7 @@ from streamflow.flow.noise import NoiseSource, check_policy
 from streamflow.flow.schedule import Schedule, Stages
 
 if TYPE_CHECKING:
-    from streamflow.models.protocols import Arguments, Call
+    from streamflow.models.protocols import Arguments
 
 SCOPES = (None, "now", "frame")
 Texts = str | Sequence[tuple[str, float]]
@@ -126,27 +125,39 @@ class Request:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two arguments are equal, tensors and arrays by their values. On a GPU the host waits for the answer."""
-    (mine, form), (its, other) = tree_flatten(a), tree_flatten(b)
-    return form == other and all(map(_equal, mine, its))
-
-
-def _equal(a: object, b: object) -> bool:
+    """Whether two arguments are equal: numbers, texts, tensors and arrays by their values, and lists and mappings of them.
+    On a GPU the host waits for the answer."""
+    if a is b:
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
-    return a is b or (type(a) is type(b) and bool(a == b))
+    if isinstance(a, (Tensor, np.ndarray)) or isinstance(b, (Tensor, np.ndarray)):
+        return False
+    return type(a) is type(b) and bool(a == b)
 
 
-def owned(value: Call) -> Call:
-    """A copy of arguments, so that the caller may change the original: tensors, arrays, and lists and mappings of them."""
-    return tree_map_only(np.ndarray, np.copy, tree_map_only(Tensor, lambda one: one.detach().clone(), value))
+def owned(value: Any) -> Any:
+    """A copy of a value, so that the caller may change the original: tensors, arrays, and the lists and mappings of them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (list, tuple):
+        return type(value)(owned(one) for one in value)
+    return {name: owned(one) for name, one in value.items()} if type(value) is dict else value
 
 
 def is_plain(value: object) -> bool:
     """Whether no tensor or array is in an argument."""
-    return not tree_any(lambda one: isinstance(one, (Tensor, np.ndarray)), value)
+    if isinstance(value, (list, tuple, Mapping)):
+        return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, (Tensor, np.ndarray))
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,8 +116,8 @@ class Updates:
             self._outputs.similar_filter.seed = seed if isinstance(seed, int) else DEFAULT_SEED
             denoiser.empty("prepare()")
             with self.slot:
-                self.pending = None
-                denoiser.begin(state)
+                denoiser.state, self.pending = state, None
+            denoiser.begin(state)
         if model.accelerated is None:
             model.after_change()
 
@@ -253,11 +253,11 @@ class Updates:
     def keep(self, **change: Any) -> None:
         """Update a field, and let later calls of `prepare` keep it: `t_index_list`, `cfg_type` or `do_add_noise`."""
         self._model.check_open()
-        kept = {**self.defaults, **change}
-        self.planner.check(kept["cfg_type"], kept["do_add_noise"])
+        checked = {**self.defaults, **change}
+        self.planner.check(checked["cfg_type"], checked["do_add_noise"])
         if self._denoiser.state is not None:
             self.update(**change)
-        self.defaults = kept
+        self.defaults.update(change)  # another thread may have kept another field meanwhile
 
     def forget_prompts(self) -> None:
         """Forget the prompts that are kept encoded. Those in force stay."""
@@ -289,14 +289,15 @@ class Updates:
         """Take this pending update. Returns False where another one has been merged with it since."""
         if change is None:
             return True
-        new_engine = self._denoiser.needs_engine(change)
+        denoiser, before = self._denoiser, self._denoiser.prepared()
+        new_engine = denoiser.needs_engine(change)
         if new_engine:
-            self._denoiser.run_out()  # where that fails, the update waits for the next call
+            denoiser.run_out()  # where that fails, the update waits for the next call
         with self.slot:
             if self.pending is not change:
                 return False
-            self.pending = None
-            self._denoiser.take(change, new_engine)
+            self.pending, denoiser.state = None, change.target
+        denoiser.take(change, before, new_engine)
         self._outputs.redraw()
         return True
 

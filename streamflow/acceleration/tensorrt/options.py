@@ -75,7 +75,7 @@ class Options:
         for names in _ASCENDING:
             given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
             for name, value in given.items():
-                whole_number(name, value, 1)
+                object.__setattr__(self, name, whole_number(name, value, 1))
             if list(given.values()) != sorted(given.values()):
                 raise ValueError(f"values must ascend: {', '.join(f'{name}={value}' for name, value in given.items())}")
         if self.fallback not in (None, "eager"):

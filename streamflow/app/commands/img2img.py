@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from streamflow.app.commands import options
 from streamflow.samples import IMAGE
 
@@ -21,7 +19,9 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
-    p = options.parser("img2img", "Restyles images, in their order; results have their names.", EXAMPLE)
+    p = options.parser(
+        "img2img", "Restyles images, in their order; results have their names.", EXAMPLE, defaults={"strength": 0.5}
+    )
     p.add_argument("images", type=Path, nargs="*", default=[IMAGE], help="files (default: the sample drawing)")
     p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
     a = p.parse_args(argv)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def images() -> Iterator[PIL.Image.Image]:
         from streamflow.image_utils import as_rgb, open_image
 
-        for path in tqdm(a.images, unit="image", disable=a.json):
+        for path in a.images:
             try:
                 image = as_rgb(open_image(path))
             except OSError as error:
@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             read.append(path.stem)
             yield image
 
-    result = {**options.draw(settings, images(), read, a.output), "unread": unread}
+    try:
+        result = {**options.draw(settings, images(), read, a.output, count=len(a.images), quiet=a.json), "unread": unread}
+    except OSError as error:
+        return p.failed(error)
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
     summary = f"{len(read)} images in {result['seconds']:.1f} s, in {a.output}"

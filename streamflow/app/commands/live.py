@@ -69,13 +69,12 @@ def play(
     and what was learned."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
-    from streamflow.io.window import WindowSink
     from streamflow.live.remote import open_control
 
     s, shows = settings.live, []
     if (settings.mode == "img2img") != bool(s.source):
         raise ValueError(f"mode is {settings.mode}, and there is {'a' if s.source else 'no'} source: leave one out")
-    others = [config.load(file) for file in s.scenes]
+    others = [options.with_start(one.model_copy(update={"mode": settings.mode})) for one in map(config.load, s.scenes)]
     source, sinks = open_source(s.source) if s.source else None, [open_sink(one) for one in s.sinks]
 
     def update(**changes: Any) -> None:
@@ -87,8 +86,8 @@ def play(
         if learn:
             controls.learn(learn)
         for sink in sinks:
-            if isinstance(sink, WindowSink):
-                sink.on_key = controls.keys.press
+            if hasattr(sink, "on_key"):
+                setattr(sink, "on_key", controls.keys.press)  # noqa: B010 - of windows only, no part of the protocol
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
             closing.callback(wrapper.close)

@@ -60,6 +60,7 @@ def draw(settings: Settings, a: argparse.Namespace) -> Json:
     from streamflow.image_utils import image_grid
     from streamflow.wrapper import StreamFlowWrapper
 
+    a.output.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
     legs = len(a.prompts) - 1
     with StreamFlowWrapper.from_settings(settings) as wrapper:
         began = time.perf_counter()
@@ -67,7 +68,6 @@ def draw(settings: Settings, a: argparse.Namespace) -> Json:
         way = morph(wrapper.stream, len(a.prompts), a.frames * legs)
         frames = list(tqdm(way, total=a.frames * legs, unit="frame", disable=a.json))
         seconds = time.perf_counter() - began
-    a.output.parent.mkdir(parents=True, exist_ok=True)
     shown = frames if a.one_way else frames + frames[-2:0:-1]
     _write(shown, a.output, a.rate)
     if a.sheet:

@@ -8,10 +8,12 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
+
+from tqdm import tqdm
 
 from streamflow._command_line import Parser
 from streamflow._files import Json, read_yaml
@@ -35,9 +37,16 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 SHORT = {"num_inference_steps": "--steps", "acceleration.kind": "--accelerate"}  # beside the setting's own name
 
 
-def parser(command: str, description: str, example: str, *sections: str, unused: Sequence[str] = ("mode",)) -> Parser:
+def parser(
+    command: str,
+    description: str,
+    example: str,
+    *sections: str,
+    unused: Sequence[str] = ("mode",),
+    defaults: Mapping[str, object] | None = None,
+) -> Parser:
     """A parser with `--config`, `--json`, `--verbose` and the settings' flags: of `SECTIONS` those that the command reads,
-    and no flag for a setting that it does not use. A file may hold them all."""
+    and no flag for a setting that it does not use. A file may hold them all. defaults: the command's own, for the help."""
     p = Parser(
         prog=f"streamflow {command}",
         description=description,
@@ -48,6 +57,8 @@ def parser(command: str, description: str, example: str, *sections: str, unused:
     p.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     p.add_argument("-v", "--verbose", action="store_true", help="show the messages and progress bars of the libraries too")
     fields = {path: field for path, field in _fields(Settings) if _is_read(path, sections, unused)}
+    own = defaults or {}
+    texts = {path: _help(field, own.get(path, field.default)) for path, field in fields.items()}
     shown = {path: title for title, paths in GROUPS.items() for path in paths if path in fields}
     groups = {title: p.add_argument_group(title) for title in dict.fromkeys(shown.values())}
     rest = p.add_argument_group("more settings")
@@ -55,12 +66,12 @@ def parser(command: str, description: str, example: str, *sections: str, unused:
         flag, given = f"--{path.replace('_', '-')}", {"dest": path, "metavar": _metavar(fields[path])}
         group = groups.get(shown.get(path, ""), rest)
         if short := SHORT.get(path):
-            group.add_argument(short, help=_help(fields[path]), **given)
+            group.add_argument(short, help=texts[path], **given)
             p.add_rare(rest.add_argument(flag, help=f"the same as {short}", **given))
         elif group is rest:
-            p.add_rare(rest.add_argument(flag, help=_help(fields[path]), **given))
+            p.add_rare(rest.add_argument(flag, help=texts[path], **given))
         else:
-            group.add_argument(flag, help=_help(fields[path]), **given)
+            group.add_argument(flag, help=texts[path], **given)
     return p
 
 
@@ -79,10 +90,9 @@ def _metavar(field: FieldInfo) -> str:
     return next((names[kind] for kind in kinds if isinstance(kind, type) and kind in names), "VALUE")
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: FieldInfo, default: object) -> str:
     """The description, and the default where the description does not say it."""
     text = (field.description or "").replace("empty:", "default:").replace("%", "%%")
-    default = field.default
     if default in (None, "", (), {}) or "default" in text:
         return text
     return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
@@ -111,6 +121,8 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
         quiet_libraries()
     try:
         data = {**defaults, **(config.load(a.config).model_dump(mode="json", exclude_unset=True) if a.config else {})}
+        if "mode" in defaults:
+            data["mode"] = defaults["mode"]  # the command's, whatever the file says
         for path, _ in _fields(Settings):
             if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
@@ -157,13 +169,16 @@ def draw(
     names: Sequence[str],
     folder: Path,
     prompts: Sequence[str] = (),
+    count: int | None = None,
+    quiet: bool = False,
 ) -> Json:
     """A PNG file for each of these images, or for each None of one drawn from text; the files, and the seconds it took.
-    names: of the files. They are needed only once an image has been taken. prompts: one for each image, if they differ."""
+    names: of the files. They are needed only once an image has been taken. prompts: one for each image, if they differ.
+    count: how many images there are. quiet: without a progress bar."""
+    folder.mkdir(parents=True, exist_ok=True)  # before a model is loaded
     from streamflow.image_utils import postprocess_image
     from streamflow.wrapper import StreamFlowWrapper
 
-    folder.mkdir(parents=True, exist_ok=True)
     files: list[str] = []
     with StreamFlowWrapper.from_settings(settings) as wrapper:
 
@@ -174,7 +189,7 @@ def draw(
                 yield image
 
         began = time.perf_counter()
-        for frame in wrapper.stream.frames(entering()):
+        for frame in tqdm(wrapper.stream.frames(entering()), total=count, unit="image", disable=quiet):
             files.append(str(folder / f"{names[len(files)]}.png"))
             postprocess_image(frame.wait().image[None])[0].save(files[-1])
         return {"files": files, "seconds": round(time.perf_counter() - began, 3)}

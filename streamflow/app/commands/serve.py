@@ -28,7 +28,12 @@ END_WITHIN = 0.5  # seconds for threads that still compute after the server has 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
     p = options.parser(
-        "serve", "Serves the page: text and images restyled live, for several viewers.", EXAMPLE, "server", unused=UNUSED
+        "serve",
+        "Serves the page: text and images restyled live, for several viewers.",
+        EXAMPLE,
+        "server",
+        unused=UNUSED,
+        defaults={"cfg_type": "full"},
     )
     p.add_argument("--host", dest="server.host", metavar="HOST", help="short for --server.host")
     p.add_argument("--port", dest="server.port", metavar="PORT", help="short for --server.port")
@@ -62,6 +67,8 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
     from streamflow.app.server import tokens
 
     def opened(settings: Settings, progress: Callable[[str, int, int], None]) -> dict[str, list[Slot]]:
+        gc.unfreeze()  # after an error in the model's thread: what was loaded before is collected first
+        gc.collect()
         slots = open_slots(settings, progress)
         freeze_loaded()
         return slots

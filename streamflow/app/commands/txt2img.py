@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from streamflow._command_line import at_least
 from streamflow.app.commands import options
 from streamflow.pretrained import EXAMPLE_PROMPTS
@@ -18,9 +16,10 @@ UNUSED = ("mode", "strength", "similar_image_filter")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for invalid arguments. Images that are there when it is interrupted are whole."""
+    """Exit code 0; 1 where a file cannot be read or written; 2 for invalid arguments. Images that are there when it is
+    interrupted are whole."""
     about = "Draws images from a prompt, one seed after another. Without one, the built-in model draws its example prompts."
-    p = options.parser("txt2img", about, EXAMPLE, unused=UNUSED)
+    p = options.parser("txt2img", about, EXAMPLE, unused=UNUSED, defaults={"prompt": "example prompts"})
     p.add_argument("--count", type=at_least(1), default=4, help="how many images (default: %(default)s)")
     p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
     a = p.parse_args(argv)
@@ -28,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [f"{number:04d}" for number in range(a.count)]
     examples = settings.model == "embedded" and "prompt" not in settings.model_fields_set
     prompts = islice(cycle(EXAMPLE_PROMPTS), a.count) if examples else ()
-    images = tqdm([None] * a.count, unit="image", disable=a.json)
-    result = options.draw(settings, images, names, a.output, tuple(prompts))
+    try:
+        result = options.draw(settings, [None] * a.count, names, a.output, tuple(prompts), a.count, a.json)
+    except OSError as error:
+        return p.failed(error)
     files, seconds = result["files"], result["seconds"]
     print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
     return 0

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Restyles a video: every frame in order, at its time, with the sound. Without --width and --height it keeps the "
         "video's proportions at as many pixels as the model's own size has; with them, it is cropped to theirs.",
         EXAMPLE,
+        defaults={"strength": 0.5},
     )
     p.add_argument("--in", dest="source", type=Path, default=CLIP, metavar="FILE", help="a video (default: the sample clip)")
     p.add_argument(
@@ -54,8 +55,6 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
         p.error(f"{a.out} is what is read: choose another name")
     settings = options.with_start(options.settings(p, a, mode="img2img"))
-    if settings.mode != "img2img":
-        p.error("a video is restyled: mode is img2img")
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
@@ -77,6 +76,7 @@ def restyle(settings: Settings, source: Path, out: Path, stop: Stop, sound: bool
             raise ValueError(f"{source} has no frame that can be read")
         audio = video.audio if sound else None
         height, width = first.pixels.shape[:2]
+        out.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
         with StreamFlowWrapper.from_settings(settings, like=(width, height)) as wrapper:
             stream, began = wrapper.stream, time.perf_counter()
             stop.remember()  # the output file is open from here on

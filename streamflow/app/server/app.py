@@ -14,6 +14,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 
 from streamflow._files import Json
 from streamflow.app.config import Settings
@@ -41,7 +42,11 @@ class Service:
         check_binding(settings.server, tokens)
         if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
             raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
-        first_request(settings)
+        try:
+            first_request(settings)
+        except ValidationError as error:
+            wrong = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors(include_url=False))
+            raise ValueError(f"the page cannot show these settings: {wrong}") from None
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
         self.worker = Worker(lambda: opened(settings, self._note_progress), self.metrics)

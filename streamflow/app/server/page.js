@@ -44,6 +44,7 @@ function settings() {
 }
 
 function show(values) {
+  $("guidance").max = 30; // label() sets the model's own
   for (const name of FIELDS) {
     const offered = $(name).options ? [...$(name).options].some(({ value }) => value === values[name]) : values[name] !== undefined;
     if (offered) $(name).value = values[name];
@@ -323,7 +324,10 @@ $("full-screen").onclick = () => (document.fullscreenElement ? document.exitFull
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("visibilitychange", () => link.set(settings()));
 window.addEventListener("hashchange", () => {
-  show(fromLink());
+  known = { ...known, ...fromLink() };
+  if ($("prompt").matches(":disabled")) return; // `welcome` shows them
+  show(known);
+  if (mode === "text") source.stop();
   changed();
 });
 setInterval(numbers, 500);

@@ -106,8 +106,10 @@ class Viewer:
 
     def report(self, message: str, fatal: bool = False) -> None:
         """Queue an error message. fatal: its connection ends then."""
-        self.fatal |= fatal
         self.post(type="error", message=message[:1000])
+        if fatal:  # after its message, which is sent before the connection is closed
+            self.fatal = True
+            self._loop.call_soon_threadsafe(self.output_ready.set)
 
     # -- the event loop ---------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ export class Source {
     try {
       await begin[kind]();
     } catch (error) {
-      if (turn === this.turn) this.stop();
+      if (turn !== this.turn) return;
+      this.stop();
       throw new Error(kind === "file" ? UNREADABLE : (REASONS[error.name]?.[kind] ?? error.message));
     }
     if (turn !== this.turn) return;
