@@ -31,6 +31,7 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 180 and len(README) <= 12_000
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
