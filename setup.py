@@ -89,7 +89,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["streamflow", "streamflow.*"]),
     package_data={
-        "streamflow": ["py.typed", "pretrained/emoji/**", *(f"app/server/*.{kind}" for kind in ("html", "css", "js"))]
+        "streamflow": [
+            "py.typed",
+            "pretrained/emoji/**",
+            "samples/*.png",
+            "samples/*.mp4",
+            *(f"app/server/*.{kind}" for kind in ("html", "css", "js")),
+        ]
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -253,8 +253,9 @@ class StreamFlowWrapper:
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> NoReturn:
-        reason = f": {NOT_HERE[name]}" if name in NOT_HERE else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{reason}")
+        if name in NOT_HERE:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {NOT_HERE[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -167,7 +167,10 @@ def test_a_whole_run_on_a_cpu(tmp_path):
     if not any(Path(folder, "matplotlib").is_dir() for folder in sys.path):
         pytest.skip("the plot needs matplotlib: python env/install.py --bench")
     run_script("--plot-from", out)
-    assert {path.name for path in tmp_path.iterdir()} == {"scaling.json", "scaling.png", "scaling.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "scaling.json",
+        *(f"scaling{part}.{kind}" for part in ("", "-forecast") for kind in ("png", "svg")),
+    }
 
 
 @pytest.mark.gpu
