@@ -10,7 +10,6 @@ when it came in, so no image mixes two prompts. Needs PyAV: pip install "streamf
 from __future__ import annotations
 
 import argparse
-from itertools import chain, repeat
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -62,23 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     a = p.parse_args(argv)
     frames = clip(a.input)[:: a.stride] * a.repeat
-    prompts = list(chain.from_iterable(repeat(prompt, len(frames)) for prompt in a.prompt or PROMPTS))
-    given = frames * len(a.prompt or PROMPTS)
+    chosen = a.prompt or PROMPTS
     boards = []
     with StreamFlowWrapper(a.model, [1, 2, 3], cfg_type="none", warmup=0, seed=a.seed) as wrapper:
-        stream = wrapper.stream
-        wrapper.prepare(prompts[0], num_inference_steps=4)
+        wrapper.prepare(chosen[0], num_inference_steps=4)
 
         def camera():
-            for image, prompt in zip(given, prompts, strict=True):
-                if prompt != camera.prompt:
-                    stream.update_prompt(prompt, scope="frame")
-                    camera.prompt = prompt
-                yield image
+            for prompt in chosen:
+                wrapper.stream.update_prompt(prompt, scope="frame")
+                yield from frames
 
-        camera.prompt = prompts[0]
-        for k, frame in enumerate(stream.frames(camera())):
-            boards.append(board(given[k], postprocess_image(frame.wait().image[None])[0], prompts[k]))
+        shown = ((image, prompt) for prompt in chosen for image in frames)
+        for frame, (image, prompt) in zip(wrapper.stream.frames(camera()), shown, strict=True):
+            boards.append(board(image, postprocess_image(frame.wait().image[None])[0], prompt))
     a.output.parent.mkdir(parents=True, exist_ok=True)
     period = 1000 * a.stride // 24
     boards[0].save(a.output, save_all=True, append_images=boards[1:], duration=period, loop=0, quality=80, method=6)

@@ -20,7 +20,7 @@ from streamflow import models, pretrained
 from streamflow._validation import whole_number
 from streamflow.conditioning.blending import METHODS, parts
 from streamflow.image_utils import Images, as_rgb, open_image, postprocess_image
-from streamflow.models.loading import default_device, prompt_defaults
+from streamflow.models.loading import default_device, default_dtype, prompt_defaults
 from streamflow.pipeline import StreamFlow
 from streamflow.stream import forwards
 from streamflow.stream.forwards import Attribute
@@ -200,8 +200,7 @@ class StreamFlowWrapper:
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
         self.device = device or default_device()
-        dtype = dtype or (torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16)
-        pipe = models.load(model_id_or_path, device=self.device, dtype=dtype, family=family)
+        pipe = models.load(model_id_or_path, device=self.device, dtype=dtype or default_dtype(self.device), family=family)
         if like is not None and width is None and height is None:
             width, height = models.adapter_for(pipe, family).size_like(*like)
         self._model = str(model_id_or_path)

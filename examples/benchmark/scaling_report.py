@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamflow.benchmark.plot import INK, OTHERS, OURS, SERIES, figure, save, style
+from streamflow.benchmark.plot import INK, OTHERS, OURS, SERIES, error_bars, figure, save, style
 
 Result = Mapping[str, Any]
 PANELS = {
@@ -132,7 +132,7 @@ def _measured(result: Result, folder: Path, name: str) -> list[Path]:
         (part, series, one)
         for part in PANELS
         for series in result["parts"].get(part, {})
-        if (one := _times(result, part, series))
+        if (one := _against_one(result, part, series))
     ]
     rows = [(part, series, one) for part, series, one in rows if len(one) > 1]
     if not rows:
@@ -142,11 +142,12 @@ def _measured(result: Result, folder: Path, name: str) -> list[Path]:
     y, ticks = 0.0, []
     for part, series, one in rows:
         ticks.append((y + (len(one) - 1) / 2, f"{PANELS[part]}\n{series}"))
-        for count, (median, least, most) in one.items():
+        for count, times in one.items():
             colour = OTHERS[1] if count == 1 else OURS
-            spread = {"xerr": [[median - least], [most - median]], "error_kw": {"elinewidth": 1.5, "ecolor": INK}}
-            axes.barh(y, median, color=colour, alpha=0.55 + 0.45 * count / counts[-1], height=0.85, **spread)
-            axes.text(most + 0.05, y, f"{median:.2f}   {count} GPU{'s' if count > 1 else ''}", va="center", fontsize=10)
+            said = f"{times['median']:.2f}   {count} GPU{'s' if count > 1 else ''}"
+            spread = {"xerr": error_bars([times])[1], "error_kw": {"elinewidth": 1.5, "ecolor": INK}}
+            axes.barh(y, times["median"], color=colour, alpha=0.55 + 0.45 * count / counts[-1], height=0.85, **spread)
+            axes.text(times["most"] + 0.05, y, said, va="center", fontsize=10)
             y += 1
         y += 0.7
     axes.set_yticks(*zip(*ticks, strict=True))
@@ -159,13 +160,14 @@ def _measured(result: Result, folder: Path, name: str) -> list[Path]:
     return save(made, folder, name)
 
 
-def _times(result: Result, part: str, series: str) -> dict[int, tuple[float, float, float]]:
+def _against_one(result: Result, part: str, series: str) -> dict[int, dict[str, float]]:
     """For every number of GPUs that was measured: times one GPU, as median, least and most."""
     measured = {int(k): f["ms"] for k, f in result["parts"][part][series].items() if k.isdigit() and "ms" in f}
     alone = measured.get(1, {}).get("median")
-    return (
-        {k: (alone / ms["median"], alone / ms["most"], alone / ms["least"]) for k, ms in measured.items()} if alone else {}
-    )
+    if not alone:
+        return {}
+    of = {"median": "median", "least": "most", "most": "least"}  # the least times are those of the most time
+    return {k: {name: alone / ms[time] for name, time in of.items()} for k, ms in measured.items()}
 
 
 def _forecast(result: Result, folder: Path, name: str) -> list[Path]:
@@ -184,15 +186,11 @@ def _panel(axes: Any, result: Result, part: str) -> None:
     axes.plot(counts, counts, color="0.7", linestyle="--", linewidth=1, label="times the number of GPUs")
     for i, (series, rows) in enumerate(result["parts"].get(part, {}).items()):
         colour = SERIES[i % len(SERIES)]
-        measured = _times(result, part, series)
+        measured = _against_one(result, part, series)
         curve = {int(k): ms for k, ms in simulated.get(f"{part}: {series}", {}).get("simulated_ms", {}).items()}
         if 1 not in measured or not (curve or len(measured) > 1):
             continue
-        medians = [median for median, _, _ in measured.values()]
-        spread = [
-            [median - least for median, least, _ in measured.values()],
-            [most - median for median, _, most in measured.values()],
-        ]
+        medians, spread = error_bars(list(measured.values()))
         alone = rows["1"]["ms"]["median"]
         axes.errorbar(list(measured), medians, spread, color=colour, marker="o", markersize=5, linestyle="", capsize=3)
         axes.plot(list(curve), [alone / ms for ms in curve.values()], color=colour, linewidth=1.3)

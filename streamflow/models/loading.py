@@ -21,6 +21,11 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype of weights where none is given: float32 on a CPU, bfloat16 elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def prompt_defaults(pipe: Pipeline) -> Call:
     """Arguments for every prompt of this pipeline. Stable Diffusion 3 without its T5 would append 256 empty tokens."""
     return {"max_sequence_length": 0} if getattr(pipe, "text_encoder_3", pipe) is None else {}

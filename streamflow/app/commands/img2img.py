@@ -20,7 +20,7 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
     p = options.parser(
-        "img2img", "Restyles images, in their order; results have their names.", EXAMPLE, defaults={"strength": 0.5}
+        "img2img", "Restyles images, in their order; results have their names.", EXAMPLE, defaults=options.START
     )
     p.add_argument("images", type=Path, nargs="*", default=[IMAGE], help="files (default: the sample drawing)")
     p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")

@@ -33,6 +33,7 @@ GROUPS = {  # the settings that `--help` shows
     "speed": ("acceleration.kind",),
     "live": ("live.target_fps",),
 }
+START = {"strength": 0.5}  # of image to image, where neither `strength` nor `t_index_list` is given
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 SHORT = {"num_inference_steps": "--steps", "acceleration.kind": "--accelerate"}  # beside the setting's own name
 
@@ -147,7 +148,7 @@ def with_start(settings: Settings) -> Settings:
     """Image to image starts half way where neither `strength` nor `t_index_list` says where."""
     if settings.mode == "txt2img" or (settings.t_index_list, settings.strength) != (None, None):
         return settings
-    return settings.model_copy(update={"strength": 0.5})
+    return settings.model_copy(update=START)
 
 
 def _value(path: str, text: str) -> object:

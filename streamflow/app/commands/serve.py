@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from streamflow._threads import freeze_loaded
 from streamflow.app.commands import options
+from streamflow.app.server.settings import UNUSED
 from streamflow.app.signals import Stop, stop_signals
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from streamflow.app.server.slot import Slot
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
-# of a viewer's choosing, or of no use to several viewers: streamflow.app.server.app.UNUSED, and the mode
-UNUSED = ("mode", "t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
 
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Serves the page: text and images restyled live, for several viewers.",
         EXAMPLE,
         "server",
-        unused=UNUSED,
+        unused=("mode", *UNUSED),
         defaults={"cfg_type": "full"},
     )
     p.add_argument("--host", dest="server.host", metavar="HOST", help="short for --server.host")

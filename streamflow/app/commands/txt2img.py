@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     examples = settings.model == "embedded" and "prompt" not in settings.model_fields_set
     prompts = islice(cycle(EXAMPLE_PROMPTS), a.count) if examples else ()
     try:
-        result = options.draw(settings, [None] * a.count, names, a.output, tuple(prompts), a.count, a.json)
+        result = options.draw(settings, [None] * a.count, names, a.output, tuple(prompts), count=a.count, quiet=a.json)
     except OSError as error:
         return p.failed(error)
     files, seconds = result["files"], result["seconds"]

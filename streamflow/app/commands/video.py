@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Restyles a video: every frame in order, at its time, with the sound. Without --width and --height it keeps the "
         "video's proportions at as many pixels as the model's own size has; with them, it is cropped to theirs.",
         EXAMPLE,
-        defaults={"strength": 0.5},
+        defaults=options.START,
     )
     p.add_argument("--in", dest="source", type=Path, default=CLIP, metavar="FILE", help="a video (default: the sample clip)")
     p.add_argument(

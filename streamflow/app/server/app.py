@@ -22,6 +22,7 @@ from streamflow.app.server.admission import Admission, Refusal, Unused
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
+from streamflow.app.server.settings import UNUSED
 from streamflow.app.server.slot import LOADING, about_models, first_request, open_slots, takes_negative
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.worker import Worker
@@ -32,7 +33,6 @@ TRIES = 2.0  # wrong tokens a second, of one visitor
 PROTOCOL = "streamflow"
 TICKET_TRIES = 10  # a tenth of a second apart, for a holder with unused tickets
 STOP_WITHIN = 2.0  # seconds for the current turn when the server ends
-UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
 
 class Service:

@@ -18,7 +18,7 @@ from streamflow.app.server.messages import DrawRequest
 from streamflow.flow.guidance import mode as guidance_mode
 from streamflow.flow.noise import interpolated
 from streamflow.image_utils import Images, uint8_pixels
-from streamflow.models.loading import DTYPES, default_device, prompt_defaults
+from streamflow.models.loading import DTYPES, default_device, default_dtype, prompt_defaults
 from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
 from streamflow.stream.hooks import Step
@@ -49,7 +49,7 @@ class Drawn:
 def open_pipe(settings: Settings, model: str, lora: str | None) -> Pipeline:
     """A loaded pipe, on its device, with its LoRA. Only safetensors are read."""
     device = settings.device or default_device()
-    dtype = DTYPES[settings.dtype] if settings.dtype else torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
     single = model.endswith(".safetensors")
     pipe = models.load(
         model, device=device, dtype=dtype, family=settings.family, **({} if single else {"use_safetensors": True})
