@@ -20,6 +20,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 Images = PIL.Image.Image | np.ndarray | Tensor | Sequence[Any]  # one image or several, as `image_tensor` takes them
 ControlArgument = Mapping[str, Images | None]  # by the names of the control nets
+ReferenceArgument = Images | Sequence[Images]  # one reference image or several, each of one frame or of all frames of a call
+Size = tuple[int, int]  # (width, height) in pixels
 Check = Callable[[Tensor, float, float], None]
 """`check(image, low, high)`: raise ValueError, now or later, unless the values of `image` are in [low, high]."""
 
@@ -248,15 +250,54 @@ def image_tensor(
         if not image:
             raise ValueError("an empty list of images")
         return torch.cat([image_tensor(one, height, width, input_range, resize, check) for one in image])
-    if isinstance(image, np.ndarray):
-        image = _channels_first(image)
-    if not isinstance(image, Tensor):
-        raise TypeError(f"an image is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+    image = _as_tensor(image)
     if is_marked(image) and image.shape[-3:] == (3, height, width) and image.ndim in (3, 4):
         if image.device.type == "cpu":
             check(image, -1.0, 1.0)
         return (image if image.ndim == 4 else image[None]).as_subclass(Tensor)
     return _from_tensor(image, height, width, input_range, resize, check)
+
+
+def images_of_own_size(
+    image: Images,
+    sizes: Callable[[Size], tuple[Size, Size]],
+    input_range: tuple[float, float] = (0, 1),
+    check: Check = check_on_host,
+) -> list[Tensor]:
+    """One image or several as `[1, 3, h, w]` in [-1, 1] each, in memory of their own, not marked.
+
+    sizes: from an image's (width, height) to the size to which it is resized, as `image_tensor` does but with Lanczos for
+    uint8 on the CPU too, and the size that is cropped from the middle of that.
+
+    Raises as `image_tensor`, and what `sizes` raises.
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("an empty list of images")
+        return [made for one in image for made in images_of_own_size(one, sizes, input_range, check)]
+    if not isinstance(image, PIL.Image.Image):
+        pixels = _as_tensor(image)
+        image = pixels if is_marked(pixels) else pixels.as_subclass(Tensor)
+        if image.ndim in (3, 4) and image.shape[-3] == 3 and image.dtype == torch.uint8 and image.device.type == "cpu":
+            rows = image.movedim(-3, -1).numpy()
+            image = [PIL.Image.fromarray(np.ascontiguousarray(one)) for one in (rows if rows.ndim == 4 else rows[None])]
+            return [made for one in image for made in images_of_own_size(one, sizes, input_range, check)]
+    (width, height), (crop_width, crop_height) = sizes(image_size(image))
+    made = image_tensor(image, height, width, input_range, True, check)
+    if isinstance(image, Tensor) and made.data_ptr() == image.data_ptr():
+        made = made.clone()
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    cropped = made[..., top : top + crop_height, left : left + crop_width]
+    return list(cropped.as_subclass(Tensor).contiguous().split(1))
+
+
+def image_size(image: PIL.Image.Image | Tensor) -> Size:
+    """Width and height of a PIL image, or of a tensor of images. ValueError for a tensor without them."""
+    if isinstance(image, PIL.Image.Image):
+        return image.size
+    if image.ndim not in (3, 4):
+        raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
+    return image.shape[-1], image.shape[-2]
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -344,6 +385,14 @@ def _from_pil(image: PIL.Image.Image, height: int, width: int, resize: bool) -> 
         image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
     return (2.0 * pixels.permute(2, 0, 1)[None] - 1.0).contiguous()
+
+
+def _as_tensor(image: object) -> Tensor:
+    if isinstance(image, np.ndarray):
+        return _channels_first(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"an image is a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+    return image
 
 
 def _channels_first(image: np.ndarray) -> Tensor:

@@ -18,7 +18,7 @@ from streamflow.acceleration.accelerator import Accelerator
 from streamflow.flow.noise import check_policy
 from streamflow.flow.schedule import check_indices
 from streamflow.image_filter import SimilarImageFilter
-from streamflow.image_utils import ControlArgument, Images, as_rgb_where_pil, marking
+from streamflow.image_utils import ControlArgument, Images, ReferenceArgument, as_rgb_where_pil, marking
 from streamflow.models import adapter_for
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import base_view
@@ -38,6 +38,7 @@ from streamflow.stream.loras import Loras
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.planner import Planner
+from streamflow.stream.references import References
 from streamflow.stream.request import Request, Seeds
 from streamflow.stream.steps import Steps
 from streamflow.stream.updates import Updates
@@ -76,6 +77,9 @@ class StreamFlow(StreamDiffusion):
             `update` changes these three; `prepare` goes back to them.
         resize: stretch images of other sizes, or refuse them.
         check_inputs: also look for NaN in images on a GPU, which makes the host wait for it.
+        image_as: what the image of a call is: "start", from which the frame starts, as in image-to-image; "reference", an
+            image that the network sees, while the frame starts from noise. By default "reference" where the pipeline's own
+            `image=` is one (Flux.2, Kontext), else "start".
 
     Raises:
         TypeError, ValueError: for every argument that cannot be, with what it was and the remedy.
@@ -102,11 +106,12 @@ class StreamFlow(StreamDiffusion):
         feedback: float = 0.0,
         resize: bool = True,
         check_inputs: bool = False,
+        image_as: str | None = None,
     ) -> None:
         if t_index_list is not None:
             t_index_list = check_indices(t_index_list)
         check_policy(noise, noise_period)
-        self._model = model = Model(pipe, adapter_for(pipe, family), height, width, frame_buffer_size, torch_dtype)
+        self._model = model = Model(pipe, adapter_for(pipe, family), height, width, frame_buffer_size, torch_dtype, image_as)
         adapter, frames = model.adapter, model.frames
         planner = Planner(model)
         planner.check(cfg_type, do_add_noise)
@@ -128,12 +133,15 @@ class StreamFlow(StreamDiffusion):
         reader = self._reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
-        self._inputs = inputs = Inputs(model, denoiser, reader, (self._inpainting, self._controlnets))
+        self._references = references = References(model, denoiser, self._updates, reader)
+        self._updates.readers["references"] = weak_call(references.fixed)
+        conditioners = self._inpainting, self._controlnets
+        self._inputs = inputs = Inputs(model, denoiser, reader, references, conditioners)
         self._loop = FrameLoop(model, denoiser, self._updates, inputs, outputs)
-        self._steps = Steps(model, denoiser, inputs)
+        self._steps = Steps(model, denoiser, self._updates, inputs)
         self._attributes = Attributes(model, denoiser, self._updates, inputs, outputs)
         self._loras = Loras(model, denoiser, self._updates, outputs.redraw)
-        parts = partial(_parts, model, denoiser, self._steps, self._controlnets)
+        parts = partial(_parts, model, denoiser, self._steps)
         self._accelerator = accelerator = Accelerator(model, parts, accelerate, hooks.check_acceleration)
         denoiser.on_close.add(accelerator.put_back)
         model.before_change.add(accelerator.put_back, outputs.redraw)
@@ -162,7 +170,11 @@ class StreamFlow(StreamDiffusion):
 
     @computing
     def __call__(
-        self, x: Images | None = None, mask: Images | None = None, control: ControlArgument | None = None
+        self,
+        x: Images | None = None,
+        mask: Images | None = None,
+        control: ControlArgument | None = None,
+        reference: ReferenceArgument | None = None,
     ) -> Tensor:
         """One call of the stream: F images in, F finished images out, `[F, 3, height, width]` in [-1, 1].
 
@@ -170,6 +182,8 @@ class StreamFlow(StreamDiffusion):
         S return the first image and call k > S that of call k - S + 1; `frames` and `flush` leave copies out.
         `mask`: draw the image where it is white and keep it elsewhere, in this call only (`inpaint` describes masks).
         `control`: for each control net its image, or F of them (`add_control`).
+        `reference`: reference images, one or several, each for all frames or F of them. In edit pipelines the image itself
+        is the first reference, and the frame starts from noise, `frame_noise(id)`.
         Where the decoder raises, the finished frames stay, and the next call begins with decoding them.
 
         Raises:
@@ -178,21 +192,19 @@ class StreamFlow(StreamDiffusion):
         """
         if x is None:
             self._inpainting.read(mask, None, range(0))
-            return self.txt2img(control=control)
+            return self.txt2img(control=control, reference=reference)
         denoiser, inputs, outputs = self._denoiser, self._inputs, self._outputs
         denoiser.check_free("stream(image)")
         began = outputs.timer.start()
         try:
-            images = inputs.images(x)
-            if len(images) != self._model.frames:
-                raise ValueError(f"{len(images)} images for a frame buffer of {self._model.frames}")
-            conditions = inputs.conditions({"mask": mask, "control": control}, images, range(len(images)))
+            read = inputs.read(x, {"mask": mask, "control": control, "reference": reference})
             if self._updates.pending is not None:
                 self._updates.take()
-            skipped = outputs.similar_image_filter and outputs.skips(inputs.compared(images, conditions))
-            if skipped and outputs.prev_image_result is not None:
-                return outputs.prev_image_result.clone()
-            return outputs.show(outputs.enter(inputs.group(denoiser.next_ids(len(images)), conditions, images)))
+            if outputs.similar_image_filter and outputs.skips(inputs.compared(read)):
+                if outputs.prev_image_result is not None:
+                    return outputs.prev_image_result.clone()
+            ids = denoiser.next_ids(self._model.frames)
+            return outputs.show(outputs.enter(inputs.group(ids, read.conditions, read.images)))
         except BaseException:
             outputs.similar_filter.forget()  # no frame is skipped for resembling a frame that was not drawn
             raise
@@ -201,18 +213,24 @@ class StreamFlow(StreamDiffusion):
 
     @computing
     def txt2img(
-        self, batch_size: int | None = None, latents: Tensor | None = None, control: ControlArgument | None = None
+        self,
+        batch_size: int | None = None,
+        latents: Tensor | None = None,
+        control: ControlArgument | None = None,
+        reference: ReferenceArgument | None = None,
     ) -> Tensor:
         """Draw from noise: exactly `batch_size` images (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
         On an empty ring S - 1 more groups of fresh frames follow the first; they leave at later calls or at `flush`.
         latents: `[batch_size, ...]`, the noise to start from, as the pipeline takes it.
         control: for each control net an image, or one for each of `batch_size`; further frames have the last one's.
+        reference: reference images, one or several, each likewise.
         """
         denoiser, inputs, outputs, frames = self._denoiser, self._inputs, self._outputs, self._model.frames
         denoiser.check_free("txt2img()")
         groups = inputs.group_count(batch_size, latents)
-        conditions = inputs.conditions({"control": control}, None, range(groups * frames))
+        given = {"control": control, "reference": reference}
+        conditions = inputs.conditions(given, None, range(groups * frames))
         outputs.similar_filter.forget()
         began = outputs.timer.start()
         self._updates.take()
@@ -239,21 +257,6 @@ class StreamFlow(StreamDiffusion):
             remedy = "make it with t_index_list=[0], or call txt2img"
             raise ValueError(f"txt2img_sd_turbo draws in one step and this stream has {stages} stages: {remedy}")
         return self.txt2img(batch_size)
-
-    @computing
-    def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
-        """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
-        clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
-        ValueError: another number of rows or another shape."""
-        denoiser = self._denoiser
-        denoiser.check_free("predict_x0_batch()")
-        self._model.check_rows(x_t_latent, self._model.frames)
-        conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
-        self._updates.take()
-        ids = denoiser.next_ids(len(x_t_latent))
-        denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))
-        done = denoiser.take_oldest()
-        return done and done.x0
 
     def live(
         self,
@@ -310,6 +313,8 @@ class StreamFlow(StreamDiffusion):
     def decode_image(self): ...
     @forwards.override("_steps", Steps.scheduler_step_batch)
     def scheduler_step_batch(self): ...
+    @forwards.override("_steps", Steps.predict_x0_batch)
+    def predict_x0_batch(self): ...
     @forwards.override("_steps", Steps.unet_step)
     def unet_step(self): ...
 
@@ -325,6 +330,7 @@ class StreamFlow(StreamDiffusion):
     add_control = forwards.method("_controlnets", ControlNets.add_control)
     remove_control = forwards.method("_controlnets", ControlNets.remove_control)
     set_control_scale = forwards.method("_controlnets", ControlNets.set_control_scale)
+    set_reference = forwards.method("_references", References.set_reference)
     set_adapters = forwards.method("_loras", Loras.set_adapters)
     unload_lora = forwards.method("_loras", Loras.unload_lora)
     unfuse_lora = forwards.method("_loras", Loras.unfuse_lora)
@@ -342,6 +348,7 @@ class StreamFlow(StreamDiffusion):
     accelerate = forwards.method("_accelerator", Accelerator.accelerate)
     acceleration = Attribute[str]("_accelerator", "kind", Accelerator.kind)
     controls = Attribute[dict[str, float]]("_controlnets", "controls", ControlNets.controls)
+    references = Attribute[tuple[str, ...]]("_references", "references", References.references)
     loras = Attribute[tuple[str, ...]]("_loras", "loras", Loras.loras)
     calls_behind = Attribute[int]("_denoiser", "calls_behind", Denoiser.calls_behind)
     not_finite = Attribute[int]("_outputs", "not_finite", Outputs.not_finite)
@@ -382,16 +389,11 @@ class StreamFlow(StreamDiffusion):
     def parts(self) -> Parts | None:
         """The plain modules, each with its inputs in a tick. RuntimeError before `prepare`."""
         self._denoiser.prepared()
-        return _parts(self._model, self._denoiser, self._steps, self._controlnets)
+        return _parts(self._model, self._denoiser, self._steps)
 
 
-def _parts(model: Model, denoiser: Denoiser, steps: Steps, controlnets: ControlNets) -> Parts | None:
+def _parts(model: Model, denoiser: Denoiser, steps: Steps) -> Parts | None:
     """As `StreamFlow.parts`; None before `prepare`."""
     from streamflow.acceleration import Parts
 
-    if denoiser.state is None:
-        return None
-    images = torch.zeros(model.frames, 3, model.height, model.width, device=model.device)
-    latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
-    prompt = controlnets.prompt(denoiser.state.prompt, controlnets.blank)
-    return Parts.of(model.adapter, model.plain_codec, steps.rows().example(prompt), latents, images)
+    return None if denoiser.state is None else Parts.of(model.adapter, model.plain_codec, *steps.example())

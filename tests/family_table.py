@@ -1,6 +1,7 @@
 """The tables of families in docs/models.md, made of what the parity tests measured.
 
-    python -m pytest -m "slow or not slow" tests/test_parity.py tests/test_families.py --families static/families.json
+    python -m pytest -m "slow or not slow" tests/test_parity.py tests/test_families.py tests/test_references.py \
+        --families static/families.json
     python tests/family_table.py
 
 The first writes down what was found, family by family; the second writes the tables. A test compares them.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "static" / "families.json"
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
-FAMILIES_HEAD = ("family", "pipeline", "guidance", "image-to-image", "diffusers", "differences, what is refused")
+FAMILIES_HEAD = (
+    *("family", "pipeline", "guidance", "image-to-image", "references", "diffusers"),
+    "differences, what is refused",
+)
 EXACT_HEAD = ("family", "row by row", "in one batch", "the pipeline's own batch", "image-to-image")
 EXPLAINED = """\
 In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then
-counts as it does in the pipeline that is named. The column diffusers has the oldest version that has the family.
+counts as it does in the pipeline that is named. The column references has the number of reference images that a frame takes;
+where it takes any, the image of a call is the first, and `image_as="start"` draws from it instead. The column diffusers has
+the oldest version that has the family.
 
 How exact each family is, against its pipeline's own call:
 """
@@ -100,9 +107,19 @@ def _does(family: str, found: dict[str, Any]) -> list[str]:
         f"`{adapter.text_pipeline}`{selected}",
         ", ".join(f"`{one}`" for one in GUIDANCE if one in found["guidance"]),
         f"`{adapter.image_pipeline}`" if found["image"] is not None else f"strength of `{adapter.image_pipeline}`",
+        _references(adapter),
         adapter.since,
         adapter.note,
     ]
+
+
+def _references(adapter: type[models.adapter.FlowAdapter]) -> str:
+    if adapter.reference is None:
+        return ""
+    module, _, name = adapter.reference.partition(":")
+    rule = getattr(import_module(module), name)
+    most = "any" if rule.most is None else str(rule.most)
+    return f"{most}, at least {rule.least}" if rule.least and rule.most is None else most
 
 
 def _exact(family: str, found: dict[str, Any]) -> list[str]:

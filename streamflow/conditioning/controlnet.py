@@ -9,14 +9,14 @@ scale and the highest and the lowest time at which the net acts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from streamflow._validation import check_number
-from streamflow.conditioning.prompt import Cond, Prompt
+from streamflow.conditioning.prompt import Cond, Prompt, extended
 from streamflow.flow.convention import per_row
 
 if TYPE_CHECKING:
@@ -184,28 +184,11 @@ def _times(value: object, scale: Tensor) -> Any:
     return (value * per_row(scale, value)).to(value.dtype) if isinstance(value, Tensor) else value
 
 
-@dataclass(frozen=True, eq=False)
-class ControlledPrompt(Prompt):
-    """A prompt with one frame's inputs of the control nets: `images`, `[1, ...]` each, and the table `levels`."""
+def controlled(plain: Prompt, images: Mapping[str, Tensor], levels: Tensor, lends: tuple[str, ...]) -> Prompt:
+    """A prompt with one frame's inputs of the control nets, `[1, ...]` each, and the table `control_levels`."""
 
-    plain: Prompt = field(kw_only=True)
-    images: Mapping[str, Tensor] = field(kw_only=True)
-    levels: Tensor = field(kw_only=True)
-    lends: tuple[str, ...] = field(kw_only=True)
+    def add_control(cond: Cond, prompt: Prompt) -> Cond:
+        lent = {} if prompt.uncond is None else {name: prompt.cond.rows[name] for name in lends if name in prompt.cond.rows}
+        return cond.with_tensors({**images, **{f"{LENT}{name}": value for name, value in lent.items()}}, {LEVELS: levels})
 
-    def taking(self, other: Prompt, names: frozenset[str]) -> Prompt:
-        """As `Prompt.taking`; the images stay the frame's own."""
-        return controlled(self.plain.taking(other, names), self.images, self.levels, self.lends)
-
-
-def controlled(plain: Prompt, images: Mapping[str, Tensor], levels: Tensor, lends: tuple[str, ...]) -> ControlledPrompt:
-    """A prompt for a frame with these images."""
-    rows = dict(images)
-    if plain.uncond is not None:
-        rows |= {f"{LENT}{name}": plain.cond.rows[name] for name in lends if name in plain.cond.rows}
-
-    def with_control(cond: Cond) -> Cond:
-        return Cond({**cond.rows, **rows}, {**cond.shared, LEVELS: levels})
-
-    uncond = None if plain.uncond is None else with_control(plain.uncond)
-    return ControlledPrompt(with_control(plain.cond), uncond, plain=plain, images=images, levels=levels, lends=lends)
+    return extended(plain, add_control)

@@ -7,7 +7,7 @@ result is exact for every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,16 +19,24 @@ Velocity = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """`rows`: tensors `[1, ...]`, one row a frame. `shared`: tensors without a batch dimension, such as position ids."""
+    """`rows`: tensors `[1, ...]`, one row a frame. `shared`: tensors without a batch dimension, such as position ids.
+    `layout`: what the values of `shared` depend on, where their shapes do not tell it."""
 
     rows: Mapping[str, Tensor]
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    layout: Hashable = None
 
     @cached_property
     def signature(self) -> tuple:
-        """Names, shapes and dtypes of all tensors. Conds with equal signatures can share a call."""
+        """Names, shapes and dtypes of all tensors, and the layout. Conds with equal signatures can share a call."""
         rows = tuple((name, tuple(t.shape[1:]), t.dtype) for name, t in sorted(self.rows.items()))
-        return rows, tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(self.shared.items()))
+        return rows, tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(self.shared.items())), self.layout
+
+    def with_tensors(
+        self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None, layout: Hashable = None
+    ) -> Cond:
+        """This cond with more tensors, and with a layout where one is given."""
+        return Cond({**self.rows, **rows}, {**self.shared, **(shared or {})}, self.layout if layout is None else layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +68,35 @@ class Prompt:
         return Prompt(_taking(self.cond, other.cond, names), uncond)
 
 
+Extend = Callable[[Cond, Prompt], Cond]
+"""(one of a prompt's conds, the prompt) to that cond with the tensors of one frame."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExtendedPrompt(Prompt):
+    """A prompt with the tensors that a condition of one frame adds. plain: the prompt without them. extend: adds them."""
+
+    plain: Prompt = field(kw_only=True)
+    extend: Extend = field(kw_only=True)
+
+    def taking(self, other: Prompt, names: frozenset[str]) -> Prompt:
+        """As `Prompt.taking`; what the condition adds stays the frame's own."""
+        return extended(self.plain.taking(other, names), self.extend)
+
+
+def extended(plain: Prompt, extend: Extend) -> ExtendedPrompt:
+    """A prompt with what a condition of one frame adds to both of its conds."""
+    uncond = None if plain.uncond is None else extend(plain.uncond, plain)
+    return ExtendedPrompt(extend(plain.cond, plain), uncond, plain=plain, extend=extend)
+
+
 def _equal(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.shape == b.shape and torch.equal(a, b)
 
 
 def _taking(cond: Cond, other: Cond, names: frozenset[str]) -> Cond:
-    return Cond({name: other.rows[name] if name in names else value for name, value in cond.rows.items()}, cond.shared)
+    rows = {name: other.rows[name] if name in names else value for name, value in cond.rows.items()}
+    return Cond(rows, cond.shared, cond.layout)
 
 
 def stack(conds: Sequence[Cond]) -> dict[str, Tensor]:

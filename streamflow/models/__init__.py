@@ -14,20 +14,25 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
     from streamflow.conditioning.controlnet import ControlRule
+    from streamflow.conditioning.reference import ReferenceRule
     from streamflow.models.adapter import FlowAdapter
     from streamflow.models.protocols import Pipeline
 
 FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "sd3": "streamflow.models.families.sd3:StableDiffusion3",
     "flux": "streamflow.models.families.flux:Flux",
+    "flux-kontext": "streamflow.models.families.flux:FluxKontext",
     "instaflow": "streamflow.models.families.instaflow:InstaFlow",
     "chroma": "streamflow.models.families.chroma:Chroma",
     "flux2": "streamflow.models.families.flux2:Flux2",
     "flux2-klein": "streamflow.models.families.flux2:Flux2Klein",
+    "flux2-klein-kv": "streamflow.models.families.flux2_kv:Flux2KleinKV",
     "sana": "streamflow.models.families.sana:Sana",
     "sana-sprint": "streamflow.models.families.sana_sprint:SanaSprint",
     "lumina2": "streamflow.models.families.lumina2:Lumina2",
     "qwenimage": "streamflow.models.families.qwenimage:QwenImage",
+    "qwenimage-edit": "streamflow.models.families.qwenimage:QwenImageEdit",
+    "qwenimage-edit-plus": "streamflow.models.families.qwenimage:QwenImageEditPlus",
     "sdxl": "streamflow.models.families.sdxl:RectifiedSDXL",
     "perflow": "streamflow.models.families.perflow:PeRFlow",
     "perflow-sdxl": "streamflow.models.families.perflow:PeRFlowSDXL",
@@ -40,12 +45,16 @@ _NAMES = {
     "sd3": "StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet",
     "flux": "Flux FluxImg2Img FluxInpaint FluxControlNet FluxControlNetImg2Img",
     "instaflow": "RectifiedFlow",
+    "flux-kontext": "FluxKontext",
     "chroma": "Chroma ChromaImg2Img ChromaInpaint",
     "flux2": "Flux2",
     "flux2-klein": "Flux2Klein",
+    "flux2-klein-kv": "Flux2KleinKV",
     "sana": "Sana",
     "sana-sprint": "SanaSprint SanaSprintImg2Img",
     "qwenimage": "QwenImage QwenImageImg2Img QwenImageControlNet QwenImageInpaint",
+    "qwenimage-edit": "QwenImageEdit",
+    "qwenimage-edit-plus": "QwenImageEditPlus",
     "lumina2": "Lumina2",
     "zimage": "ZImage ZImageImg2Img ZImageInpaint",
     "fallback": "AuraFlow Bria CogView4 ErnieImage HiDreamImage HunyuanImage Kandinsky5T2I Lumina OmniGen OvisImage PRX",
@@ -125,6 +134,17 @@ def control_rule(adapter: FlowAdapter) -> ControlRule:
     if adapter.control is None:
         raise NotImplementedError(f"diffusers has no control nets that {type(adapter).__name__} streams")
     module, _, name = adapter.control.partition(":")
+    return getattr(import_module(module), name)()
+
+
+def reference_rule(adapter: FlowAdapter) -> ReferenceRule:
+    """The rule of this family's reference images. NotImplementedError where the pipeline takes none."""
+    if adapter.reference is None:
+        raise NotImplementedError(
+            f"{type(adapter.pipe).__name__} takes no reference images: pass the image itself, stream(image), or use a "
+            f"pipeline that does, such as Flux2KleinPipeline or FluxKontextPipeline"
+        )
+    module, _, name = adapter.reference.partition(":")
     return getattr(import_module(module), name)()
 
 

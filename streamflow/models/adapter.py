@@ -67,6 +67,8 @@ class FlowAdapter:
     latent_dtype: the dtype of the pipeline's latents between steps; None: the network's.
     vae_channels: the entry of the VAE's config that holds the number of channels of its latents.
     control: the `ControlRule` of the family's control nets, `module:Class`; None: diffusers has none.
+    reference: the `ReferenceRule` of the pipeline's reference images, `module:Class`; None: it takes none. Where it is set,
+        the pipeline's `image=` is a reference.
     tiny_vae: a small VAE of the same latents, a hub id or a key of `models.tiny_vae.PUBLISHED`.
     since: the oldest diffusers that is supported for this family.
     note: differences from the pipeline and what is refused, for the table in docs/models.md.
@@ -98,6 +100,7 @@ class FlowAdapter:
     latent_dtype: torch.dtype | None = None
     vae_channels: ClassVar[str] = "latent_channels"
     control: ClassVar[str | None] = None
+    reference: ClassVar[str | None] = None
     tiny_vae: ClassVar[str | None] = None
     since: ClassVar[str] = "0.33"
     note: ClassVar[str] = ""
@@ -299,6 +302,10 @@ class FlowAdapter:
                 f"raise it to {1 / len(schedule):.3g} or raise num_inference_steps"
             )
         return len(schedule) - len(timesteps)
+
+    def takes(self, name: str) -> bool:
+        """Whether the pipeline has this argument."""
+        return name in self._parameters()
 
     def default(self, name: str) -> Any:
         """The pipeline's own default for one of its arguments."""

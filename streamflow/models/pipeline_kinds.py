@@ -26,7 +26,6 @@ EXCEPTIONS = {
     "Diffusion": "is the base of all pipelines: pass one that draws",
     "Cosmos2TextToImage": NO_LATENTS,
     "DiffusionGemma": TEXT,
-    "Flux2KleinKV": SWAPS_ATTENTION,
     "FluxPriorRedux": NO_IMAGE,
     "GlmImage": "draws what a language model writes, token by token, anew for every frame",
     "Ideogram4": "calls two networks in every step, and the fallback merges the calls of one",

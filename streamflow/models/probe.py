@@ -26,6 +26,7 @@ from streamflow.flow.schedule import Schedule
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.protocols import Arguments, Function, Pipeline, Scheduler
 
+PLAIN = (str, int, float, type(None), torch.dtype, torch.device)  # types whose `repr` tells their values apart
 Texts = Cache  # results of `encode_prompt` by its arguments
 
 
@@ -102,11 +103,12 @@ def record(
 
 
 def once(function: Function, known: Texts) -> Function:
-    """The function, run once for equal arguments without tensors. A call returns a clone of the result that is kept."""
+    """The function, run once for equal arguments that are plain values, not tensors or images. A call returns a clone of the
+    result that is kept."""
 
     @wraps(function)
     def call(*args: object, **kwargs: object) -> object:
-        if tree_any(lambda leaf: isinstance(leaf, Tensor), (args, kwargs)):
+        if tree_any(lambda leaf: not isinstance(leaf, PLAIN), (args, kwargs)):
             return function(*args, **kwargs)
         result = known.get(repr((args, kwargs)), lambda: function(*args, **kwargs))
         return tree_map_only(Tensor, torch.clone, result)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from streamflow.conditioning.prompt import Prompt
 from streamflow.stream.ring import Group
 
 
@@ -42,6 +43,10 @@ class Conditioner(Protocol):
 
     def compared(self, entries: Sequence[Any]) -> Tensor | None:
         """What the similarity filter compares besides the frames' images, `[n, C, H, W]`; None: nothing."""
+        ...
+
+    def example(self, prompt: Prompt) -> Prompt:
+        """The prompt with the tensors that the condition adds to that of a frame, for acceleration."""
         ...
 
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:

@@ -167,9 +167,13 @@ class ControlNets:
                 "before the loop, or draw with frame_buffer_size=1"
             )
         pairs = zip(group.prompts, entries, strict=True)
-        return replace(group, prompts=tuple(self.prompt(prompt, one and one.rows) for prompt, one in pairs))
+        return replace(group, prompts=tuple(self._prompt(prompt, one and one.rows) for prompt, one in pairs))
 
-    def prompt(self, prompt: Prompt, rows: Mapping[str, Tensor] | None) -> Prompt:
+    def example(self, prompt: Prompt) -> Prompt:
+        """The prompt with inputs of zeros for the control nets that there are."""
+        return self._prompt(prompt, self.blank)
+
+    def _prompt(self, prompt: Prompt, rows: Mapping[str, Tensor] | None) -> Prompt:
         """A prompt with a frame's inputs of the control nets; without them, the prompt itself."""
         return prompt if rows is None else controlled(prompt, rows, self._levels, self._controls().rule.lends)
 

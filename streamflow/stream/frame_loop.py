@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow.image_utils import Images
-from streamflow.stream.conditioner import Conditions
 from streamflow.stream.denoiser import Denoiser, Pass, PassEnded
 from streamflow.stream.frames import Frame, Input, Order, Waiting
-from streamflow.stream.inputs import Inputs
+from streamflow.stream.inputs import Inputs, Read
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
 from streamflow.stream.updates import Updates
@@ -30,8 +28,8 @@ class FrameLoop:
 
     def frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is an image, None for a frame
-        drawn from noise, or an `Input(image, mask=..., control=...)`; `update` and `update_prompt` between inputs act as in
-        other calls.
+        drawn from noise, or an `Input(image, mask=..., control=..., reference=...)`; `update` and `update_prompt` between
+        inputs act as in other calls.
 
         Until the loop ends, `stream(...)`, `txt2img`, `predict_x0_batch` and another `frames` are refused; `prepare`,
         `reset`, `flush` and `close` end it. Where an error ends it, or it is left, frames that have entered stay in flight,
@@ -96,22 +94,26 @@ class FrameLoop:
             now.check()
             self._take_update(buffer, now)
             given = item if isinstance(item, Input) else Input(item)
-            image = None if given.image is None else self._one_image(given.image)
-            joins = bool(buffer) and (buffer[0].image is None) == (image is None)  # the group that waits
+            starts = given.image is not None and not self._model.image_is_reference  # from its image
+            joins = bool(buffer) and (buffer[0].image is not None) == starts  # the group that waits
             row = len(buffer) if joins else 0
-            conditions = self._inputs.conditions(given.conditions, image, range(row, row + 1))
+            if given.image is None:
+                read = Read(None, None, self._inputs.conditions(given.conditions, None, range(row, row + 1)))
+            else:
+                read = self._inputs.read(given.image, given.conditions, row)
             with denoiser.ticks:
                 now.check()
                 frame_id = denoiser.take_id()
-            skip = self._skips(image, conditions)
+            skip = self._skips(read)
             drawn = drawn if skip else frame_id
             order.expect(frame_id, drawn)
             if not skip:
                 if buffer and not joins:
                     self._push(buffer, now)
+                image = read.images
                 if image is not None and frames > 1:
                     image = image.clone()  # it waits, and its memory is the caller's
-                entries = {one.name: entries[0] for one, entries in conditions}
+                entries = {one.name: entries[0] for one, entries in read.conditions}
                 buffer.append(Waiting(frame_id, image, denoiser.prepared().prompt, entries))
                 if len(buffer) == frames:
                     self._push(buffer, now)
@@ -135,14 +137,12 @@ class FrameLoop:
             if self._updates.take_one(change):
                 return
 
-    def _skips(self, image: Tensor | None, conditions: Conditions) -> bool:
-        """Whether the similarity filter skips a frame. A frame from noise is never skipped, nor the one after it."""
-        if image is None:
+    def _skips(self, read: Read) -> bool:
+        """Whether the similarity filter skips a frame. A frame without an image is never skipped, nor the one after it."""
+        if read.seen is None:
             self._outputs.similar_filter.forget()
             return False
-        if not self._outputs.similar_image_filter:
-            return False
-        return self._outputs.skips(self._inputs.compared(image, conditions))
+        return self._outputs.similar_image_filter and self._outputs.skips(self._inputs.compared(read))
 
     def _push(self, buffer: list[Waiting], now: Pass) -> None:
         """Let the frames that wait for each other enter, the last one repeated to F rows, and empty the buffer."""
@@ -180,9 +180,3 @@ class FrameLoop:
             order.decoding(finished[0], self._outputs.decode_later(finished[0]))
             finished.popleft()
         return True
-
-    def _one_image(self, given: Images) -> Tensor:
-        image = self._inputs.images(given)
-        if len(image) != 1:
-            raise ValueError(f"frames() takes one image at a time, not {len(image)}")
-        return image

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamflow.conditioning.prompt import Prompt
-from streamflow.image_utils import ControlArgument, Images
+from streamflow.image_utils import ControlArgument, Images, ReferenceArgument
 
 if TYPE_CHECKING:
     from streamflow.models.codec import Decode
@@ -50,6 +50,7 @@ class Input:
     image: Images | None = None
     mask: Images | None = None
     control: ControlArgument | None = None
+    reference: ReferenceArgument | None = None
 
     @property
     def conditions(self) -> Call:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow.conditioning.inpaint import MASK, Region, known_rows, paste_of, put_known, read_mask
+from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import Images
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
@@ -64,6 +65,11 @@ class Inpainting:
         """One region a frame, of the mask of this call or of what `inpaint` has set."""
         regions = self._regions
         if images is None:
+            if given is not None and self._model.image_is_reference:
+                raise ValueError(
+                    "the image of a call is a reference here, and a mask says what is kept of the image from which a frame "
+                    "starts: call inpaint(image, mask), or make the stream with image_as='start'"
+                )
             if given is not None:
                 raise ValueError("a mask belongs to an image, and there is none: pass both, or call inpaint(image, mask)")
             if regions and any(one.image is None for one in regions):
@@ -81,6 +87,10 @@ class Inpainting:
         """The masks of this call."""
         masks = [one.given for one in entries if one is not None and one.given is not None]
         return torch.cat(masks) if masks else None
+
+    def example(self, prompt: Prompt) -> Prompt:
+        """The prompt itself."""
+        return prompt
 
     def join(self, group: Group, entries: Sequence[Region | None], start: Start) -> Group:
         """The group with the known parts of its frames."""

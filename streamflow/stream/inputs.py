@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from streamflow._validation import is_whole_number
 from streamflow.conditioning.prompt import Prompt
+from streamflow.conditioning.reference import OwnSize, several
 from streamflow.flow.noise import NoiseSource
-from streamflow.image_utils import Images, Normalized, check_range, check_values, image_tensor, normalize_image
+from streamflow.image_utils import (
+    Images,
+    Normalized,
+    Size,
+    check_range,
+    check_values,
+    image_tensor,
+    images_of_own_size,
+    normalize_image,
+)
 from streamflow.stream.conditioner import Conditioner, Conditions, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.image_checks import RangeChecks
@@ -23,6 +35,7 @@ from streamflow.stream.ring import Carried, Group
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments
+    from streamflow.stream.references import References
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +66,11 @@ class ImageReader:
         model, check = self._model, check_values if self.check else partial(self.ranges.add, what)
         return image_tensor(image, model.height, model.width, self.input_range, self._resize, check)
 
+    def each(self, image: Images, what: str, sizes: Callable[[Size], tuple[Size, Size]]) -> list[Tensor]:
+        """An image or several as `[1, 3, h, w]` in [-1, 1] each, in sizes of their own (`images_of_own_size`)."""
+        check = check_values if self.check else partial(self.ranges.add, what)
+        return images_of_own_size(image, sizes, self.input_range, check)
+
     def preprocess(self, image: Images) -> Normalized:
         """An image or several to `[n, 3, height, width]` in [-1, 1], marked, so that no later call converts it again."""
         model, what = self._model, "an image given to preprocess"
@@ -60,13 +78,30 @@ class ImageReader:
         return normalize_image(image, model.height, model.width, self.input_range, self._resize, check)
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The arguments of a call, read. images: from which its frames start; None: from noise. seen: the images that the
+    similarity filter compares; None: none. conditions: by conditioner, with an entry a frame."""
+
+    images: Tensor | None
+    seen: Tensor | None
+    conditions: Conditions
+
+
 class Inputs:
-    """Reads the arguments of calls, and makes the groups that enter. conditioners: the conditions that are arguments."""
+    """Reads the arguments of calls, and makes the groups that enter. references: the conditioner that takes the image where
+    it is a reference. conditioners: the conditions that are arguments, with the references."""
 
     def __init__(
-        self, model: Model, denoiser: Denoiser, reader: ImageReader, conditioners: Sequence[Conditioner] = ()
+        self,
+        model: Model,
+        denoiser: Denoiser,
+        reader: ImageReader,
+        references: References,
+        conditioners: Sequence[Conditioner] = (),
     ) -> None:
-        self._model, self._denoiser, self.reader, self.conditioners = model, denoiser, reader, conditioners
+        self._model, self._denoiser, self.reader = model, denoiser, reader
+        self._references, self.conditioners = references, (*conditioners, references)
         self._fixed: tuple[NoiseSource, Tensor] | None = None  # a source, and its fixed noise on the device
         self._logged: set[str] = set()
 
@@ -79,6 +114,26 @@ class Inputs:
             self.reader.ranges.raise_failed()
         return self.reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
+    def read(self, image: Images, given: Arguments, row: int | None = None) -> Read:
+        """Read the image or the images of a call, and its other arguments. row: of the only frame in its group; None: the
+        call brings a whole group."""
+        images, seen = None, None
+        if self._model.image_is_reference:
+            if self.reader.ranges.pending:
+                self.reader.ranges.raise_failed()
+            first = self._references.images(image, f"the image of frame {self._denoiser.next_id}")
+            given = {**given, "reference": (OwnSize(first), *several(given.get("reference")))}
+            count = len(first)
+            seen = torch.cat(first) if len({one.shape for one in first}) == 1 else None
+        else:
+            images = seen = self.images(image)
+            count = len(images)
+        if row is None and count != self._model.frames:
+            raise ValueError(f"{count} images for a frame buffer of {self._model.frames}")
+        if row is not None and count != 1:
+            raise ValueError(f"frames() takes one image at a time, not {count}")
+        return Read(images, seen, self.conditions(given, images, range(row or 0, (row or 0) + count)))
+
     def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
         """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Without
         images it raises for an earlier one, as `images` does."""
@@ -90,10 +145,13 @@ class Inputs:
             if one.active or given.get(one.name) is not None
         ]
 
-    def compared(self, images: Tensor, conditions: Conditions) -> Tensor:
+    def compared(self, read: Read) -> Tensor | None:
         """What the similarity filter compares, `[n, C, H, W]`: the images, and what the conditioners add."""
-        added = [one.compared(entries) for one, entries in conditions]
-        parts = [part.to(images.device, images.dtype) for part in added if part is not None]
+        images = read.seen
+        if images is None:
+            return None
+        added = [one.compared(entries) for one, entries in read.conditions]
+        parts = [_like(part, images) for part in added if part is not None]
         return torch.cat((images, *parts), 1) if parts else images
 
     def group_count(self, batch_size: int | None, latents: Tensor | None) -> int:
@@ -145,7 +203,7 @@ class Inputs:
                 start = self.with_feedback(x0, state.request.feedback, denoiser.last_x0)
             x = model.adapter.path(start, noise, engine.first_sigma)
             anchor = start
-        elif mode.name == "self" and latents is None:
+        elif mode.name == "self" and latents is None and not model.image_is_reference:
             self._log_once("text frames have no anchor: under cfg_type='self' they are drawn without guidance")
         if mode.carries_anchor and anchor is not None:
             carried["anchor"] = Carried(anchor.float())
@@ -183,3 +241,9 @@ class Inputs:
         if message not in self._logged:
             self._logged.add(message)
             logger.warning(message)
+
+
+def _like(part: Tensor, images: Tensor) -> Tensor:
+    """Images in the size of others, on their device."""
+    part = part.to(images.device, images.dtype)
+    return part if part.shape[-2:] == images.shape[-2:] else interpolate(part, images.shape[-2:])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow._validation import whole_number
+from streamflow.models import reference_rule
 from streamflow.models.adapter import FlowAdapter
 from streamflow.models.codec import Codec
 from streamflow.models.pipe_parts import PipeParts, check_dtype, check_network
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated
 
 
+IMAGE_AS = ("start", "reference")
+
+
 class Model:
     """The model of one stream.
 
     adapter: of the pipe's family. height, width: of images, in pixels; by default the pipeline's own. frames: F, the frame
-    buffer size. shape: of a frame's latents. codec: the codec in use; `plain_codec`: the codec without acceleration.
+    buffer size. image_is_reference: the image of a call is its first reference, not what the frame starts from. shape: of a
+    frame's latents. codec: the codec in use; `plain_codec`: the codec without acceleration.
     acceleration: the kind that is requested, and its options. accelerated: the modules in force. before_change,
     after_change: called before and after a part is replaced. closed: set by `close`.
     """
@@ -39,7 +44,14 @@ class Model:
         width: int | None,
         frames: int,
         dtype: torch.dtype | None,
+        image_as: str | None = None,
     ) -> None:
+        image_as = image_as or ("start" if adapter.reference is None else "reference")
+        if image_as not in IMAGE_AS:
+            raise ValueError(f"unknown image_as {image_as!r}: choose one of {', '.join(map(repr, IMAGE_AS))}")
+        self.image_is_reference = image_as == "reference"
+        if self.image_is_reference:
+            reference_rule(adapter)  # raises where there is none
         self._seen = PipeParts.of(pipe, adapter.network)
         self.pipe, self.adapter, self.frames = pipe, adapter, frames
         self.height = adapter.default_size if height is None else height

@@ -115,9 +115,12 @@ class Outputs:
         """How many images held NaN or infinite values, counted without waiting: on a GPU a call or two later."""
         return self.finite.read()
 
-    def skips(self, compared: Tensor) -> bool:
-        """Whether these frames are skipped because they resemble the last frames that were drawn."""
-        return self.similar_filter(compared) is None
+    def skips(self, compared: Tensor | None) -> bool:
+        """Whether these frames are skipped because they resemble the last frames that were drawn. None: they cannot be
+        compared, and are drawn."""
+        if compared is None:
+            self.similar_filter.forget()
+        return compared is not None and self.similar_filter(compared) is None
 
     def enable_filter(self, threshold: float = 0.98, max_skip_frame: float = 10) -> None:
         """Skip image frames that resemble the last drawn frame, at most `max_skip_frame` in a row."""

@@ -36,6 +36,24 @@ class Planner:
         """The family's adapter."""
         return self.model.adapter
 
+    def check_request(self, request: Request) -> None:
+        """Raise ValueError for a request that this model cannot draw, whatever the pipeline says."""
+        self.check(request.cfg_type, request.do_add_noise)
+        if not self.model.image_is_reference:
+            return
+        name = type(self.adapter.pipe).__name__
+        start_from_it = "StreamFlow(..., image_as='start') starts from the image instead"
+        if request.strength is not None:
+            raise ValueError(
+                f"strength is how far a frame departs from its image, and the image of {name} is a reference: frames start "
+                f"from noise. Leave it out; {start_from_it}"
+            )
+        if request.feedback:
+            raise ValueError(
+                f"feedback mixes the last image into the image from which a frame starts, and frames of {name} start from "
+                f"noise: noise='interpolated' keeps them alike; {start_from_it}"
+            )
+
     def check(self, cfg_type: str, do_add_noise: bool) -> None:
         """Raise ValueError where the pipeline cannot be streamed under these settings."""
         self.adapter.check_settings(cfg_type, do_add_noise)
@@ -44,7 +62,7 @@ class Planner:
 
     def plan(self, request: Request, generator: torch.Generator | None, seed: Seeds | None) -> Prepared:
         """Plan a request from the start. Raises TypeError or ValueError for what the pipeline cannot draw."""
-        self.check(request.cfg_type, request.do_add_noise)
+        self.check_request(request)
         noise, scale = self.noise(generator, seed, request.period), self._scale(request)
         self.forget_prompts()
         schedule, prompt = self._read(request)
@@ -53,7 +71,7 @@ class Planner:
 
     def change(self, current: Prepared, request: Request, seed: Seeds | None) -> Prepared:
         """Plan another request, starting from `current`. The pipeline encodes again only where the request needs it."""
-        self.check(request.cfg_type, request.do_add_noise)
+        self.check_request(request)
         noise = current.noise.moving(request.period) if seed is None else self.noise(None, seed, request.period)
         scale, name = self._scale(request), self.adapter.guidance_argument
         schedule, prompt = current.schedule, current.prompt
@@ -95,6 +113,10 @@ class Planner:
     def seed(seed: object) -> Any:
         """A seed, or seeds with weights, as a stream keeps them: `streamflow.flow.noise.resolve_seeds`."""
         return resolve_seeds(as_weighted("seed", seed, Integral, "7"))
+
+    def read_prompt(self, request: Request) -> Prompt:
+        """The prompt of a request, encoded."""
+        return self._read(request)[1]
 
     def _read(self, request: Request) -> tuple[Schedule, Prompt]:
         """The schedule and the prompt of a request. Each text is encoded by itself."""
@@ -173,7 +195,7 @@ class Planner:
         """(the pipeline's guidance_scale, the weight in force) under this request."""
         adapter = self.adapter
         shown = scale
-        if adapter.guidance_argument != "guidance_scale":
+        if adapter.guidance_argument != "guidance_scale" and adapter.takes("guidance_scale"):
             shown = adapter.default("guidance_scale") if request.guidance_scale is None else request.guidance_scale
         in_force = request.mode.scale(scale, request.delta, adapter.unguided)
         return float(scale if shown is None else shown), adapter.weight(in_force, request.arguments, schedule)

@@ -13,9 +13,11 @@ from torch import Tensor
 from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.conditioning.blending import METHODS, as_weighted, check_sum, with_weights
 from streamflow.conditioning.prompt import Prompt
+from streamflow.conditioning.reference import FixedReferences
 from streamflow.flow.guidance import Mode, Weight, mode
 from streamflow.flow.noise import NoiseSource, check_policy
 from streamflow.flow.schedule import Schedule, Stages
+from streamflow.models.probe import PLAIN
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments
@@ -34,7 +36,8 @@ class NotPreparedError(RuntimeError, AttributeError):
 @dataclass(frozen=True)
 class Request:
     """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name;
-    `assigned_embeds` take the place of what the prompt and the negative prompt were encoded to.
+    `assigned_embeds` take the place of what the prompt and the negative prompt were encoded to. `references` are those of
+    all frames.
 
     Raises:
         TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
@@ -56,6 +59,7 @@ class Request:
     cfg_type: str = "self"
     do_add_noise: bool = False
     assigned_embeds: AssignedEmbeds = (None, None)
+    references: FixedReferences = FixedReferences()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -154,10 +158,10 @@ def owned(value: Any) -> Any:
 
 
 def is_plain(value: object) -> bool:
-    """Whether no tensor or array is in an argument."""
+    """Whether the `repr` of an argument tells its value: no tensor, array or image is in it."""
     if isinstance(value, (list, tuple, Mapping)):
         return all(is_plain(one) for one in (value.values() if isinstance(value, Mapping) else value))
-    return not isinstance(value, (Tensor, np.ndarray))
+    return isinstance(value, PLAIN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +193,7 @@ class Change:
         return kept and not self.entries and now.noise is then.noise and now.stages is then.stages
 
 
-_OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise")  # what decides how a frame enters
+_OF_ENTERING = ("noise", "feedback", "cfg_type", "do_add_noise", "references")  # what decides how a frame enters
 
 
 def _has_embeds(arguments: Arguments) -> bool:

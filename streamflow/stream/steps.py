@@ -11,13 +11,14 @@ from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Ring, Rows
+from streamflow.stream.updates import Updates
 
 
 class Steps:
     """Single steps with the model, the noise and the noise levels of a stream. They leave the frames in flight alone."""
 
-    def __init__(self, model: Model, denoiser: Denoiser, inputs: Inputs) -> None:
-        self._model, self._denoiser, self._inputs = model, denoiser, inputs
+    def __init__(self, model: Model, denoiser: Denoiser, updates: Updates, inputs: Inputs) -> None:
+        self._model, self._denoiser, self._updates, self._inputs = model, denoiser, updates, inputs
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, t_index: int) -> Tensor:
         """x0 on its path to the noise (`(1 - sigma) x0 + sigma noise` where that is straight) at stage `t_index`."""
@@ -45,6 +46,21 @@ class Steps:
         return self.rows(idx).step(x_t_latent_batch, model_pred_batch)
 
     @computing
+    def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
+        """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
+        clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
+        ValueError: another number of rows or another shape."""
+        denoiser = self._denoiser
+        denoiser.check_free("predict_x0_batch()")
+        self._model.check_rows(x_t_latent, self._model.frames)
+        conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
+        self._updates.take()
+        ids = denoiser.next_ids(len(x_t_latent))
+        denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))
+        done = denoiser.take_oldest()
+        return done and done.x0
+
+    @computing
     def unet_step(self, x_t_latent: Tensor, t_list: Tensor | list[int], idx: int | None = None) -> tuple[Tensor, Tensor]:
         """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
         rows, (state, engine) = self.rows(idx), self._denoiser.drawing()
@@ -56,6 +72,15 @@ class Steps:
         with self._denoiser.ticks:
             prompts = (state.prompt,) * rows.count
             return rows.advance(self._model.velocity, x_t_latent, prompts, state.weight, anchors, None, times)
+
+    def example(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """What the modules get in a tick: the network's arguments, latents for the decoder, images for the encoder."""
+        model, prompt = self._model, self._denoiser.prepared().prompt
+        for one in self._inputs.conditioners:
+            prompt = one.example(prompt)
+        images = torch.zeros(model.frames, 3, model.height, model.width, device=model.device)
+        latents = torch.zeros(model.frames, *model.shape, device=model.device, dtype=model.dtype)
+        return self.rows().example(prompt), latents, images
 
     def rows(self, idx: int | None = None) -> Rows:
         """The rows of the batch, or those of stage idx."""

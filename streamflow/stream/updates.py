@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow._threads import aside
+from streamflow.conditioning.reference import FixedReferences
 from streamflow.flow.schedule import check_indices
 from streamflow.models.adapter import ASKS_FOR_NOTHING, RESERVED
 from streamflow.stream.denoiser import Denoiser
@@ -29,7 +30,8 @@ class Updates:
     """Plans what is drawn, and keeps the one change that is pending.
 
     pending: the change that the next call takes. count: the number of updates so far. defaults: the fields of a request that
-    `prepare` takes from the stream's constructor: t_index_list, cfg_type, do_add_noise, noise, noise_period, feedback.
+    `prepare` takes from the stream's constructor: t_index_list, cfg_type, do_add_noise, noise, noise_period, feedback, and
+    the references that are set. readers: functions that read an argument of `prepare` and `update`, by its name.
     callers: the lock of the thread that plans. slot: the lock of `pending` and of the denoiser's `state`. Locks are taken in
     this order: the denoiser's `ticks`, `callers`, `slot`.
     """
@@ -37,7 +39,8 @@ class Updates:
     def __init__(self, model: Model, planner: Planner, denoiser: Denoiser, outputs: Outputs, **defaults: Any) -> None:
         check_feedback(defaults["feedback"])
         self._model, self.planner, self._denoiser, self._outputs = model, planner, denoiser, outputs
-        self.defaults = defaults
+        self.defaults = {**defaults, "references": FixedReferences()}
+        self.readers: dict[str, Callable[[Any], Any]] = {}
         self.callers, self.slot = threading.Lock(), threading.Lock()
         self.pending: Change | None = None
         self.count = 0
@@ -77,7 +80,8 @@ class Updates:
             strength: image-to-image: start where the pipeline's own `get_timesteps` starts, in place of `t_index_list`.
             blend: "linear" or "slerp", along the sphere (`streamflow.conditioning.blending.METHODS`).
             normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
-            pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...
+            pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...; and
+                `references`, those of all frames: images by name, one or several. By default those of `set_reference`.
 
         Raises:
             TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed. Whatever
@@ -86,6 +90,7 @@ class Updates:
         model, denoiser, planner = self._model, self._denoiser, self.planner
         model.check_open()
         denoiser.check_step("prepare()")
+        own = {**self.defaults, **self._read(pipeline_arguments)}
         arguments = self._without_defaults(pipeline_arguments)
         model.adapter.check_arguments(arguments)
         request = Request(
@@ -98,7 +103,7 @@ class Updates:
             arguments=owned(arguments),
             blend=blend,
             normalize=normalize,
-            **self.defaults,
+            **own,
         )
         seed = planner.seed(seed)
         model.adapter.settle(request.arguments, request.prompt)
@@ -120,6 +125,10 @@ class Updates:
             denoiser.begin(state)
         if model.accelerated is None:
             model.after_change()
+
+    def _read(self, arguments: Call) -> Call:
+        """Take the arguments that have a reader out of these, and return what was read."""
+        return {name: reader(arguments.pop(name)) for name, reader in self.readers.items() if name in arguments}
 
     def _without_defaults(self, arguments: Call) -> Call:
         """The pipeline's arguments, without those that have their default value here."""
@@ -153,8 +162,8 @@ class Updates:
             seed: of the frames that enter from then on.
             changes: prompt, prompt_weights (of the texts in force, none of which is encoded again), negative_prompt, blend,
                 normalize, guidance_scale, delta, num_inference_steps, t_index_list, strength, noise, noise_period, feedback
-                (of frames that enter from then on), cfg_type, do_add_noise (frames in flight finish first), and the
-                pipeline's own arguments by name.
+                (of frames that enter from then on), cfg_type, do_add_noise (frames in flight finish first), references (as
+                `prepare` takes them; of frames that enter from then on), and the pipeline's own arguments by name.
 
         Returns the update's number, counted from 1. Updates not yet taken merge, the later winning field by field. While
         one is encoded, others wait; of those that set the same fields, only the last is encoded, and its number returned.
@@ -169,6 +178,12 @@ class Updates:
         if scope != "frame":
             adapter.check_offers("update now")
         own = {name: changes.pop(name) for name in _UPDATABLE & set(changes)}
+        own |= self._read(changes)
+        if scope == "now" and "references" in own:
+            raise ValueError(
+                "a frame keeps its references to its end, so that scope='now' cannot change them: leave scope out, or pass "
+                "'frame'"
+            )
         arguments = self._without_defaults(changes)
         adapter.check_arguments(arguments)
         if own.get("t_index_list") is not None:
@@ -226,7 +241,7 @@ class Updates:
         self, before: Prepared, after: Prepared, names: set[str], scope: str | None, held: frozenset[str]
     ) -> frozenset[str]:
         """The names of the prompt's tensors that rows in flight take; `held`: those of the update that is pending."""
-        if names - (_UPDATABLE - _TEXTS) - {self._model.adapter.guidance_argument}:  # these belong to the prompt
+        if names - (_OWN - _TEXTS) - {self._model.adapter.guidance_argument}:  # these belong to the prompt
             return frozenset() if scope == "frame" else frozenset(after.prompt.cond.rows)
         if scope == "frame" or after.prompt is before.prompt:
             return held
@@ -251,7 +266,8 @@ class Updates:
         return self.defaults[name] if self._denoiser.state is None else getattr(self.requested().request, name)
 
     def keep(self, **change: Any) -> None:
-        """Update a field, and let later calls of `prepare` keep it: `t_index_list`, `cfg_type` or `do_add_noise`."""
+        """Update a field, and let later calls of `prepare` keep it: `t_index_list`, `cfg_type`, `do_add_noise` or
+        `references`."""
         self._model.check_open()
         checked = {**self.defaults, **change}
         self.planner.check(checked["cfg_type"], checked["do_add_noise"])
@@ -306,9 +322,10 @@ _TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}
 _VIDEO = {"noise", "noise_period", "feedback"}
 _SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
 _UPDATABLE = _TEXTS | _VIDEO | _SAMPLING
+_OWN = _UPDATABLE | {"references"}
 # Which fields an update is read together with; the pipeline's own arguments with all.
 _PARTS = {
-    **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise")},
+    **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise", "references")},
     **dict.fromkeys((*_TEXTS, "assigned_embeds"), ("texts",)),
     **dict.fromkeys(("num_inference_steps", "t_index_list", "strength"), ("levels",)),
 }

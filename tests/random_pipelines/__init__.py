@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -37,6 +38,7 @@ MAKERS = {
     "flux": f"{__name__}:_flux",
     "schnell": f"{__name__}:_schnell",
     "instaflow": f"{__name__}:_instaflow",
+    "flux-kontext": f"{__name__}:_flux_kontext",
     "sdxl": f"{__name__}:_sdxl",
     "sana": "random_pipelines.transformers:sana",
     "perflow": "random_pipelines.perflow:perflow",
@@ -45,7 +47,10 @@ MAKERS = {
     "chroma": "random_pipelines.transformers:chroma",
     "flux2": "random_pipelines.transformers:flux2",
     "flux2-klein": "random_pipelines.transformers:flux2_klein",
+    "flux2-klein-kv": "random_pipelines.transformers:flux2_klein_kv",
     "qwenimage": "random_pipelines.transformers:qwenimage",
+    "qwenimage-edit": "random_pipelines.transformers:qwenimage_edit",
+    "qwenimage-edit-plus": "random_pipelines.transformers:qwenimage_edit_plus",
     "lumina2": "random_pipelines.transformers:lumina2",
     "zimage": "random_pipelines.transformers:zimage",
     "auraflow": "random_pipelines.fallback:auraflow",
@@ -217,6 +222,12 @@ def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
     )
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def _flux_kontext(scheduler: dict | None = None, **changes: Any) -> FluxKontextPipeline:
+    pipe = FluxKontextPipeline(**_flux(scheduler, **changes).components)
     pipe.default_sample_size = 8
     return pipe
 

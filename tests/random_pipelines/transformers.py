@@ -11,11 +11,14 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -28,6 +31,10 @@ from transformers import (
     Gemma2Model,
     MistralConfig,
     MistralModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
 )
@@ -160,6 +167,16 @@ def flux2_klein(scheduler: dict | None = None, is_distilled: bool = False, **cha
     return pipe
 
 
+def flux2_klein_kv(scheduler: dict | None = None, **changes: Any) -> DiffusionPipeline:
+    """A tiny random Flux.2 Klein pipeline with cached references."""
+    from diffusers import Flux2KleinKVPipeline
+
+    text = Qwen3Model(Qwen3Config(**_language_model(27)))
+    pipe = Flux2KleinKVPipeline(**_flux2_parts(text, scheduler, **{"guidance_embeds": False, **changes}))
+    pipe.default_sample_size = 8
+    return pipe
+
+
 def qwenimage(scheduler: dict | None = None, **changes: Any) -> QwenImagePipeline:
     """A tiny random Qwen-Image pipeline."""
     config = {
@@ -181,6 +198,54 @@ def qwenimage(scheduler: dict | None = None, **changes: Any) -> QwenImagePipelin
     )
     pipe.default_sample_size = 8
     return pipe
+
+
+def _vision_language_model() -> Qwen2_5_VLForConditionalGeneration:
+    text = {**_language_model(), "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=PLACEHOLDERS.index("<|image_pad|>") + 258)
+    )
+
+
+PLACEHOLDERS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+
+
+def _processor() -> Qwen2VLProcessor:
+    """The processor of a vision-language model, whose images are at most 56 pixels wide and high."""
+    tokens = tokenizer()
+    tokens.add_tokens(PLACEHOLDERS, special_tokens=True)
+    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)  # its constructor needs torchvision, for videos
+    processor.image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})
+    processor.tokenizer, processor.chat_template = tokens, None
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id, processor.video_token_id = tokens.convert_tokens_to_ids("<|image_pad|>"), None
+    return processor
+
+
+def _qwenimage_edit(cls: Any, scheduler: dict | None, changes: dict[str, Any]) -> Any:
+    processor = _processor()
+    parts = {**qwenimage(scheduler, **changes).components, "text_encoder": _vision_language_model()}
+    pipe = cls(**{**parts, "tokenizer": processor.tokenizer}, processor=processor)
+    pipe.default_sample_size = 8
+    return pipe
+
+
+def qwenimage_edit(scheduler: dict | None = None, **changes: Any) -> QwenImageEditPipeline:
+    """A tiny random Qwen-Image-Edit pipeline."""
+    return _qwenimage_edit(QwenImageEditPipeline, scheduler, changes)
+
+
+def qwenimage_edit_plus(scheduler: dict | None = None, **changes: Any) -> QwenImageEditPlusPipeline:
+    """A tiny random Qwen-Image-Edit pipeline for several images."""
+    return _qwenimage_edit(QwenImageEditPlusPipeline, scheduler, changes)
 
 
 def lumina2(scheduler: dict | None = None, **changes: Any) -> Lumina2Pipeline:

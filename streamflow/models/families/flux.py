@@ -1,22 +1,25 @@
-"""Flux.1 dev, schnell and other models of their pipeline: latents are packed 2x2 into tokens, time is t / 1000 after a cast
-to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance is a second call
-(diffusers pipelines/flux/pipeline_flux.py, `__call__`)."""
+"""Flux.1 dev, schnell, Kontext and other models of their pipelines: latents are packed 2x2 into tokens, time is
+t / 1000 after a cast to the latents' dtype, guidance is a number embedded in the network (dev), and true guidance is a
+second call (diffusers pipelines/flux/pipeline_flux.py and pipeline_flux_kontext.py, `__call__`)."""
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from streamflow.models.adapter import FlowAdapter, TransformerVelocity
 from streamflow.models.codec import Codec
-from streamflow.models.protocols import VAE
+from streamflow.models.probe import Recording
+from streamflow.models.protocols import VAE, Arguments, Call
 
 
 class FluxVelocity(TransformerVelocity):
-    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]`; extra: more arguments of the network."""
+    """x `[rows, tokens, 64]`, t `[rows]` in 0..1000, ids `[tokens, 3]`; references: more tokens, whose velocity is left out;
+    extra: more arguments of the network."""
 
     def forward(
         self,
@@ -27,9 +30,14 @@ class FluxVelocity(TransformerVelocity):
         txt_ids: Tensor,
         img_ids: Tensor,
         guidance: Tensor | None = None,
+        references: Tensor | None = None,
+        reference_ids: Tensor | None = None,
         **extra: object,
     ) -> Tensor:
-        return self.transformer(
+        tokens = x.shape[1]
+        if references is not None and reference_ids is not None:
+            x, img_ids = torch.cat((x, references), 1), torch.cat((img_ids, reference_ids))
+        out = self.transformer(
             hidden_states=x,
             timestep=t.to(x.dtype) / 1000,
             guidance=guidance,
@@ -40,6 +48,7 @@ class FluxVelocity(TransformerVelocity):
             return_dict=False,
             **extra,
         )[0]
+        return out if references is None else out[:, :tokens]
 
 
 class Packed(FlowAdapter):
@@ -81,6 +90,25 @@ class Flux(Packed):
     note = "`guidance_scale` is embedded, `true_cfg_scale` is the weight of `full`"
     text_pipeline = "FluxPipeline"
     image_pipeline = "FluxImg2ImgPipeline"
+
+
+class FluxKontext(Flux):
+    """The pipeline's image is a reference, whose tokens follow the noise."""
+
+    shared_inputs = ("txt_ids", "img_ids", "reference_ids")
+    reference = "streamflow.models.references:KontextReferences"
+    control = None
+    since = "0.34"
+    note = "`_auto_resize=False` keeps the reference's size; `max_area` is the stream's own"
+    text_pipeline = "FluxKontextPipeline"
+
+    def check_arguments(self, arguments: Arguments) -> None:
+        if "max_area" in arguments:
+            raise TypeError("max_area cannot be passed on: it is the width times the height of the stream")
+        super().check_arguments(arguments)
+
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        return super()._record({**arguments, "max_area": height * width}, steps, height, width, guided)
 
 
 def pack(z: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from streamflow.models.protocols import VAE
 
 
 class Flux2Velocity(TransformerVelocity):
-    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`; extra: more arguments of the network."""
+    """x `[rows, 128, h, w]`, t `[rows]` in 0..1000, ids `[1, tokens, 4]`; references `[rows, n, 128]`: more tokens, whose
+    velocity is left out; extra: more arguments of the network."""
 
     def forward(
         self,
@@ -31,10 +32,15 @@ class Flux2Velocity(TransformerVelocity):
         txt_ids: Tensor,
         img_ids: Tensor,
         guidance: Tensor | None = None,
+        references: Tensor | None = None,
+        reference_ids: Tensor | None = None,
         **extra: object,
     ) -> Tensor:
+        hidden = tokens = x.flatten(2).transpose(1, 2)
+        if references is not None and reference_ids is not None:
+            hidden, img_ids = torch.cat((tokens, references), 1), torch.cat((img_ids, reference_ids), 1)
         out = self.transformer(
-            hidden_states=x.flatten(2).transpose(1, 2),
+            hidden_states=hidden,
             timestep=t.to(x.dtype) / 1000,
             guidance=guidance,
             encoder_hidden_states=encoder_hidden_states,
@@ -43,6 +49,8 @@ class Flux2Velocity(TransformerVelocity):
             return_dict=False,
             **extra,
         )[0]
+        if references is not None:
+            out = out[:, : tokens.shape[1]]
         return out.transpose(1, 2).reshape(x.shape)
 
 
@@ -51,10 +59,11 @@ class Flux2(Packed):
 
     Velocity = Flux2Velocity
     row_inputs = ("encoder_hidden_states", "guidance")
-    shared_inputs = ("txt_ids", "img_ids")
+    shared_inputs = ("txt_ids", "img_ids", "reference_ids")
     widths = {"encoder_hidden_states": "joint_attention_dim"}
     guidance_argument = None
     guidance_in_one_call = False
+    reference = "streamflow.models.references:Flux2References"
     tiny_vae = "madebyollin/taef2"
     since = "0.36"
     note = "latents stay in their `latents=` form; no negative prompt: `full`, `initialize` refused"

@@ -1,9 +1,10 @@
 """Qwen-Image: packed latents and time t / 1000 as Flux, true guidance in a second call, rescaled token by token to the
 length of the prompt's own velocity; a video VAE with a mean and a deviation per channel (diffusers
-pipelines/qwenimage/pipeline_qwenimage.py, `__call__`)."""
+pipelines/qwenimage/pipeline_qwenimage.py and pipeline_qwenimage_edit.py, `__call__`)."""
 
 from __future__ import annotations
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -12,18 +13,37 @@ from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import TransformerVelocity
 from streamflow.models.codec import Codec, Normalized
 from streamflow.models.families.flux import Packed, pack, unpack
-from streamflow.models.protocols import VAE, Arguments
+from streamflow.models.probe import Recording
+from streamflow.models.protocols import VAE, Arguments, Call
 
 
 class QwenImageVelocity(TransformerVelocity):
     """x `[rows, tokens, 64]`, t `[rows]` in 0..1000; `grid` `[h, w]`: its shape is the number of tokens along the height and
-    the width, its values are not read; cond: the network's own arguments."""
+    the width, its values are not read; references `[rows, n, 64]`: more tokens, whose velocity is left out; reference_grids
+    `[0, h, w, h, w, ...]`: its shape is theirs; cond: the network's own arguments."""
 
-    def forward(self, x: Tensor, t: Tensor, grid: Tensor, **cond: Tensor) -> Tensor:
-        shapes = [[(1, *grid.shape)]]  # the network reads the first row's
-        return self.transformer(
-            hidden_states=x, timestep=t.to(x.dtype) / 1000, img_shapes=shapes, return_dict=False, **cond
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        grid: Tensor,
+        references: Tensor | None = None,
+        reference_grids: Tensor | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        shapes, hidden = [(1, *grid.shape)], x
+        if references is not None and reference_grids is not None:
+            sides = reference_grids.shape[1:]
+            shapes += [(1, *sides[i : i + 2]) for i in range(0, len(sides), 2)]
+            hidden = torch.cat((x, references), 1)
+        out = self.transformer(
+            hidden_states=hidden,
+            timestep=t.to(x.dtype) / 1000,
+            img_shapes=[shapes],  # the network reads the first row's
+            return_dict=False,
+            **cond,
         )[0]
+        return out if references is None else out[:, : x.shape[1]]
 
 
 class QwenImage(Packed):
@@ -59,6 +79,34 @@ class QwenImage(Packed):
         x = call[self.sample]
         grid = torch.zeros(height, width, device=x.device, dtype=x.dtype)
         return super()._inputs({**{name: value for name, value in call.items() if name != "img_shapes"}, "grid": grid})
+
+
+class QwenImageEdit(QwenImage):
+    """The pipeline's image is a reference, which the language model sees too."""
+
+    row_inputs = (*QwenImage.row_inputs, "references")
+    shared_inputs = ("grid", "reference_grids")
+    reference = "streamflow.models.references:QwenImageEditReferences"
+    control = None
+    note = "guidance needs a negative prompt; its language model encodes every frame"
+    text_pipeline = "QwenImageEditPipeline"
+
+    def _record(self, arguments: Call, steps: int, height: int, width: int, guided: bool) -> Recording:
+        blank = PIL.Image.new("RGB", (width, height))  # for the schedule: no frame is drawn with it
+        return super()._record({"image": blank, **arguments}, steps, height, width, guided)
+
+    def _inputs(self, call: Arguments) -> dict[str, Tensor]:
+        (own, *others), x = call["img_shapes"][0], call[self.sample]
+        inputs = super()._inputs({**call, "img_shapes": [[own]]})
+        grids = torch.empty(0, *(side for _, *sides in others for side in sides), device=x.device, dtype=x.dtype)
+        return {**inputs, "references": x[:, own[1] * own[2] :], "reference_grids": grids}
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """One image or several."""
+
+    reference = "streamflow.models.references:QwenImageEditPlusReferences"
+    text_pipeline = "QwenImageEditPlusPipeline"
 
 
 class _SingleFrames(VAE):

@@ -1,0 +1,151 @@
+"""The reference images of each family: their sizes, position ids and tensors, as in the pipelines (diffusers
+pipelines/flux2/pipeline_flux2_klein.py and pipeline_flux2_klein_kv.py, pipelines/flux/pipeline_flux_kontext.py,
+pipelines/qwenimage/pipeline_qwenimage_edit.py and pipeline_qwenimage_edit_plus.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from streamflow.conditioning.prompt import Cond, Extend, Prompt
+from streamflow.conditioning.reference import Entering, Grid, Reference, ReferenceRule, Size
+from streamflow.image_utils import uint8_pixels
+
+if TYPE_CHECKING:
+    from streamflow.models.adapter import FlowAdapter
+    from streamflow.models.protocols import Arguments
+
+MOST_PIXELS = 1024**2  # of a reference; larger ones are scaled down
+
+
+class Flux2References(ReferenceRule):
+    """At their own size, at most 1024 x 1024 pixels, cropped to whole tokens. Reference i is at time 10 + 10 i."""
+
+    shortest, narrowest = 64, 8  # pixels of a side, and the ratio of the sides, as Flux2ImageProcessor.check_image_input
+
+    def sizes(self, adapter: FlowAdapter, size: Size, arguments: Arguments) -> tuple[Size, Size]:
+        width, height = size
+        if min(size) < self.shortest or max(size) > self.narrowest * min(size):
+            raise ValueError(
+                f"a reference of {width}x{height} pixels: {type(adapter.pipe).__name__} takes sides of {self.shortest} and "
+                f"more, the longer at most {self.narrowest} times the shorter"
+            )
+        if width * height > MOST_PIXELS:
+            scale = math.sqrt(MOST_PIXELS / (width * height))
+            width, height = int(width * scale), int(height * scale)
+        return (width, height), whole_tokens(adapter, (width, height))
+
+    def in_tokens(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2)
+
+    def ids(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
+        """`[1, n, 4]`: time, row, column and 0 (`_prepare_image_ids`)."""
+        one = torch.zeros(1, dtype=torch.int64)
+        ids = [
+            torch.cartesian_prod(one + 10 + 10 * i, torch.arange(height), torch.arange(width), one)
+            for i, (height, width) in enumerate(grids)
+        ]
+        return torch.cat(ids)[None].to(like.device, like.dtype)
+
+
+class Flux2CachedReferences(Flux2References):
+    """Keys and values of the references, which depend on the references alone, are computed once, when a frame enters. They
+    are the network's argument `reference_kv` `[1, blocks, 2, n, heads, head_dim]`."""
+
+    @torch.no_grad()
+    def extend(self, adapter: FlowAdapter, references: Sequence[Reference], entering: Entering) -> Extend:
+        tokens = self.tokens(references)
+        shared = entering.prompt.cond.shared
+        ids = self.ids(tuple(one.grid for one in references), shared["img_ids"])
+        x, text, text_ids = entering.x, entering.prompt.cond.rows["encoder_hidden_states"], shared["txt_ids"]
+        x, image_ids = self.in_tokens(x), shared["img_ids"]
+        if not entering.exact:  # one token of each is enough
+            x, image_ids, text, text_ids = x[:, :1], image_ids[:, :1], text[:, :1], text_ids[:, :1]
+        _, cache = adapter.net(
+            hidden_states=torch.cat((tokens, x), 1),
+            timestep=entering.time.to(x.dtype) / 1000,
+            guidance=None,
+            encoder_hidden_states=text,
+            txt_ids=text_ids,
+            img_ids=torch.cat((ids, image_ids), 1),
+            return_dict=False,
+            kv_cache_mode="extract",
+            num_ref_tokens=tokens.shape[1],
+        )
+        layers = (*cache.double_block_caches, *cache.single_block_caches)
+        rows = {"reference_kv": torch.stack([torch.stack(layer.get(), 1) for layer in layers], 1)}
+        if not entering.exact:
+            return lambda cond, prompt: cond.with_tensors(rows)
+        rows |= {"references": tokens, "reference_time": entering.time}
+
+        def extend(cond: Cond, prompt: Prompt) -> Cond:
+            return cond.with_tensors(rows, {"reference_ids": ids})
+
+        return extend
+
+
+class KontextReferences(ReferenceRule):
+    """One reference, resized to the closest of the model's resolutions; with `_auto_resize=False` at its own size, in whole
+    tokens. Its tokens are at time 1."""
+
+    most = 1
+
+    def sizes(self, adapter: FlowAdapter, size: Size, arguments: Arguments) -> tuple[Size, Size]:
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        if arguments.get("_auto_resize", True):
+            width, height = whole_tokens(adapter, size)
+            size = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda one: (abs(width / height - one[0] / one[1]), *one))
+        size = whole_tokens(adapter, size)
+        return size, size
+
+    def ids(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
+        """`[n, 3]`: 1, row and column (`prepare_latents`)."""
+        ids = [torch.cartesian_prod(torch.ones(1), torch.arange(float(h)), torch.arange(float(w))) for h, w in grids]
+        return torch.cat(ids).to(like.device, like.dtype)
+
+
+class QwenImageEditReferences(ReferenceRule):
+    """One reference. The language model sees it with the prompt, so every frame is encoded by the pipeline's own code, up to
+    its first step, from an image of 8 bits a channel."""
+
+    least, most = 1, 1
+    uses_codec = False
+    reusable = True
+
+    def sizes(self, adapter: FlowAdapter, size: Size, arguments: Arguments) -> tuple[Size, Size]:
+        return size, size  # the pipeline resizes it
+
+    def extend(self, adapter: FlowAdapter, references: Sequence[Reference], entering: Entering) -> Extend:
+        images = [PIL.Image.fromarray(uint8_pixels(one.image)[0]) for one in references]
+        given = images[0] if self.most == 1 else images
+        read: dict[Prompt, Prompt] = {}  # by the frame's prompt, which an update may replace
+
+        def extend(cond: Cond, prompt: Prompt) -> Cond:
+            if prompt not in read:
+                read.clear()
+                read[prompt] = entering.read({"image": given})
+            return read[prompt].cond if cond is prompt.cond else read[prompt].negative
+
+        return extend
+
+
+class QwenImageEditPlusReferences(QwenImageEditReferences):
+    """One reference or several."""
+
+    most = None
+
+
+def whole_tokens(adapter: FlowAdapter, size: Size) -> Size:
+    """The largest size of whole tokens within this one. ValueError where there is none."""
+    width, height = (side // adapter.multiple * adapter.multiple for side in size)
+    if not width or not height:
+        raise ValueError(
+            f"a reference of {size[0]}x{size[1]} pixels is smaller than one token, {adapter.multiple}x{adapter.multiple}"
+        )
+    return width, height
