@@ -69,7 +69,8 @@ class StreamFlow(StreamDiffusion):
         input_range: what float images are in, (0, 1) or (-1, 1). PIL and uint8 are 0..255.
         noise: of frames: "fixed", one noise for all image frames of a stream; "frame", a fresh one for each; "interpolated",
             for image and text frames, noise that moves to another every `noise_period` frames, always of variance one.
-            Text frames have fresh noise under the first two.
+            Text frames have fresh noise under the first two, and so have frames whose image is a reference; "constant", one
+            noise for all frames.
         noise_period: frames from one noise to the next, where it is interpolated.
         feedback: how much of the last finished image goes into the next image frame's start, against flicker:
             `(1 - feedback) x0 + feedback x0_last`, x0_last being the frame that has left last: S frames before this one in a

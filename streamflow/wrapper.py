@@ -121,7 +121,11 @@ class StreamFlowWrapper:
         safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
             pipe's own, or those that StreamDiffusionWrapper loads from the hub.
         skip_diffusion: calls return their image in the stream's size, and nothing is drawn. Can be assigned.
-        family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's.
+        family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's. Where the image of a call is a
+            reference and mode is "img2img", `noise` is "constant" by default, so that a still image stays still.
+        references: reference images of all frames, by name or in order, images or paths (`StreamFlow.set_reference`).
+        default_strength: of image to image, where neither `t_index_list` nor `prepare` says where frames start; unused where
+            the image of a call is a reference.
         not_here: other names that livepeer's fork knows raise NotImplementedError with the reason.
 
     StreamDiffusionWrapper's attributes can be read: device, dtype, width, height, mode, output_type, frame_buffer_size,
@@ -179,6 +183,8 @@ class StreamFlowWrapper:
         safety_checker: tuple[nn.Module, Function] | None = None,
         skip_diffusion: bool = False,
         family: str | None = None,
+        references: Mapping[str, Images | str] | Sequence[Images | str] = (),
+        default_strength: float | None = None,
         acceleration_options: Arguments | None = None,
         stream_options: Arguments | None = None,
         **not_here: Any,
@@ -199,12 +205,19 @@ class StreamFlowWrapper:
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
+        if not isinstance(references, Mapping):
+            references = {f"reference_{i}": one for i, one in enumerate(references)}
+        references = {name: _opened(one) for name, one in references.items()}
         self.device = device or default_device()
         pipe = models.load(model_id_or_path, device=self.device, dtype=dtype or default_dtype(self.device), family=family)
         if like is not None and width is None and height is None:
             width, height = models.adapter_for(pipe, family).size_like(*like)
         self._model = str(model_id_or_path)
         self._defaults = prompt_defaults(pipe) if _is_embedded(self._model) else {}
+        options = dict(stream_options or {})
+        is_reference = models.takes_references(pipe, family) and options.get("image_as") != "start"
+        if is_reference and mode == "img2img":
+            options.setdefault("noise", "constant")
         self.stream = StreamFlow(
             pipe,
             t_index_list,
@@ -215,8 +228,10 @@ class StreamFlowWrapper:
             frame_buffer_size=frame_buffer_size,
             cfg_type=cfg_type,
             family=family,
-            **(stream_options or {}),
+            **options,
         )
+        for name, image in references.items():
+            self.stream.set_reference(name, image)
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
         _spread(self.stream, device_ids)
@@ -232,6 +247,8 @@ class StreamFlowWrapper:
             self.nsfw_fallback_img = PIL.Image.new("RGB", (self.width, self.height))
         if use_safety_checker:
             self._load_checker()
+        if default_strength is not None and mode == "img2img" and t_index_list is None and not is_reference:
+            prepare = {"strength": default_strength, **(prepare or {})}
         if prepare is not None or t_index_list is not None:
             self._prepare_itself(prepare or {})
         self._constructed = True

@@ -192,6 +192,16 @@ def test_interpolated_noise_moves_steadily_and_keeps_its_variance():
         NoiseSource((4,), generator=torch.Generator(), period=10)
 
 
+def test_constant_noise_is_that_of_the_first_frame(stream_of, picture):
+    stream = stream_of("sd3", noise="constant", prepare={"seed": 3})
+    assert torch.equal(stream.frame_noise(5), NoiseSource(stream._model.shape, 3).draw(0))
+    texts = stream.txt2img(2)
+    assert torch.equal(texts[0], texts[1])
+    stream.update(noise="frame")
+    again = stream.txt2img(5)
+    assert not torch.equal(again[-1], texts[0])
+
+
 def test_a_stream_takes_interpolated_noise_for_text_and_images(stream_of, picture):
     stream = stream_of("sd3", [1, 2], noise="interpolated", noise_period=4, prepare={"seed": 3})
     plain = NoiseSource(stream._model.shape, 3)

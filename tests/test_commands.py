@@ -16,6 +16,7 @@ from streamflow.app import config
 from streamflow.app.cli import main
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
+from streamflow.wrapper import StreamFlowWrapper
 
 QUICK = ["--device", "cpu", "--warmup", "0", "--num-inference-steps", "1", "--acceleration.kind", "none"]
 
@@ -79,9 +80,12 @@ def test_image_to_image_starts_half_way_unless_a_start_is_given():
         (["--strength", "0.7"], (None, 0.7)),
         (["--t-index-list", "[0, 2]"], ((0, 2), None)),
     ):
-        made = options.with_start(of(*flags, mode="img2img"))
-        assert (made.t_index_list, made.strength) == start
-    assert options.with_start(of()).strength is None
+        settings = of(*flags, "--steps", "4", mode="img2img").wrapper_arguments()
+        with StreamFlowWrapper(**{**settings, "width": 64, "height": 64}) as wrapper:
+            request = wrapper.stream.request
+        assert (request.t_index_list, request.strength) == start
+    with StreamFlowWrapper(**{**of().wrapper_arguments(), "width": 64, "height": 64}) as wrapper:
+        assert wrapper.stream.request.strength is None
 
 
 def test_all_mistakes_are_told_at_once_with_exit_code_2(capsys):
@@ -214,3 +218,12 @@ def test_the_help_has_the_commands_own_defaults(capsys):
     assert "(default: example prompts)" in helped(capsys, "txt2img", "--help")
     assert "(default: 0.5)" in helped(capsys, "img2img", "--help").replace("\n", " ").replace("  ", " ")
     assert "(default: full)" in helped(capsys, "serve", "--help")
+
+
+def test_what_a_model_refuses_is_one_line_with_exit_code_2(capsys, tmp_path):
+    call = ["txt2img", "--width", "100", "--count", "1", "--output", str(tmp_path)]
+    assert main(call) == 2
+    said = capsys.readouterr().err
+    assert said == "streamflow txt2img: error: width must be a positive multiple of 16 pixels, not 100: try 96\n"
+    with pytest.raises(ValueError, match="multiple of 16 pixels"):
+        main([*call, "-v"])

@@ -51,6 +51,8 @@ OPTIONS = {
     "--use-denoising-batch": ("false",),
     "--do-add-noise": ("true",),
     "--tiny-vae": ("true",),
+    "--references": ("['{style}']",),
+    "--reference": ("{style}",),
     "--loras": ('{{"{lora}": 0.5}}',),
     "--acceleration.kind": ("auto",),
     "--accelerate": ("auto",),
@@ -71,7 +73,12 @@ OPTIONS = {
     "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
     "--control.keys": ("{{x: panic}}",),
 }
-REFUSED = {"--frame-buffer-size": "draws frame by frame", "--control.midi": "MIDI"}
+REFUSED = {
+    "--frame-buffer-size": "draws frame by frame",
+    "--control.midi": "MIDI",
+    "--references": "takes no reference images",
+    "--reference": "takes no reference images",
+}
 NO_SETTING = ("--config", "--json", "--in", "--out", "--record", "--seconds", "--learn")  # what these do is seen elsewhere
 
 
@@ -200,7 +207,7 @@ def files(tmp_path_factory):
     pipe = load("embedded")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     type(pipe).save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
-    names = {"folder": "in", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
+    names = {"folder": "in", "style": "in/0.png", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
     return {"model": embedded()} | {name: str(folder / file) for name, file in names.items()}
 
 

@@ -514,3 +514,71 @@ def test_every_form_of_an_image_is_the_same_reference(form, pipes):
     stream.reset()
     (want,) = drawn(stream, [image])
     assert relative_error(got, want) <= 1e-5
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny random edit pipeline, and images beside it."""
+    from random_pipelines import random_pipeline
+
+    place = tmp_path_factory.mktemp("edit")
+    random_pipeline("flux2-klein", is_distilled=True).save_pretrained(place / "model")
+    for k in range(3):
+        scene(k).save(place / f"{k}.png")
+    return place
+
+
+SIZE = ("--width", "64", "--height", "64", "--steps", "2", "--cfg-type", "none")
+
+
+def test_the_command_line_takes_an_edit_model_and_references(folder, tmp_path, capsys):
+    from streamflow.app.cli import main
+
+    model = ("--model", str(folder / "model"), *SIZE, "--output", str(tmp_path))
+    images = [str(folder / f"{k}.png") for k in range(2)]
+    assert main(["img2img", *images, *model, "--reference", str(folder / "2.png")]) == 0
+    written = [PIL.Image.open(tmp_path / f"{k}.png") for k in range(2)]
+    from diffusers import Flux2KleinPipeline
+
+    pipe = Flux2KleinPipeline.from_pretrained(folder / "model")
+    pipe.set_progress_bar_config(disable=True)
+    stream = StreamFlow(pipe, cfg_type="none", width=64, height=64, noise="constant")
+    stream.prepare("a red apple, 3d render", num_inference_steps=2)
+    noise = stream.frame_noise(0)
+    for k, got in enumerate(written):
+        size = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
+        references = [PIL.Image.open(path) for path in (images[k], folder / "2.png")]
+        (want,) = pipe(image=references, prompt="a red apple, 3d render", latents=noise, **size).images
+        assert np.abs(np.asarray(got).astype(int) - np.asarray(want).astype(int)).max() <= 1
+    assert main(["img2img", images[0], *model, "--strength", "0.5"]) == 2
+    assert "the image of Flux2KleinPipeline is a reference" in capsys.readouterr().err
+
+
+def test_a_show_restyles_by_references(folder, tmp_path, capsys):
+    from streamflow.app.cli import main
+
+    source, shown = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for k in range(4):
+        scene(k).save(source / f"{k}.png")
+    model = ("--model", str(folder / "model"), *SIZE[:6], "--reference", str(folder / "2.png"))
+    assert main(["live", "--in", f"folder:{source}", "--out", f"folder:{shown}", *model, "--json"]) == 0
+    assert len(list(shown.glob("*.png"))) >= 4
+
+
+def test_the_wrapper_takes_references_and_one_noise_for_all_frames(folder):
+    from streamflow import StreamFlowWrapper
+
+    given = {"width": 64, "height": 64, "cfg_type": "none", "acceleration": "none", "use_tiny_vae": False}
+    prepare = {"prompt": PROMPT, "num_inference_steps": 2}
+    style = {"style": str(folder / "2.png")}
+    with StreamFlowWrapper(str(folder / "model"), **given, prepare=prepare, references=style, default_strength=0.5) as one:
+        assert one.stream.references == ("style",)
+        first, second = one(scene(0)), one(scene(0))
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+        assert torch.equal(one.stream.frame_noise(0), one.stream.frame_noise(7))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        StreamFlowWrapper(str(folder / "model"), references=["nothing.png"])

@@ -23,6 +23,7 @@ from streamflow.live.remote.settings import Control
 from streamflow.live.settings import LiveSettings
 
 WIDTH = 110  # of the comments in a file
+START = {"strength": 0.5}  # of image to image, where neither `strength` nor `t_index_list` is given
 
 
 class ConfigError(ValueError):
@@ -90,6 +91,9 @@ class Settings(Section):
     use_denoising_batch: bool = Field(default=True, description="false draws frame by frame: lower rate, lower latency")
     do_add_noise: bool = Field(default=False, description="put noise back at every step instead of stepping by Euler")
     tiny_vae: bool | str = Field(default=False, description="true: the family's own tiny VAE; or a hub id or folder of one")
+    references: tuple[str, ...] = Field(
+        default=(), description="image files that an edit model sees with every image: [style.png, palette.png]"
+    )
     loras: dict[str, float] = Field(default={}, description="LoRAs, by hub id or file, and the strength of each")
     acceleration: Acceleration = Field(default=Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(default=None, description=SimilarImages.__doc__)
@@ -137,6 +141,7 @@ class Settings(Section):
             "acceleration_options": self.acceleration.options,
             "device_ids": self.devices or None,
             "engine_dir": None,
+            "default_strength": START["strength"],
             "prepare": prepare,
         }
 

@@ -18,7 +18,7 @@ from streamflow._validation import is_whole_number, whole_number
 
 logger = logging.getLogger(__name__)
 RANDOM_SEEDS = 1_000_000  # random seeds are below it, as in StreamDiffusion's wrapper
-POLICIES = ("fixed", "frame", "interpolated")
+POLICIES = ("fixed", "frame", "interpolated", "constant")
 
 
 def check_policy(noise: object, period: object) -> None:
@@ -66,7 +66,7 @@ class NoiseSource:
     `sum_i w_i n_i / |w|`: Gaussian, of variance one whatever the weights, since their draws n_i are independent, and so as
     good as at right angles on one sphere. A plain mean has variance `|w|^2 < 1`, which flows draw as blur.
 
-    period: frames over which `draw` moves from one noise to the next (`interpolated`).
+    period: frames over which `draw` moves from one noise to the next (`interpolated`); 0: every draw is that of frame 0.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class NoiseSource:
         if (seed is None) == (generator is None):
             raise ValueError("noise comes from a seed or from a generator: pass one of them, not both and not neither")
         if period is not None and generator is not None:
-            raise ValueError("interpolated noise is a function of the frame, and a generator's is not: pass a seed")
+            raise ValueError("interpolated and constant noise are functions of the frame, a generator's is not: pass a seed")
         self.shape = tuple(shape)
         self.seed, self.period = seed, period
         self.generator = generator
@@ -103,8 +103,8 @@ class NoiseSource:
 
     def draw(self, frame_id: int) -> Tensor:
         """The noise of a frame, float32 `[1, *shape]` on the CPU (on the generator's device where one was given)."""
-        if self.period is None:
-            return self._normal((1, frame_id))
+        if not self.period:
+            return self._normal((1, frame_id if self.period is None else 0))
         return interpolated(lambda step: self._normal((1, step)), frame_id, self.period)
 
     def fixed(self) -> Tensor:

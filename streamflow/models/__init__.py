@@ -129,6 +129,11 @@ def adapter_class(family: str) -> type[FlowAdapter]:
         ) from error
 
 
+def takes_references(pipe: Pipeline, family: str | None = None) -> bool:
+    """Whether the images of this pipeline's calls are references (`FlowAdapter.reference`)."""
+    return adapter_class(family or _family_of(pipe)).reference is not None
+
+
 def control_rule(adapter: FlowAdapter) -> ControlRule:
     """The rule of this family's control nets. NotImplementedError where diffusers has none."""
     if adapter.control is None:

@@ -96,8 +96,8 @@ class Request:
 
     @property
     def period(self) -> int | None:
-        """Frames from one noise to the next; None where each draw stands by itself."""
-        return self.noise_period if self.noise == "interpolated" else None
+        """Frames from one noise to the next; 0 where it stays; None where each draw stands by itself."""
+        return {"interpolated": self.noise_period, "constant": 0}.get(self.noise)
 
     def changed(self, changes: Arguments, arguments: Arguments) -> Request:
         """This request with some fields replaced. A new text drops the embeddings that stood for the old one."""

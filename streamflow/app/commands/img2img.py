@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.samples import IMAGE
 
@@ -20,7 +21,7 @@ EXAMPLE = 'streamflow img2img photos/*.png --prompt "a fox, flat vector" --stren
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where an image cannot be read, the others being done; 2 for invalid arguments."""
     p = options.parser(
-        "img2img", "Restyles images, in their order; results have their names.", EXAMPLE, defaults=options.START
+        "img2img", "Restyles images, in their order; results have their names.", EXAMPLE, defaults=config.START
     )
     p.add_argument("images", type=Path, nargs="*", default=[IMAGE], help="files (default: the sample drawing)")
     p.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"several images are called {', '.join(twice)}, and results have their names: give them apart")
     if missing := [str(path) for path in a.images if not path.is_file()]:
         p.error(f"there is no file {', '.join(missing)}")
-    settings = options.with_start(options.settings(p, a, mode="img2img"))
+    settings = options.settings(p, a, mode="img2img")
     unread: dict[str, str] = {}
     read: list[str] = []
 

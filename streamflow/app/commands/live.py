@@ -55,7 +55,7 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
-            result = play(options.with_start(settings), stop, a.seconds, a.learn, quiet=a.json)
+            result = play(settings, stop, a.seconds, a.learn, quiet=a.json)
     except (*WRONG, OSError, MemoryError, RuntimeError) as error:
         return p.failed(error, 2 if isinstance(error, WRONG) else 1)
     print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -74,7 +74,7 @@ def play(
     s, shows = settings.live, []
     if (settings.mode == "img2img") != bool(s.source):
         raise ValueError(f"mode is {settings.mode}, and there is {'a' if s.source else 'no'} source: leave one out")
-    others = [options.with_start(one.model_copy(update={"mode": settings.mode})) for one in map(config.load, s.scenes)]
+    others = [one.model_copy(update={"mode": settings.mode}) for one in map(config.load, s.scenes)]
     source, sinks = open_source(s.source) if s.source else None, [open_sink(one) for one in s.sinks]
 
     def update(**changes: Any) -> None:

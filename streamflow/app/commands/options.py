@@ -33,9 +33,12 @@ GROUPS = {  # the settings that `--help` shows
     "speed": ("acceleration.kind",),
     "live": ("live.target_fps",),
 }
-START = {"strength": 0.5}  # of image to image, where neither `strength` nor `t_index_list` is given
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-SHORT = {"num_inference_steps": "--steps", "acceleration.kind": "--accelerate"}  # beside the setting's own name
+SHORT = {
+    "num_inference_steps": "--steps",
+    "acceleration.kind": "--accelerate",
+    "references": "--reference",
+}  # beside the setting's own name
 
 
 def parser(
@@ -67,7 +70,9 @@ def parser(
         flag, given = f"--{path.replace('_', '-')}", {"dest": path, "metavar": _metavar(fields[path])}
         group = groups.get(shown.get(path, ""), rest)
         if short := SHORT.get(path):
-            group.add_argument(short, help=texts[path], **given)
+            action = group.add_argument(short, help=texts[path], **given)
+            if group is rest:
+                p.add_rare(action)
             p.add_rare(rest.add_argument(flag, help=f"the same as {short}", **given))
         elif group is rest:
             p.add_rare(rest.add_argument(flag, help=texts[path], **given))
@@ -144,18 +149,14 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def with_start(settings: Settings) -> Settings:
-    """Image to image starts half way where neither `strength` nor `t_index_list` says where."""
-    if settings.mode == "txt2img" or (settings.t_index_list, settings.strength) != (None, None):
-        return settings
-    return settings.model_copy(update=START)
-
-
 def _value(path: str, text: str) -> object:
-    """A text stays one where the field takes texts, unless it opens a list and the field takes lists; all else is YAML."""
-    if path in _TEXTS and not (path in _LISTS and text.lstrip().startswith("[")):
-        return text
-    return read_yaml(text)
+    """A text stays one where the field takes texts, unless it opens a list and the field takes lists; where it takes a list
+    of texts only, it is the only one of that. All else is YAML."""
+    if path in _LISTS and text.lstrip().startswith("["):
+        return read_yaml(text)
+    if path in _ONLY_LISTS:
+        return [text]
+    return text if path in _TEXTS else read_yaml(text)
 
 
 def _put(data: Json, path: list[str], value: object) -> None:
@@ -197,4 +198,5 @@ def draw(
 
 
 _TEXTS = frozenset(path for path, field in _fields(Settings) if str in _kinds(field) and bool not in _kinds(field))
+_ONLY_LISTS = frozenset(path for path, field in _fields(Settings) if field.annotation == tuple[str, ...])
 _LISTS = frozenset(path for path, field in _fields(Settings) if any(get_origin(kind) is tuple for kind in _kinds(field)))

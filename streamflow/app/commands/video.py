@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from streamflow._command_line import Parser
 from streamflow._files import Json
+from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Restyles a video: every frame in order, at its time, with the sound. Without --width and --height it keeps the "
         "video's proportions at as many pixels as the model's own size has; with them, it is cropped to theirs.",
         EXAMPLE,
-        defaults=options.START,
+        defaults=config.START,
     )
     p.add_argument("--in", dest="source", type=Path, default=CLIP, metavar="FILE", help="a video (default: the sample clip)")
     p.add_argument(
@@ -54,7 +55,7 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
         p.error(f"{a.out} is there already: choose another name, or pass --overwrite")
     if a.out.exists() and a.source.exists() and a.out.samefile(a.source):
         p.error(f"{a.out} is what is read: choose another name")
-    settings = options.with_start(options.settings(p, a, mode="img2img"))
+    settings = options.settings(p, a, mode="img2img")
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
     except (ImportError, OSError, ValueError) as error:
