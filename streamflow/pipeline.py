@@ -134,10 +134,9 @@ class StreamFlow(StreamDiffusion):
         reader = self._reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
-        self._references = references = References(model, denoiser, self._updates, reader)
-        self._updates.readers["references"] = weak_call(references.fixed)
+        references = self._references = References(model, denoiser, self._updates, outputs, reader)
         conditioners = self._inpainting, self._controlnets
-        self._inputs = inputs = Inputs(model, denoiser, reader, references, conditioners)
+        self._inputs = inputs = Inputs(model, denoiser, reader, conditioners, references)
         self._loop = FrameLoop(model, denoiser, self._updates, inputs, outputs)
         self._steps = Steps(model, denoiser, self._updates, inputs)
         self._attributes = Attributes(model, denoiser, self._updates, inputs, outputs)
@@ -201,7 +200,7 @@ class StreamFlow(StreamDiffusion):
             read = inputs.read(x, {"mask": mask, "control": control, "reference": reference})
             if self._updates.pending is not None:
                 self._updates.take()
-            if outputs.similar_image_filter and outputs.skips(inputs.compared(read)):
+            if outputs.similar_image_filter and outputs.skips(inputs.compared(read.seen, read.conditions)):
                 if outputs.prev_image_result is not None:
                     return outputs.prev_image_result.clone()
             ids = denoiser.next_ids(self._model.frames)

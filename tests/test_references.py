@@ -355,6 +355,62 @@ def test_keys_and_values_are_computed_once_a_frame_and_rows_share_a_call(pipes, 
     assert {rows for mode, rows in calls if mode == "cached"} == {4}, "one call for all stages"
 
 
+def moved(k: int, tokens: int) -> PIL.Image.Image:
+    """A still image of 128x128 whose first `tokens` rows of tokens change with k."""
+    pixels = np.asarray(scene(0, 128, 128)).copy()
+    pixels[: 16 * tokens] = np.asarray(scene(k, 128, 128))[: 16 * tokens]
+    return PIL.Image.fromarray(pixels)
+
+
+def with_reuse(pipes, tolerance, images, row_by_row=False):
+    stream = CACHED.stream(pipes, steps=2, size=(128, 128))
+    if row_by_row:
+        stream.velocity = stream.adapter.row_by_row(False)
+    stream.update(reference_reuse=tolerance)
+    return drawn(stream, images)
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_references_that_change_everywhere_are_computed_as_without_reuse(row_by_row, pipes):
+    images = [scene(k, 128, 128) for k in range(4)]
+    off, on = (with_reuse(pipes, tolerance, images, row_by_row) for tolerance in (None, 0.0))
+    assert all(map(torch.equal, on, off))
+
+
+def test_tokens_that_do_not_change_keep_their_keys_and_values(pipes, monkeypatch):
+    from streamflow.models.families import flux2_kv
+
+    computed = []
+    whole, part = flux2_kv.keys_and_values, flux2_kv.with_new_tokens
+    monkeypatch.setattr(flux2_kv, "keys_and_values", lambda *a: computed.append(a[1].shape[1]) or whole(*a))
+    monkeypatch.setattr(flux2_kv, "with_new_tokens", lambda *a: computed.append(len(a[4])) or part(*a))
+    still = [moved(0, 0)] * 3
+    assert all(map(torch.equal, with_reuse(pipes, 0.0, still), with_reuse(pipes, None, still)))
+    assert computed == [64, 64, 64, 64], "once with reuse, three times without"
+    computed.clear()
+    images = [moved(k, 2) for k in range(1, 4)]
+    near, exact, other = with_reuse(pipes, 0.0, images), with_reuse(pipes, None, images), with_reuse(pipes, 2.0, images)
+    assert computed[:3] == [64, 24, 24], "two rows of eight tokens, and the row beside them"
+    error = relative_error(torch.cat(near), torch.cat(exact))
+    assert 0 < error < 0.5 * relative_error(torch.cat(other), torch.cat(exact))
+    assert torch.equal(near[0], exact[0]), "the first frame is computed whole"
+
+
+def test_kept_keys_are_forgotten_where_the_network_changes(pipes, monkeypatch):
+    from streamflow.models.families import flux2_kv
+
+    computed, whole = [], flux2_kv.keys_and_values
+    monkeypatch.setattr(flux2_kv, "keys_and_values", lambda *a: computed.append(1) or whole(*a))
+    stream = CACHED.stream(pipes, steps=1)
+    stream.update(reference_reuse=0.0)
+    drawn(stream, [scene(0), scene(0)])
+    assert len(computed) == 1
+    stream.unet = stream.unet
+    stream.reset()
+    drawn(stream, [scene(0)])
+    assert len(computed) == 2
+
+
 def test_the_similarity_filter_sees_references(pipes):
     stream = KLEIN.stream(pipes, steps=1)
     stream.enable_similar_image_filter(0.98, max_skip_frame=float("inf"))
@@ -433,6 +489,8 @@ def test_a_lora_on_top_is_the_pipelines_own(tmp_path):
         ("sd3", lambda s: s.set_reference("a", scene(0)), NotImplementedError, "takes no reference images"),
         ("sd3", lambda s: s.update(references=[scene(0)]), NotImplementedError, "takes no reference images"),
         ("flux2-klein", lambda s: s.update(strength=0.5), ValueError, "frames start from noise.*image_as='start'"),
+        ("flux2-klein", lambda s: s.update(reference_reuse=0.1), NotImplementedError, "use Flux2KleinKVPipeline"),
+        ("flux2-klein-kv", lambda s: s.update(reference_reuse=3), ValueError, "0 to 2, not 3"),
         ("flux2-klein", lambda s: s.update(feedback=0.3), ValueError, "noise='interpolated'"),
         ("flux2-klein", lambda s: s(scene(0, 32, 64)), ValueError, "32x64 pixels: Flux2KleinPipeline takes sides of 64"),
         ("flux2-klein", lambda s: s(scene(0, 1024, 64)), ValueError, "at most 8 times the shorter"),

@@ -48,13 +48,16 @@ class FixedReferences:
 class Entering:
     """A frame that enters with references. prompt: its own. x: its latents `[1, ...]`. time: of its first step, `[1]`.
     exact: make every tensor with the shapes of the pipeline's own calls, so that the bits are the pipeline's. read: encodes
-    the prompt in force with more arguments of the pipeline."""
+    the prompt in force with more arguments of the pipeline. reuse: how much a pixel may differ where a rule keeps what it
+    computed of a token; None: nothing is kept. memory: what the rule keeps of the last frame in the same row."""
 
     prompt: Prompt
     x: Tensor
     time: Tensor
     exact: bool
     read: Callable[[Arguments], Prompt]
+    reuse: float | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class ReferenceRule:
@@ -63,12 +66,14 @@ class ReferenceRule:
     least, most: the number of references that a frame must and may have; most None: any.
     uses_codec: references are encoded by the stream's codec.
     reusable: `extend` depends on the references and the prompt alone, and need not be called again for the same ones.
+    keeps: it can keep what it computed of tokens that do not change (`Entering.reuse`).
     """
 
     least: ClassVar[int] = 0
     most: ClassVar[int | None] = None
     uses_codec: ClassVar[bool] = True
     reusable: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
 
     def sizes(self, adapter: FlowAdapter, size: Size, arguments: Arguments) -> tuple[Size, Size]:
         """The size to which the pipeline resizes a reference of this size, and the size that it crops from the middle of

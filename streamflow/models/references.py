@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from streamflow.conditioning.prompt import Cond, Extend, Prompt
 from streamflow.conditioning.reference import Entering, Grid, Reference, ReferenceRule, Size
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments
 
 MOST_PIXELS = 1024**2  # of a reference; larger ones are scaled down
+PARTS = 8  # kept keys and values are renewed in eighths of all tokens, so that few shapes occur
 
 
 class Flux2References(ReferenceRule):
@@ -57,28 +60,30 @@ class Flux2CachedReferences(Flux2References):
     """Keys and values of the references, which depend on the references alone, are computed once, when a frame enters. They
     are the network's argument `reference_kv` `[1, blocks, 2, n, heads, head_dim]`."""
 
+    keeps = True
+
     @torch.no_grad()
     def extend(self, adapter: FlowAdapter, references: Sequence[Reference], entering: Entering) -> Extend:
+        from streamflow.models.families.flux2_kv import keys_and_values, with_new_tokens
+
         tokens = self.tokens(references)
-        shared = entering.prompt.cond.shared
-        ids = self.ids(tuple(one.grid for one in references), shared["img_ids"])
-        x, text, text_ids = entering.x, entering.prompt.cond.rows["encoder_hidden_states"], shared["txt_ids"]
-        x, image_ids = self.in_tokens(x), shared["img_ids"]
-        if not entering.exact:  # one token of each is enough
-            x, image_ids, text, text_ids = x[:, :1], image_ids[:, :1], text[:, :1], text_ids[:, :1]
-        _, cache = adapter.net(
-            hidden_states=torch.cat((tokens, x), 1),
-            timestep=entering.time.to(x.dtype) / 1000,
-            guidance=None,
-            encoder_hidden_states=text,
-            txt_ids=text_ids,
-            img_ids=torch.cat((ids, image_ids), 1),
-            return_dict=False,
-            kv_cache_mode="extract",
-            num_ref_tokens=tokens.shape[1],
-        )
-        layers = (*cache.double_block_caches, *cache.single_block_caches)
-        rows = {"reference_kv": torch.stack([torch.stack(layer.get(), 1) for layer in layers], 1)}
+        ids = self.ids(tuple(one.grid for one in references), entering.prompt.cond.shared["img_ids"])
+        kept: Kept | None = None if entering.reuse is None else entering.memory.get("kept")
+        images = [one.image for one in references]
+        if kept is not None and kept.fits(images):
+            changed = kept.changed(images, entering.reuse or 0.0, adapter.multiple)
+        else:
+            kept, changed = None, None
+        if kept is None or changed is None:
+            x, cond = self.in_tokens(entering.x), entering.prompt.cond
+            text = cond.rows["encoder_hidden_states"], cond.shared["txt_ids"]
+            kv = keys_and_values(adapter.net, tokens, ids, x, cond.shared["img_ids"], *text, entering.time, entering.exact)
+            kept = Kept(tuple(images), kv)
+        elif len(changed):
+            kv = with_new_tokens(adapter.net, tokens, ids, kept.kv, changed)
+            kept = kept.renewed(images, changed, kv, adapter.multiple)
+        entering.memory["kept"] = kept
+        rows = {"reference_kv": kept.kv}
         if not entering.exact:
             return lambda cond, prompt: cond.with_tensors(rows)
         rows |= {"references": tokens, "reference_time": entering.time}
@@ -87,6 +92,43 @@ class Flux2CachedReferences(Flux2References):
             return cond.with_tensors(rows, {"reference_ids": ids})
 
         return extend
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Keys and values of references, and the images of which each token's were computed, `[1, 3, h, w]` each."""
+
+    images: tuple[Tensor, ...]
+    kv: Tensor
+
+    def fits(self, images: Sequence[Tensor]) -> bool:
+        """Whether these references have the same sizes."""
+        return [one.shape for one in images] == [one.shape for one in self.images]
+
+    def changed(self, images: Sequence[Tensor], tolerance: float, side: int) -> Tensor | None:
+        """The tokens of which a pixel, or one of a neighbour, differs by more than the tolerance, on the references' device,
+        filled up to an eighth of all tokens; None where that is all of them. On a GPU the host waits for their number."""
+        found = []
+        for new, old in zip(images, self.images, strict=True):
+            apart = max_pool2d((new - old).abs().amax(1, keepdim=True), side)
+            found.append(max_pool2d(apart, 3, stride=1, padding=1).flatten())
+        apart = torch.cat(found)
+        count, part = int((apart > tolerance).sum()), -(-len(apart) // PARTS)
+        wanted = -(-count // part) * part
+        return None if wanted >= len(apart) else apart.topk(wanted).indices.sort().values
+
+    def renewed(self, images: Sequence[Tensor], changed: Tensor, kv: Tensor, side: int) -> Kept:
+        """These keys and values, and the new images where their tokens are among those that have changed."""
+        made, start = [], 0
+        for new, old in zip(images, self.images, strict=True):
+            height, width = new.shape[-2] // side, new.shape[-1] // side
+            mask = torch.zeros(height * width, dtype=torch.bool, device=new.device)
+            own = changed[(changed >= start) & (changed < start + len(mask))] - start
+            mask[own] = True
+            pixels = mask.reshape(height, width).repeat_interleave(side, 0).repeat_interleave(side, 1)
+            made.append(torch.where(pixels, new, old))
+            start += len(mask)
+        return Kept(tuple(made), kv)
 
 
 class KontextReferences(ReferenceRule):

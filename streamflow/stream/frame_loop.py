@@ -142,7 +142,7 @@ class FrameLoop:
         if read.seen is None:
             self._outputs.similar_filter.forget()
             return False
-        return self._outputs.similar_image_filter and self._outputs.skips(self._inputs.compared(read))
+        return self._outputs.similar_image_filter and self._outputs.skips(self._inputs.compared(read.seen, read.conditions))
 
     def _push(self, buffer: list[Waiting], now: Pass) -> None:
         """Let the frames that wait for each other enter, the last one repeated to F rows, and empty the buffer."""

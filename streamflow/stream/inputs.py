@@ -89,19 +89,20 @@ class Read:
 
 
 class Inputs:
-    """Reads the arguments of calls, and makes the groups that enter. references: the conditioner that takes the image where
-    it is a reference. conditioners: the conditions that are arguments, with the references."""
+    """Reads the arguments of calls, and makes the groups that enter. conditioners: the conditions that are arguments.
+    references: one more, which takes the image where it is a reference."""
 
     def __init__(
         self,
         model: Model,
         denoiser: Denoiser,
         reader: ImageReader,
-        references: References,
         conditioners: Sequence[Conditioner] = (),
+        references: References | None = None,
     ) -> None:
         self._model, self._denoiser, self.reader = model, denoiser, reader
-        self._references, self.conditioners = references, (*conditioners, references)
+        self._references = references
+        self.conditioners = conditioners if references is None else (*conditioners, references)
         self._fixed: tuple[NoiseSource, Tensor] | None = None  # a source, and its fixed noise on the device
         self._logged: set[str] = set()
 
@@ -118,7 +119,7 @@ class Inputs:
         """Read the image or the images of a call, and its other arguments. row: of the only frame in its group; None: the
         call brings a whole group."""
         images, seen = None, None
-        if self._model.image_is_reference:
+        if self._references is not None and self._model.image_is_reference:
             if self.reader.ranges.pending:
                 self.reader.ranges.raise_failed()
             first = self._references.images(image, f"the image of frame {self._denoiser.next_id}")
@@ -145,12 +146,11 @@ class Inputs:
             if one.active or given.get(one.name) is not None
         ]
 
-    def compared(self, read: Read) -> Tensor | None:
-        """What the similarity filter compares, `[n, C, H, W]`: the images, and what the conditioners add."""
-        images = read.seen
+    def compared(self, images: Tensor | None, conditions: Conditions) -> Tensor | None:
+        """What the similarity filter compares, `[n, C, H, W]`: the images, and what the conditioners add. None without."""
         if images is None:
             return None
-        added = [one.compared(entries) for one, entries in read.conditions]
+        added = [one.compared(entries) for one, entries in conditions]
         parts = [_like(part, images) for part in added if part is not None]
         return torch.cat((images, *parts), 1) if parts else images
 

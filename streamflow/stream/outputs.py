@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streamflow.image_filter import SimilarImageFilter
+from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.image_checks import HostCopy
 from streamflow.stream.model import Model
@@ -45,7 +46,8 @@ class Outputs:
 
     similar_filter: decides which image frames are skipped, where `similar_image_filter` is on. prev_image_result: the
     images that the last call returned, which a skipped call returns again. timer: of calls. decode_image: what decodes
-    latents in the place of the codec, where a subclass or a program has replaced `StreamFlow.decode_image`.
+    latents in the place of the codec, where a subclass or a program has replaced `StreamFlow.decode_image`. on_redraw:
+    functions that `redraw` calls.
     """
 
     def __init__(self, model: Model, denoiser: Denoiser) -> None:
@@ -56,6 +58,7 @@ class Outputs:
         self.decode_image: Callable[[Tensor], Tensor] | None = None
         self.finite = FiniteCheck()
         self.timer = CallTimer(model.device)
+        self.on_redraw = Callbacks()
         denoiser.on_empty.add(self._clear)
 
     def decode(self, done: Done) -> Tensor:
@@ -133,6 +136,7 @@ class Outputs:
     def redraw(self) -> None:
         """Skip no frame until the frames that enter from now on have left. Called when what is drawn has changed."""
         self.similar_filter.forget(self._denoiser.stages * self._model.frames)
+        self.on_redraw()
 
     def _clear(self) -> None:
         self.similar_filter.reset()

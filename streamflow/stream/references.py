@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -19,10 +19,12 @@ from streamflow.image_utils import Size, image_size, mark
 from streamflow.models import reference_rule
 from streamflow.models.codec import Codec
 from streamflow.models.row_by_row import RowByRow
+from streamflow.stream.callbacks import weak_call
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
+from streamflow.stream.outputs import Outputs
 from streamflow.stream.ring import Group
 from streamflow.stream.updates import Updates
 
@@ -39,13 +41,17 @@ class References:
     name = "reference"
     uses_image = False
 
-    def __init__(self, model: Model, denoiser: Denoiser, updates: Updates, reader: ImageReader) -> None:
+    def __init__(self, model: Model, denoiser: Denoiser, updates: Updates, outputs: Outputs, reader: ImageReader) -> None:
         self._model, self._denoiser, self._updates, self._reader = model, denoiser, updates, reader
         self.active = model.adapter.reference is not None  # an update may bring references of all frames at any time
         self._changing = threading.Lock()
         self._encoded: dict[tuple[int, Key], tuple[Codec, Reference]] = {}  # the last, by a row of the group and a key
         self._prompts: dict[int, tuple[Prompt, list[Reference], Prompt]] = {}  # (plain, references, extended) by row
+        self._memories: dict[int, dict[str, Any]] = {}  # what the rule keeps, by row
         self._of_all: dict[str, tuple[object, tuple[Size, Size], Tensor]] = {}  # (as given, sizes, pixels) by name
+        updates.readers["references"] = weak_call(self.fixed)
+        updates.readers["reference_reuse"] = weak_call(self.check_reuse)
+        outputs.on_redraw.add(self.forget)
         denoiser.on_close.add(self._close)
 
     @property
@@ -86,8 +92,21 @@ class References:
             given = {f"reference_{i}": one for i, one in enumerate(several(given))}
         return FixedReferences({name: self._checked(one, name) for name, one in given.items()})
 
+    def check_reuse(self, tolerance: float | None) -> float | None:
+        """`reference_reuse` of `update`. NotImplementedError where the family keeps no keys and values."""
+        if tolerance is not None and not self._rule().keeps:
+            name = type(self._model.adapter.pipe).__name__
+            raise NotImplementedError(
+                f"reference_reuse keeps keys and values of references, and {name} has none: use Flux2KleinKVPipeline"
+            )
+        return tolerance
+
+    def forget(self) -> None:
+        """Keep nothing that was computed of references. Called when what is drawn has changed."""
+        self._memories = {}
+
     def _close(self) -> None:
-        self._encoded, self._prompts, self._of_all = {}, {}, {}
+        self._encoded, self._prompts, self._memories, self._of_all = {}, {}, {}, {}
 
     # -- of frames ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +142,9 @@ class References:
             for key, image in images.items():
                 kept[row, key] = self._encode(self._encoded.get((row, key)), image, exact)
             references = [kept[row, key][1] for key in images]
-            prompts.append(self._extended(references, Entering(prompt, x, time, exact, self._read_prompt), row))
+            memory = self._memories.setdefault(row, {})
+            entering = Entering(prompt, x, time, exact, self._read_prompt, state.request.reference_reuse, memory)
+            prompts.append(self._extended(references, entering, row))
         self._encoded = kept
         return replace(group, prompts=tuple(prompts))
 

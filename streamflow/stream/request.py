@@ -37,7 +37,7 @@ class NotPreparedError(RuntimeError, AttributeError):
 class Request:
     """The arguments of `prepare`, as they stand after any `update`. `arguments` are the pipeline's own, by name;
     `assigned_embeds` take the place of what the prompt and the negative prompt were encoded to. `references` are those of
-    all frames.
+    all frames; `reference_reuse` is how much a pixel of a reference may change without being computed anew.
 
     Raises:
         TypeError, ValueError: where made, for a value that no pipeline takes, with the value and the remedy.
@@ -60,6 +60,7 @@ class Request:
     do_add_noise: bool = False
     assigned_embeds: AssignedEmbeds = (None, None)
     references: FixedReferences = FixedReferences()
+    reference_reuse: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -83,6 +84,11 @@ class Request:
         check_policy(self.noise, self.noise_period)
         check_feedback(self.feedback)
         check_bool("do_add_noise", self.do_add_noise)
+        check_number("reference_reuse", self.reference_reuse)
+        if self.reference_reuse is not None and not 0 <= self.reference_reuse <= 2:
+            raise ValueError(
+                f"reference_reuse is a difference of pixels in [-1, 1], so 0 to 2, not {self.reference_reuse!r}"
+            )
 
     @property
     def mode(self) -> Mode:

@@ -39,7 +39,7 @@ class Updates:
     def __init__(self, model: Model, planner: Planner, denoiser: Denoiser, outputs: Outputs, **defaults: Any) -> None:
         check_feedback(defaults["feedback"])
         self._model, self.planner, self._denoiser, self._outputs = model, planner, denoiser, outputs
-        self.defaults = {**defaults, "references": FixedReferences()}
+        self.defaults = {**defaults, "references": FixedReferences(), "reference_reuse": None}
         self.readers: dict[str, Callable[[Any], Any]] = {}
         self.callers, self.slot = threading.Lock(), threading.Lock()
         self.pending: Change | None = None
@@ -81,7 +81,9 @@ class Updates:
             blend: "linear" or "slerp", along the sphere (`streamflow.conditioning.blending.METHODS`).
             normalize: make the weights sum to 1; False takes only weights that do, within a thousandth.
             pipeline_arguments: more arguments of the pipeline's `__call__`: `sigmas`, `max_sequence_length`, ...; and
-                `references`, those of all frames: images by name, one or several. By default those of `set_reference`.
+                `references`, those of all frames: images by name, one or several, by default those of `set_reference`; and
+                `reference_reuse`, for families that keep references' keys and values: a token of which no pixel in [-1, 1]
+                has changed by more keeps those that it had.
 
         Raises:
             TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed. Whatever
@@ -322,10 +324,13 @@ _TEXTS = {"prompt", "negative_prompt", "prompt_weights", "blend", "normalize"}
 _VIDEO = {"noise", "noise_period", "feedback"}
 _SAMPLING = {"guidance_scale", "delta", "num_inference_steps", "t_index_list", "strength", "cfg_type", "do_add_noise"}
 _UPDATABLE = _TEXTS | _VIDEO | _SAMPLING
-_OWN = _UPDATABLE | {"references"}
+_OWN = _UPDATABLE | {"references", "reference_reuse"}
 # Which fields an update is read together with; the pipeline's own arguments with all.
 _PARTS = {
-    **{name: (name,) for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise", "references")},
+    **{
+        name: (name,)
+        for name in (*_VIDEO, "seed", "guidance_scale", "delta", "cfg_type", "do_add_noise", "references", "reference_reuse")
+    },
     **dict.fromkeys((*_TEXTS, "assigned_embeds"), ("texts",)),
     **dict.fromkeys(("num_inference_steps", "t_index_list", "strength"), ("levels",)),
 }
