@@ -640,3 +640,36 @@ def test_the_wrapper_takes_references_and_one_noise_for_all_frames(folder):
         assert torch.equal(one.stream.frame_noise(0), one.stream.frame_noise(7))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         StreamFlowWrapper(str(folder / "model"), references=["nothing.png"])
+
+
+def test_the_page_draws_from_references(folder):
+    from diffusers import Flux2KleinPipeline
+
+    from streamflow.app.config import parse
+    from streamflow.app.server.messages import DrawRequest
+    from streamflow.app.server.slot import Slot, warm
+
+    pipe = Flux2KleinPipeline.from_pretrained(folder / "model")
+    given = {"model": str(folder / "model"), "width": 64, "height": 64, "references": [str(folder / "2.png")]}
+    slot = Slot(pipe, parse(given), {})
+    request = DrawRequest(mode="image", prompt=PROMPT, steps=2, motion="still", seed=3)
+    warm(slot, request)
+
+    def turns(request, count):
+        slot.apply(request)
+        return [slot.draw(np.asarray(scene(0))).pixels for _ in range(count)]
+
+    first, *_, last = turns(request, 4)
+    assert np.array_equal(first, last)
+    size = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
+    with StreamFlow(pipe, cfg_type="none", width=64, height=64, noise="constant") as stream:
+        stream.prepare(PROMPT, num_inference_steps=2, seed=3)
+        noise = stream.frame_noise(0)
+    references = [scene(0), PIL.Image.open(folder / "2.png")]
+    (want,) = pipe(image=references, prompt=PROMPT, latents=noise, **size).images
+    assert np.abs(first.astype(int) - np.asarray(want).astype(int)).max() <= 1
+    moving = turns(request.model_copy(update={"motion": "fresh"}), 6)
+    assert not np.array_equal(moving[-1], moving[-2])
+    slot.apply(request.model_copy(update={"strength": 0.3}))  # which such a model has not
+    text = slot.apply(DrawRequest(mode="text", prompt=PROMPT, steps=2)) or [slot.draw() for _ in range(3)]
+    assert text[-1] is not None and not np.array_equal(text[-1].pixels, last)

@@ -17,13 +17,15 @@ from streamflow.app.config import Settings
 from streamflow.app.server.messages import DrawRequest
 from streamflow.flow.guidance import mode as guidance_mode
 from streamflow.flow.noise import interpolated
-from streamflow.image_utils import Images, uint8_pixels
+from streamflow.image_utils import Images, open_image, uint8_pixels
+from streamflow.models import reference_rule
 from streamflow.models.loading import DTYPES, default_device, default_dtype, prompt_defaults
 from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
 from streamflow.stream.hooks import Step
 
 PERIOD = 24  # frames of drift from one noise to the next
+NOISE = {"still": "constant", "drift": "interpolated", "fresh": "frame"}  # of frames whose image is a reference, by motion
 LEVELS = ("mode", "steps", "strength")  # what needs a new ring
 LOADING, WARMING_UP = "loading the model", "warming up"
 PROMPT_NOTE = (
@@ -71,9 +73,13 @@ class Slot:
         )
         if s.tiny_vae:
             self._stream.use_tiny_vae(s.tiny_vae if isinstance(s.tiny_vae, str) else None)
+        for number, path in enumerate(s.references):
+            self._stream.set_reference(f"reference_{number}", open_image(path))
         self._stream.accelerate(s.acceleration.kind, **s.acceleration.options)
         self._stream.on_step(self._look, graph_safe=True)
         self._extras, self._delta = extras, s.delta
+        self.image_is_reference = self._stream.adapter.reference is not None
+        self.needs_image = self.image_is_reference and reference_rule(self._stream.adapter).least > len(s.references)
         self._guided, self._takes_negative = s.cfg_type != "none", takes_negative(s)
         self.size = self._stream.width, self._stream.height
         self.reset()
@@ -112,7 +118,7 @@ class Slot:
         if before is None or any(getattr(request, name) != getattr(before, name) for name in LEVELS):
             self._prepare(request)
         else:
-            old, new = self._values(before), self._values(request)
+            old, new = ({**self._values(one), **self._motion(one)} for one in (before, request))
             if changes := {name: value for name, value in new.items() if value != old[name]}:
                 self._stream.update(**changes)
         self._request, self._since_change = request, 0
@@ -123,16 +129,25 @@ class Slot:
         negative = {"negative_prompt": request.negative} if self._takes_negative else {}
         return {"prompt": request.prompts, "seed": request.seed, **guidance, **negative}
 
+    def _motion(self, request: DrawRequest) -> Json:
+        """The noise of frames whose image is a reference, which start from noise."""
+        return {"noise": NOISE[request.motion], "noise_period": PERIOD} if self.image_is_reference else {}
+
     def _prepare(self, request: DrawRequest) -> None:
         self._stream.prepare(
             **self._values(request),
             num_inference_steps=request.steps,
             delta=self._delta,
-            strength=stages_of(request) / request.steps if request.mode == "image" else None,
+            strength=stages_of(request) / request.steps if self._starts_from_image(request) else None,
             **self._extras,
         )
+        if motion := self._motion(request):
+            self._stream.update(**motion)
         self._frames.clear()
         self._count = 0
+
+    def _starts_from_image(self, request: DrawRequest) -> bool:
+        return request.mode == "image" and not self.image_is_reference
 
     @torch.no_grad()
     def draw(self, image: Images | None = None, entered: float | None = None, stamp: float | None = None) -> Drawn | None:
@@ -233,9 +248,10 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
 
 
 def warm(slot: Slot, request: DrawRequest) -> None:
-    """Warm up: draw once in both modes and discard the results."""
+    """Warm up: draw once in each mode that the model has, and discard the results."""
     width, height = slot.size
-    for mode, image in {"image": np.zeros((height, width, 3), np.uint8), "text": None}.items():
+    images = {"image": np.zeros((height, width, 3), np.uint8), **({} if slot.needs_image else {"text": None})}
+    for mode, image in images.items():
         slot.apply(request.model_copy(update={"mode": mode}))
         slot.draw(image)
     slot.reset()
