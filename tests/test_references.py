@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, relative_error
+from conftest import PROMPT, never_waiting, relative_error
 
 from streamflow import StreamFlow
 from streamflow.stream.frames import Input
@@ -229,6 +229,14 @@ def test_a_reference_of_all_frames_stays_until_it_is_taken_away(case, pipes):
     assert stream.references == ()
     (alone,) = case.own(stream, drawn(stream, frames[:1]))
     assert relative_error(alone, case.draw(stream, 0, frames[:1])) <= 1e-6
+
+
+def test_a_reference_may_be_set_before_prepare(pipes):
+    stream = StreamFlow(pipes("flux2-klein"), cfg_type="none", width=64, height=64)
+    stream.set_reference("style", scene(5))
+    stream.prepare(PROMPT, num_inference_steps=3, **SHORT)
+    (got,) = KLEIN.own(stream, drawn(stream, [scene(0)]))
+    assert relative_error(got, KLEIN.draw(stream, 0, [scene(0), scene(5)])) <= 1e-6
 
 
 def test_update_sets_the_references_of_frames_that_enter(pipes):
@@ -673,3 +681,57 @@ def test_the_page_draws_from_references(folder):
     slot.apply(request.model_copy(update={"strength": 0.3}))  # which such a model has not
     text = slot.apply(DrawRequest(mode="text", prompt=PROMPT, steps=2)) or [slot.draw() for _ in range(3)]
     assert text[-1] is not None and not np.array_equal(text[-1].pixels, last)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cuda_pipes():
+    from random_pipelines import random_pipeline
+
+    made = {}
+
+    def get(family, dtype=torch.float32):
+        if (family, dtype) not in made:
+            made[family, dtype] = random_pipeline(family).to("cuda", dtype)
+        return made[family, dtype]
+
+    return get
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["flux2", "klein", "klein-kv", "kontext"])
+def test_on_a_gpu_each_frame_is_the_pipelines(name, dtype, cuda_pipes, full_float32):
+    case = CASES[name]
+    stream, references = case.stream(cuda_pipes, dtype=dtype), references_of(case, 4)
+    expected = torch.cat([case.draw(stream, k, one) for k, one in enumerate(references)])
+    got = torch.cat(case.own(stream, drawn(stream, as_inputs(references))))
+    assert relative_error(got, expected) <= (1e-4 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext"])
+def test_a_cuda_graph_draws_the_same_and_nothing_waits(name, cuda_pipes, full_float32):
+    case = CASES[name]
+    stream = case.stream(cuda_pipes)
+    stream.set_reference("style", scene(9)) if case.several else None
+    images = [scene(k) for k in range(5)]
+    plain = [stream(one).clone() for one in images]
+    stream.reset()
+    stream.accelerate("cuda-graph")
+    for one in images:
+        stream(one)
+    stream.reset()
+    graphed = [stream(one).clone() for one in images]
+    stream.accelerate("none")
+    assert all(map(torch.equal, graphed, plain))
+    on_device = [stream.preprocess(one).cuda() for one in images]
+    stream.reset()
+    stream(on_device[0])
+    with never_waiting():
+        waited = [stream(one) for one in on_device]
+    assert relative_error(waited[-1], plain[-1]) <= 1e-4

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import PIL.Image
@@ -48,12 +49,7 @@ class Flux2References(ReferenceRule):
 
     def ids(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
         """`[1, n, 4]`: time, row, column and 0 (`_prepare_image_ids`)."""
-        one = torch.zeros(1, dtype=torch.int64)
-        ids = [
-            torch.cartesian_prod(one + 10 + 10 * i, torch.arange(height), torch.arange(width), one)
-            for i, (height, width) in enumerate(grids)
-        ]
-        return torch.cat(ids)[None].to(like.device, like.dtype)
+        return _flux2_ids(tuple(grids), like.device, like.dtype)
 
 
 class Flux2CachedReferences(Flux2References):
@@ -148,8 +144,7 @@ class KontextReferences(ReferenceRule):
 
     def ids(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
         """`[n, 3]`: 1, row and column (`prepare_latents`)."""
-        ids = [torch.cartesian_prod(torch.ones(1), torch.arange(float(h)), torch.arange(float(w))) for h, w in grids]
-        return torch.cat(ids).to(like.device, like.dtype)
+        return _kontext_ids(tuple(grids), like.device, like.dtype)
 
 
 class QwenImageEditReferences(ReferenceRule):
@@ -181,6 +176,22 @@ class QwenImageEditPlusReferences(QwenImageEditReferences):
     """One reference or several."""
 
     most = None
+
+
+@lru_cache(maxsize=64)  # a copy to a GPU would wait for what runs there
+def _flux2_ids(grids: tuple[Grid, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    one = torch.zeros(1, dtype=torch.int64)
+    ids = [
+        torch.cartesian_prod(one + 10 + 10 * i, torch.arange(height), torch.arange(width), one)
+        for i, (height, width) in enumerate(grids)
+    ]
+    return torch.cat(ids)[None].to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kontext_ids(grids: tuple[Grid, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    ids = [torch.cartesian_prod(torch.ones(1), torch.arange(float(h)), torch.arange(float(w))) for h, w in grids]
+    return torch.cat(ids).to(device, dtype)
 
 
 def whole_tokens(adapter: FlowAdapter, size: Size) -> Size:
