@@ -89,6 +89,13 @@ SEEN_BY_THE_LANGUAGE_MODEL = {
     "qwen-edit-plus": Case("qwenimage-edit-plus"),
     "qwen-edit-plus-guided": Case("qwenimage-edit-plus", "full", both=TRUE),
 }
+
+
+def slow_but(names, *plain):
+    """All names, of which all but these are slow."""
+    return [name if name in plain else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 KLEIN, CACHED = CASES["klein"], CASES["klein-kv"]
 
 
@@ -148,9 +155,9 @@ def check_equal(case: Case, pipes, found, dtype=torch.float32, n=FRAMES, **optio
     assert relative_error(expected[0], expected[1]) > 0.05, "frames that are alike would prove nothing"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_each_frame_is_the_pipelines_with_its_own_references(case, pipes, found):
-    check_equal(case, pipes, found)
+@pytest.mark.parametrize("name", slow_but(CASES, "klein", "klein-kv", "kontext"))
+def test_each_frame_is_the_pipelines_with_its_own_references(name, pipes, found):
+    check_equal(CASES[name], pipes, found)
 
 
 @pytest.mark.slow
@@ -160,7 +167,7 @@ def test_in_half_precision_too(case, dtype, pipes, found):
     check_equal(case, pipes, found, dtype)
 
 
-@pytest.mark.parametrize("steps,frames", [(2, 3), (1, 2)])
+@pytest.mark.parametrize("steps,frames", [(2, 3), pytest.param(1, 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["klein", "klein-kv"])
 def test_several_frames_at_once_with_any_number_of_stages(name, steps, frames, pipes, found):
     check_equal(CASES[name], pipes, found, n=7, steps=steps, frame_buffer_size=frames)
@@ -202,7 +209,7 @@ def test_a_frame_without_a_reference_is_refused_where_the_pipeline_needs_one(pip
 # -- what stays, what changes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [KLEIN, CACHED], ids=["klein", "klein-kv"])
+@pytest.mark.parametrize("case", [KLEIN, pytest.param(CACHED, marks=pytest.mark.slow)], ids=["klein", "klein-kv"])
 def test_a_reference_of_all_frames_stays_until_it_is_taken_away(case, pipes):
     stream, style, other = case.stream(pipes), scene(50), scene(51, 96, 64)
     stream.set_reference("style", style)
@@ -253,7 +260,7 @@ def test_update_sets_the_references_of_frames_that_enter(pipes):
         stream.update(references=styles, scope="now")
 
 
-@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext"])
+@pytest.mark.parametrize("name", slow_but(["klein", "klein-kv", "kontext"], "klein-kv"))
 def test_prompts_change_for_frames_or_for_all_rows_and_references_stay(name, pipes):
     case = CASES[name]
     stream = case.stream(pipes)
@@ -542,6 +549,7 @@ def test_an_image_cannot_be_a_reference_of_a_family_that_has_none(pipes):
         StreamFlow(pipes("sd3"), image_as="first")
 
 
+@pytest.mark.slow
 def test_kontext_resizes_as_its_pipeline_does(pipes):
     case = Case("flux-kontext", both={**SHORT, "guidance_scale": 2.5}, several=False)
     stream = case.stream(pipes, steps=1)
@@ -558,6 +566,7 @@ def test_kontext_resizes_as_its_pipeline_does(pipes):
     assert seen[0] == 4 * 4 + 69 * 59  # 1104x944 is closest to 80x64, the whole tokens of 90x64
 
 
+@pytest.mark.slow
 def test_large_references_are_scaled_as_in_the_pipeline(pipes):
     stream = KLEIN.stream(pipes, steps=1)
     large = scene(0, 1300, 900)
@@ -600,6 +609,7 @@ def folder(tmp_path_factory):
 SIZE = ("--width", "64", "--height", "64", "--steps", "2", "--cfg-type", "none")
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_an_edit_model_and_references(folder, tmp_path, capsys):
     from streamflow.app.cli import main
 
@@ -623,6 +633,7 @@ def test_the_command_line_takes_an_edit_model_and_references(folder, tmp_path, c
     assert "the image of Flux2KleinPipeline is a reference" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_show_restyles_by_references(folder, tmp_path, capsys):
     from streamflow.app.cli import main
 
@@ -650,6 +661,7 @@ def test_the_wrapper_takes_references_and_one_noise_for_all_frames(folder):
         StreamFlowWrapper(str(folder / "model"), references=["nothing.png"])
 
 
+@pytest.mark.slow
 def test_the_page_draws_from_references(folder):
     from diffusers import Flux2KleinPipeline
 
