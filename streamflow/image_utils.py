@@ -291,13 +291,14 @@ def images_of_own_size(
     return list(cropped.as_subclass(Tensor).contiguous().split(1))
 
 
-def image_size(image: PIL.Image.Image | Tensor) -> Size:
-    """Width and height of a PIL image, or of a tensor of images. ValueError for a tensor without them."""
+def image_size(image: PIL.Image.Image | np.ndarray | Tensor) -> Size:
+    """Width and height of an image, or of the images in an array or a tensor. ValueError for one without them."""
     if isinstance(image, PIL.Image.Image):
         return image.size
-    if image.ndim not in (3, 4):
-        raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(image.shape)}")
-    return image.shape[-1], image.shape[-2]
+    shape = _as_tensor(image).shape
+    if len(shape) not in (3, 4):
+        raise ValueError(f"a tensor is [3, H, W] or [n, 3, H, W], not {list(shape)}")
+    return shape[-1], shape[-2]
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

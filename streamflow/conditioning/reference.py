@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (width, height) in pixels
 Grid = tuple[int, int]  # (height, width) in tokens
+Image = PIL.Image.Image | np.ndarray | Tensor  # one, as `image_utils.image_tensor` takes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,9 @@ class OwnSize:
 
 @dataclass(frozen=True, eq=False)
 class FixedReferences:
-    """References of all frames, in the order in which they were set: by name, as PIL images or `[1, 3, h, w]` in [-1, 1]."""
+    """References of all frames by name, in the order in which they were set; copies of what the caller gave."""
 
-    images: Mapping[str, PIL.Image.Image | Tensor] = field(default_factory=dict)
+    images: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow.conditioning.prompt import Prompt, extended
-from streamflow.conditioning.reference import Entering, FixedReferences, OwnSize, Reference, ReferenceRule, several
-from streamflow.image_utils import Size, image_size, mark
+from streamflow.conditioning.reference import Entering, FixedReferences, Image, OwnSize, Reference, ReferenceRule, several
+from streamflow.image_utils import Size, image_size
 from streamflow.models import reference_rule
 from streamflow.models.codec import Codec
 from streamflow.models.row_by_row import RowByRow
@@ -25,6 +25,7 @@ from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.outputs import Outputs
+from streamflow.stream.request import owned
 from streamflow.stream.ring import Group
 from streamflow.stream.updates import Updates
 
@@ -65,8 +66,7 @@ class References:
 
         Raises:
             TypeError, ValueError: no image, or one that the pipeline refuses; an unknown name to take away.
-            NotImplementedError: the pipeline takes no
-            references. Then all is as it was.
+            NotImplementedError: the pipeline takes no references. Then all is as it was.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"a reference is named by a text, not {name!r}")
@@ -102,8 +102,8 @@ class References:
         return tolerance
 
     def forget(self) -> None:
-        """Keep nothing that was computed of references. Called when what is drawn has changed."""
-        self._memories = {}
+        """Keep nothing that the networks made of references. Called when what is drawn has changed."""
+        self._prompts, self._memories = {}, {}
 
     def _close(self) -> None:
         self._encoded, self._prompts, self._memories, self._of_all = {}, {}, {}, {}
@@ -177,19 +177,16 @@ class References:
         state = self._denoiser.state
         return self._rule().sizes(self._model.adapter, size, {} if state is None else state.request.arguments)
 
-    def _checked(self, image: Images, name: str) -> PIL.Image.Image | Tensor:
+    def _checked(self, image: Images, name: str) -> Image:
         """A copy of one image, which can be a reference."""
         made = self.images(image, f"reference {name!r}")
         if len(made) != 1:
             raise ValueError(f"{len(made)} images for reference {name!r}: pass one")
         while isinstance(image, (list, tuple)):
             (image,) = image
-        if isinstance(image, PIL.Image.Image):
-            return image.copy()
-        as_given = lambda size: (size, size)  # noqa: E731
-        return mark(self._reader.each(image, f"reference {name!r}", as_given)[0])
+        return image.copy() if isinstance(image, PIL.Image.Image) else owned(image)
 
-    def _sized(self, name: str, image: PIL.Image.Image | Tensor) -> Tensor:
+    def _sized(self, name: str, image: Image) -> Tensor:
         """A reference of all frames in its size, which depends on the arguments of the pipeline."""
         sizes = self._sizes(image_size(image))
         kept = self._of_all.get(name)
