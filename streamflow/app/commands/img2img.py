@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         result = {**options.draw(settings, images(), read, a.output, count=len(a.images), quiet=a.json), "unread": unread}
-    except OSError as error:
-        return p.failed(error)
+    except options.ERRORS as error:
+        return options.failed(p, error)
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
     summary = f"{len(read)} images in {result['seconds']:.1f} s, in {a.output}"
