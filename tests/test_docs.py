@@ -141,6 +141,12 @@ def test_every_guide_has_an_image():
         assert re.search(r"^!\[[^\]]+\]\(", page.read_text(encoding="utf-8"), re.MULTILINE), name(page)
 
 
+def test_an_image_is_called_an_image():
+    texts = [*PAGES, ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("streamflow/pretrained/emoji/[NR]*")]
+    assert len(texts) > 40
+    assert [name(one) for one in texts if re.search("picture", one.read_text(encoding="utf-8"), re.IGNORECASE)] == []
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:\s]+)[)#]", without_blocks(page.read_text(encoding="utf-8"))):
