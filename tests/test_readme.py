@@ -85,6 +85,12 @@ def test_every_block_runs_with_what_stands_in_for_what_it_needs(tmp_path, monkey
         assert (tmp_path / name).stat().st_size > 1000, name
 
 
+def test_it_says_why_streamdiffusion_is_installed():
+    for page in ("README.md", "docs/install.md"):
+        said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert "`StreamFlow` subclasses its class; it needs no weights" in said, page
+
+
 def test_links_and_images_are_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
