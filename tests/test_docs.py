@@ -18,6 +18,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stand_ins
 from test_imports import ROWS
@@ -26,6 +27,7 @@ from streamflow import StreamFlow, StreamFlowWrapper, models
 from streamflow.app import cli
 from streamflow.app.cli import COMMANDS
 from streamflow.app.config import Settings
+from streamflow.io import SINKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((found for one in ("chromium", "chromium-browser") if (found := shutil.which(one))), None)
@@ -46,6 +48,7 @@ def name(page):
 def test_its_python_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.setattr("streamflow.io.addresses.SINKS", dict(SINKS))
     scope: dict = {}
     for needs, text in blocks(page, "python"):
         if reasons := stand_ins.not_run(needs):
@@ -54,6 +57,18 @@ def test_its_python_runs(page, tmp_path, monkeypatch, capsys):
         else:
             stand_ins.stand_in(needs, monkeypatch, tmp_path)
             stand_ins.run_python(text, name(page), scope)
+    if page.name == "CONTRIBUTING.md":
+        check_recipes(scope, capsys.readouterr().out)
+
+
+def check_recipes(scope, said):
+    """The family draws what the package's own draws, the sink has counted, the condition has acted."""
+    with StreamFlowWrapper("embedded", mode="txt2img", cfg_type="none", warmup=0) as wrapper:
+        wrapper.prepare("a fox, 3d render", num_inference_steps=4)
+        fox = np.asarray(wrapper(), np.float32)
+    assert np.abs(fox - np.asarray(scope["fox"])).max() <= 1 and fox.std() > 10
+    assert "mine: 1 images" in said
+    assert np.abs(np.clip(fox - 0.5 * 127.5, 0, 255) - np.asarray(scope["dark_fox"])).max() <= 2
 
 
 @pytest.mark.slow
