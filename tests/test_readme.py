@@ -120,4 +120,9 @@ def test_the_tables_of_families_are_those_that_were_measured():
     text, result = PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
     assert set(result["families"]) == set(models.FAMILIES) - {"fallback"}
     assert in_page(text, tables(result)) == text
+    own, exact = result["families"], [one for one in result["families"].values() if one["equal"]]
+    assert (
+        f"row by row to the bit in {len(exact)} of {len(own)} families" in README
+        and f"{len(own)} families, of which" in README
+    )
     assert all(found["error"] <= 1e-4 and found["guidance"] for found in result["families"].values())
