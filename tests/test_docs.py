@@ -7,6 +7,7 @@ import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -265,6 +266,25 @@ def test_the_site_has_the_reference(site):
     assert "scope" in update and "seed" in update  # with the signature of the part's method
     private = re.findall(r'<h\d id="(streamflow[^"]*\._[a-z]\w*)"', reference)
     assert private == [] and "Bases:" not in reference
+
+
+@pytest.mark.slow
+def test_each_class_of_the_reference_has_a_page(site):
+    """No page documents two classes, exceptions aside, and every page of a module links to those of its classes."""
+    crowded = {}
+    for page in (site / "reference").rglob("index.html"):
+        html = page.read_text(encoding="utf-8")
+        names = re.findall(r'<h[23] id="(streamflow[\w.]*\.[A-Z]\w*)" class="doc doc-heading">', html)
+        found = [pkgutil.resolve_name(one) for one in names]
+        classes = {one for one in found if inspect.isclass(one) and not issubclass(one, Exception)}
+        if len(classes) > 1:
+            crowded[page.relative_to(site)] = classes
+    assert crowded == {}
+    for cls in ("io/Reading", "config/Settings", "live/Statistics", "ring/Ring", "frames/Input"):
+        module, _, cls = cls.partition("/")
+        assert f'href="{cls}/"' in (site / f"reference/{module}/index.html").read_text(encoding="utf-8")
+        page = (site / f"reference/{module}/{cls}/index.html").read_text(encoding="utf-8")
+        assert re.search(rf'<h2 id="streamflow[\w.]*\.{cls}" class="doc doc-heading">', page)
 
 
 @pytest.mark.slow
