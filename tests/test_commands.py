@@ -222,7 +222,7 @@ def test_without_a_prompt_the_images_are_different_examples(capsys):
 def test_the_sample_drawing_is_restyled_by_default(capsys):
     assert main(["img2img", *QUICK, "--num-inference-steps", "2", "--output", "sample"]) == 0
     said = capsys.readouterr()
-    assert "1 images in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
+    assert "1 image in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
     assert said.err.count("\r") <= 4 and "Loading" not in said.err  # one progress bar, of the images
 
 

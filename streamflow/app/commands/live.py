@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -58,7 +59,8 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
             result = play(settings, stop, a.seconds, a.learn, quiet=a.json)
     except options.ERRORS as error:
         return options.failed(p, error)
-    print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    lines = (f"{name}: {', '.join(value) if name == 'wrote' else value}" for name, value in result.items())
+    print(json.dumps(result) if a.json else "\n".join(lines))
     return 0
 
 
@@ -66,7 +68,7 @@ def play(
     settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
 ) -> Json:
     """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
-    and what was learned."""
+    what was learned, and the files and folders that were written."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
     from streamflow.live.remote import open_control
@@ -108,6 +110,8 @@ def play(
         if learn:
             new = [one for one in controls.settings.mappings if one not in settings.control.mappings]
             result["learned"] = [one.model_dump(mode="json", exclude_unset=True) for one in new]
+        if written := [str(path) for sink in sinks if (path := getattr(sink, "path", None)) and Path(path).exists()]:
+            result["wrote"] = written
         return result
 
 

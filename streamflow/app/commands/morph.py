@@ -51,16 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = draw(settings, a)
     except options.ERRORS as error:
         return options.failed(p, error)
-    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.output}")
+    where = " and ".join(str(path) for path in (a.output, a.sheet) if path)
+    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {where}")
     return 0
 
 
 def draw(settings: Settings, a: argparse.Namespace) -> Json:
     """The frames into the file; what was done."""
     from streamflow.image_utils import image_grid
+    from streamflow.io.protocols import need
     from streamflow.wrapper import StreamFlowWrapper
 
-    a.output.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
+    for path in filter(None, (a.output, a.sheet)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
+    if a.output.suffix.lower() in VIDEOS:
+        need("av", "av")
     legs = len(a.prompts) - 1
     say_download(settings.model)
     with StreamFlowWrapper.from_settings(settings) as wrapper:
@@ -72,7 +77,6 @@ def draw(settings: Settings, a: argparse.Namespace) -> Json:
     shown = frames if a.one_way else frames + frames[-2:0:-1]
     _write(shown, a.output, a.rate)
     if a.sheet:
-        a.sheet.parent.mkdir(parents=True, exist_ok=True)
         image_grid(frames, columns=10).save(a.sheet)
     return {"file": str(a.output), "frames": len(shown), "drawn": len(frames), "seconds": round(seconds, 3)}
 

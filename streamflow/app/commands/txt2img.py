@@ -32,5 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except options.ERRORS as error:
         return options.failed(p, error)
     files, seconds = result["files"], result["seconds"]
-    print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
+    what, where = ("1 image", files[0]) if a.count == 1 else (f"{a.count} images", f"{files[0]} to {files[-1]}")
+    print(json.dumps(result) if a.json else f"{what} in {seconds:.1f} s: {where}")
     return 0

@@ -19,7 +19,7 @@ from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
-from streamflow.io import Reading, TimedImage, Writing
+from streamflow.io import InvalidSource, Reading, TimedImage, Writing
 from streamflow.samples import CLIP
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     settings = options.settings(p, a, mode="img2img")
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
+    except InvalidSource as error:
+        return p.failed(error)
     except options.ERRORS as error:
         return options.failed(p, error)
     print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
