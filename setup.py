@@ -1,7 +1,7 @@
 """Packaging of StreamFlow. Ranges are what the code needs; the tested versions are in env/requirements.txt.
 
-streamdiffusion is not among the requirements: 0.1.1 pins diffusers 0.24, which has no flow pipeline, so it is
-installed beside StreamFlow with --no-deps (env/install.py does it, `import streamflow` says it).
+streamdiffusion, whose class StreamFlow extends, is not among the requirements: 0.1.1 pins diffusers 0.24, which has no flow
+pipeline, so it is installed beside StreamFlow with --no-deps (env/install.py does it, `import streamflow` says it).
 """
 
 import re

@@ -1,5 +1,5 @@
-"""Hooks of mkdocs: files of the repository that pages link to become files of the site, CONTRIBUTING.md becomes a page, and
-the lists of commands and of settings are generated.
+"""Hooks of mkdocs: files of the repository that pages link to become files of the site, CONTRIBUTING.md becomes a page, each
+public class of the reference has a page of its own, and the lists of commands and of settings are generated.
 
 Links in pages lead to files as they lie in the repository, so that they work on GitHub too.
 """
@@ -11,10 +11,12 @@ import os
 import re
 import typing
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -23,8 +25,66 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)")  # the path of a Markdown link or image, without its anchor
 PAGES = {"CONTRIBUTING.md": "contributing.md"}  # pages outside docs/
+DIRECTIVE = re.compile(r"^::: (streamflow[\w.]*)\n", re.MULTILINE)
 HELP_COLUMNS = 80
 WIDE = 4  # columns of a table that are too many for a phone
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages of classes under those of their modules."""
+    reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
+    for entry in reference[1:]:
+        title, uri = next(iter(entry.items()))
+        if classes := classes_of(uri):
+            entry[title] = [uri, *({path.rpartition(".")[2]: _class_page(uri, path)} for path in classes)]
+    return config
+
+
+@cache
+def classes_of(uri: str) -> tuple[str, ...]:
+    """The classes with pages of their own under a page of the reference: those that it lists after its first entry, and the
+    public ones of its modules but exceptions, which stay on the module's page."""
+    listed = DIRECTIVE.findall((DOCS / uri).read_text(encoding="utf-8"))
+    found = []
+    for path in listed:
+        named = _package()[path.removeprefix("streamflow.")]
+        if named.is_class:
+            found += [path] if path != listed[0] else []
+        elif named.is_module:
+            found += [f"{path}.{name}" for name, one in named.members.items() if _has_page(named, name, one)]
+    return tuple(found)
+
+
+@cache
+def _package() -> griffe.Module:
+    return griffe.load("streamflow", search_paths=[ROOT])
+
+
+def _has_page(module: griffe.Module, name: str, one: griffe.Object | griffe.Alias) -> bool:
+    public = name in module.exports if module.exports is not None else not (one.is_alias or name.startswith("_"))
+    return public and one.is_class and not any(str(base).endswith("Error") for base in _bases(one))
+
+
+def _bases(one: griffe.Object | griffe.Alias) -> list[griffe.Expr | str]:
+    """The bases of a class, with those of its own classes."""
+    cls = one.final_target if isinstance(one, griffe.Alias) else one
+    return [*cls.bases, *(base for parent in cls.resolved_bases for base in parent.bases)]
+
+
+def _class_page(uri: str, path: str) -> str:
+    return f"{uri.removesuffix('.md')}/{path.rpartition('.')[2]}.md"
+
+
+def _with_links(markdown: str, uri: str) -> str:
+    """A page of the reference with links to the pages of its classes, which it leaves out itself."""
+    classes = classes_of(uri)
+    names = [path.rpartition(".")[2] for path in classes]
+    links = "\n".join(f"- [`{path}`]({_class_page(Path(uri).name, path)})" for path in classes)
+    options = f"    options:\n      filters: ['!^_', '!^({'|'.join(names)})$']\n"
+    first = DIRECTIVE.search(markdown)
+    assert first is not None, f"{uri} lists nothing"
+    rest = DIRECTIVE.sub(lambda one: "" if one[1] in classes else one[0] + options, markdown[first.start() :] + "\n")
+    return f"{markdown[: first.start()]}Classes:\n\n{links}\n\n{rest}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -33,6 +93,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {uri: ROOT / name for name, uri in PAGES.items()}
     for name, uri in PAGES.items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / name)))
+    for uri in [uri for uri in pages if uri.startswith("reference/")]:
+        for path in classes_of(uri):
+            text = f"# {path.rpartition('.')[2]}\n\n::: {path}\n"
+            files.append(File.generated(config, _class_page(uri, path), content=text))
     for page in pages.values():
         for target in _targets(page):
             uri = target.relative_to(ROOT).as_posix()
@@ -53,6 +117,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if marker in markdown:
             markdown = markdown.replace(marker, generate())
     here = page.file.src_uri
+    if here.startswith("reference/") and (DOCS / here).is_file() and classes_of(here):
+        markdown = _with_links(markdown, here)
     source = ROOT / next((name for name, uri in PAGES.items() if uri == here), f"docs/{here}")
 
     def in_site(link: re.Match[str]) -> str:

@@ -35,11 +35,11 @@ import scaling_parts as parts  # noqa: E402
 import scaling_report as report  # noqa: E402
 from scaling_run import Figures, Run, Setup  # noqa: E402
 
-from streamflow._command_line import Parser, above, at_least  # noqa: E402
+from streamflow._command_line import Parser, above, at_least, unusable  # noqa: E402
 from streamflow.benchmark.machine import machine  # noqa: E402
 from streamflow.benchmark.plot import require  # noqa: E402
 from streamflow.benchmark.report import rounded  # noqa: E402
-from streamflow.benchmark.settings import chosen, one_of, unusable  # noqa: E402
+from streamflow.benchmark.settings import chosen, one_of  # noqa: E402
 from streamflow.parallel.distributed import local_device  # noqa: E402
 from streamflow.parallel.replicas import resolve_devices  # noqa: E402
 

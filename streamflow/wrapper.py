@@ -249,8 +249,10 @@ class StreamFlowWrapper:
             self._load_checker()
         if default_strength is not None and mode == "img2img" and t_index_list is None and not is_reference:
             prepare = {"strength": default_strength, **(prepare or {})}
-        if prepare is not None or t_index_list is not None:
-            self._prepare_itself(prepare or {})
+        if prepare:
+            self.prepare(**prepare)
+        elif prepare is not None or t_index_list is not None:
+            self._prepare_itself()
         self._constructed = True
 
     @classmethod
@@ -347,9 +349,9 @@ class StreamFlowWrapper:
         if self.warmup:
             self._warm_up()
 
-    def _prepare_itself(self, arguments: Arguments) -> None:
+    def _prepare_itself(self) -> None:
         try:
-            self.prepare(**arguments)
+            self.prepare()
         except ValueError as error:
             raise ValueError(
                 f"{error} (the wrapper prepares itself when it is made, by default with the prompt '' and 50 steps: pass "

@@ -372,6 +372,44 @@ def test_the_output_is_recorded_paused_and_shown_on_the_full_screen(tab):
 
 
 @pytest.mark.parametrize(
+    "fails", ["constructor() { throw new Error('no encoder'); }", "start() { throw new Error('no encoder'); }"]
+)
+def test_a_recorder_that_fails_says_so_and_leaves_nothing_running(tab, fails):
+    page = tab()
+    live(page)
+    page.evaluate(
+        """fails => {
+            window.started = new Set();
+            const [start, end] = [window.setInterval, window.clearInterval];
+            window.setInterval = (...given) => { const id = start(...given); started.add(id); return id; };
+            window.clearInterval = (id) => { started.delete(id); end(id); };
+            window.MediaRecorder = eval(`(class { static isTypeSupported() { return true; } ${fails} })`);
+        }""",
+        fails,
+    )
+    page.click("#record")
+    page.wait_for_selector("#message[data-kind=error]")
+    assert page.text_content("#message") == "The browser cannot record this: no encoder."
+    assert page.evaluate("started.size") == 0 and page.text_content("#record") == "Record video"
+    changes(page, page.evaluate(OUT))
+
+
+def test_without_a_clipboard_the_link_is_in_the_address_bar_until_a_setting_changes(tab):
+    page = tab(before=lambda page: page.add_init_script("delete Navigator.prototype.clipboard"))
+    live(page)
+    bare = page.url
+    slide(page, "seed", 12)
+    page.click("#copy-link")
+    page.wait_for_selector("#message[data-kind=note]")
+    assert "in the address bar" in page.text_content("#message") and "seed=12" in page.url
+    slide(page, "seed", 13)
+    assert page.url == bare
+    page.reload()
+    live(page)
+    assert page.input_value("#seed") == "13"
+
+
+@pytest.mark.parametrize(
     "state, words",
     [
         ("the model cannot be opened", "The model cannot be opened"),

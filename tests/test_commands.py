@@ -13,7 +13,7 @@ from PIL import Image
 
 from streamflow._version import __version__
 from streamflow.app import config
-from streamflow.app.cli import main
+from streamflow.app.cli import COMMANDS, main
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.wrapper import StreamFlowWrapper
@@ -74,6 +74,34 @@ def test_flags_win_over_the_file_and_texts_stay_texts():
     assert of("--similar-image-filter.threshold", "0.5").similar_image_filter.threshold == 0.5
 
 
+def test_a_mistake_names_the_option_as_it_was_typed(capsys):
+    for argv, said in (
+        (["--steps", "x"], "--steps: Input should be a valid integer, not 'x'"),
+        (["--num-inference-steps", "x"], "--num-inference-steps: Input should be a valid integer, not 'x'"),
+        (["--accelerate", "fast"], "--accelerate: Input should be 'none', 'auto'"),
+        (["--t-index-list", "[0"], "--t-index-list: line 1, column 3: expected"),
+        (["--loras", "{a:1}"], "--loras: Input should be a valid number, not None"),
+        (["--t-index-list", "[0]", "--strength", "0.5"], "--t-index-list and --strength both say where to start"),
+        (["--negative-prompt", "x"], "--negative-prompt needs guidance, and --cfg-type is none"),
+        (["--device", "toaster"], "--device: torch cannot use toaster: "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            of(*argv, mode="img2img")
+        assert ended.value.code == 2 and f"error: {said}" in capsys.readouterr().err, argv
+
+
+def test_a_mistake_that_the_model_finds_is_one_line_too(capsys):
+    for argv, said in (
+        (["--width", "100"], "--width must be a positive multiple of 16 pixels, not 100: try 96"),
+        (
+            ["--steps", "2", "--t-index-list", "[5]"],
+            "--t-index-list ends at 5, but the schedule has 2 steps, 0 to 1: raise --steps or lower the index\n",
+        ),
+    ):
+        assert main(["txt2img", "--device", "cpu", *argv]) == 2
+        assert capsys.readouterr().err.startswith(f"streamflow txt2img: error: {said}"), argv
+
+
 def test_image_to_image_starts_half_way_unless_a_start_is_given():
     for flags, start in (
         ([], (None, 0.5)),
@@ -92,7 +120,7 @@ def test_all_mistakes_are_told_at_once_with_exit_code_2(capsys):
     with pytest.raises(SystemExit) as ended:
         of("--seed", "many", "--cfg-type", "half", "--acceleration.kind", "fast")
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and all(path in said for path in ("seed:", "cfg_type:", "acceleration.kind:"))
+    assert ended.value.code == 2 and all(flag in said for flag in ("--seed:", "--cfg-type:", "--acceleration.kind:"))
     for argv in (["img2img", "a/x.png", "b/x.png"], ["txt2img", "--count", "0"], ["txt2img", "--config", "gone.yaml"]):
         with pytest.raises(SystemExit) as ended:
             main(argv)
@@ -114,14 +142,16 @@ try:
     main(sys.argv[1:])
 except SystemExit as ended:
     assert ended.code == 0
-heavy = {"torch", "diffusers", "transformers", "streamdiffusion"} & set(sys.modules)
+heavy = {"torch", "diffusers", "transformers", "streamdiffusion", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("command", ["", "serve", "live", "video", "txt2img", "img2img", "config", "doctor"])
-def test_help_imports_nothing_heavy(command):
-    subprocess.run([sys.executable, "-c", LIGHT, *command.split(), "--help"], check=True, capture_output=True, timeout=100)
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy_and_prints_nothing_else(command):
+    start = [sys.executable, "-c", LIGHT, *command.split(), "--help"]
+    run = subprocess.run(start, check=True, capture_output=True, text=True, timeout=100)
+    assert run.stderr == "" and run.stdout.startswith(f"usage: streamflow {command}".rstrip())
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the installed handlers in /proc")
@@ -192,7 +222,7 @@ def test_without_a_prompt_the_images_are_different_examples(capsys):
 def test_the_sample_drawing_is_restyled_by_default(capsys):
     assert main(["img2img", *QUICK, "--num-inference-steps", "2", "--output", "sample"]) == 0
     said = capsys.readouterr()
-    assert "1 images in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
+    assert "1 image in" in said.out and "in sample" in said.out and os.listdir("sample") == ["apple.png"]
     assert said.err.count("\r") <= 4 and "Loading" not in said.err  # one progress bar, of the images
 
 
@@ -220,10 +250,46 @@ def test_the_help_has_the_commands_own_defaults(capsys):
     assert "(default: full)" in helped(capsys, "serve", "--help")
 
 
-def test_what_a_model_refuses_is_one_line_with_exit_code_2(capsys, tmp_path):
-    call = ["txt2img", "--width", "100", "--count", "1", "--output", str(tmp_path)]
-    assert main(call) == 2
-    said = capsys.readouterr().err
-    assert said == "streamflow txt2img: error: width must be a positive multiple of 16 pixels, not 100: try 96\n"
+def test_with_verbose_a_mistake_shows_where_it_was_raised(capsys, tmp_path):
     with pytest.raises(ValueError, match="multiple of 16 pixels"):
-        main([*call, "-v"])
+        main(["txt2img", "--width", "100", "--count", "1", "--output", str(tmp_path), "-v"])
+
+
+DOWNLOAD = """
+import sys
+from streamflow._command_line import say_download
+for model in sys.argv[1:]:
+    say_download(model)
+"""
+
+
+def test_a_download_is_announced_with_its_source_and_place():
+    """The hub is a port that refuses connections. A model that is in its cache whole is not downloaded."""
+    cached = "cache/models--a--cached"
+    os.makedirs(f"{cached}/snapshots/1")
+    os.makedirs(f"{cached}/refs")
+    os.makedirs(f"{cached}/blobs")
+    for path, text in {f"{cached}/refs/main": "1", f"{cached}/snapshots/1/model_index.json": "{}"}.items():
+        with open(path, "w") as file:
+            file.write(text)
+    os.makedirs("a/folder")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "cache", "HF_HUB_OFFLINE": "0"}
+
+    def said(*models, **changes):
+        start = [sys.executable, "-c", DOWNLOAD, *models]
+        return subprocess.run(start, check=True, capture_output=True, text=True, env={**environment, **changes}).stderr
+
+    line = "downloading an/other from http://127.0.0.1:9 to cache/models--an--other\n"
+    assert said("embedded", "a/folder", "a/cached", "no model", "an/other") == line
+    assert said("an/other", HF_HUB_OFFLINE="1") == ""
+    open(f"{cached}/blobs/0.incomplete", "w").close()  # of a download that was interrupted
+    assert said("a/cached").startswith("downloading a/cached from http://127.0.0.1:9")
+
+
+def test_a_command_says_what_it_downloads():
+    program = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "cache", "HF_HUB_OFFLINE": "0"}
+    start = [sys.executable, "-c", program, "txt2img", "--model", "an/other", "--device", "cpu"]
+    run = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=100)
+    first, *_ = run.stderr.splitlines()
+    assert run.returncode == 1 and first == "downloading an/other from http://127.0.0.1:9 to cache/models--an--other"

@@ -99,7 +99,7 @@ def test_images_of_a_folder_are_restyled_into_another(capsys, tmp_path):
     for k in range(4):
         Image.new("RGB", (128, 128), (60 * k, 90, 200)).save(given / f"{k}.png")
     said = run(capsys, "--in", given, "--out", f"{made}/", "--live.policy", "every", "--live.mode", "fed")[1]
-    assert said["drawn"] == 4 and said["mode"] == "fed" and said["latency_p95"] > 0
+    assert said["drawn"] == 4 and said["mode"] == "fed" and said["latency_p95"] > 0 and said["wrote"] == [str(made)]
     pictures = [np.asarray(Image.open(file)) for file in sorted(made.iterdir())]
     assert len(pictures) == said["shown"] - said["dropped_by_sinks"] and pictures[0].shape == (128, 128, 3)
     assert pictures[0].std() > 5
@@ -158,7 +158,7 @@ def test_a_scene_that_does_not_fit_is_refused_with_the_numbers(tmp_path, monkeyp
         (["--live.scenes", "[nowhere.yaml]"], "nowhere.yaml"),
         (["--seconds", "0"], "not a number above 0"),
         (["--in", "camera:0", "--t-index-list", "!!int ''"], "a tag (!name) is not allowed"),
-        (["--in", "camera:0", "--t-index-list", "[]", "--acceleration.kind", "none"], "t_index_list"),
+        (["--in", "camera:0", "--t-index-list", "[]", "--acceleration.kind", "none"], "--t-index-list is empty"),
         (["--config", "/dev/null/a.yaml"], "Not a directory"),
         (["--config", "/proc/self/mem"], "Input/output error"),
     ],

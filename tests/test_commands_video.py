@@ -11,6 +11,7 @@ from test_io import all_of, packets, record, with_sound
 
 from streamflow import image_utils
 from streamflow.app.commands import morph, video
+from streamflow.conditioning.blending import METHODS
 from streamflow.image_utils import cropped
 from streamflow.io import open_source
 
@@ -82,7 +83,7 @@ def test_what_a_video_cannot_be_is_one_line_and_nothing_is_lost(capsys, tmp_path
         (1, ["--in", "in.mp4", "--out", "text.mp4/out.mp4"], "text.mp4"),
         (1, ["--in", "gone.mp4", "--out", "out.mp4"], "no such file: gone.mp4"),
         (1, ["--in", "text.mp4", "--out", "out.mp4"], "cannot be read as a video"),
-        (1, ["--in", "in.mp4", "--out", "out.avi"], "ends in one of .mp4, .mkv"),
+        (2, ["--in", "in.mp4", "--out", "out.avi"], "ends in one of .mp4, .mkv"),
     ):
         try:
             found = video.main([*QUICK, *arguments])
@@ -132,6 +133,7 @@ def test_a_morph_as_a_video_ends_at_the_last_prompt(capsys):
     ],
 )
 def test_what_a_morph_cannot_be_is_refused(wrong, says, capsys):
+    assert tuple(METHODS) == morph.BLENDS
     with pytest.raises(SystemExit) as refused:
         morph.main(wrong)
     assert refused.value.code == 2 and says in capsys.readouterr().err

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -18,6 +19,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stand_ins
 from test_imports import ROWS
@@ -26,6 +28,7 @@ from streamflow import StreamFlow, StreamFlowWrapper, models
 from streamflow.app import cli
 from streamflow.app.cli import COMMANDS
 from streamflow.app.config import Settings
+from streamflow.io import SINKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next((found for one in ("chromium", "chromium-browser") if (found := shutil.which(one))), None)
@@ -46,6 +49,7 @@ def name(page):
 def test_its_python_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.setattr("streamflow.io.addresses.SINKS", dict(SINKS))
     scope: dict = {}
     for needs, text in blocks(page, "python"):
         if reasons := stand_ins.not_run(needs):
@@ -54,6 +58,18 @@ def test_its_python_runs(page, tmp_path, monkeypatch, capsys):
         else:
             stand_ins.stand_in(needs, monkeypatch, tmp_path)
             stand_ins.run_python(text, name(page), scope)
+    if page.name == "CONTRIBUTING.md":
+        check_recipes(scope, capsys.readouterr().out)
+
+
+def check_recipes(scope, said):
+    """The family draws what the package's own draws, the sink has counted, the condition has acted."""
+    with StreamFlowWrapper("embedded", mode="txt2img", cfg_type="none", warmup=0) as wrapper:
+        wrapper.prepare("a fox, 3d render", num_inference_steps=4)
+        fox = np.asarray(wrapper(), np.float32)
+    assert np.abs(fox - np.asarray(scope["fox"])).max() <= 1 and fox.std() > 10
+    assert "mine: 1 images" in said
+    assert np.abs(np.clip(fox - 0.5 * 127.5, 0, 255) - np.asarray(scope["dark_fox"])).max() <= 2
 
 
 @pytest.mark.slow
@@ -139,6 +155,12 @@ def test_the_reference_has_a_page_for_what_it_lists():
 def test_every_guide_has_an_image():
     for page in (ROOT / "docs/guides").glob("*.md"):
         assert re.search(r"^!\[[^\]]+\]\(", page.read_text(encoding="utf-8"), re.MULTILINE), name(page)
+
+
+def test_an_image_is_called_an_image():
+    texts = [*PAGES, ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("streamflow/pretrained/emoji/[NR]*")]
+    assert len(texts) > 40
+    assert [name(one) for one in texts if re.search("picture", one.read_text(encoding="utf-8"), re.IGNORECASE)] == []
 
 
 def test_links_lead_somewhere():
@@ -244,6 +266,25 @@ def test_the_site_has_the_reference(site):
     assert "scope" in update and "seed" in update  # with the signature of the part's method
     private = re.findall(r'<h\d id="(streamflow[^"]*\._[a-z]\w*)"', reference)
     assert private == [] and "Bases:" not in reference
+
+
+@pytest.mark.slow
+def test_each_class_of_the_reference_has_a_page(site):
+    """No page documents two classes, exceptions aside, and every page of a module links to those of its classes."""
+    crowded = {}
+    for page in (site / "reference").rglob("index.html"):
+        html = page.read_text(encoding="utf-8")
+        names = re.findall(r'<h[23] id="(streamflow[\w.]*\.[A-Z]\w*)" class="doc doc-heading">', html)
+        found = [pkgutil.resolve_name(one) for one in names]
+        classes = {one for one in found if inspect.isclass(one) and not issubclass(one, Exception)}
+        if len(classes) > 1:
+            crowded[page.relative_to(site)] = classes
+    assert crowded == {}
+    for cls in ("io/Reading", "config/Settings", "live/Statistics", "ring/Ring", "frames/Input"):
+        module, _, cls = cls.partition("/")
+        assert f'href="{cls}/"' in (site / f"reference/{module}/index.html").read_text(encoding="utf-8")
+        page = (site / f"reference/{module}/{cls}/index.html").read_text(encoding="utf-8")
+        assert re.search(rf'<h2 id="streamflow[\w.]*\.{cls}" class="doc doc-heading">', page)
 
 
 @pytest.mark.slow

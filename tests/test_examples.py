@@ -10,11 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from streamflow import StreamFlowWrapper
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples"
@@ -81,7 +84,7 @@ def runs(there):
         "img2img/multi.py": (["--input", photos, "--strength", "0.5"], "outputs/restyled", 3),
         "optimal-performance/multi.py": (["--count", "4", "--frame-buffer-size", "2"], "outputs/multi.png", 1),
         "guidance.py": ([], "outputs/guidance.png", 1),
-        "seed_walk.py": (["--frames", "6", "--period", "3"], "outputs/seed_walk.gif", 1),
+        "seed_walk.py": (["--frames", "3", "--seeds", "2", "3"], "outputs/seed_walk.gif", 1),
         "morph.py": (["--frames", "6"], "outputs/morph.gif", 1),
         "inpaint.py": (["--input", photo], "outputs/inpaint.png", 1),
         "lora.py": (["--lora", lora, "--strengths", "0", "1"], "outputs/lora.png", 1),
@@ -114,6 +117,23 @@ def test_it_draws_and_says_where(name, there, tmp_path, monkeypatch, capsys):
         with Image.open(file) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         assert min(pixels.shape[:2]) >= 128 and pixels.std() > 10, file
+
+
+@pytest.mark.slow
+def test_the_walk_passes_the_seeds_own_images_and_they_differ(tmp_path):
+    made = tmp_path / "walk.webp"
+    assert loaded("seed_walk.py").main(["--frames", "2", "--output", str(made)]) == 0
+    with Image.open(made) as file:
+        frames = [np.asarray(file.convert("RGB"), np.float32) for k in range(file.n_frames) if file.seek(k) is None]
+    assert len(frames) == 8
+    faces = frames[::2]
+    assert min(np.abs(one - other).mean() for one, other in combinations(faces, 2)) > 3
+    with StreamFlowWrapper("embedded", mode="txt2img", cfg_type="none", warmup=0) as wrapper:
+        for k, seed in enumerate((2, 3, 8, 11)):
+            wrapper.prepare("a face, 3d render", num_inference_steps=4, seed=seed)
+            own = np.asarray(wrapper(), np.float32)
+            off = [np.abs(own - face).mean() for face in faces]
+            assert off.index(min(off)) == k and off[k] < 3, off  # the file is compressed
 
 
 @pytest.mark.slow

@@ -838,6 +838,7 @@ NOT_HERE = {
     "screen": (lacks("mss") or (sys.platform == "linux" and not os.environ.get("DISPLAY")), "needs mss and a display"),
     "virtualcam": (lacks("pyvirtualcam") or not os.path.exists("/dev/video0"), "needs pyvirtualcam and its device"),
     "window": (lacks("pygame"), "pip install pygame-ce"),
+    "https": (True, "needs a server with a certificate: the class is that of http"),
     "camera": (lacks("cv2"), "pip install opencv-python-headless"),
     "file": (lacks("av"), "pip install av"),
     "record": (lacks("av"), "pip install av"),
@@ -859,8 +860,9 @@ def test_every_source_keeps_to_the_protocol(kind, tmp_path, request):
     rest = {"folder": tmp_path, "image": tmp_path / "a.png", "spout": "", "syphon": "", "screen": 1}
     if kind in ("file", "camera"):  # OpenCV reads a file as it reads a camera
         rest[kind] = record(tmp_path / "a.mp4")
-    if kind == "mjpeg":
-        rest[kind] = f"http://127.0.0.1:{request.getfixturevalue('served').port}"
+    if kind in ("mjpeg", "http"):
+        rest[kind] = f"//127.0.0.1:{request.getfixturevalue('served').port}"
+        rest["mjpeg"] = f"http:{rest[kind]}"
     if kind == "ndi":
         rest[kind] = request.getfixturevalue("sent")
     source = open_source(f"{kind}:{rest[kind]}")
@@ -960,7 +962,7 @@ def test_the_screen_reads_what_a_window_shows():
 
 
 def test_unknown_addresses_list_the_known():
-    with pytest.raises(ValueError, match="camera, file, folder, image, screen, mjpeg, ndi, spout, syphon"):
+    with pytest.raises(ValueError, match="camera, file, folder, image, screen, mjpeg, http, https, ndi, spout, syphon"):
         open_source("webcam:0")
     with pytest.raises(ValueError, match="record, file, folder, window, virtualcam"):
         open_sink("projector")
@@ -1020,8 +1022,30 @@ def test_kinds_of_others_are_registered(tables, register, make):
     assert make("counting:a:b").name == "a:b"
     with pytest.raises(ValueError, match="'counting' is there already"):
         register("counting", Theirs)
+    table = SOURCES if register is register_source else SINKS
+    for taken in table:
+        with pytest.raises(ValueError, match=f"'{taken}' is there already, one of {', '.join(table)}"):
+            register(taken, Theirs)
     for wrong in ("c", "a b", "a/b", "", 3):
         with pytest.raises(ValueError, match="a kind is a name of two or more"):
             register(wrong, Theirs)
     with pytest.raises(TypeError, match="needs a class or a function"):
         register("other", "Theirs")
+
+
+def test_every_kind_that_can_be_registered_is_reached(tables):
+    """Also by an address that looks like a URL, and where a folder of the name is there."""
+    for register, make in ((register_sink, open_sink), (register_source, open_source)):
+        register("rtsp", Theirs)
+        assert make("rtsp://host/1").name == "//host/1"
+        register("tests", Theirs)
+        assert make("tests").name == ""
+    register_sink("http", Theirs)
+    assert open_sink("http://host/").name == "//host/"
+
+
+def test_addresses_of_http_are_mjpeg():
+    for address in ("http://host:80/a:b", "https://host/"):
+        assert open_source(address).url == open_source(f"mjpeg:{address}").url == address
+    with pytest.raises(ValueError, match="begins with http:// or https://"):
+        open_source("http:")

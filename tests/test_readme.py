@@ -85,6 +85,12 @@ def test_every_block_runs_with_what_stands_in_for_what_it_needs(tmp_path, monkey
         assert (tmp_path / name).stat().st_size > 1000, name
 
 
+def test_it_says_why_streamdiffusion_is_installed():
+    for page in ("README.md", "docs/install.md"):
+        said = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert "`StreamFlow` subclasses its class; it needs no weights" in said, page
+
+
 def test_links_and_images_are_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
@@ -114,4 +120,9 @@ def test_the_tables_of_families_are_those_that_were_measured():
     text, result = PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
     assert set(result["families"]) == set(models.FAMILIES) - {"fallback"}
     assert in_page(text, tables(result)) == text
+    own, exact = result["families"], [one for one in result["families"].values() if one["equal"]]
+    assert (
+        f"row by row to the bit in {len(exact)} of {len(own)} families" in README
+        and f"{len(own)} families, of which" in README
+    )
     assert all(found["error"] <= 1e-4 and found["guidance"] for found in result["families"].values())

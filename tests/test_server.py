@@ -461,6 +461,10 @@ def test_tokens_and_quotas_over_the_network(caplog):
     running = Running(tokens.parse(f"ann {SECRET} streams=1 fps=2\nbob {OTHER}", "here"), max_viewers=3)
     try:
         assert running.call("POST", "/session").status_code == 401
+        opened = running.call("POST", "/session?page=true")
+        assert opened.status_code == 200 and opened.json() == {"state": "token required"}
+        said = parsed(running.service.metrics.text())
+        assert said['streamflow_refused_total{kind="no token"}'] == said['streamflow_refused_total{kind="token"}'] == 1
         assert running.call("GET", "/metrics").status_code == 401 and running.call("GET", "/health/live").status_code == 200
         assert running.call("GET", "/metrics", OTHER).status_code == 200
         with running.viewer(SECRET) as ws:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             steps = {int(n): figures for n, figures in found[name].items() if n.isdigit()}
             line = {"color": colour, "marker": "o", "label": f"{label} ({found[name]['prompts']})"}
             named.plot(list(steps), [100 * one["named"] for one in steps.values()], **line)
-            near.plot(list(steps), [one["median_psnr_to_the_picture"] for one in steps.values()], **line)
+            near.plot(list(steps), [one["median_psnr_to_the_image"] for one in steps.values()], **line)
         for axes, what, top in (
             (named, "images of the prompted concept, %", 105),
             (near, "median PSNR to its image, dB", 45),

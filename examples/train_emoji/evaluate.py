@@ -177,7 +177,7 @@ def recognition(pipe, judge: Judge, pack: Pack, questions: list[Question], steps
         images = draw(pipe, [q.prompt for q in questions], count, **how)
         report[str(count)] = {
             "named": round(judge.score(images, questions), 4),
-            "median_psnr_to_the_picture": round(psnr(images, true).median().item(), 2),
+            "median_psnr_to_the_image": round(psnr(images, true).median().item(), 2),
             "sharpness_of_the_true": round(sharpness(images) / sharpness(true), 3),
         }
     return report

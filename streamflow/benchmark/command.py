@@ -1,4 +1,4 @@
-"""The command: read the settings, load the model once, measure, write the table, the plot and the JSON."""
+"""The command: load the model once, measure what the settings name, write the table, the plot and the JSON."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from dataclasses import replace
 
 import torch
 
+from streamflow._command_line import Parser, say_download
 from streamflow._files import Json
 from streamflow.benchmark import plot, report
 from streamflow.benchmark.latency import measure_latency
 from streamflow.benchmark.machine import clocks, compile_cache, machine
 from streamflow.benchmark.measure import measure_all
-from streamflow.benchmark.settings import parse
+from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.sweep import measure_sweeps, points
-from streamflow.benchmark.ways import VARIANTS
 
 SETTINGS = ("model", "random_weights", "width", "height", "steps", "cfg_type", "frame_buffer_size", "rounds", "warmup")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0, 1 where a variant failed, 2 for an invalid argument."""
+def main(argv: Sequence[str], parser: Parser, settings: Settings) -> int:
+    """Measure what this command line names. Returns the exit code: 0, 1 where a variant failed, 2 for a wrong argument."""
     imported = time.process_time()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser, settings = parse(argv, list(VARIANTS))
     if settings.plot and (missing := plot.missing()):
         print(f"no plots: {missing}", file=sys.stderr)
         settings = replace(settings, plot=False)
     cache = compile_cache() if settings.compiles else None
     with log_to_stderr(), torch.cuda.device(settings.torch_device) if settings.cuda else nullcontext():
         try:
+            if not settings.random_weights:
+                say_download(settings.model)
             subject = sized(load(settings))
             check(subject)
         except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from streamflow._decibels import decibels
 from streamflow._files import Json
 from streamflow.benchmark.machine import clocks
+from streamflow.benchmark.settings import TITLES
 from streamflow.benchmark.subject import COMPARED, Subject
 from streamflow.benchmark.timing import Round, Spread, latencies, ticks_within, timed, wait
 from streamflow.benchmark.ways import VARIANTS, Way, problem
@@ -32,13 +33,13 @@ def measure_all(subject: Subject) -> dict[str, Json]:
     chosen = subject.settings.variants
     found = {}
     for name in VARIANTS if chosen is None else chosen:
-        variant = VARIANTS[name]
+        title = TITLES[name]
         if reason := problem(name, subject.settings, subject):
-            found[name] = {"title": variant.title, "skipped": reason}
+            found[name] = {"title": title, "skipped": reason}
             continue
-        subject.reference(variant.tiny)
-        logger.info("(%s) %s", name, variant.title)
-        found[name] = {"title": variant.title, **attempt(f"({name})", lambda name=name: measure(subject, name))}
+        subject.reference(VARIANTS[name].tiny)
+        logger.info("(%s) %s", name, title)
+        found[name] = {"title": title, **attempt(f"({name})", lambda name=name: measure(subject, name))}
         if "failed" not in found[name]:
             rate, tick = (found[name][key]["median"] for key in ("images_per_s", "tick_ms"))
             start_up = found[name]["start_up_s"]

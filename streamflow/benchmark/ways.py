@@ -132,10 +132,9 @@ def by_hand(stream: StreamFlow) -> Callable[[], object] | None:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. tiny: whether it uses the tiny VAE. open: a context manager with its `Way`. problem: the reason
-    why it cannot be measured under these settings, or None."""
+    """One row of the table (`settings.TITLES` has the titles). tiny: whether it uses the tiny VAE. open: a context manager
+    with its `Way`. problem: the reason why it cannot be measured under these settings, or None."""
 
-    title: str
     tiny: bool
     open: Callable[[Subject], AbstractContextManager[Way]]
     problem: Callable[[Settings], str | None] = lambda settings: None
@@ -174,18 +173,16 @@ def one_device(s: Settings) -> str | None:
 
 
 VARIANTS: dict[str, Variant] = {
-    "1": Variant("plain diffusers, eager, one after another", False, lambda s: plain(s, False)),
-    "1t": Variant("plain diffusers, eager, tiny VAE", True, lambda s: plain(s, True)),
-    "2": Variant("one after another, accelerated", False, lambda s: fastest(s, False, False), nothing_faster),
-    "2t": Variant("one after another, accelerated, tiny VAE", True, lambda s: fastest(s, True, False), nothing_faster),
-    "3": Variant("the denoising batch", False, lambda s: streamed(s, "none", False, True)),
-    "4": Variant("the batch + CUDA graph", False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
-    "5": Variant("the batch + CUDA graph + compile", False, lambda s: streamed(s, "compile", False, True), no_compile),
-    "6": Variant("the batch, accelerated, tiny VAE", True, lambda s: fastest(s, True, True)),
-    "7": Variant("the batch + TensorRT, tiny VAE", True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
-    "8": Variant(
-        "the batch + compile, decoded on all GPUs", False, lambda s: decoded_elsewhere(s, s.settings.kind), one_device
-    ),
+    "1": Variant(False, lambda s: plain(s, False)),
+    "1t": Variant(True, lambda s: plain(s, True)),
+    "2": Variant(False, lambda s: fastest(s, False, False), nothing_faster),
+    "2t": Variant(True, lambda s: fastest(s, True, False), nothing_faster),
+    "3": Variant(False, lambda s: streamed(s, "none", False, True)),
+    "4": Variant(False, lambda s: streamed(s, "cuda-graph", False, True), no_graphs),
+    "5": Variant(False, lambda s: streamed(s, "compile", False, True), no_compile),
+    "6": Variant(True, lambda s: fastest(s, True, True)),
+    "7": Variant(True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
+    "8": Variant(False, lambda s: decoded_elsewhere(s, s.settings.kind), one_device),
 }
 CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
 SAME_VAE = (

@@ -45,6 +45,11 @@ def _host_and_port(rest: str) -> Options:
     return {**({"host": host.strip("[]")} if host else {}), **({"port": int(port)} if port else {})}
 
 
+def _url(scheme: str) -> Callable[[str], Options]:
+    """The rest is a URL without its scheme."""
+    return lambda rest: {"url": f"{scheme}:{rest}"}
+
+
 SOURCES: dict[str, Entry] = {
     "camera": ("camera", "CameraSource", _named("device")),
     "file": ("file", "FileSource", _required("path", "file:in.mp4")),
@@ -52,6 +57,8 @@ SOURCES: dict[str, Entry] = {
     "image": ("folder", "FolderSource", _required("path", "image:face.png", loop=True)),
     "screen": ("screen", "ScreenSource", _named("monitor")),
     "mjpeg": ("mjpeg", "MjpegSource", _required("url", "mjpeg:http://host:port/")),
+    "http": ("mjpeg", "MjpegSource", _url("http")),
+    "https": ("mjpeg", "MjpegSource", _url("https")),
     "ndi": ("ndi", "NdiSource", _named("name")),
     "spout": ("spout", "SpoutSource", _named("name")),
     "syphon": ("syphon", "SyphonSource", _named("name")),
@@ -91,7 +98,7 @@ def _register(table: dict[str, Entry], kind: str, create: Callable[..., object])
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]+", kind):
         raise ValueError(f"a kind is a name of two or more letters, digits, '-' and '_', not {kind!r}")
     if kind in table:
-        raise ValueError(f"{kind!r} is there already: choose another name")
+        raise ValueError(f"{kind!r} is there already, one of {', '.join(table)}: choose another name")
     if not callable(create):
         raise TypeError(f"{kind!r} needs a class or a function that creates one, not {create!r}")
     table[kind] = create
@@ -103,8 +110,6 @@ def open_source(address: str, **options: object) -> Source:
 
     Raises ValueError for an unknown kind, which lists the known, or a rest that does not fit.
     """
-    if address.startswith(("http://", "https://")):
-        return _make(SOURCES, "source", f"mjpeg:{address}", options)
     return _make(SOURCES, "source", _spelled_out(address, SOURCES), options)
 
 

@@ -1,6 +1,6 @@
 """An image with its time, the protocols of sources and sinks, and their errors.
 
-Knows numpy and nothing else: no stream, no tensors, no kind of source.
+Knows numpy, imported on use, and nothing else: no stream, no tensors, no kind of source.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of image files
 _IMPORTING = threading.Lock()  # cyndilib's modules import each other, and fail when two threads begin at once
@@ -47,6 +48,8 @@ class TimedImage:
     pts: float | None = None
 
     def __post_init__(self) -> None:
+        import numpy as np
+
         if not isinstance(self.pixels, np.ndarray) or self.pixels.dtype != np.uint8:
             found = getattr(self.pixels, "dtype", type(self.pixels).__name__)
             raise TypeError(f"pixels are a numpy array of uint8, not {found}")
@@ -114,6 +117,8 @@ def check_rate(rate: float | Fraction) -> None:
 
 def rgba(pixels: np.ndarray) -> np.ndarray:
     """`[H, W, 3]` to contiguous `[H, W, 4]`, opaque."""
+    import numpy as np
+
     full = np.full((*pixels.shape[:2], 4), 255, dtype=np.uint8)
     full[..., :3] = pixels
     return full

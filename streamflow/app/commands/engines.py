@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it, print the result, and return the exit code: 1 if a process is building an engine that was to be deleted."""
-    from streamflow.acceleration.tensorrt import clear_engines, default_engine_dir, list_engines
-
     parser = argparse.ArgumentParser(
         prog="streamflow engines",
         description="List or delete the TensorRT engines that are kept between runs.",
         epilog="example: streamflow engines list",
     )
     parser.add_argument("action", choices=("list", "clear"), help="list them, or delete them")
-    parser.add_argument("--engine-dir", type=Path, default=default_engine_dir(), help="default: %(default)s")
+    parser.add_argument("--engine-dir", type=Path, help="default: streamflow/engines in the user's cache folder")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args(argv)
-    folder = arguments.engine_dir
+    from streamflow.acceleration.tensorrt import clear_engines, default_engine_dir, list_engines
+
+    folder = arguments.engine_dir or default_engine_dir()
     if arguments.action == "list":
         engines = [describe(entry) for entry in list_engines(folder)]
         report = {"directory": str(folder), "engines": engines}

@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         result = {**options.draw(settings, images(), read, a.output, count=len(a.images), quiet=a.json), "unread": unread}
-    except OSError as error:
-        return p.failed(error)
+    except options.ERRORS as error:
+        return options.failed(p, error)
     for path, cause in unread.items():
         print(f"{path} cannot be read: {cause}", file=sys.stderr)
-    summary = f"{len(read)} images in {result['seconds']:.1f} s, in {a.output}"
+    summary = f"{len(read)} image{'s' * (len(read) != 1)} in {result['seconds']:.1f} s, in {a.output}"
     print(json.dumps(result) if a.json else summary)
     return int(bool(unread))

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from streamflow._command_line import Parser, above
+from streamflow._command_line import Parser, above, say_download
 from streamflow._files import Json
 from streamflow._threads import freeze_loaded
 from streamflow.app import config
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("streamflow.live")
 EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
 PERIOD = 0.2  # seconds between two looks at keys and figures
-WRONG = (ValueError, TypeError, ImportError, NotImplementedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     if outs := [*(a.out or []), *([f"record:{a.record}"] if a.record else [])]:
         setattr(a, "live.sinks", json.dumps(outs))
+        p.typed["live.sinks"] = "--out" if a.out else "--record"
     settings = options.settings(p, a)
     logging.getLogger("streamflow").setLevel(logging.WARNING if a.json else logging.INFO)
     try:
         with logging_redirect_tqdm():
             result = play(settings, stop, a.seconds, a.learn, quiet=a.json)
-    except (*WRONG, OSError, MemoryError, RuntimeError) as error:
-        return p.failed(error, 2 if isinstance(error, WRONG) else 1)
-    print(json.dumps(result) if a.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    except options.ERRORS as error:
+        return options.failed(p, error)
+    lines = (f"{name}: {', '.join(value) if name == 'wrote' else value}" for name, value in result.items())
+    print(json.dumps(result) if a.json else "\n".join(lines))
     return 0
 
 
@@ -66,7 +68,7 @@ def play(
     settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
 ) -> Json:
     """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
-    and what was learned."""
+    what was learned, and the files and folders that were written."""
     from streamflow.app.scenes import Scenes, open_scene
     from streamflow.io import open_sink, open_source
     from streamflow.live.remote import open_control
@@ -88,6 +90,8 @@ def play(
         for sink in sinks:
             if hasattr(sink, "on_key"):
                 setattr(sink, "on_key", controls.keys.press)  # noqa: B010 - of windows only, no part of the protocol
+        for one in dict.fromkeys(one.model for one in (settings, *others)):
+            say_download(one)
         wrapper = open_scene(settings)
         with opened.pop_all() as closing:
             closing.callback(wrapper.close)
@@ -106,6 +110,8 @@ def play(
         if learn:
             new = [one for one in controls.settings.mappings if one not in settings.control.mappings]
             result["learned"] = [one.model_dump(mode="json", exclude_unset=True) for one in new]
+        if written := [str(path) for sink in sinks if (path := getattr(sink, "path", None)) and Path(path).exists()]:
+            result["wrote"] = written
         return result
 
 
@@ -132,7 +138,7 @@ def _scene(change: Callable[..., object], *arguments: object) -> None:
     """A change of scene; what cannot be done is logged, and what plays goes on."""
     try:
         change(*arguments)
-    except (*WRONG, OSError, MemoryError) as error:
+    except (*options.WRONG, OSError, MemoryError) as error:
         logger.error("the next scene cannot be shown: %s", error)
 
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from streamflow._command_line import above, at_least
+from streamflow._command_line import above, at_least, say_download
 from streamflow._files import Json
 from streamflow.app.commands import options
-from streamflow.conditioning.blending import METHODS
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = 'streamflow morph "an apple, 3d render" "an orange, 3d render" --output outputs/morph.gif'
 UNUSED = ("mode", "prompt", "strength", "similar_image_filter")
+BLENDS = ("linear", "slerp")  # `streamflow.conditioning.blending.METHODS`, which imports torch
 VIDEOS = (".mp4", ".mkv")
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = options.parser("morph", "Draws the way from one prompt to the next while the noise stays.", EXAMPLE, unused=UNUSED)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="two or more")
     p.add_argument("--frames", type=at_least(2), default=30, help="from each to the next (default %(default)s)")
-    p.add_argument("--blend", choices=METHODS, default="slerp", help="default: %(default)s")
+    p.add_argument("--blend", choices=BLENDS, default="slerp", help="default: %(default)s")
     p.add_argument("--rate", type=above(0), default=16.0, help="frames a second (default %(default)g)")
     p.add_argument("--one-way", action="store_true", help="end at the last prompt, and not go back to the first")
     p.add_argument(
@@ -49,19 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = options.settings(p, a, mode="txt2img")
     try:
         result = draw(settings, a)
-    except (ImportError, OSError) as error:
-        return p.failed(error)
-    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.output}")
+    except options.ERRORS as error:
+        return options.failed(p, error)
+    where = " and ".join(str(path) for path in (a.output, a.sheet) if path)
+    print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {where}")
     return 0
 
 
 def draw(settings: Settings, a: argparse.Namespace) -> Json:
     """The frames into the file; what was done."""
     from streamflow.image_utils import image_grid
+    from streamflow.io.protocols import need
     from streamflow.wrapper import StreamFlowWrapper
 
-    a.output.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
+    for path in filter(None, (a.output, a.sheet)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
+    if a.output.suffix.lower() in VIDEOS:
+        need("av", "av")
     legs = len(a.prompts) - 1
+    say_download(settings.model)
     with StreamFlowWrapper.from_settings(settings) as wrapper:
         began = time.perf_counter()
         wrapper.stream.update(blend=a.blend)
@@ -71,7 +77,6 @@ def draw(settings: Settings, a: argparse.Namespace) -> Json:
     shown = frames if a.one_way else frames + frames[-2:0:-1]
     _write(shown, a.output, a.rate)
     if a.sheet:
-        a.sheet.parent.mkdir(parents=True, exist_ok=True)
         image_grid(frames, columns=10).save(a.sheet)
     return {"file": str(a.output), "frames": len(shown), "drawn": len(frames), "seconds": round(seconds, 3)}
 

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
+import re
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 
 from tqdm import tqdm
 
-from streamflow._command_line import Parser
+from streamflow._command_line import Parser, quiet_libraries, say_download, unusable
 from streamflow._files import Json, read_yaml
 from streamflow.app import config
 from streamflow.app.config import Section, Settings
@@ -33,7 +31,8 @@ GROUPS = {  # the settings that `--help` shows
     "speed": ("acceleration.kind",),
     "live": ("live.target_fps",),
 }
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+WRONG = (ValueError, TypeError, ImportError, NotImplementedError)  # of arguments: exit code 2
+ERRORS = (*WRONG, OSError, MemoryError, RuntimeError)  # that end a command in one line; the rest with exit code 1
 SHORT = {
     "num_inference_steps": "--steps",
     "acceleration.kind": "--accelerate",
@@ -121,8 +120,8 @@ def _kinds(field: FieldInfo) -> tuple[object, ...]:
 
 
 def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
-    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid. The
-    libraries' messages are hidden from here on, without `--verbose`."""
+    """The settings of the file and the flags, over the command's own `defaults`; exit code 2 where they are invalid or torch
+    cannot use the device. The libraries' messages are hidden from here on, without `--verbose`."""
     if not a.verbose:
         quiet_libraries()
     try:
@@ -132,31 +131,54 @@ def settings(p: Parser, a: argparse.Namespace, **defaults: object) -> Settings:
         for path, _ in _fields(Settings):
             if (text := getattr(a, path, None)) is not None:
                 _put(data, path.split("."), _value(path, text))
-        return config.parse(data)
+        made = config.parse(data)
+        if made.device not in (None, "cpu") and (problem := unusable(made.device)):
+            raise ValueError(f"device: torch cannot use {made.device}: {problem}")
     except (ValueError, OSError) as error:
-        raise SystemExit(p.failed(error, 2)) from None
+        failed(p, error)
+        raise SystemExit(2) from None
+    p.verbose = a.verbose
+    return made
 
 
-def quiet_libraries() -> None:
-    """Hide the warnings, log messages below errors, and progress bars of torch, diffusers, transformers and torchao."""
-    warnings.filterwarnings("ignore", module=r"(?!streamflow)")
-    for name in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from huggingface_hub.utils import disable_progress_bars
+def failed(p: Parser, error: Exception) -> int:
+    """Print what ended the command, with options in the place of the settings' names; the exit code. With --verbose it is
+    raised again, which shows where it came from."""
+    if p.verbose:
+        raise error
+    message = "\n".join(_with_options(p, line) for line in str(error).splitlines())
+    return p.failed(message, 2 if isinstance(error, WRONG) else 1)
 
-    disable_progress_bars()
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+
+def _with_options(p: Parser, line: str) -> str:
+    """A line of a message: the setting that it begins with as the option that was typed, the others as options too."""
+    start, _, text = line.partition(": ")
+    while start not in p.typed and "." in start:  # an entry of a list or a mapping
+        start = start.rpartition(".")[0]
+    if start in p.typed:
+        return f"{p.typed[start]}: {text}"
+    own = start == "settings"  # a message of `Settings`, in which every such word is a setting
+    names = r"\w+" if own else r"^\w+|\b[a-z]+_\w+"
+    return re.sub(names, lambda word: p.typed.get(word[0]) or _option(word[0]), text if own else line)
+
+
+def _option(name: str) -> str:
+    """The option of a setting whose name has several words, or the word itself."""
+    return SHORT.get(name, f"--{name.replace('_', '-')}") if "_" in name and name in Settings.model_fields else name
 
 
 def _value(path: str, text: str) -> object:
     """A text stays one where the field takes texts, unless it opens a list and the field takes lists; where it takes a list
     of texts only, it is the only one of that. All else is YAML."""
-    if path in _LISTS and text.lstrip().startswith("["):
-        return read_yaml(text)
-    if path in _ONLY_LISTS:
+    a_list = path in _LISTS and text.lstrip().startswith("[")
+    if not a_list and path in _ONLY_LISTS:
         return [text]
-    return text if path in _TEXTS else read_yaml(text)
+    if not a_list and path in _TEXTS:
+        return text
+    try:
+        return read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _put(data: Json, path: list[str], value: object) -> None:
@@ -182,6 +204,7 @@ def draw(
     from streamflow.wrapper import StreamFlowWrapper
 
     files: list[str] = []
+    say_download(settings.model)
     with StreamFlowWrapper.from_settings(settings) as wrapper:
 
         def entering() -> Iterator[Images | None]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from streamflow._command_line import say_download
 from streamflow._threads import freeze_loaded
 from streamflow.app.commands import options
 from streamflow.app.server.settings import UNUSED
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return serve(settings, stop, a.json)
         except ValueError as error:
-            return p.failed(error, 2)
+            return options.failed(p, error)
         except OSError as error:
             return p.failed(f"{settings.server.host}:{settings.server.port}: {error}")
 
@@ -83,6 +84,8 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
         host = f"[{server.host}]" if ":" in server.host else server.host
         url = f"http{'s' if server.tls_certificate else ''}://{host}:{listener.getsockname()[1]}"
         print(json.dumps({"url": url}) if as_json else f"StreamFlow is on {url} (Ctrl+C ends it)", flush=True)
+        for model in dict.fromkeys((settings.model, *server.models)):
+            say_download(model)
         running.run(sockets=[listener])
     gc.unfreeze()
     code = int(service.worker.failed is not None)

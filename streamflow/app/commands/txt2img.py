@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = islice(cycle(EXAMPLE_PROMPTS), a.count) if examples else ()
     try:
         result = options.draw(settings, [None] * a.count, names, a.output, tuple(prompts), count=a.count, quiet=a.json)
-    except OSError as error:
-        return p.failed(error)
+    except options.ERRORS as error:
+        return options.failed(p, error)
     files, seconds = result["files"], result["seconds"]
-    print(json.dumps(result) if a.json else f"{a.count} images in {seconds:.1f} s: {files[0]} to {files[-1]}")
+    what, where = ("1 image", files[0]) if a.count == 1 else (f"{a.count} images", f"{files[0]} to {files[-1]}")
+    print(json.dumps(result) if a.json else f"{what} in {seconds:.1f} s: {where}")
     return 0

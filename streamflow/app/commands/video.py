@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from streamflow._command_line import Parser
+from streamflow._command_line import Parser, say_download
 from streamflow._files import Json
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
 from streamflow.app.signals import INTERRUPTED, Stop, stop_signals
-from streamflow.io import Reading, TimedImage, Writing
+from streamflow.io import InvalidSource, Reading, TimedImage, Writing
 from streamflow.samples import CLIP
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
     settings = options.settings(p, a, mode="img2img")
     try:
         result = restyle(settings, a.source, a.out, stop, sound=a.sound, quiet=a.json)
-    except (ImportError, OSError, ValueError) as error:
+    except InvalidSource as error:
         return p.failed(error)
+    except options.ERRORS as error:
+        return options.failed(p, error)
     print(json.dumps(result) if a.json else f"{result['frames']} frames in {result['seconds']:.1f} s: {a.out}")
     return INTERRUPTED if result["interrupted"] else 0
 
@@ -78,6 +80,7 @@ def restyle(settings: Settings, source: Path, out: Path, stop: Stop, sound: bool
         audio = video.audio if sound else None
         height, width = first.pixels.shape[:2]
         out.parent.mkdir(parents=True, exist_ok=True)  # before a model is loaded
+        say_download(settings.model)
         with StreamFlowWrapper.from_settings(settings, like=(width, height)) as wrapper:
             stream, began = wrapper.stream, time.perf_counter()
             stop.remember()  # the output file is open from here on

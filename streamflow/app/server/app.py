@@ -177,6 +177,7 @@ def _tickets(app: FastAPI, service: Service) -> None:
     async def session(request: Request, page: bool = False) -> Response:
         """page: true for the page, which learns with status 200 that it must wait: a browser logs others as errors."""
         if page and service.tokens and "authorization" not in request.headers:
+            service.refusals("no token")  # of a page that has just been opened, beside "token" for wrong ones
             return JSONResponse({"state": "token required"})
         holder = service.holder(request)
         status = service.status

@@ -95,6 +95,7 @@ function keep() {
 }
 
 function changed() {
+  restoreAddress();
   label();
   keep();
   link.set(known);
@@ -127,8 +128,13 @@ function fromLink() {
     if (!NUMBERS.includes(name)) values[name] = text;
     else if (text && Number.isFinite(Number(text))) values[name] = Number(text);
   }
-  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+  restoreAddress();
   return Object.fromEntries(Object.entries(values).filter(([name]) => name === "mode" || FIELDS.includes(name)));
+}
+
+// Take the settings out of the address bar.
+function restoreAddress() {
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
 }
 
 async function copyLink() {
@@ -140,7 +146,7 @@ async function copyLink() {
     message("The link with these settings is copied.", "note");
   } catch {
     history.replaceState(null, "", address);
-    message("The link with these settings is in the address bar: copy it from there.", "note");
+    message("The link is in the address bar until a setting is changed: copy it from there.", "note");
   }
 }
 
@@ -244,17 +250,25 @@ function record() {
   if (!type) return message("This browser cannot record video.");
   const stream = $("output").captureStream(), parts = [];
   const again = setInterval(() => screen.drawImage($("output"), 0, 0), 100); // a canvas that stays the same gives no frames
-  recorder = new MediaRecorder(stream, { mimeType: type, videoBitsPerSecond: 4e6 });
-  recorder.ondataavailable = ({ data }) => parts.push(data);
-  recorder.onstop = () => {
+  const end = () => {
     clearInterval(again);
     for (const track of stream.getTracks()) track.stop();
     recorder = null;
-    save(new Blob(parts, { type }), type.includes("webm") ? "streamflow.webm" : "streamflow.mp4");
     label();
   };
-  recorder.start(1000);
-  label();
+  try {
+    recorder = new MediaRecorder(stream, { mimeType: type, videoBitsPerSecond: 4e6 });
+    recorder.ondataavailable = ({ data }) => parts.push(data);
+    recorder.onstop = () => {
+      end();
+      save(new Blob(parts, { type }), type.includes("webm") ? "streamflow.webm" : "streamflow.mp4");
+    };
+    recorder.start(1000);
+    label();
+  } catch (error) {
+    end();
+    message(`The browser cannot record this: ${error.message}`);
+  }
 }
 
 // -- the connection, and what the page's parts do -----------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """From a loaded model to its first streamed image: with a CUDA graph, and compiled with an empty and a full cache.
 
-    python examples/benchmark/first_picture.py --output static/benchmarks/first_picture.json
+    python examples/benchmark/first_image.py --output static/benchmarks/first_image.json
 
 Every start is a process of its own, so that nothing is warm that would not be; all of them share one compile cache, which is
 empty at first. 512x512 images in 4 steps, by a network of true size with random weights. The last line is JSON: seconds
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as cache:
         found = {kind: [in_new_process(a, kind, cache) for _ in range(a.starts)] for kind in a.kinds}
-    command = " ".join(["python examples/benchmark/first_picture.py", *(argv or sys.argv[1:])])
+    command = " ".join(["python examples/benchmark/first_image.py", *(argv or sys.argv[1:])])
     result = {"command": command, "model": a.model, "machine": about(a.device), "starts": found}
     if a.output:
         a.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -66,7 +66,7 @@ def start(model: str, kind: str, device: str) -> dict[str, float]:
     stream.accelerate(kind)
     stream.txt2img().cpu()
     done = time.perf_counter()
-    return {"imports": imported - began, "make_model": loaded - imported, "first_picture": done - loaded}
+    return {"imports": imported - began, "make_model": loaded - imported, "first_image": done - loaded}
 
 
 def about(device: str) -> dict[str, Any]:
