@@ -27,8 +27,7 @@ STOPPED = {"live": 0, "serve": 0, "video": INTERRUPTED}  # the exit code after S
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code. What a model refuses is one line and exit code 2; --verbose shows where
-    it was raised."""
+    """Run one subcommand and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     lines = "\n".join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -40,11 +39,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"streamflow {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")
     command = parser.parse_args(arguments[:1]).command
-    try:
-        with stop_signals(STOPPED[command]) if command in STOPPED else nullcontext():
-            return import_module(COMMANDS[command][0]).main(arguments[1:])
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        if {"-v", "--verbose"} & set(arguments):
-            raise
-        print(f"streamflow {command}: error: {error}", file=sys.stderr)
-        return 2
+    with stop_signals(STOPPED[command]) if command in STOPPED else nullcontext():
+        return import_module(COMMANDS[command][0]).main(arguments[1:])
