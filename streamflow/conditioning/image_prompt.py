@@ -127,17 +127,17 @@ class ImagePromptVelocity(nn.Module):
     def __init__(self, velocity: nn.Module, prompting: ImagePrompting):
         super().__init__()
         self.velocity = velocity
-        self.prompting = prompting
+        self.arguments, self.shapes = prompting.arguments, prompting.shapes
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         plain = {name: value for name, value in cond.items() if not name.startswith(PREFIX)}
         if SCALES in cond:
-            embeds = [cond[embeds_name(i)] for i in range(len(self.prompting.shapes))]
+            embeds = [cond[embeds_name(i)] for i in range(len(self.shapes))]
             scales = cond[SCALES].unbind(1)
         else:
-            embeds = [x.new_zeros(len(x), *shape) for shape in self.prompting.shapes]
+            embeds = [x.new_zeros(len(x), *shape) for shape in self.shapes]
             scales = [torch.zeros(len(x), device=x.device)] * len(embeds)
-        return self.velocity(x, t, **plain, **self.prompting.arguments(list(zip(embeds, scales, strict=True))))
+        return self.velocity(x, t, **plain, **self.arguments(list(zip(embeds, scales, strict=True))))
 
 
 def prompted(

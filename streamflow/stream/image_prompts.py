@@ -79,6 +79,7 @@ class ImagePrompts:
         self._renew = 0  # the number of coming steps before which rows in flight take scales that have changed
         self._fixed: ByName = {}
         self._forget()
+        denoiser.on_empty.add(self._empty)
         self._adopt()
 
     def _adopt(self) -> None:
@@ -101,6 +102,10 @@ class ImagePrompts:
         self._blanks: dict[str, Tensor] = {}
         self._prompts: dict[int, tuple[Prompt, Styled, Mapping[str, float], Prompt]] = {}  # by the row of the group
         self._seen: dict[int, ByName] = {}  # by the row of the group, for the similarity filter
+
+    def _empty(self) -> None:
+        """Forget the frames that there were."""
+        self._seen, self._prompts = {}, {}
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
@@ -237,7 +242,7 @@ class ImagePrompts:
         entries = [self._fixed] * count if given is None else self._read(given, count)
         for position, entry in zip(positions, entries, strict=True):
             row = position % self._model.frames
-            if not _same(self._seen.get(row, {}), entry):
+            if row in self._seen and not _same(self._seen[row], entry):
                 self._redraw()
             self._seen[row] = entry
         return [Styled(entry, self._scales) for entry in entries]
