@@ -114,6 +114,11 @@ class ImagePrompts:
         """The names of the adapters, in the order in which they were loaded, and the scales of frames that enter."""
         return {name: self._scales.values[name] for name in self._loaded()}
 
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The names of the adapters for which `set` has given an image prompt."""
+        return tuple(self._fixed)
+
     @computing
     def load(
         self,
