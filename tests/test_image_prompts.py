@@ -8,15 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, relative_error
-from random_pipelines import random_pipeline
+from conftest import PROMPT, never_waiting, relative_error
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from random_pipelines import random_pipeline, wake
 from random_pipelines.control import random_control
-from random_pipelines.image_prompts import WIDTH, random_adapter, with_encoder
-from safetensors.torch import save_file
+from random_pipelines.image_prompts import (
+    WIDTH,
+    random_adapter,
+    save_adapter,
+    siglip_encoder,
+    siglip_features,
+    with_encoder,
+)
 from test_loras import write_lora
 from test_rules import PeRFlowScheduler, with_scheduler
 
@@ -226,9 +234,26 @@ def test_every_family_with_any_number_of_stages(case, frames, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["schnell", "flux-kontext", "perflow-sdxl"])
+def test_kontext_sees_references_and_image_prompts():
+    case = Case("flux-kontext", both={**DEV, "_auto_resize": False}, call={"max_area": 64 * 64})
+    with loaded(case) as (stream, adapters):
+        own, images = Own(case, adapters), [style(10 + k, 64, 64) for k in range(3)]
+        expected = []
+        for k, image in enumerate(images):
+            own.pipe.set_ip_adapter_scale(0.7)
+            call = {**case.both, **case.call, "num_inference_steps": STEPS, "height": 64, "width": 64, "image": image}
+            call |= {"latents": stream.frame_noise(k), "ip_adapter_image_embeds": own.embeds([style(k)])}
+            expected.append(own.pipe(prompt=PROMPT, output_type="latent", **call).images)
+        inputs = [Input(image, image_prompt=style(k)) for k, image in enumerate(images)]
+        assert relative_error(torch.cat(drawn(stream, inputs)), torch.cat(expected)) <= 1e-6
+        one_by_one(stream)
+        assert all(map(torch.equal, drawn(stream, inputs), expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["schnell", "perflow-sdxl"])
 def test_the_other_networks_of_these_pipelines_have_it_too(family):
-    both = {"schnell": SHORT, "flux-kontext": {**DEV, "_auto_resize": False}, "perflow-sdxl": {}}[family]
+    both = {"schnell": SHORT, "perflow-sdxl": {}}[family]
     case = Case(family, both=both)
     with loaded(case) as (stream, _):
         first, second = drawn(stream, by(style(0), style(1)))
@@ -521,6 +546,7 @@ def test_compiled_as_one_graph_it_draws_the_same_at_any_scale_without_compiling_
         compiled.accelerate("none")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_and_taken_out_under_an_acceleration():
     pipe = UNET.pipe()
     with UNET.stream(pipe, steps=2) as stream:
@@ -684,10 +710,8 @@ def test_what_the_pipe_does_behind_the_stream_is_said():
 
 def test_adapters_and_encoders_are_loaded_from_files(tmp_path):
     pipe = UNET.pipe()
-    weights = UNET.weights(pipe)
-    flat = {f"{part}.{key}": value.contiguous() for part, own in weights.items() for key, value in own.items()}
     (tmp_path / "models" / "image_encoder").mkdir(parents=True)
-    save_file(flat, tmp_path / "models" / "style.safetensors")
+    weights = save_adapter(pipe, tmp_path / "models" / "style.safetensors")
     pipe.image_encoder.save_pretrained(tmp_path / "models" / "image_encoder")
     expected = Own(UNET, [weights])
     pipe.register_modules(image_encoder=None, feature_extractor=None)
@@ -708,6 +732,49 @@ def test_adapters_and_encoders_are_loaded_from_files(tmp_path):
         stream.image_prompts.load(file)
         with pytest.raises(ValueError, match="has no image encoder for adapter 'adapter_0'"):
             stream.txt2img(image_prompt=style(0))
+
+
+# -- Redux -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_redux_is_one_line():
+    pipe = FLUX.pipe()
+    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    embedder = wake(ReduxImageEncoder(WIDTH, pipe.transformer.config.joint_attention_dim))
+    parts = {"image_encoder": siglip_encoder(), "feature_extractor": siglip_features(), "image_embedder": embedder}
+    prior = diffusers.FluxPriorReduxPipeline(**parts, **encoders)
+    redux = [prior(style(k), prompt="") for k in range(2)]
+    with FLUX.stream(pipe) as stream:
+        stream.prepare(**redux[0], num_inference_steps=STEPS, guidance_scale=2.5)
+        got = drawn(stream, [None, lambda: stream.update(**redux[1], scope="frame"), None])
+        size = {"height": 64, "width": 64, "num_inference_steps": STEPS, "guidance_scale": 2.5, "output_type": "latent"}
+        expected = [pipe(**one, latents=stream.frame_noise(k), **size).images for k, one in enumerate(redux)]
+        assert relative_error(torch.cat(got), torch.cat(expected)) <= 1e-6
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("family", ["flux", "sd3", "instaflow"])
+def test_styles_and_scales_change_without_a_new_graph_and_without_waiting(family, cuda_stream):
+    stream, loop = cuda_stream(family), cuda_stream(family, use_denoising_batch=False)
+    for one in (stream, loop):
+        with_encoder(one.pipe)
+        one.pipe.image_encoder.to("cuda")
+        one.image_prompts.load(random_adapter(one.pipe), scale=0.7)
+    encoded = [stream.image_prompts.encode(style(k)) for k in range(4)]
+    stream.accelerate("cuda-graph")
+    drawn(stream, by(*encoded))
+    captured = stream.velocity.captured
+    stream.reset()
+    inputs = [*by(*encoded[:2]), lambda: stream.image_prompts.set_scale(0.2, scope="frame"), None, *by(*encoded[2:])]
+    with never_waiting():
+        frames = drawn(stream, inputs)
+    inputs[2] = lambda: loop.image_prompts.set_scale(0.2, scope="frame")
+    assert stream.velocity.captured == captured == 1
+    assert relative_error(torch.cat(frames), torch.cat(drawn(loop, inputs))) <= 1e-3
 
 
 # -- what cannot be --------------------------------------------------------------------------------------------------------

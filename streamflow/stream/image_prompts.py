@@ -133,22 +133,26 @@ class ImagePrompts:
         """Load an adapter beside those that there are, or several at once, by the pipe's own `load_ip_adapter`. Returns the
         names.
 
-        source: as diffusers takes it: a hub id or a folder with `weight_name=` and `subfolder=`, a state dict, or a list of
-            these; also the path of one file, on disk or on the hub ("h94/IP-Adapter/models/ip-adapter_sd15.safetensors").
-        name: of the adapter, or one for each; by default "adapter_0", "adapter_1", ...
-        scale: how strongly they act; by default as in diffusers, 1, or 0.5 for Stable Diffusion 3.
-        image_encoder: a model, or the folder or hub path of one, where diffusers' loader does not find it, as for a state
-            dict or one file. The pipe keeps one that it has. feature_extractor: its image processor, by default made for it.
-        kwargs: what else `load_ip_adapter` takes.
-
         Frames in flight finish first, and what is accelerated is accelerated anew. The pipe's network has the adapters until
         `unload` or `close`, which give it back exactly what it had. To be called by the thread that draws.
 
+        Args:
+            source: as diffusers takes it: a hub id or a folder with `weight_name=` and `subfolder=`, a state dict, or a list
+                of these; also the path of one file, on disk or on the hub
+                ("h94/IP-Adapter/models/ip-adapter_sd15.safetensors").
+            name: of the adapter, or one for each; by default "adapter_0", "adapter_1", ...
+            scale: how strongly they act; by default as in diffusers, 1, or 0.5 for Stable Diffusion 3.
+            image_encoder: a model, or the folder or hub path of one, where diffusers' loader does not find it, as for a state
+                dict or one file. By default the one that the pipe has.
+            feature_extractor: the image processor of `image_encoder`; by default it is made for it.
+            kwargs: what else `load_ip_adapter` takes.
+
         Raises:
             ValueError: the adapter does not fit this pipeline, with the reason; a name that is taken; more adapters than the
-            pipeline takes. NotImplementedError: diffusers has no IP-Adapter for this family; a kind that is not streamed.
-            OSError: no such file. RuntimeError: `unet` or `velocity` were assigned; another stream of this pipe draws with
-            its adapters. Then all is as it was.
+                pipeline takes. Here and below all is as it was.
+            NotImplementedError: diffusers has no IP-Adapter for this family; a kind of adapter that is not streamed.
+            OSError: no such file.
+            RuntimeError: `unet` or `velocity` were assigned; another stream of this pipe draws with its adapters.
         """
         from streamflow.models.image_prompts import Adapters, find_encoder, keeping_encoders, load
 
@@ -186,10 +190,11 @@ class ImagePrompts:
             self._give_encoders_back()
 
     def set_scale(self, scale: float | Mapping[str, float], *, scope: str = "now") -> None:
-        """How strongly adapters act: all of them, or those that are named. From any thread; nothing is compiled or captured
-        again.
+        """How strongly adapters act. From any thread; nothing is compiled or captured again.
 
-        scope: "now" for all rows from the next tick on, those in flight too; "frame" for frames that enter from now on.
+        Args:
+            scale: of all adapters, or of those that are named.
+            scope: "now" for all rows from the next tick on, those in flight too; "frame" for frames that enter from now on.
 
         Raises:
             ValueError, TypeError: an unknown name, with those known; a scale that is no finite number.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
@@ -36,17 +37,26 @@ def random_adapter(pipe: Any, seed: int = 0, plus: bool = False, width: int = WI
         return make(network, width, plus) if make is _unet else make(network, width)
 
 
+def save_adapter(pipe: Any, path: Any, seed: int = 0) -> StateDict:
+    """Write an adapter for this pipe in diffusers' file format, `.safetensors`. Returns its state dict."""
+    state = random_adapter(pipe, seed)
+    flat = {f"{part}.{key}": value.contiguous() for part, own in state.items() for key, value in own.items()}
+    save_file(flat, path)
+    return state
+
+
 def with_encoder(pipe: Any, seed: int = 0) -> Any:
     """The pipe, with a small random image encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder, features = _siglip() if hasattr(pipe, "tokenizer_3") else _clip()
-        wake(encoder).to(dtype=pipe.dtype)
-    pipe.register_modules(image_encoder=encoder, feature_extractor=features)
+        encoder = siglip_encoder() if hasattr(pipe, "tokenizer_3") else clip_encoder()
+    features = siglip_features() if hasattr(pipe, "tokenizer_3") else CLIPImageProcessor(size=IMAGE, crop_size=IMAGE)
+    pipe.register_modules(image_encoder=encoder.to(dtype=pipe.dtype), feature_extractor=features)
     return pipe
 
 
-def _clip() -> tuple[nn.Module, Any]:
+def clip_encoder() -> nn.Module:
+    """A small CLIP image encoder."""
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -56,10 +66,11 @@ def _clip() -> tuple[nn.Module, Any]:
         image_size=IMAGE,
         patch_size=16,
     )
-    return CLIPVisionModelWithProjection(config), CLIPImageProcessor(size=IMAGE, crop_size=IMAGE)
+    return wake(CLIPVisionModelWithProjection(config))
 
 
-def _siglip() -> tuple[nn.Module, Any]:
+def siglip_encoder() -> nn.Module:
+    """A small SigLIP image encoder."""
     config = SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -68,7 +79,12 @@ def _siglip() -> tuple[nn.Module, Any]:
         image_size=IMAGE,
         patch_size=16,
     )
-    return SiglipVisionModel(config), SiglipImageProcessor(size={"height": IMAGE, "width": IMAGE})
+    return wake(SiglipVisionModel(config))
+
+
+def siglip_features() -> Any:
+    """Its image processor."""
+    return SiglipImageProcessor(size={"height": IMAGE, "width": IMAGE})
 
 
 def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str, Tensor]:
