@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
 from streamflow.acceleration.accelerator import Accelerator
+from streamflow.conditioning.image_prompt import ImagePromptArgument
 from streamflow.flow.noise import check_policy
 from streamflow.flow.schedule import check_indices
 from streamflow.image_filter import SimilarImageFilter
@@ -32,6 +33,7 @@ from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.forwards import Attribute, DiffusersAttribute
 from streamflow.stream.frame_loop import FrameLoop
 from streamflow.stream.hooks import Hooks
+from streamflow.stream.image_prompts import ImagePrompts
 from streamflow.stream.inpainting import Inpainting
 from streamflow.stream.inputs import ImageReader, Inputs
 from streamflow.stream.loras import Loras
@@ -119,23 +121,15 @@ class StreamFlow(StreamDiffusion):
         self._denoiser = denoiser = Denoiser(model, use_denoising_batch)
         self._outputs = outputs = Outputs(model, denoiser)
         self._hooks = hooks = Hooks(model, denoiser)
-        self._updates = Updates(
-            model,
-            planner,
-            denoiser,
-            outputs,
-            t_index_list=t_index_list,
-            cfg_type=cfg_type,
-            do_add_noise=do_add_noise,
-            noise=noise,
-            noise_period=noise_period,
-            feedback=feedback,
-        )
+        defaults: dict[str, Any] = {"t_index_list": t_index_list, "cfg_type": cfg_type, "do_add_noise": do_add_noise}
+        defaults |= {"noise": noise, "noise_period": noise_period, "feedback": feedback}
+        self._updates = Updates(model, planner, denoiser, outputs, **defaults)
         reader = self._reader = ImageReader(model, denoiser, input_range, resize, check_inputs)
         self._inpainting = Inpainting(model, denoiser, outputs.redraw, reader)
         self._controlnets = ControlNets(model, denoiser, outputs.redraw, reader)
+        self.image_prompts = ImagePrompts(model, denoiser, outputs.redraw, reader)
         references = self._references = References(model, denoiser, self._updates, outputs, reader)
-        conditioners = self._inpainting, self._controlnets
+        conditioners = self._inpainting, self._controlnets, self.image_prompts
         self._inputs = inputs = Inputs(model, denoiser, reader, conditioners, references)
         self._loop = FrameLoop(model, denoiser, self._updates, inputs, outputs)
         self._steps = Steps(model, denoiser, self._updates, inputs)
@@ -143,7 +137,7 @@ class StreamFlow(StreamDiffusion):
         self._loras = Loras(model, denoiser, self._updates, outputs.redraw)
         parts = partial(_parts, model, denoiser, self._steps)
         self._accelerator = accelerator = Accelerator(model, parts, accelerate, hooks.check_acceleration)
-        denoiser.on_close.add(accelerator.put_back)
+        denoiser.on_close.add(accelerator.put_back, self.image_prompts.close)
         model.before_change.add(accelerator.put_back, outputs.redraw)
         model.after_change.add(accelerator.rebuild)
         view = cast(Any, base_view(pipe, adapter.net, adapter.factor))
@@ -175,6 +169,7 @@ class StreamFlow(StreamDiffusion):
         mask: Images | None = None,
         control: ControlArgument | None = None,
         reference: ReferenceArgument | None = None,
+        image_prompt: ImagePromptArgument | None = None,
     ) -> Tensor:
         """One call of the stream: F images in, F finished images out, `[F, 3, height, width]` in [-1, 1].
 
@@ -184,6 +179,7 @@ class StreamFlow(StreamDiffusion):
         `control`: for each control net its image, or F of them (`add_control`).
         `reference`: reference images, one or several, each for all frames or F of them. In edit pipelines the image itself
         is the first reference, and the frame starts from noise, `frame_noise(id)`.
+        `image_prompt`: a style image for all frames, or F of them, or a blend (`ImagePrompts` lists the forms).
         Where the decoder raises, the finished frames stay, and the next call begins with decoding them.
 
         Raises:
@@ -192,12 +188,13 @@ class StreamFlow(StreamDiffusion):
         """
         if x is None:
             self._inpainting.read(mask, None, range(0))
-            return self.txt2img(control=control, reference=reference)
+            return self.txt2img(control=control, reference=reference, image_prompt=image_prompt)
         denoiser, inputs, outputs = self._denoiser, self._inputs, self._outputs
         denoiser.check_free("stream(image)")
         began = outputs.timer.start()
         try:
-            read = inputs.read(x, {"mask": mask, "control": control, "reference": reference})
+            given = {"mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
+            read = inputs.read(x, given)
             if self._updates.pending is not None:
                 self._updates.take()
             if outputs.similar_image_filter and outputs.skips(inputs.compared(read.seen, read.conditions)):
@@ -218,18 +215,19 @@ class StreamFlow(StreamDiffusion):
         latents: Tensor | None = None,
         control: ControlArgument | None = None,
         reference: ReferenceArgument | None = None,
+        image_prompt: ImagePromptArgument | None = None,
     ) -> Tensor:
         """Draw from noise: exactly `batch_size` images (None: F), a multiple of F, `[batch_size, 3, height, width]`.
 
         On an empty ring S - 1 more groups of fresh frames follow the first; they leave at later calls or at `flush`.
         latents: `[batch_size, ...]`, the noise to start from, as the pipeline takes it.
         control: for each control net an image, or one for each of `batch_size`; further frames have the last one's.
-        reference: reference images, one or several, each likewise.
+        reference: reference images, one or several, each likewise. image_prompt: a style image, likewise.
         """
         denoiser, inputs, outputs, frames = self._denoiser, self._inputs, self._outputs, self._model.frames
         denoiser.check_free("txt2img()")
         groups = inputs.group_count(batch_size, latents)
-        given = {"control": control, "reference": reference}
+        given = {"control": control, "reference": reference, "image_prompt": image_prompt}
         conditions = inputs.conditions(given, None, range(groups * frames))
         outputs.similar_filter.forget()
         began = outputs.timer.start()

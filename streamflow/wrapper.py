@@ -43,14 +43,12 @@ CHOICES = {"mode": ("img2img", "txt2img"), "output_type": ("pil", "np", "pt", "l
 _CONTROL = (
     "control nets are diffusers models here: wrapper.stream.add_control(name, model), then stream(image, control={...})"
 )
-_STYLE = "image prompts (IP-Adapter) are not offered"
 _CACHED = "cached attention over earlier frames (V2V) is not offered; StreamFlow(..., feedback=...) holds a video still"
 _HOOKS = "images are pre- and postprocessed by the caller, before and after each call"
 _MEMORY = "engines are built for what a stream needs, and torch raises an error where memory is short"
 NOT_HERE = {
     **dict.fromkeys(("use_controlnet", "controlnet_config", "controlnets", "update_control_image"), _CONTROL),
     **dict.fromkeys(("update_control_image_efficient", "get_last_processed_image", "cleanup_controlnets"), _CONTROL),
-    **dict.fromkeys(("use_ipadapter", "ipadapter_config", "ipadapters", "update_style_image"), _STYLE),
     **dict.fromkeys(("use_cached_attn", "cache_maxframes", "cache_interval", "cached_attention", "stream_v2v"), _CACHED),
     **dict.fromkeys((f"{what}_{when}processing_config" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
     **dict.fromkeys((f"{what}_{when}processing" for what in ("image", "latent") for when in ("pre", "post")), _HOOKS),
@@ -59,6 +57,17 @@ NOT_HERE = {
     "enable_pytorch_fallback": "accelerate('tensorrt', fallback='eager') goes on without an engine",
     "sampler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
     "scheduler": "a flow's noise levels are its scheduler's: assign wrapper.stream.scheduler",
+}
+
+# The keys of an entry of livepeer's `ipadapter_config`: those that are read, and those that ask for what there is not.
+IPADAPTER = (
+    *("ipadapter_model_path", "image_encoder_path", "style_image", "scale", "enabled", "type", "style_image_key"),
+    "num_image_tokens",  # which the adapter says itself
+)
+_FACES = "FaceID needs a face detector: pass its embeddings, wrapper.stream.image_prompts.set(ImageEmbeds(...))"
+NOT_OF_IPADAPTER = {
+    **dict.fromkeys(("is_faceid", "insightface_model_name"), _FACES),
+    "weight_type": "an adapter has one scale for all blocks",
 }
 
 _STREAM = "assign wrapper.stream.{}"
@@ -124,6 +133,9 @@ class StreamFlowWrapper:
         family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's. Where the image of a call is a
             reference and mode is "img2img", `noise` is "constant" by default, so that a still image stays still.
         references: reference images of all frames, by name or in order, images or paths (`StreamFlow.set_reference`).
+        ipadapter_config: image prompts in livepeer's form, a mapping or several: `ipadapter_model_path` and
+            `image_encoder_path` (files and folders, on disk or on the hub), `style_image` (an image or a path), `scale`.
+            `use_ipadapter=False` leaves it unused. `stream.image_prompts` has more.
         default_strength: of image to image, where neither `t_index_list` nor `prepare` says where frames start; unused where
             the image of a call is a reference.
         not_here: other names that livepeer's fork knows raise NotImplementedError with the reason.
@@ -184,6 +196,8 @@ class StreamFlowWrapper:
         skip_diffusion: bool = False,
         family: str | None = None,
         references: Mapping[str, Images | str] | Sequence[Images | str] = (),
+        use_ipadapter: bool | None = None,
+        ipadapter_config: Arguments | Sequence[Arguments] | None = None,
         default_strength: float | None = None,
         acceleration_options: Arguments | None = None,
         stream_options: Arguments | None = None,
@@ -208,6 +222,7 @@ class StreamFlowWrapper:
         if not isinstance(references, Mapping):
             references = {f"reference_{i}": one for i, one in enumerate(references)}
         references = {name: _opened(one) for name, one in references.items()}
+        self.ipadapter_config = _read_ipadapters(use_ipadapter, ipadapter_config)
         self.device = device or default_device()
         pipe = models.load(model_id_or_path, device=self.device, dtype=dtype or default_dtype(self.device), family=family)
         if like is not None and width is None and height is None:
@@ -232,6 +247,7 @@ class StreamFlowWrapper:
         )
         for name, image in references.items():
             self.stream.set_reference(name, image)
+        self._load_ipadapters()
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
         _spread(self.stream, device_ids)
@@ -315,6 +331,21 @@ class StreamFlowWrapper:
         if "nsfw_fallback_img" not in vars(self):
             self.nsfw_fallback_img = PIL.Image.new("RGB", (self.width, self.height))
         self._uses_checker = True
+
+    @property
+    def use_ipadapter(self) -> bool:
+        """Whether there are adapters for image prompts."""
+        return bool(self.stream.image_prompts.adapters)
+
+    def _load_ipadapters(self) -> None:
+        styles, prompts = {}, self.stream.image_prompts
+        for one in self.ipadapter_config:
+            path, scale, encoder = one["ipadapter_model_path"], one.get("scale", 1.0), one.get("image_encoder_path")
+            (name,) = prompts.load(path, one.get("style_image_key"), scale=scale, image_encoder=encoder)
+            if one.get("style_image") is not None:
+                styles[name] = _opened(one["style_image"])
+        if styles:
+            prompts.set(styles)
 
     # -- StreamDiffusionWrapper's calls -----------------------------------------------------------------------------------
 
@@ -452,10 +483,12 @@ class StreamFlowWrapper:
         seed_interpolation_method: str = "linear",
         normalize_seed_weights: bool | None = None,
         use_safety_checker: bool | None = None,
+        ipadapter_config: Arguments | None = None,
         **not_here: Any,
     ) -> None:
         """`update` under livepeer's names; None leaves a value as it is. `num_inference_steps` without a `t_index_list`
-        keeps the steps at their places in the schedule: [0, 16, 32, 45] of 50 become [0, 3, 5, 7] of 9.
+        keeps the steps at their places in the schedule: [0, 16, 32, 45] of 50 become [0, 3, 5, 7] of 9. Of
+        `ipadapter_config` the scale and the style image act.
 
         Raises:
             ValueError, TypeError: as `StreamFlow.update`; a seed beside a seed_list; normalize_seed_weights=False, since
@@ -485,6 +518,22 @@ class StreamFlowWrapper:
         self.update(**{name: value for name, value in given.items() if value is not None})
         if use_safety_checker is not None:
             self.use_safety_checker = use_safety_checker
+        if ipadapter_config:
+            self._update_ipadapter(ipadapter_config)
+
+    def update_style_image(self, image: Images | str) -> None:
+        """The image prompt of all frames that enter from now on: an image or a path, for the first adapter."""
+        name = next(iter(self.stream.image_prompts.adapters), None)
+        if name is None:
+            raise RuntimeError("there is no adapter for image prompts: make the wrapper with ipadapter_config={...}")
+        self.stream.image_prompts.set({name: _opened(image)})
+
+    def _update_ipadapter(self, config: Arguments) -> None:
+        _check_ipadapter(config)
+        if config.get("scale") is not None:
+            self.stream.image_prompts.set_scale(config["scale"])
+        if config.get("style_image") is not None:
+            self.update_style_image(config["style_image"])
 
     def _same_places(self, steps: int) -> list[int] | None:
         """The steps in force at the same places in a schedule of another length; None where no list of them is given."""
@@ -533,7 +582,7 @@ class StreamFlowWrapper:
                 {"model_id": name, "conditioning_scale": scale, "preprocessor_params": {}, "enabled": True}
                 for name, scale in stream.controls.items()
             ],
-            "ipadapter_config": None,
+            "ipadapter_config": _ipadapter_state(stream),
             **({"caches": {"cached_prompts": stream.cached_prompts}} if include_caches else {}),
         }
 
@@ -579,6 +628,37 @@ def _refuse(what: str, names: Arguments) -> None:
             raise TypeError(f"{what} takes no argument {name!r}")
         if value:
             raise NotImplementedError(f"{name}={value!r}: {NOT_HERE[name]}")
+
+
+def _read_ipadapters(use: bool | None, config: Arguments | Sequence[Arguments] | None) -> tuple[Arguments, ...]:
+    """The entries of an `ipadapter_config` that are enabled. ValueError, NotImplementedError: what cannot be."""
+    if use and not config:
+        raise ValueError("use_ipadapter=True needs ipadapter_config={'ipadapter_model_path': ..., ...}")
+    entries = [config] if isinstance(config, Mapping) else list(config or ())
+    entries = [] if use is False else [one for one in entries if one.get("enabled", True)]
+    for one in entries:
+        _check_ipadapter(one)
+        if not one.get("ipadapter_model_path"):
+            raise ValueError(f"ipadapter_config {dict(one)} has no ipadapter_model_path")
+    return tuple(entries)
+
+
+def _check_ipadapter(entry: Arguments) -> None:
+    """ValueError for unknown keys, NotImplementedError for keys that ask for what there is not."""
+    unknown = set(entry) - {*IPADAPTER, *NOT_OF_IPADAPTER}
+    if unknown:
+        raise ValueError(f"ipadapter_config has no key {', '.join(sorted(unknown))}; it has {', '.join(IPADAPTER)}")
+    asked = {**entry, "is_faceid": entry.get("is_faceid") or "faceid" in str(entry.get("type"))}
+    for name, why in NOT_OF_IPADAPTER.items():
+        if asked.get(name):
+            raise NotImplementedError(f"ipadapter_config with {name}: {why}")
+
+
+def _ipadapter_state(stream: StreamFlow) -> Call | None:
+    """The first adapter, in livepeer's form; None without adapters."""
+    for name, scale in stream.image_prompts.adapters.items():
+        return {"scale": scale, "enabled": True, "has_style_image": name in stream.image_prompts.fixed}
+    return None
 
 
 def _mixed_seeds(seed_list: Sequence[tuple[int, float]], method: str) -> list[tuple[int, float]]:

@@ -24,15 +24,15 @@ RESULTS = ROOT / "static" / "families.json"
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by tests/family_table.py -->\n", "<!-- end -->\n"
 FAMILIES_HEAD = (
-    *("family", "pipeline", "guidance", "image-to-image", "references", "diffusers"),
+    *("family", "pipeline", "guidance", "image-to-image", "references", "image prompts", "diffusers"),
     "differences, what is refused",
 )
 EXACT_HEAD = ("family", "row by row", "in one batch", "the pipeline's own batch", "image-to-image")
 EXPLAINED = """\
 In the column image-to-image, "strength of ..." stands where diffusers has no such pipeline for the family: `strength` then
 counts as it does in the pipeline that is named. The column references has the number of reference images that a frame takes;
-where it takes any, the image of a call is the first, and `image_as="start"` draws from it instead. The column diffusers has
-the oldest version that has the family.
+where it takes any, the image of a call is the first, and `image_as="start"` draws from it instead. The column image prompts
+has the number of IP-Adapters at once. The column diffusers has the oldest version that has the family.
 
 How exact each family is, against its pipeline's own call:
 """
@@ -108,6 +108,7 @@ def _does(family: str, found: dict[str, Any]) -> list[str]:
         ", ".join(f"`{one}`" for one in GUIDANCE if one in found["guidance"]),
         f"`{adapter.image_pipeline}`" if found["image"] is not None else f"strength of `{adapter.image_pipeline}`",
         _references(adapter),
+        _image_prompts(adapter),
         adapter.since,
         adapter.note,
     ]
@@ -120,6 +121,14 @@ def _references(adapter: type[models.adapter.FlowAdapter]) -> str:
     rule = getattr(import_module(module), name)
     most = "any" if rule.most is None else str(rule.most)
     return f"{most}, at least {rule.least}" if rule.least and rule.most is None else most
+
+
+def _image_prompts(adapter: type[models.adapter.FlowAdapter]) -> str:
+    if adapter.image_prompt is None:
+        return ""
+    module, _, name = adapter.image_prompt.partition(":")
+    most = getattr(import_module(module), name).most
+    return "any" if most is None else str(most)
 
 
 def _exact(family: str, found: dict[str, Any]) -> list[str]:

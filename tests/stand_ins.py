@@ -16,7 +16,9 @@ from diffusers import AutoencoderTiny, DiffusionPipeline, SD3ControlNetModel, St
 from PIL import Image
 from random_pipelines import random_pipeline, random_tiny_vae
 from random_pipelines.control import random_control
+from random_pipelines.image_prompts import clip_encoder, save_adapter
 from test_loras import TARGETS, write_lora
+from transformers import CLIPVisionModelWithProjection
 
 from streamflow.io.addresses import SINKS, SOURCES
 from streamflow.models import tiny_vae
@@ -32,8 +34,14 @@ NOT_RUN = {
     "tensorrt": "engines run on RTX cards only",
     "quantize": "fp8 needs a GPU; tests/test_gpu_quantize.py",
     "midi": "needs a controller; tests/test_control.py plays its messages",
+    "redux": "tests/test_image_prompts.py does it with a small prior",
 }
-FAMILY_OF = {"StableDiffusion3Pipeline": "sd3", "AuraFlowPipeline": "auraflow", "DiffusionPipeline": "sd3"}
+FAMILY_OF = {
+    "StableDiffusion3Pipeline": "sd3",
+    "AuraFlowPipeline": "auraflow",
+    "DiffusionPipeline": "sd3",
+    "FluxPipeline": "schnell",
+}
 LARGE = {"sd3": {"pos_embed_max_size": 128}, "auraflow": {"pos_embed_max_size": 4096}}  # for 512x512
 
 
@@ -55,7 +63,8 @@ def stand_in(needs: Iterable[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """A tiny random pipeline of the same class for every model that is not a folder; a LoRA and a control net."""
+    """A tiny random pipeline of the same class for every model that is not a folder; a LoRA, a control net and an adapter of
+    image prompts."""
     plain, made = DiffusionPipeline.from_pretrained.__func__, {}
 
     def from_pretrained(cls: type, path: str | Path, **options: Any) -> DiffusionPipeline:
@@ -71,6 +80,13 @@ def _hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         vae = made["pipe"].vae.config
         return random_tiny_vae(vae.latent_channels, len(vae.block_out_channels))
 
+    def adapter_file(*args: object, **options: object) -> str:
+        if "pipe" in made:  # a later block goes on with the pipe of an earlier one
+            save_adapter(made["pipe"], folder / "adapter.safetensors")
+        return str(folder / "adapter.safetensors")
+
+    monkeypatch.setattr("diffusers.loaders.ip_adapter._get_model_file", adapter_file)
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "from_pretrained", lambda *a, **k: clip_encoder())
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(tiny_vae, "load", load_tiny)
     model = plain(StableDiffusion3Pipeline, embedded())

@@ -38,7 +38,7 @@ ENTRIES = {
 }
 CALLS, FILES = 45, 10
 LEFT_OUT = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>"}
-OPTIONS = ("inpaint", "controlnet", "lora", "hooks")
+OPTIONS = ("inpaint", "controlnet", "image_prompt", "lora", "hooks")
 
 
 def test_the_package_has_sixteen_public_entries():

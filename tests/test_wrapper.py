@@ -11,8 +11,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from random_pipelines import random_pipeline, random_tiny_vae
+from random_pipelines.image_prompts import save_adapter, with_encoder
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from streamflow import create_wrapper_from_config
 from streamflow.app import config
 from streamflow.models.safety_checker import load as load_checker
 from streamflow.parallel.rows import ShardedVelocity
@@ -188,7 +190,11 @@ def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_
         ({"mode": "vid2vid"}, ValueError, "unknown mode 'vid2vid': choose one of img2img, txt2img"),
         ({"output_type": "jpg"}, ValueError, "unknown output_type"),
         ({"use_lcm_lora": True}, NotImplementedError, "draws in few steps by itself"),
-        ({"use_ipadapter": True}, NotImplementedError, "image prompts .IP-Adapter. are not offered"),
+        ({"use_ipadapter": True}, ValueError, "use_ipadapter=True needs ipadapter_config="),
+        ({"ipadapter_config": {"scale": 1.0}}, ValueError, "has no ipadapter_model_path"),
+        ({"ipadapter_config": {"model": "a"}}, ValueError, "has no key model; it has ipadapter_model_path"),
+        ({"ipadapter_config": {"type": "faceid"}}, NotImplementedError, "is_faceid: FaceID needs a face detector"),
+        ({"ipadapter_config": {"weight_type": "style"}}, NotImplementedError, "one scale for all blocks"),
         ({"use_cached_attn": True}, NotImplementedError, "cached attention over earlier frames .V2V. is not offered"),
         ({"controlnet_config": [{"model_id": "x/y"}]}, NotImplementedError, "wrapper.stream.add_control"),
         ({"colour": "red"}, TypeError, "StreamFlowWrapper takes no argument 'colour'"),
@@ -202,6 +208,43 @@ def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_
 def test_what_cannot_be_is_refused(made, arguments, error, says):
     with pytest.raises(error, match=says):
         made(**arguments)
+
+
+def test_image_prompts_by_livepeers_names(folder, made, picture, tmp_path):
+    pipe = with_encoder(random_pipeline("sd3"))
+    save_adapter(pipe, tmp_path / "style.safetensors")
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    picture(1).save(tmp_path / "style.png")
+    entry = {
+        "ipadapter_model_path": str(tmp_path / "style.safetensors"),
+        "image_encoder_path": str(tmp_path / "encoder"),
+        "style_image": str(tmp_path / "style.png"),
+        "scale": 0.6,
+        "type": "regular",
+    }
+    plain, unused = made(output_type="pt"), made(output_type="pt", use_ipadapter=False, ipadapter_config=entry)
+    wrapper = made(output_type="pt", use_ipadapter=True, ipadapter_config=entry)
+    first = wrapper()
+    assert (wrapper.use_ipadapter, unused.use_ipadapter) == (True, False)
+    assert torch.equal(plain(), unused()) and not torch.allclose(plain(), first, atol=1e-3)
+    assert wrapper.get_stream_state()["ipadapter_config"] == {"scale": 0.6, "enabled": True, "has_style_image": True}
+    own = wrapper.stream
+    own.reset()
+    expected = own.txt2img(2, image_prompt=picture(2))
+    own.reset()
+    wrapper.update_style_image(picture(2))
+    assert torch.allclose(own.txt2img(2), expected, atol=1e-5)
+    wrapper.update_stream_params(ipadapter_config={"scale": 0.1, "style_image": str(tmp_path / "style.png")})
+    assert own.image_prompts.adapters == {"adapter_0": 0.1} and own.image_prompts.fixed == ("adapter_0",)
+    with pytest.raises(NotImplementedError, match="one scale for all blocks"):
+        wrapper.update_stream_params(ipadapter_config={"weight_type": "style"})
+    with pytest.raises(AttributeError, match="make a new StreamFlowWrapper with use_ipadapter"):
+        wrapper.use_ipadapter = False
+    keys = {"model_id": folder, "t_index_list": [0, 1], "ipadapters": [entry], "device": "cpu", "cfg_type": "none"}
+    again = create_wrapper_from_config(keys, acceleration="none", use_tiny_vae=False, mode="txt2img", output_type="pt")
+    assert torch.equal(again(), first)
+    with pytest.raises(RuntimeError, match="there is no adapter for image prompts"):
+        plain.update_style_image(picture(1))
 
 
 def test_calling_in_the_other_mode_says_so(made, picture):

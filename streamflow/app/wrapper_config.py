@@ -44,7 +44,7 @@ def check_config(config: object) -> None:
         raise ValueError(f"a configuration is keys and values, not {type(config).__name__}")
     wrong = [] if config.get("model_id") else ["model_id is missing"]
     weights = "normalize_prompt_weights", "normalize_seed_weights"
-    known = {*ARGUMENTS, *PREPARATION, *BLENDING, *UNUSED, *NOT_HERE, "model_id", *weights}
+    known = {*ARGUMENTS, *PREPARATION, *BLENDING, *UNUSED, *NOT_HERE, "model_id", "ipadapters", *weights}
     wrong += [f"{key!r} is no key" for key in config if key not in known]
     for key, inner in BLENDING.items():
         if key in config and not (isinstance(config[key], Mapping) and config[key].get(inner)):
@@ -80,6 +80,8 @@ def create_wrapper_from_config(config: Json, **overrides: object) -> StreamFlowW
         preparation["normalize"] = config["normalize_prompt_weights"]
     passed = (ARGUMENTS - UNUSED) | NOT_HERE.keys()
     arguments = {name: value for name, value in config.items() if name in passed}
+    if config.get("ipadapters"):
+        arguments |= {"use_ipadapter": True, "ipadapter_config": config["ipadapters"]}
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = DTYPES[arguments["dtype"]]
     return StreamFlowWrapper(config["model_id"], prepare={**preparation, **arguments.pop("prepare", {})}, **arguments)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from streamflow.conditioning.controlnet import ControlRule
     from streamflow.conditioning.reference import ReferenceRule
     from streamflow.models.adapter import FlowAdapter
+    from streamflow.models.image_prompts import ImagePromptRule
     from streamflow.models.protocols import Pipeline
 
 FAMILIES: dict[str, str | type[FlowAdapter]] = {
@@ -151,6 +152,20 @@ def reference_rule(adapter: FlowAdapter) -> ReferenceRule:
         )
     module, _, name = adapter.reference.partition(":")
     return getattr(import_module(module), name)()
+
+
+def image_prompt_rule(adapter: FlowAdapter) -> ImagePromptRule:
+    """The rule of this family's IP-Adapters. NotImplementedError where diffusers has none; ImportError: diffusers is too
+    old."""
+    if adapter.image_prompt is None:
+        raise NotImplementedError(f"diffusers has no IP-Adapter for {type(adapter.pipe).__name__} that is streamed")
+    module, _, name = adapter.image_prompt.partition(":")
+    try:
+        return getattr(import_module(module), name)()
+    except ImportError as error:
+        raise ImportError(
+            f"image prompts need a newer diffusers than {version('diffusers')} ({error}): pip install -U diffusers"
+        ) from error
 
 
 def load(model: str = "embedded", **kwargs: object) -> Pipeline:

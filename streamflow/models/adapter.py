@@ -18,13 +18,20 @@ from torch.nn.functional import interpolate
 
 from streamflow._validation import is_whole_number
 from streamflow.conditioning.controlnet import LEVELS, ControlledVelocity, Controls
+from streamflow.conditioning.image_prompt import ImagePrompting, ImagePromptVelocity
 from streamflow.conditioning.prompt import Cond, Prompt
 from streamflow.flow.convention import add_noise
 from streamflow.flow.guidance import Weight
 from streamflow.flow.schedule import Schedule
 from streamflow.flow.solvers import BY_SCHEDULER, Rule, rule_of
 from streamflow.models.codec import Codec
-from streamflow.models.pipe_parts import base_network, cannot_encode, check_sampling, missing_text_parts
+from streamflow.models.pipe_parts import (
+    base_network,
+    cannot_encode,
+    check_sampling,
+    has_image_adapters,
+    missing_text_parts,
+)
 from streamflow.models.probe import Recording, Texts, encoding, record
 from streamflow.models.protocols import VAE, Arguments, Call, Network, Pipeline
 from streamflow.models.row_by_row import RowByRow
@@ -36,7 +43,9 @@ RESERVED = frozenset(
     "strength timesteps".split()
 )
 
+_STYLE = "image_prompts.load(...) loads an adapter, which stream(image, image_prompt=style) or image_prompts.set(style) uses"
 INSTEAD = {
+    **{f"{which}ip_adapter_image{what}": _STYLE for which in ("", "negative_") for what in ("", "_embeds")},
     "callback_on_step_end": "on_step(fn) calls a function after every step, with every row's latents",
     "callback": "on_step(fn) calls a function after every step, with every row's latents",
 }
@@ -69,6 +78,7 @@ class FlowAdapter:
     control: the `ControlRule` of the family's control nets, `module:Class`; None: diffusers has none.
     reference: the `ReferenceRule` of the pipeline's reference images, `module:Class`; None: it takes none. Where it is set,
         the pipeline's `image=` is a reference.
+    image_prompt: the `ImagePromptRule` of the family's IP-Adapters, `module:Class`; None: diffusers has none.
     tiny_vae: a small VAE of the same latents, a hub id or a key of `models.tiny_vae.PUBLISHED`.
     since: the oldest diffusers that is supported for this family.
     note: differences from the pipeline and what is refused, for the table in docs/models.md.
@@ -101,6 +111,7 @@ class FlowAdapter:
     vae_channels: ClassVar[str] = "latent_channels"
     control: ClassVar[str | None] = None
     reference: ClassVar[str | None] = None
+    image_prompt: ClassVar[str | None] = None
     tiny_vae: ClassVar[str | None] = None
     since: ClassVar[str] = "0.33"
     note: ClassVar[str] = ""
@@ -114,6 +125,7 @@ class FlowAdapter:
     is_reference: ClassVar[bool] = True
     engine: ClassVar[str] = "ring"
     controls: Controls | None = None
+    image_prompts: ImagePrompting | None = None
 
     def __init__(self, pipe: Pipeline):
         if getattr(pipe, self.network, None) is None:
@@ -134,8 +146,24 @@ class FlowAdapter:
     def rebuild(self, network: Network) -> None:
         """Make the velocity module of another network of the same family."""
         self.net = network
-        velocity = self.Velocity(network)
-        self.velocity: nn.Module = ControlledVelocity(velocity, self.controls) if self.controls else velocity
+        velocity: nn.Module = self.Velocity(network)
+        if self.image_prompts:
+            velocity = ImagePromptVelocity(velocity, self.image_prompts)
+        self.velocity = self.own_velocity = ControlledVelocity(velocity, self.controls) if self.controls else velocity
+
+    def check_network(self, network: Network) -> None:
+        """Raise ValueError for a network that has no adapters of image prompts where this one has some, or the reverse."""
+        if self.image_prompts is None:
+            if self.image_prompt is not None and has_image_adapters(network):
+                raise ValueError(
+                    f"an IP-Adapter was loaded into this {type(network).__name__} after the stream was made: load it by "
+                    f"image_prompts.load(...), or make a new StreamFlow of the pipe"
+                )
+        elif base_network(network) is not self.base or not self.image_prompts.intact():
+            raise ValueError(
+                f"the network has adapters of image prompts, and would be replaced, or has lost them to the pipe's own "
+                f"methods: image_prompts.unload() first, assign the {type(network).__name__}, and load them again"
+            )
 
     def follow_pipe(self) -> None:
         """Use the parts that the pipe has now. The stream rebuilds the network and the codec."""
@@ -149,7 +177,16 @@ class FlowAdapter:
         """Make the velocity with these control nets, or with none."""
         self.controls = controls
         self.shared_inputs = (*type(self).shared_inputs, *((LEVELS,) if controls else ()))
-        self.exportable = type(self).exportable and not controls  # torch.export has no dynamic shapes for **arguments
+        self._rebuild()
+
+    def set_image_prompts(self, prompting: ImagePrompting | None) -> None:
+        """Make the velocity with these adapters of image prompts, which are in the network, or with none."""
+        self.image_prompts = prompting
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        added = self.controls or self.image_prompts
+        self.exportable = type(self).exportable and not added  # torch.export has no dynamic shapes for **arguments
         self.rebuild(self.net)
 
     def row_by_row(self, guided: bool) -> nn.Module:

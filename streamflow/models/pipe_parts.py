@@ -41,6 +41,13 @@ def base_network(network: Any) -> Network:
             return network
 
 
+def has_image_adapters(network: Any) -> bool:
+    """Whether IP-Adapters are in this network, of a family that has them."""
+    network = base_network(network)
+    kind = getattr(getattr(network, "config", None), "encoder_hid_dim_type", None)
+    return kind == "ip_image_proj" or getattr(network, "image_proj", None) is not None
+
+
 def check_network(network: object) -> None:
     """TypeError for what cannot be called; ValueError for a network with a cache of the step before."""
     if not callable(network):

@@ -38,6 +38,7 @@ READ_ONLY = {
     **dict.fromkeys(("alpha_prod_t_sqrt", "beta_prod_t_sqrt", "c_skip", "c_out"), _SIGMAS),
     "acceleration": "call accelerate(kind)",
     "controls": "call add_control(name, model), remove_control(name) or set_control_scale(name, scale)",
+    "image_prompts": "call its load(...), set(image), set_scale(scale) or unload(...)",
     "loras": "call load_lora(...), set_adapters(...) or unload_lora(...)",
     **dict.fromkeys(("request", "prepared"), "call prepare(prompt) or update(...)"),
     "text_encoder": "prompts are encoded by the pipe: assign pipe.text_encoder, then prepare",

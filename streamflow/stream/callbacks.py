@@ -13,15 +13,19 @@ class Callbacks:
     alive that was given it, so that a stream which is dropped is freed at once, without the garbage collector."""
 
     def __init__(self, *methods: Callable[[], None]) -> None:
-        self._methods: list[WeakMethod] = []
+        self.methods: list[WeakMethod] = []
         self.add(*methods)
 
     def add(self, *methods: Callable[[], None]) -> None:
         """Call these bound methods too, as long as their objects live."""
-        self._methods += [WeakMethod(method) for method in methods]
+        self.methods += [WeakMethod(method) for method in methods]
+
+    def remove(self, method: Callable[[], None]) -> None:
+        """Call this bound method no more."""
+        self.methods = [one for one in self.methods if one() not in (method, None)]
 
     def __call__(self) -> None:
-        for reference in self._methods:
+        for reference in self.methods:
             method = reference()
             if method is not None:
                 method()

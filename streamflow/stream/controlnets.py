@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from streamflow._grad_mode import computing
 from streamflow.conditioning.controlnet import (
     Control,
-    ControlledVelocity,
     ControlRule,
     Controls,
     check_scale,
@@ -26,7 +25,6 @@ from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
 from streamflow.models import control_rule
 from streamflow.models.protocols import Network
-from streamflow.stream.callbacks import Callbacks
 from streamflow.stream.conditioner import Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
@@ -190,7 +188,7 @@ class ControlNets:
         self._model.check_open()
         adapter = self._model.adapter
         rule = control_rule(adapter)
-        if not isinstance(adapter.velocity, (adapter.Velocity, ControlledVelocity)):
+        if adapter.velocity is not adapter.own_velocity:
             raise RuntimeError(
                 f"stream.velocity was assigned, {type(adapter.velocity).__name__}, and control nets belong under it: "
                 f"assign stream.unet = stream.unet, add or remove the control, then wrap or shard anew"
@@ -225,8 +223,9 @@ class ControlNets:
         self.active = bool(scales)
         count = len(controls.items) if controls else 0
         self._levels = torch.zeros(count, 3, device=model.device)
-        self._denoiser.before_step = Callbacks(self._take_levels) if count else None
+        self._denoiser.before_step.remove(self._take_levels)
         if count:
+            self._denoiser.before_step.add(self._take_levels)
             images = torch.zeros(1, 3, model.height, model.width, device=model.device)
             self.blank = {name: torch.zeros_like(one) for name, one in self._inputs([images] * count).items()}
 

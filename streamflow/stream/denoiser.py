@@ -67,8 +67,8 @@ class Denoiser:
         self._model, self.batched = model, batched
         self.ticks = threading.RLock()
         self.queue = UpdateQueue()
-        self.before_step: Callbacks | None = None
-        self.before_flush, self.on_empty, self.on_close = Callbacks(), Callbacks(), Callbacks()
+        self.before_step, self.before_flush = Callbacks(), Callbacks()
+        self.on_empty, self.on_close = Callbacks(), Callbacks()
         self.observer: Observer | None = None
         self.state: Prepared | None = None
         self.engine: Engine | None = None
@@ -225,7 +225,7 @@ class Denoiser:
             self._stepping = threading.get_ident()
             self.queue.drawn_by, self.queue.drawn_at = self._stepping, time.monotonic()
             try:
-                if self.before_step is not None:
+                if self.before_step.methods:
                     self.before_step()
                 yield
             finally:

@@ -28,8 +28,8 @@ class FrameLoop:
 
     def frames(self, iterable: InputsOfFrames) -> Iterator[Frame]:
         """One `Frame` an input, in order, none primed, none lost, none doubled. An input is an image, None for a frame
-        drawn from noise, or an `Input(image, mask=..., control=..., reference=...)`; `update` and `update_prompt` between
-        inputs act as in other calls.
+        drawn from noise, or an `Input(image, mask=..., control=..., reference=..., image_prompt=...)`; `update` and
+        `update_prompt` between inputs act as in other calls.
 
         Until the loop ends, `stream(...)`, `txt2img`, `predict_x0_batch` and another `frames` are refused; `prepare`,
         `reset`, `flush` and `close` end it. Where an error ends it, or it is left, frames that have entered stay in flight,

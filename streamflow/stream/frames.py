@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamflow.conditioning.image_prompt import ImagePromptArgument
 from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import ControlArgument, Images, ReferenceArgument
 
@@ -51,6 +52,7 @@ class Input:
     mask: Images | None = None
     control: ControlArgument | None = None
     reference: ReferenceArgument | None = None
+    image_prompt: ImagePromptArgument | None = None
 
     @property
     def conditions(self) -> Call:

@@ -161,10 +161,17 @@ class Hooks:
 
     def check_acceleration(self, kind: str, options: object) -> None:
         """Raise where this stream cannot be accelerated in this way: RuntimeError after `close`, and where it would replay
-        CUDA graphs and the function of `on_step` may wait; NotImplementedError where the family is not accelerated."""
+        CUDA graphs and the function of `on_step` may wait; NotImplementedError where the family is not accelerated;
+        ValueError for an option that image prompts exclude."""
         self._model.check_open()
+        adapter = self._model.adapter
         if kind != "none":
-            self._model.adapter.check_offers("accelerate")
+            adapter.check_offers("accelerate")
+        if adapter.image_prompts is not None and getattr(options, "fuse_qkv", False):
+            raise ValueError(
+                "fuse_qkv puts attention processors of its own in the place of those of image prompts: leave it out, or "
+                "image_prompts.unload() first"
+            )
         if not self.graph_safe:
             check_graphs(kind, options)
 

@@ -98,6 +98,7 @@ class Model:
         if network is None:
             raise ValueError("unet is the network of the stream, and None cannot draw: assign a network of the same family")
         check_network(network)
+        self.adapter.check_network(network)
         self.before_change()
         self.adapter.rebuild(network)
         self.after_change()
@@ -178,6 +179,7 @@ class Model:
         codec = None if now.vae is seen.vae or (now.vae is None and self._vae is not seen.vae) else self.codec_of(now.vae)
         before = adapter.net, adapter.scheduler
         try:
+            adapter.check_network(now.network)
             if new_network:
                 adapter.net = now.network
                 shape = list(adapter.latent_shape(self.height, self.width))

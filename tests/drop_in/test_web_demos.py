@@ -145,13 +145,14 @@ def test_drawing_is_skipped(live):
 
 
 def test_what_is_not_there_says_so(live):
-    for name in ("update_style_image", "update_control_image", "get_last_processed_image"):
+    for name in ("update_control_image", "get_last_processed_image"):
         assert not hasattr(live, name)
-    with pytest.raises(AttributeError, match="no update_style_image: image prompts .IP-Adapter. are not offered"):
+    with pytest.raises(AttributeError, match="no update_control_image: control nets are diffusers models here"):
+        live.update_control_image(0, image_of())
+    with pytest.raises(RuntimeError, match="there is no adapter for image prompts: make the wrapper with ipadapter_config"):
         live.update_style_image(image_of())
     for arguments, says in (
         ({"controlnet_config": [{"model_id": "x/y"}]}, "stream.add_control"),
-        ({"ipadapter_config": {"scale": 1.0}}, "image prompts"),
         ({"cache_maxframes": 2}, "cached attention"),
         ({"image_preprocessing_config": [{"type": "blur"}]}, "by the caller"),
     ):
@@ -224,8 +225,8 @@ def test_a_file_that_cannot_be_says_why(tmp_path, name, text, error, says):
 
 
 def test_a_file_that_asks_for_what_is_not_there_says_so(tmp_path):
-    config = {"model_id": embedded(), "ipadapters": [{"ipadapter_model_path": "x"}]}
-    with pytest.raises(NotImplementedError, match="image prompts"):
+    config = {"model_id": embedded(), "controlnets": [{"model_id": "x"}]}
+    with pytest.raises(NotImplementedError, match="control nets"):
         create_wrapper_from_config(config)
     with pytest.raises(NotImplementedError, match="normalize_seed_weights"):
         create_wrapper_from_config({"model_id": embedded(), "normalize_seed_weights": False})

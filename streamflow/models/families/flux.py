@@ -86,6 +86,7 @@ class Flux(Packed):
     guidance_argument = "true_cfg_scale"
     guidance_in_one_call = False
     control = "streamflow.models.controlnets:FluxControl"
+    image_prompt = "streamflow.models.image_prompts:FluxImagePrompts"
     tiny_vae = "madebyollin/taef1"
     note = "`guidance_scale` is embedded, `true_cfg_scale` is the weight of `full`"
     text_pipeline = "FluxPipeline"

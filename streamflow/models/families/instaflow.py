@@ -36,6 +36,7 @@ class InstaFlow(FlowAdapter):
     row_inputs = ("encoder_hidden_states",)
     widths = {"encoder_hidden_states": "cross_attention_dim"}
     control = "streamflow.models.controlnets:UNetControl"
+    image_prompt = "streamflow.models.image_prompts:UNetImagePrompts"
     tiny_vae = "madebyollin/taesd"
     note = "compared with InstaFlow's own loop: no pipeline of diffusers draws it"
     text_pipeline = "StableDiffusionPipeline"

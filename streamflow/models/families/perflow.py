@@ -163,7 +163,7 @@ class PeRFlow(_PeRFlow, InstaFlow):
 class PeRFlowSDXLVelocity(RectifiedSDXLVelocity):
     """The output of SDXL's UNet, with the UNet's own sign."""
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return -super().forward(*args, **kwargs)
 
 

@@ -31,6 +31,7 @@ class StableDiffusion3(FlowAdapter):
     row_inputs = ("encoder_hidden_states", "pooled_projections")
     widths = {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
     control = "streamflow.models.controlnets:SD3Control"
+    image_prompt = "streamflow.models.image_prompts:SD3ImagePrompts"
     tiny_vae = "madebyollin/taesd3"
     note = "skip-layer guidance refused"
     text_pipeline = "StableDiffusion3Pipeline"

@@ -5,6 +5,7 @@ gnobitab/InstaFlow code/pipeline_rf.py for the loop). The pipeline's own schedul
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ class RectifiedSDXLVelocity(RectifiedUNetVelocity):
     """As InstaFlow's, with pooled embeddings `[rows, width]` and sizes and crop `[rows, 6]`."""
 
     def forward(
-        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor, **extra: object
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        added_cond_kwargs: Mapping[str, object] | None = None,
+        **extra: object,
     ) -> Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = {"text_embeds": text_embeds, "time_ids": time_ids, **(added_cond_kwargs or {})}
         return super().forward(x, t, encoder_hidden_states, added_cond_kwargs=added, **extra)
 
 
