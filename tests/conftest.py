@@ -34,11 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    gc.disable()  # while the tests are imported: a million objects that stay
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session):
+    """No garbage collection while the tests are imported, with a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
