@@ -22,6 +22,11 @@ PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")
 
 
+def slow(*values: object):
+    """A parameter for the slow tier; another one asserts the same property in the plain tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", type=Path, metavar="FILE", help="write down what the parity tests find, by family")
 
@@ -29,6 +34,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(1)  # the networks are too small to gain from more
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session):
+    """No garbage collection while the tests are imported, with a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_new_garbage():
+    """Garbage collection leaves out what there is before a module's tests, so that `gc.collect()` in a test is quick."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

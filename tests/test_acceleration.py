@@ -81,6 +81,7 @@ def test_images_go_in_through_the_compiled_encoder_too(own_stream, picture):
     assert torch.allclose(stream.encode_image(stream.preprocess(picture())), before, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_before_prepare_it_takes_effect_there(own_stream):
     stream = own_stream(prepare=False)
     stream.accelerate("compile", **GRAPHLESS)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import slow
 from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
@@ -48,7 +49,7 @@ def subject_of():
     return make
 
 
-@pytest.mark.parametrize("family,cfg_type,frames", [("sd3", "full", 2), ("instaflow", "self", 2)])
+@pytest.mark.parametrize("family,cfg_type,frames", [slow("sd3", "full", 2), ("instaflow", "self", 2)])
 def test_every_way_draws_the_images_of_the_plain_pipeline(subject_of, family, cfg_type, frames):
     subject = subject_of(family, cfg_type=cfg_type, frame_buffer_size=frames)
     found = measure_all(subject)
@@ -146,7 +147,7 @@ def test_a_sweep_measures_each_setting_once_and_keeps_the_others(monkeypatch):
     assert fourth["roofline"] == {"network_images_per_s": 100.0, "with_decoder_images_per_s": 80.0}
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "instaflow"])
+@pytest.mark.parametrize("family", ["sd3", slow("flux"), slow("instaflow")])
 def test_flops_are_what_torch_counts_and_grow_with_the_rows(subject_of, family):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

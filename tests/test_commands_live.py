@@ -1,5 +1,6 @@
 """The command `live` and its scenes, with the embedded model."""
 
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
+from conftest import slow
 from PIL import Image
 
 from streamflow.app import config, scenes
@@ -82,13 +84,20 @@ REFUSED = {
 NO_SETTING = ("--config", "--json", "--in", "--out", "--record", "--seconds", "--learn")  # what these do is seen elsewhere
 
 
+@pytest.fixture(autouse=True)
+def frozen():
+    """What `live` gave back to garbage collection is left out of it again, as in the other modules."""
+    yield
+    gc.freeze()
+
+
 def run(capsys, *argv):
     code = live.main([*QUICK, *map(str, argv)])
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_a_prompt_is_drawn_without_a_source(capsys):
-    code, said = run(capsys, "--out", "null", "--seconds", 3, "--live.target-fps", 2)
+    code, said = run(capsys, "--out", "null", "--seconds", 1.5, "--live.target-fps", 4)
     assert code == 0 and said["mode"] == "text" and said["shown"] >= 2 and said["errors"] == 0
     assert said["shown"] - said["repeated"] <= said["drawn"]
 
@@ -105,7 +114,7 @@ def test_images_of_a_folder_are_restyled_into_another(capsys, tmp_path):
     assert pictures[0].std() > 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_ends_a_show_with_exit_code_0(number, capsys, signal_handlers):
     def interrupt():
         while "streamflow live clock" not in [one.name for one in threading.enumerate()]:
@@ -173,7 +182,9 @@ def test_what_cannot_be_is_one_line_and_no_success(argv, message, capsys):
     assert code in (1, 2) and message in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("argv", [["--record", "{file}/out.mp4"], ["--out", "folder:{file}"], ["--out", "{file}/"]], ids=str)
+@pytest.mark.parametrize(
+    "argv", [slow(["--record", "{file}/out.mp4"]), slow(["--out", "folder:{file}"]), ["--out", "{file}/"]], ids=str
+)
 def test_a_sink_that_never_worked_is_exit_code_1(argv, tmp_path, capsys):
     if "--record" in argv:
         pytest.importorskip("av")

@@ -41,7 +41,7 @@ def test_it_draws_with_the_embedded_model_and_agrees_with_plain_diffusers(demo, 
     "argv",
     [
         pytest.param(("--cfg-type", "full", "--guidance-scale", "2", "--negative-prompt", "blurry"), marks=pytest.mark.slow),
-        ("--cfg-type", "self", "--guidance-scale", "2"),
+        pytest.param(("--cfg-type", "self", "--guidance-scale", "2"), marks=pytest.mark.slow),
         pytest.param(("--cfg-type", "initialize"), marks=pytest.mark.slow),
         pytest.param(("--tiny-vae", "--rounds", "2"), marks=pytest.mark.slow),
         ("--steps", "2", "--prompt", "a fox, 3d render", "--prompt", "a cat, flat vector"),

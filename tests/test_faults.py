@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, noises, relative_error, slow, streamed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from streamdiffusion.image_filter import SimilarImageFilter as OriginalFilter
@@ -31,8 +31,10 @@ def close(a, b, tolerance=1e-4) -> bool:
     return a.shape == b.shape and a.isfinite().all() and relative_error(a, b) <= tolerance
 
 
-@pytest.mark.parametrize("add_noise", [False, True], ids=["euler", "renoise"])
-@pytest.mark.parametrize("cfg_type", MODES)
+@pytest.mark.parametrize(
+    ("cfg_type", "add_noise"),
+    [*((mode, False) for mode in MODES), ("self", True), *(slow(mode, True) for mode in ("none", "full", "initialize"))],
+)
 def test_fault_01_a_frame_buffer_of_any_size_draws_every_frame(stream_of, cfg_type, add_noise):
     """Rows move by F, all F leave, and each keeps its own noise, anchor and prompt."""
     alone = stream_of("sd3", [0, 1, 3], cfg_type=cfg_type, do_add_noise=add_noise, use_denoising_batch=False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import noises, relative_error, streamed
+from conftest import noises, relative_error, slow, streamed
 
 from streamflow.flow.guidance import MODES
 
@@ -30,9 +30,12 @@ def both(stream_of, family, cfg_type, frames, prepare=GUIDED, **options):
     return make(True), make(False)
 
 
-@pytest.mark.parametrize("cfg_type", MODES)
-@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("family", ["sd3", "flux", "instaflow"])
+@pytest.mark.parametrize("frames", [slow(1), 3])
+@pytest.mark.parametrize(
+    ("family", "cfg_type"),
+    [("sd3", mode) for mode in MODES]
+    + [(family, mode) if mode == "full" else slow(family, mode) for family in ("flux", "instaflow") for mode in MODES],
+)
 def test_streamed_equals_sequential(family, frames, cfg_type, stream_of, picture):
     prepare = {**GUIDED, "true_cfg_scale": 2.5} if family == "flux" else GUIDED
     batch, loop = both(stream_of, family, cfg_type, frames, prepare)

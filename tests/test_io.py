@@ -684,9 +684,20 @@ def sent(tmp_path, monkeypatch):
     with Writing(open_sink(f"ndi:{name}")) as writing:
         thread = threading.Thread(target=send)
         thread.start()
-        yield name
+        end = time.monotonic() + 20
+        while not writing.count and writing.error is None and time.monotonic() < end:
+            time.sleep(0.01)
+        yield name  # once it can be found: a finder that comes too early looks again after 0.5, 1, 2 and 7 s
         over.set()
         thread.join()
+
+
+@pytest.mark.skipif(lacks("cyndilib"), reason="pip install cyndilib")
+def test_ndi_gives_every_image_that_is_sent(sent):
+    """And lets the threads of the process run, of which one sends here."""
+    with Reading(open_source(f"ndi:{sent}"), "every") as reading:
+        times = [reading.read().time for _ in range(30)]
+    assert np.all(np.diff(times) > 0) and times[-1] - times[0] < 5  # 29 * 0.03 s and the delays of a loaded machine
 
 
 # -- threads --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import slow
 
 from streamflow.io import InvalidSource, SinkLost, SourceLost, TimedImage
 from streamflow.live import feed as feeds
@@ -117,7 +118,7 @@ def test_auto_measures_the_modes_and_takes_one(stream, caplog):
     assert said[0].startswith(f"mode {show.statistics.mode}:") and said[1].startswith("runner-up")
 
 
-@pytest.mark.parametrize("mode", ["auto", "fed", "free", "sequential"])
+@pytest.mark.parametrize("mode", [slow("auto"), "fed", "free", "sequential"])
 def test_a_clip_of_twelve_frames_comes_out_whole(stream, mode):
     """Measuring uses up none of them, and the last ones leave the ring when the source ends."""
     camera, kept = Camera(most=12), Kept()

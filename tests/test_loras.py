@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, noises, relative_error, slow, streamed
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from random_pipelines import random_pipeline
@@ -89,7 +89,7 @@ def modules(stream):
     return [id(m) for part in stream.pipe.components.values() if isinstance(part, torch.nn.Module) for m in part.modules()]
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", pytest.param("instaflow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["sd3", slow("flux"), slow("instaflow")])
 def test_the_stream_draws_what_the_pipeline_with_the_same_loras_draws(own_stream, lora, family):
     stream, pipe = own_stream(family), random_pipeline(family)
     stream.velocity = stream.adapter.row_by_row(False)

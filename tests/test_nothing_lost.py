@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import PROMPT
+from conftest import PROMPT, slow
 from random_pipelines import random_pipeline
 from random_pipelines.control import random_control
 
@@ -40,7 +40,7 @@ def endless(picture):
 
 @pytest.mark.parametrize("call", EMPTYING)
 @pytest.mark.parametrize(
-    "options", [{}, {"frame_buffer_size": 2}, {"use_denoising_batch": False}], ids=["ring", "two", "loop"]
+    "options", [{}, slow({"frame_buffer_size": 2}), {"use_denoising_batch": False}], ids=["ring", "two", "loop"]
 )
 def test_a_call_that_empties_the_ring_ends_the_loop_with_the_number_of_frames(call, options, stream_of, picture):
     stream, got = stream_of("sd3", [1, 2, 3], cfg_type="none", **options), []
@@ -196,7 +196,7 @@ def test_a_decoder_that_goes_on_failing_takes_no_more_inputs(made, picture):
 
 
 def test_images_of_text_whose_decoding_fails_come_next(made):
-    wanted = [made().txt2img(batch_size=6)[k] for k in range(6)]
+    wanted = list(made().txt2img(batch_size=6))
     stream = made()
     Full(stream.pipe, 2)
     got = torch.cat(attempts(3, lambda k: stream.txt2img(batch_size=2)))
@@ -244,7 +244,7 @@ def test_with_several_decoders_what_was_decoded_before_still_comes(devices, bad,
     assert missing(wanted[:entered], got) == []
 
 
-@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("devices", [slow(1), 3])
 def test_a_loop_that_is_left_by_an_error_leaves_every_frame_that_was_not_delivered(devices, made, picture):
     pictures = [picture(k) for k in range(8)]
     wanted = [frame.image.clone() for frame in made().frames(pictures)]
@@ -287,7 +287,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"use_denoising_batch": False}], ids=["ring", "loop"])
+@pytest.mark.parametrize("options", [{}, slow({"use_denoising_batch": False})], ids=["ring", "loop"])
 @pytest.mark.parametrize("call", INSIDE)
 def test_a_call_from_on_step_is_one_clear_error_and_the_stream_goes_on(call, options, stream_of):
     stream, twin = (stream_of("sd3", [1, 2, 3], cfg_type="none", **options) for _ in range(2))

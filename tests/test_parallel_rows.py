@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import noises, relative_error, streamed
+from conftest import noises, relative_error, slow, streamed
 from random_pipelines import random_pipeline
 from torch import nn
 
@@ -33,7 +33,7 @@ def both(stream, devices, n=6):
     "family,cfg_type,frames",
     [("sd3", "none", 1), ("sd3", "full", 2), ("flux", "none", 2), ("instaflow", "initialize", 2), ("sd3", "self", 1)],
 )
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [slow(2), 3])
 def test_the_result_is_that_of_one_device(stream_of, family, cfg_type, frames, count):
     guided = {"cfg_type": cfg_type, "prepare": {} if cfg_type == "none" else GUIDED}
     stream = stream_of(family, frame_buffer_size=frames, **guided)

@@ -436,6 +436,7 @@ def test_it_is_a_sharded_vae_by_name(tiny):
 # -- accelerated -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_copies_are_compiled_each_by_itself_and_put_back(latents):
     sharded = shard_vae(random_tiny_vae(4, blocks=2).requires_grad_(False), ["cpu"] * 2)
     codec = sharded.codec_of(Codec)

@@ -6,9 +6,10 @@ one call for the whole batch they differ by what a batch does to rounding, which
 
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, noises, relative_error, slow, streamed
 
-HALF_PLAIN = ("sd3-guided", "flux-dev", "flux-true-cfg")  # bfloat16 in the plain suite; the others have it in the slow one
+HALF_PLAIN = ("sd3-guided", "flux-dev")  # bfloat16 in the plain suite; the others have it in the slow one
+LONG = ("sd3-default-guidance", "flux-true-cfg-default")  # all of it in the slow suite
 FRAMES = 6
 SHORT = {"max_sequence_length": 48}  # by default 256 or 512 tokens, nearly all padding, beside the 16 of a small image
 
@@ -56,16 +57,12 @@ def _batched(arguments, n):
     return arguments
 
 
-def _slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 def _in_dtypes():
-    """Every case in every dtype: float32 and `HALF_PLAIN` in the plain suite, the rest in the slow one."""
+    """Every case in every dtype: float32 but for `LONG`, and `HALF_PLAIN`, in the plain suite, the rest in the slow one."""
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            plain = dtype == torch.float32 or (dtype == torch.bfloat16 and case in HALF_PLAIN)
-            yield (case, dtype) if plain else _slow(case, dtype)
+            plain = case not in LONG if dtype == torch.float32 else dtype == torch.bfloat16 and case in HALF_PLAIN
+            yield (case, dtype) if plain else slow(case, dtype)
 
 
 @pytest.mark.parametrize("case,dtype", list(_in_dtypes()), ids=str)
@@ -77,7 +74,7 @@ def test_row_by_row_is_the_pipeline_to_the_bit(case, dtype, stream_of, found):
     found.equal(CASES[case][0], stream.cfg_type, dtype)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("steps", [1, 2, slow(8)])
 @pytest.mark.parametrize("case", ["sd3-guided", "flux-dev"])
 def test_any_number_of_stages_to_the_bit(case, steps, stream_of):
     stream = prepared(case, stream_of, steps)
@@ -87,7 +84,9 @@ def test_any_number_of_stages_to_the_bit(case, steps, stream_of):
 
 
 @pytest.mark.parametrize(
-    "case,steps", [(case, 4) for case in CASES] + [("sd3", 1), _slow("sd3", 2), _slow("sd3", 8), ("flux-dev", 8)]
+    "case,steps",
+    [slow(case, 4) if case in LONG else (case, 4) for case in CASES]
+    + [("sd3", 1), slow("sd3", 2), slow("sd3", 8), slow("flux-dev", 8)],
 )
 def test_the_batch_stays_within_the_pipelines_own_batching_noise(case, steps, stream_of, found):
     """With one frame a tick and with three."""
@@ -107,8 +106,8 @@ def test_the_batch_stays_within_the_pipelines_own_batching_noise(case, steps, st
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 1.5])
-@pytest.mark.parametrize("steps", [1, _slow(2), 4, _slow(8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, _slow(torch.float16)], ids=str)
+@pytest.mark.parametrize("steps", [1, slow(2), 4, slow(8)])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16), slow(torch.float16)], ids=str)
 def test_instaflow_equals_its_own_loop_to_the_bit(dtype, steps, guidance_scale, stream_of, found):
     """v = data - noise, t = 1000 (1 - i / N), x + v / N (gnobitab/InstaFlow code/pipeline_rf.py)."""
     guided = guidance_scale is not None

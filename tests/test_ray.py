@@ -25,6 +25,8 @@ from streamflow.parallel import RayModule  # noqa: E402
 from streamflow.parallel.plan import shares  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+# For the examples and Ray's workers: this package and its tests, and what the environment names, where Ray itself may be.
+PATHS = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
 LIMIT = 240  # seconds for one run of an example
 BATCH, SERVE = ROOT / "examples/ray_batch.py", ROOT / "examples/ray_serve.py"
 
@@ -35,7 +37,7 @@ class Run:
     def __init__(self, output: Path, script: Path, *arguments: object):
         self.output, self.deadline = output, time.monotonic() + LIMIT
         self.seen: set[psutil.Process] = set()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": PATHS, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         with output.open("w") as file:
             command = [sys.executable, str(script), *map(str, arguments)]
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -214,8 +216,7 @@ class KilledAt(nn.Module):
 
 @pytest.fixture(scope="module")
 def two_cores():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    variables = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     yield
     ray.shutdown()

@@ -7,7 +7,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, noises, relative_error, slow, streamed
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 from streamflow import StreamFlow
@@ -185,7 +185,7 @@ def perflow(pipes, family, kind, **options):
     return pipe, StreamFlow(pipe, **{"cfg_type": "none", **options})
 
 
-@pytest.mark.parametrize("steps", [4, 7, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 8, 9, 10, 11))])
+@pytest.mark.parametrize("steps", [4, 7, *map(slow, (5, 6, 8, 9, 10, 11, 12))])
 @pytest.mark.parametrize("family,kind", [("perflow", "diff_eps"), ("perflow-sdxl", "ddim_eps"), ("perflow", "velocity")])
 def test_perflow_equals_its_own_loop_for_any_number_of_steps(family, kind, steps, pipes, found):
     guided = steps % 2 == 0

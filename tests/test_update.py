@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, noises, relative_error, slow, streamed
 from torch import nn
 
 from streamflow import StreamFlow
@@ -64,11 +64,16 @@ def by_frames(stream, n, before):
 DRAW = {"predict_x0_batch": by_predict_x0_batch, "txt2img": by_txt2img, "frames": by_frames}
 
 
+def every_way(cases, plain):
+    """All cases with all ways: in the plain tier all cases with `predict_x0_batch`, and all ways with the case `plain`."""
+    both = [(case, way) for case in cases for way in DRAW]
+    return [pair if plain == pair[0] or pair[1] == "predict_x0_batch" else slow(*pair) for pair in both]
+
+
 @pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("way", DRAW)
-@pytest.mark.parametrize(("family", "cfg_type"), [("sd3", "full"), ("flux", "none"), ("instaflow", "initialize")])
-def test_scope_frame_every_frame_equals_a_sequential_run_of_its_own_prompt(stream_of, family, cfg_type, way, frames):
-    n, change_at = 9, 6
+@pytest.mark.parametrize(("family", "way"), every_way(["sd3", "flux", "instaflow"], plain="sd3"))
+def test_scope_frame_every_frame_equals_a_sequential_run_of_its_own_prompt(stream_of, family, way, frames):
+    n, change_at, cfg_type = 9, 6, {"sd3": "full", "flux": "none", "instaflow": "initialize"}[family]
     prepare = {"negative_prompt": "blurry", "guidance_scale": 3.0}
     stream = stream_of(family, [0, 2], frame_buffer_size=frames, cfg_type=cfg_type, prepare=prepare)
     drawn = DRAW[way](stream, n, lambda k: k == change_at and stream.update_prompt(OTHER, scope="frame"))
@@ -127,8 +132,7 @@ LEVELS = {
 
 
 @pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("way", DRAW)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize(("name", "way"), every_way(LEVELS, plain="more"))
 def test_new_noise_levels_let_frames_in_flight_finish_with_the_old(stream_of, name, way, frames):
     n, change_at = 9, 6
     stream = stream_of("sd3", [0, 2], frame_buffer_size=frames)
@@ -175,7 +179,7 @@ NOW = {
 
 
 @pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("name", NOW)
+@pytest.mark.parametrize("name", [slow(one) if one in ("prompt", "true guidance", "sigmas") else one for one in NOW])
 def test_scope_now_all_rows_change_at_the_next_tick(stream_of, name, frames):
     """A frame's stages before the change are steps of the one stream, those after it of the other."""
     family, cfg_type, prepare, change = NOW[name]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from streamflow.io.device import Device, DeviceSource, Handle
+from streamflow.io.device import NAP, Device, DeviceSource, Handle
 from streamflow.io.protocols import Sink, SourceLost, TimedImage, check_rate, need, rgba
 
 
@@ -33,8 +33,6 @@ class NdiSource(DeviceSource):
         finder = _library("finder").Finder()
         finder.open()
         closing.callback(finder.close)
-        self._kind = module.ReceiveFrameType.recv_video
-        self._frame = _library("video_frame").VideoRecvFrame()
         found = self._find(finder)
         receiver = module.Receiver(
             color_format=settings.RecvColorFormat.RGBX_RGBA,
@@ -42,7 +40,8 @@ class NdiSource(DeviceSource):
             allow_video_fields=False,
         )
         closing.callback(receiver.disconnect)
-        receiver.set_video_frame(self._frame)
+        self._frame, self._stamp = _library("video_frame").VideoFrameSync(), None
+        receiver.frame_sync.set_video_frame(self._frame)
         receiver.set_source(found)
         return receiver
 
@@ -50,21 +49,25 @@ class NdiSource(DeviceSource):
         end = time.monotonic() + self.timeout
         names: list[str] = []
         while time.monotonic() < end:
-            finder.wait_for_sources(0.2)
             finder.update_sources()
             names = finder.get_source_names()
             wanted = [name for name in names if not self.name or name == self.name or name.endswith(f"({self.name})")]
             if wanted:
                 return finder.get_source(wanted[0])
+            time.sleep(NAP)
         raise SourceLost(f"no NDI source {self.name!r} within {self.timeout:g} s; found: {', '.join(names) or 'none'}")
 
     def _pixels(self, handle: Handle) -> np.ndarray | None:
-        if not handle.receive(self._kind, 100) & self._kind:
+        """A receiver of cyndilib always has a frame synchronizer, which takes the frames out of the queue that `receive`
+        reads. So they are captured from it, which returns the newest frame at once, again and again until the next one."""
+        frame = self._frame
+        handle.frame_sync.capture_video()
+        width, height = frame.get_resolution()
+        stamp = frame.get_timestamp_posix(), frame.get_timecode_posix()
+        if not height or stamp == self._stamp:
             return None
-        data = np.empty(self._frame.get_buffer_size(), dtype=np.uint8)
-        self._frame.fill_p_data(data)
-        width, height = self._frame.get_resolution()
-        rows = data.reshape(height, self._frame.get_line_stride())[:, : 4 * width]
+        self._stamp = stamp
+        rows = frame.get_array().reshape(height, frame.get_line_stride())[:, : 4 * width]
         return rows.reshape(height, width, 4)[..., :3]
 
 

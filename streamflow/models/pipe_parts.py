@@ -156,8 +156,9 @@ def check_placement(pipe: Pipeline) -> None:
             "pipe.reset_device_map() if it is loaded already"
         )
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    marked = {name: [one for one in part.modules() if not _MARKS.isdisjoint(vars(one))] for name, part in parts.items()}
     for is_offloaded, remedy in _OFFLOADED:
-        if names := [name for name, part in parts.items() if any(is_offloaded(module) for module in part.modules())]:
+        if names := [name for name, modules in marked.items() if any(map(is_offloaded, modules))]:
             raise ValueError(
                 f"{', '.join(names)} of this pipe are offloaded, so a stream would move them at every frame: {remedy}"
             )
@@ -171,6 +172,7 @@ def _by_groups(module: nn.Module) -> bool:
     return any("offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
 
 
+_MARKS = {"hf_device_map", "_hf_hook", "_diffusers_hook"}  # the attributes that accelerate and diffusers set
 _OFFLOADED = (
     (_by_device_map, "load them without a device_map, or with one of a single device"),
     (

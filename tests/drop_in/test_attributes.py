@@ -11,7 +11,7 @@ import textwrap
 import diffusers
 import pytest
 import torch
-from conftest import PROMPT
+from conftest import PROMPT, slow
 from diffusers import FlowMatchEulerDiscreteScheduler
 from drop_in_helpers import FOX, OwnWrapper, image_of, wrapped
 from random_pipelines import MAKERS, random_pipeline, random_tiny_vae
@@ -73,6 +73,14 @@ def image_stream(stream_of, **options):
     return stream_of("sd3", [1, 2, 3], **options)
 
 
+@pytest.fixture(scope="module")
+def unchanged(pipes):
+    """A stream that its tests do not change."""
+    stream = StreamFlow(pipes("sd3"), [1, 2, 3], cfg_type="self")
+    stream.prepare(PROMPT, num_inference_steps=4, guidance_scale=4.0)
+    return stream
+
+
 def test_no_attribute_is_left_out():
     assert set(wrapper.READ_ONLY).isdisjoint({"mode", "output_type", "stream"})
     assert {*ACTING, *ELSEWHERE, *REFUSED} >= STREAM
@@ -80,13 +88,12 @@ def test_no_attribute_is_left_out():
 
 
 @pytest.mark.parametrize("name", sorted(STREAM))
-def test_every_attribute_of_the_class_can_be_read(stream_of, name):
-    stream = image_stream(stream_of)
+def test_every_attribute_of_the_class_can_be_read(unchanged, name):
     if name in ("c_skip", "c_out"):
         with pytest.raises(AttributeError, match="LCM's boundary condition"):
-            getattr(stream, name)
+            getattr(unchanged, name)
     else:
-        getattr(stream, name)
+        getattr(unchanged, name)
 
 
 @pytest.mark.parametrize("name", sorted(STREAM))
@@ -104,27 +111,33 @@ def attribute_view(stream):
     return base_view(stream.pipe, stream.unet, 8)
 
 
+def nine_images(stream, assign=lambda stream: None):
+    """What nine images become, of which the last five come in after `assign`: these five."""
+    for k in range(4):
+        stream(image_of(k, (64, 64)))
+    assign(stream)
+    return [stream(image_of(k, (64, 64))) for k in range(4, 9)]
+
+
+@pytest.fixture(scope="module")
+def without_assigning(unchanged):
+    drawn = nine_images(unchanged)
+    unchanged.prepare(PROMPT, num_inference_steps=4, guidance_scale=4.0)
+    return drawn
+
+
 @pytest.mark.parametrize("name", sorted(name for name, change in ACTING.items() if change))
-def test_assigning_acts_at_the_next_call(stream_of, picture, name):
-    drawn = []
-    for assign in (False, True):
-        stream = image_stream(stream_of)
-        for k in range(4):
-            stream(picture(k))
-        if assign:
-            value = ACTING[name](stream)
-            setattr(stream, name, value)
-        drawn.append([stream(picture(k)) for k in range(4, 9)])
-    before, after = drawn
+def test_assigning_acts_at_the_next_call(stream_of, without_assigning, name):
+    after = nine_images(image_stream(stream_of), lambda stream: setattr(stream, name, ACTING[name](stream)))
+    before = without_assigning
     assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(before, after, strict=True))
     assert all(torch.isfinite(one).all() for one in after)
 
 
 @pytest.mark.parametrize("name", sorted(attributes.READ_ONLY))
-def test_assigning_what_cannot_act_says_what_can(stream_of, name):
-    stream = image_stream(stream_of)
+def test_assigning_what_cannot_act_says_what_can(unchanged, name):
     with pytest.raises(AttributeError, match=f"{name} of a StreamFlow cannot be assigned: .*(call|make|assign|pipe.to)"):
-        setattr(stream, name, 3)
+        setattr(unchanged, name, 3)
 
 
 REMEDIES = ("num_inference_steps", "strength", "negative_prompt", "noise", "feedback", "prompt")
@@ -153,7 +166,7 @@ def row_by_row(stream, count: int, between) -> torch.Tensor:
     return torch.cat([one for one in done if one is not None] + stream.flush())
 
 
-@pytest.mark.parametrize("batch", [True, False], ids=["batch", "sequential"])
+@pytest.mark.parametrize("batch", [True, slow(False)], ids=["batch", "sequential"])
 @pytest.mark.parametrize(
     ("name", "value", "option"),
     [
@@ -571,7 +584,7 @@ def with_peft(network):
 
 SLOW = pytest.mark.slow
 WRAPPED = [
-    pytest.param("sd3", compiled, id="sd3 compiled"),
+    pytest.param("sd3", compiled, id="sd3 compiled", marks=SLOW),
     pytest.param("sd3", with_peft, id="sd3 peft"),
     pytest.param("sd3", lambda network: compiled(with_peft(network)), id="sd3 both", marks=SLOW),
     *(pytest.param(family, compiled, id=f"{family} compiled", marks=SLOW) for family in ("flux", "sana", "qwenimage")),

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from drop_in_helpers import FOX, ROCKET, SIZE, WRAPPERS, assert_another, assert_drawn, image_of, tensor_of, wrapped
 
 from streamflow import StreamFlowWrapper
@@ -20,7 +21,7 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("batch", [False, slow(True)])
 def test_text_loop(kind, batch, tmp_path):
     wrapper = wrapped(kind, [0, 16, 32, 45], mode="txt2img", cfg_type="none", use_denoising_batch=batch, seed=2)
     wrapper.prepare(prompt=FOX, num_inference_steps=50)
@@ -31,6 +32,7 @@ def test_text_loop(kind, batch, tmp_path):
     assert image.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_text_several_frames_at_once(kind):
     options = {"mode": "txt2img", "cfg_type": "none", "frame_buffer_size": 3, "use_denoising_batch": False}
     wrapper = wrapped(kind, [0, 16, 32, 45], **options)
@@ -40,7 +42,7 @@ def test_text_several_frames_at_once(kind):
     assert_another(images[0], images[1], at_least=1e-3)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 1.2])
+@pytest.mark.parametrize("guidance_scale", [slow(1.0), 1.2])
 def test_image_loop(kind, guidance_scale, tmp_path):
     image_of(size=(200, 160)).save(tmp_path / "input.png")
     cfg_type = "self" if guidance_scale > 1 else "none"
@@ -55,6 +57,7 @@ def test_image_loop(kind, guidance_scale, tmp_path):
     assert_drawn(wrapper(image=tensor))
 
 
+@pytest.mark.slow
 def test_image_folder(kind, tmp_path):
     paths = [str(tmp_path / f"{k}.png") for k in range(4)]
     for k, path in enumerate(paths):
@@ -86,7 +89,7 @@ def test_video(kind):
     assert_another(video[1].numpy(), video[4].numpy())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [slow(1), 3])
 def test_turbo(kind, batch_size):
     wrapper = wrapped(kind, [0], mode="txt2img", cfg_type="none", frame_buffer_size=batch_size, use_denoising_batch=True)
     wrapper.prepare(prompt=FOX, num_inference_steps=50)
@@ -105,6 +108,7 @@ def test_turbo(kind, batch_size):
 
 
 @pytest.mark.parametrize(("cfg_type", "guidance_scale"), [("self", 1.2), ("initialize", 1.4)])
+@pytest.mark.slow
 def test_benchmark(kind, cfg_type, guidance_scale):
     wrapper = wrapped(kind, [32, 45], mode="img2img", use_tiny_vae=True, cfg_type=cfg_type, seed=2)
     prompts = {"prompt": FOX, "negative_prompt": "low quality"}
@@ -118,6 +122,7 @@ def test_benchmark(kind, cfg_type, guidance_scale):
 
 
 @pytest.mark.parametrize("frame_buffer_size", [1, 2])
+@pytest.mark.slow
 def test_screen(kind, frame_buffer_size):
     """A stand-in takes the place of the screen; its images come as in StreamDiffusion's example, in half precision."""
     similar = {"enable_similar_image_filter": True, "similar_image_filter_threshold": 0.99}
@@ -134,6 +139,7 @@ def test_screen(kind, frame_buffer_size):
     assert_another(shown[0], shown[-1])
 
 
+@pytest.mark.slow
 def test_a_bright_image_is_as_bright_however_it_comes():
     """Tensors in [-1, 1] without a value below 0, of which diffusers' processor guesses that they are in [0, 1]."""
     bright = image_of().point(lambda level: 128 + level // 2)
@@ -146,6 +152,7 @@ def test_a_bright_image_is_as_bright_however_it_comes():
     assert all(np.abs(one - outputs[0]).max() < 1e-5 for one in outputs)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_changes_with_every_call(kind):
     wrapper = wrapped(kind, [0, 16, 32, 45], mode="txt2img", cfg_type="none")
     images = [wrapper(prompt=prompt) for prompt in (FOX, FOX, FOX, FOX, ROCKET, ROCKET, ROCKET, ROCKET)]
