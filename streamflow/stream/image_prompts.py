@@ -142,8 +142,8 @@ class ImagePrompts:
                 ("h94/IP-Adapter/models/ip-adapter_sd15.safetensors").
             name: of the adapter, or one for each; by default "adapter_0", "adapter_1", ...
             scale: how strongly they act; by default as in diffusers, 1, or 0.5 for Stable Diffusion 3.
-            image_encoder: a model, or the folder or hub path of one, where diffusers' loader does not find it, as for a state
-                dict or one file. By default the one that the pipe has.
+            image_encoder: a model, or the folder or hub path of one, where diffusers' loader does not find it, as for a
+                state dict or one file. By default the one that the pipe has.
             feature_extractor: the image processor of `image_encoder`; by default it is made for it.
             kwargs: what else `load_ip_adapter` takes.
 
