@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples"
 LARGER = {"benchmark_scaling.py", "make_samples.py", "make_teaser.py", "ray_batch.py", "ray_serve.py", "side_by_side.py"}
 LARGER |= {"torchrun_decode.py"}  # tools
+TRAINING = ("train_emoji", "train_edit")
 SHORT = [
     path
     for path in sorted(FOLDER.rglob("*.py"))
-    if path.name not in LARGER and path.parent.name != "train_emoji" and path.name not in ("benchmark.py", "server.py")
+    if path.name not in LARGER and path.parent.name not in TRAINING and path.name not in ("benchmark.py", "server.py")
     and (path.parent.name != "benchmark" or path.name in ("single.py", "multi.py"))
 ]  # fmt: skip
 NAMES = [str(path.relative_to(FOLDER)) for path in SHORT]

@@ -114,7 +114,7 @@ def _hue_chroma(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return hue, rgb.amax(1) - rgb.amin(1)
 
 
-def _turn_hue(rgb: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
+def turn_hue(rgb: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
     """Rotates colours [B, 3, H, W] about the grey axis by `degrees` [B]."""
     angle = degrees * math.pi / 180
     third, root = (1 - torch.cos(angle)) / 3, torch.sin(angle) / math.sqrt(3)
@@ -139,7 +139,7 @@ def recolour(rgba: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     main = torch.atan2((weight * radians.sin()).sum((1, 2)), (weight * radians.cos()).sum((1, 2))) * 180 / math.pi
     away = ((hue - main[:, None, None] + 180) % 360 - 180).abs()
     near = ((60 - away) / 20).clamp(0, 1) * (chroma * 8).clamp(0, 1)
-    turned = _turn_hue(rgb, target - main)
+    turned = turn_hue(rgb, target - main)
     mixed = rgb + near[:, None] * (turned - rgb)
     return torch.cat([(mixed * 255).round().to(torch.uint8), rgba[:, 3:]], 1)
 
