@@ -483,6 +483,16 @@ def test_guidance_that_begins_later_has_its_negative_embeddings():
         assert relative_error(got, Own(case, adapters).draw(stream, 0, [style(0)], 0.7)) <= 1e-6
 
 
+@pytest.mark.parametrize("case", [SD3, UNET], ids=["sd3", "instaflow"])
+def test_the_negative_row_of_residual_guidance_has_the_negative_embeddings(case):
+    both = []
+    for batched in (True, False):
+        with loaded(case, cfg_type="initialize", use_denoising_batch=batched) as (stream, _):
+            stream.prepare(PROMPT, num_inference_steps=4, strength=0.75, **{**case.both, **GUIDED})
+            both.append(drawn(stream, [Input(style(9, 64, 64), image_prompt=style(k)) for k in range(3)]))
+    assert relative_error(torch.cat(both[0]), torch.cat(both[1])) <= 1e-5
+
+
 # -- with the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -670,9 +680,14 @@ def test_the_pipes_own_call_draws_with_the_adapters_too(case):
 
 def test_streams_of_one_pipe_share_its_adapters():
     pipe = FLUX.pipe()
+    encoder = pipe.image_encoder
+    pipe.register_modules(image_encoder=None, feature_extractor=None)
     before = state(pipe)
-    first = FLUX.stream(pipe)
-    first.image_prompts.load(FLUX.weights(pipe), "style", scale=0.7)
+    first, earlier = FLUX.stream(pipe), FLUX.stream(pipe)
+    first.image_prompts.load(FLUX.weights(pipe), "style", scale=0.7, image_encoder=encoder)
+    for call in (lambda: earlier.image_prompts.load(FLUX.weights(pipe)), lambda: earlier.prepare(PROMPT, **FLUX.both)):
+        with pytest.raises(ValueError, match="was loaded into this FluxTransformer2DModel after the stream was made"):
+            call()
     second = FLUX.stream(pipe)
     assert list(second.image_prompts.adapters) == ["style"]
     second.image_prompts.set_scale(0.7)

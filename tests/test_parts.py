@@ -11,6 +11,7 @@ import pytest
 import torch
 from random_pipelines import random_pipeline
 from random_pipelines.control import random_control
+from random_pipelines.image_prompts import WIDTH, random_adapter, with_encoder
 from test_loras import write_lora
 from torch import Tensor, nn
 
@@ -18,12 +19,14 @@ from streamflow import models
 from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.accelerator import Accelerator
 from streamflow.conditioning.controlnet import LEVELS, image_name
+from streamflow.conditioning.image_prompt import SCALES, embeds_name
 from streamflow.image_utils import mark
 from streamflow.stream.conditioner import Conditioner, Start
 from streamflow.stream.controlnets import ControlNets
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.engine import ENGINES, make_engine
 from streamflow.stream.hooks import Hooks
+from streamflow.stream.image_prompts import ImagePrompts
 from streamflow.stream.inputs import ImageReader, Inputs
 from streamflow.stream.loras import Loras
 from streamflow.stream.model import Model
@@ -393,6 +396,34 @@ def test_control_nets_are_added_scaled_read_joined_and_removed(made):
     nets.remove_control("edges")
     assert nets.controls == {} and not nets.active and denoiser.before_step.methods == []
     assert [done.ids for done in denoiser.finished] == [(0,)]
+
+
+def test_image_prompts_are_loaded_scaled_read_joined_and_taken_out_again(made):
+    parts = made(pipe=with_encoder(random_pipeline("sd3")))
+    model, denoiser, redrawn = parts.model, parts.denoiser, Log()
+    prompts = ImagePrompts(model, denoiser, redrawn.note, parts.reader)
+    assert not prompts.active and prompts.read(None, None, range(2))[0].images == {}
+    plain = model.adapter.velocity
+    with pytest.raises(ValueError, match="does not fit SD3Transformer2DModel"):
+        prompts.load({"image_proj": {}, "ip_adapter": {}})
+    assert model.adapter.velocity is plain and prompts.adapters == {} and redrawn.calls == 0
+    assert prompts.load(random_adapter(model.pipe), "style") == ("style",)
+    assert prompts.active and prompts.adapters == {"style": 0.5}
+    entries = prompts.read(image_of(0.5), None, range(1))
+    assert prompts.compared(entries) is None
+    group = parts.group()
+    joined = prompts.join(group, entries, Start(group.x, denoiser.running().first_sigma))
+    cond = joined.prompts[0].cond
+    assert cond.rows[embeds_name(0)].shape == (1, 4, WIDTH) and cond.rows[SCALES].tolist() == [[0.5]]
+    assert prompts.join(group, entries, Start(group.x, group.x)).prompts[0] is joined.prompts[0], "the same is made once"
+    denoiser.tick(joined)
+    prompts.set_scale(0.25)
+    denoiser.tick(prompts.join(parts.group(), prompts.read(None, None, range(1)), Start(group.x, group.x)))
+    assert denoiser.running()._flight.prompts[1].cond.rows[SCALES].tolist() == [[0.25]], "scales act before a step"
+    assert prompts.example(group.prompts[0]).cond.rows.keys() == cond.rows.keys()
+    prompts.unload()
+    assert model.adapter.velocity.__class__ is plain.__class__ and denoiser.before_step.methods == []
+    assert [done.ids for done in denoiser.finished] == [(0,), (1,)]
 
 
 def test_loras_are_loaded_named_and_taken_out_again(made, tmp_path):

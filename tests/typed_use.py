@@ -12,6 +12,7 @@ from streamflow import StreamFlow, StreamFlowWrapper, models
 from streamflow.app import config
 from streamflow.app.config import Settings
 from streamflow.app.scenes import open_scene
+from streamflow.conditioning.image_prompt import ImageEmbeds
 from streamflow.image_filter import SimilarImageFilter
 from streamflow.image_utils import Normalized, postprocess_image
 from streamflow.io import Reading, Sink, Source, TimedImage, Writing, open_sink, open_source
@@ -67,6 +68,11 @@ def methods_and_attributes_of_the_parts(stream: StreamFlow, image: Tensor, net: 
     assert_type(stream.fuse_lora(lora_scale=0.5), None)
     assert_type(stream.add_control("edges", net, scale=0.7), None)
     assert_type(stream.controls, dict[str, float])
+    assert_type(stream.image_prompts.load({}, "style", weight_name="a.safetensors"), tuple[str, ...])
+    assert_type(stream.image_prompts.set([(image, 0.3), (image, 0.7)]), None)
+    assert_type(stream.image_prompts.encode(image), ImageEmbeds)
+    assert_type(stream.image_prompts.adapters, dict[str, float])
+    assert_type(stream(image, image_prompt={"style": ImageEmbeds(image)}), Tensor)
     assert_type(stream.loras, tuple[str, ...])
     assert_type(stream.acceleration, str)
     assert_type(stream.guidance_scale, float)

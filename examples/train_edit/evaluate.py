@@ -20,6 +20,7 @@ from pathlib import Path
 
 import emoji_modules
 import torch
+import torch.nn.functional as F
 from captions import STYLES, canonical
 from diffusers import Flux2KleinPipeline
 from doodles import doodle
@@ -29,7 +30,7 @@ from pack import Pack, read_pack
 from pack_data import NAME
 from pairs import find_partners, on_paper, onto, overlap, placed, split
 from PIL import Image, ImageDraw
-from scores import foreground, nearest, outline_agreement
+from scores import COMPARED, foreground, nearest, outline_agreement
 
 SEEN = 0.95  # least agreement of a target's foreground with its own mask
 
@@ -37,6 +38,11 @@ SEEN = 0.95  # least agreement of a target's foreground with its own mask
 def to_pil(image: torch.Tensor) -> Image.Image:
     """[3, H, W] in [0, 1]"""
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def evenly(things: list, most: int) -> list:
+    """At most `most` of some things, evenly spread; all of them where it is 0."""
+    return things if not most or len(things) <= most else [things[int(i * len(things) / most)] for i in range(most)]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Judge:
     def __init__(self, pack: Pack):
         self.pack, self.styles = pack, list(STYLES)
         self.partners = find_partners(pack)
+        self.known: dict[int, torch.Tensor] = {}  # candidates by row
         self.still = torch.eye(2, 3)[None]
         layers = placed(pack.rgba, self.still.expand(len(pack.rows), -1, -1))
         self.images = on_paper(layers, torch.ones(1, 3))
@@ -67,30 +74,35 @@ class Judge:
         place = onto(self.partners.align[row, k][None], self.still)
         return on_paper(placed(self.pack.rgba[other][None], place), torch.ones(1, 3))[0], other
 
-    def style_cases(self) -> list[Case]:
+    def style_cases(self, most: int = 0) -> list[Case]:
+        """A case for every partner of every image; with `most`, at most so many, evenly spread."""
+        which = [(row, k) for row, seen in enumerate(self.visible) if seen for k in range(int(self.partners.count[row]))]
         cases = []
-        for row in (row for row, seen in enumerate(self.visible) if seen):
-            for k in range(int(self.partners.count[row])):
-                reference, other = self.moved(row, k)
-                cases.append(Case(reference, self.images[row], row, self.pack.rows[other]["style"]))
+        for row, k in evenly(which, most):
+            reference, other = self.moved(row, k)
+            cases.append(Case(reference, self.images[row], row, self.pack.rows[other]["style"]))
         return cases
 
-    def doodle_cases(self, seed: int = 0) -> list[Case]:
-        torch.manual_seed(seed)
+    def doodle_cases(self, most: int = 0) -> list[Case]:
+        """A doodle of every image, the same ones every time."""
         cases = []
-        for row in (row for row, seen in enumerate(self.visible) if seen):
+        for row in evenly([row for row, seen in enumerate(self.visible) if seen], most):
+            torch.manual_seed(row)
             reference = doodle(self.layers[row][None], torch.ones(1, 3))[0]
             cases.append(Case(reference, self.images[row], row, "doodle"))
         return cases
 
     def candidates(self, row: int) -> torch.Tensor:
-        """The concept of an image in each of the styles [K, 3, H, W], moved onto the image; NaN where it has no such."""
+        """The concept of an image in each of the styles [K, 3, 64, 64], moved onto the image; NaN where it has no such."""
+        if row in self.known:
+            return self.known[row]
         found = torch.full((len(self.styles), *self.images.shape[1:]), torch.nan)
         found[self.styles.index(self.pack.rows[row]["style"])] = self.images[row]
         for k in range(int(self.partners.count[row])):
             image, other = self.moved(row, k)
             found[self.styles.index(self.pack.rows[other]["style"])] = image
-        return found
+        self.known[row] = F.adaptive_avg_pool2d(found, COMPARED)
+        return self.known[row]
 
     def right_style(self, images: torch.Tensor, cases: list[Case]) -> torch.Tensor:
         """Bool [N]: nearest to the concept in the target's style."""
@@ -132,7 +144,8 @@ class Bench:
         outputs = self.edits(judge, cases, named)
         targets = torch.stack([case.target for case in cases])
         references = torch.stack([case.reference for case in cases])
-        agreement = outline_agreement(outputs, targets)
+        device = self.pipe.device
+        agreement = outline_agreement(outputs.to(device), targets.to(device)).cpu()
         style = judge.right_style(outputs, cases).float()
         tables: dict[str, list[int]] = {}
         for i, case in enumerate(cases):
@@ -142,7 +155,7 @@ class Bench:
             "outline": agreement.mean().item(),
             "outline_lowest_tenth": agreement.quantile(0.1).item(),
             "style": style.mean().item(),
-            "reference_outline": outline_agreement(references, targets).mean().item(),
+            "reference_outline": outline_agreement(references.to(device), targets.to(device)).mean().item(),
             "reference_style": judge.right_style(references, cases).float().mean().item(),
             "vae_style": judge.right_style(self.through_vae(targets), cases).float().mean().item(),
             "by_styles": {
@@ -198,10 +211,6 @@ def drawn_sheet(bench: Bench) -> Image.Image:
     return sheet([doodles, *columns], ["doodle", *(head for head, _ in prompts)], list(DOODLES))
 
 
-def evenly(cases: list[Case], most: int) -> list[Case]:
-    return cases if not most or len(cases) <= most else [cases[int(i * len(cases) / most)] for i in range(most)]
-
-
 def evaluate(args) -> dict:
     pipe = Flux2KleinPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
@@ -209,15 +218,14 @@ def evaluate(args) -> dict:
     _, held_out = split(read_pack(args.data / NAME), emoji_modules.HOLDOUT)
     judge = Judge(held_out)
     report = {"steps": args.steps, "tokens": args.tokens, "images_left_out": judge.visible.count(False)}
-    all_cases = {"styles": judge.style_cases(), "doodles": judge.doodle_cases()}
+    all_cases = {"styles": judge.style_cases(args.most), "doodles": judge.doodle_cases(args.most)}
     for name, cases in all_cases.items():
         for named in (False, True):
-            cases = evenly(cases, args.most)
             section = f"{name}, {'named' if named else 'style alone'}"
             report[section], outputs = bench.measure(judge, cases, named)
             print(section, json.dumps({k: v for k, v in report[section].items() if k != "by_styles"}), flush=True)
             if args.sheets:
-                some = [int(i * len(cases) / 16) for i in range(min(16, len(cases)))]
+                some = evenly(list(range(len(cases))), 16)
                 columns = [[to_pil(cases[i].reference) for i in some], [to_pil(outputs[i]) for i in some],
                            [to_pil(cases[i].target) for i in some]]  # fmt: skip
                 rows = [judge.pack.rows[cases[i].row] for i in some]

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from pairs import overlap
 
+COMPARED = 64  # pixels of a side at which styles are compared
+
 
 def foreground(images: torch.Tensor, background: float = 1.0, apart: float = 0.1) -> torch.Tensor:
     """Bool [N, 1, H, W]: what is not reached from the border through pixels that differ by less than `apart` from the
@@ -27,9 +29,8 @@ def outline_agreement(images: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return overlap(foreground(images), foreground(targets))
 
 
-def nearest(images: torch.Tensor, candidates: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """For each image [N, 3, H, W] the index of the nearest of its candidates [N, K, 3, H, W], by pixels at size x size. A
-    candidate that is NaN is never the nearest."""
-    small = F.adaptive_avg_pool2d(images, size)[:, None]
-    others = F.adaptive_avg_pool2d(candidates.flatten(0, 1), size).unflatten(0, candidates.shape[:2])
-    return (others - small).square().mean((2, 3, 4)).nan_to_num(torch.inf).argmin(1)
+def nearest(images: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """For each image [N, 3, H, W] the index of the nearest of its candidates [N, K, 3, 64, 64]. A candidate that is NaN is
+    never the nearest."""
+    small = F.adaptive_avg_pool2d(images, COMPARED)[:, None]
+    return (candidates - small).square().mean((2, 3, 4)).nan_to_num(torch.inf).argmin(1)

@@ -100,8 +100,8 @@ class ImagePromptRule:
         """An image, encoded by the pipeline's own code."""
         raise NotImplementedError
 
-    def sees_black(self, one: Loaded) -> bool:
-        """Whether `negative` encodes a black image."""
+    def encodes_negative(self, one: Loaded) -> bool:
+        """Whether `negative` needs the image encoder."""
         return False
 
     def features(self, encoder: Any) -> Any:
@@ -118,7 +118,7 @@ class ImagePromptRule:
 
 class UNetImagePrompts(ImagePromptRule):
     """Stable Diffusion's and SDXL's. Adapters with a resampler ("plus") see the encoder's last but one layer, and under
-    guidance a black image's."""
+    guidance what it makes of zeros."""
 
     given, attention = IPAdapterAttnProcessor2_0, UNetImageAttention
 
@@ -135,7 +135,7 @@ class UNetImagePrompts(ImagePromptRule):
         positive, negative = pipe.encode_image(image, pipe.device, 1, not isinstance(one.projection, ImageProjection))
         return Encoded(positive[None], negative[None])
 
-    def sees_black(self, one: Loaded) -> bool:
+    def encodes_negative(self, one: Loaded) -> bool:
         return not self._pooled(one)
 
     def negative(self, pipe: Pipeline, one: Loaded, positive: Tensor, size: tuple[int, int]) -> Tensor:
@@ -164,7 +164,7 @@ class FluxImagePrompts(ImagePromptRule):
     def encode(self, pipe: Pipeline, one: Loaded, image: PIL.Image.Image) -> Encoded:
         return Encoded(pipe.encode_image(image, pipe.device, 1)[None])
 
-    def sees_black(self, one: Loaded) -> bool:
+    def encodes_negative(self, one: Loaded) -> bool:
         return True
 
     def negative(self, pipe: Pipeline, one: Loaded, positive: Tensor, size: tuple[int, int]) -> Tensor:
@@ -252,12 +252,14 @@ def _restore(holders: Sequence[dict[str, Any]], name: str, held: Sequence[Any]) 
 
 class Adapters:
     """The adapters in a network, by name, with our attention processors in the place of diffusers'. before: what the network
-    had. users: the parts of streams that draw with it; what was there before is put back when none is left."""
+    had. encoders: the image encoder and its processor that the pipe had. users: the parts of streams that draw with these
+    adapters; what was there before is put back when none is left."""
 
     def __init__(self, network: Network, rule: ImagePromptRule) -> None:
         self._network, self.rule = weakref.ref(network), rule
         self.before = _State(network)
         self.loaded: dict[str, Loaded] = {}
+        self.encoders: dict[str, Any] = {}
         self.users: WeakSet[Any] = WeakSet()
 
     @property
@@ -320,8 +322,9 @@ def adapters_of(adapter: FlowAdapter, rule: ImagePromptRule) -> Adapters | None:
         ValueError: the pipe has given an adapter another scale in one block than in others.
     """
     network = adapter.base
-    if network in _ADAPTERS:
-        return _ADAPTERS[network]
+    known = _ADAPTERS.get(network)
+    if known is not None and known.intact():
+        return known
     loaded = read(network, rule)
     if not loaded:
         return None

@@ -72,7 +72,6 @@ class ImagePrompts:
         self._model, self._denoiser, self._redraw, self._reader = model, denoiser, redraw, reader
         self.active = False  # there are adapters, and every frame has rows for them
         self._adapters: Adapters | None = None
-        self._encoders: dict[str, Any] = {}  # of the pipe, before the first adapter was loaded
         self._changing, self._reading = threading.Lock(), threading.RLock()
         self._scales = Scales({})  # of frames that enter
         self._all_scales: WeakSet[Scales] = WeakSet()
@@ -160,6 +159,8 @@ class ImagePrompts:
         if scale is not None:
             check_scale("scale of an image prompt", scale)
         with self._denoiser.ticks, keeping_encoders(model.pipe) as encoders:
+            if self._adapters is None:
+                model.adapter.check_network(model.adapter.base)
             adapters = self._adapters or Adapters(model.adapter.base, rule)
             find_encoder(model.pipe, rule, image_encoder, feature_extractor)
             loaded = load(adapters, model.pipe, source, kwargs, given=image_encoder is not None)
@@ -171,7 +172,7 @@ class ImagePrompts:
             by_name = dict(zip(names, loaded, strict=True))
             scales = {key: one.scale if scale is None else float(scale) for key, one in by_name.items()}
             self._put(adapters, {**adapters.loaded, **by_name}, {**self._scales.values, **scales})
-            self._encoders = self._encoders or encoders
+            adapters.encoders = adapters.encoders or encoders
         return names
 
     @computing
@@ -182,12 +183,13 @@ class ImagePrompts:
         loaded = self._loaded()
         if name is not None:
             self._check_names([name])
-        if self._adapters is None:
+        adapters = self._adapters
+        if adapters is None:
             return
         left = {key: one for key, one in loaded.items() if name is not None and key != name}
-        self._put(self._adapters, left, {key: self._scales.values[key] for key in left})
+        self._put(adapters, left, {key: self._scales.values[key] for key in left})
         if not left:
-            self._give_encoders_back()
+            self._model.pipe.register_modules(**adapters.encoders)
 
     def set_scale(self, scale: float | Mapping[str, float], *, scope: str = "now") -> None:
         """How strongly adapters act. From any thread; nothing is compiled or captured again.
@@ -241,7 +243,7 @@ class ImagePrompts:
             adapters.users.discard(self)
             if not adapters.users:
                 adapters.use({})
-                self._give_encoders_back()
+                self._model.pipe.register_modules(**adapters.encoders)
 
     # -- of frames ------------------------------------------------------------------------------------------------------
 
@@ -304,17 +306,18 @@ class ImagePrompts:
         key = name, tuple(one.positive.shape)
         if key not in self._negatives:
             model, rule = self._model, self._rule()
-            if rule.sees_black(self._loaded()[name]):
+            if rule.encodes_negative(self._loaded()[name]):
                 self._check_encoder(name)
             size = model.width, model.height
             negative = rule.negative(model.pipe, self._loaded()[name], one.positive, size)
-            self._negatives[key] = negative.to(model.device, model.dtype)
+            self._negatives[key] = negative.to(one.positive)
         return replace(one, negative=self._negatives[key])
 
     def _take_scales(self) -> None:
         """Let rows in flight take scales that have changed. Only the drawing thread calls this, before a step."""
         if self._renew:
-            self._renew -= 1
+            with self._changing:
+                self._renew -= 1
             state, engine = self._denoiser.drawing()
             engine.set_prompt(state.prompt, frozenset())  # makes the prompts anew, of the same tensors
 
@@ -397,7 +400,7 @@ class ImagePrompts:
         return made
 
     def _on_device(self, one: Encoded) -> Encoded:
-        place = self._model.device, self._model.dtype
+        place = self._model.device, self._model.adapter.base.dtype
         return Encoded(one.positive.to(*place), None if one.negative is None else one.negative.to(*place))
 
     # -- inside ---------------------------------------------------------------------------------------------------------
@@ -457,7 +460,8 @@ class ImagePrompts:
 
     def _put(self, adapters: Adapters, loaded: Mapping[str, Loaded], scales: Mapping[str, float]) -> None:
         """Let the frames in flight finish, then draw with these adapters. If that fails, the former ones stay."""
-        model, before = self._model, (adapters, adapters.loaded, self._scales.values)
+        model, fixed = self._model, self._fixed
+        before = adapters, adapters.loaded, self._scales.values
         with self._denoiser.ticks:
             if self._denoiser.engine is not None:
                 self._denoiser.run_out()
@@ -467,6 +471,7 @@ class ImagePrompts:
                 model.after_change()
             except BaseException:
                 self._set(*before)
+                self._fixed = fixed
                 raise
         self._redraw()
 
@@ -484,15 +489,8 @@ class ImagePrompts:
         if loaded:
             adapters.users.add(self)
             self._denoiser.before_step.add(self._take_scales)
-            shapes = {name: adapters.rule.shape(one) for name, one in loaded.items()}
-            self._blanks = {
-                name: torch.zeros(1, *shape, device=model.device, dtype=model.dtype) for name, shape in shapes.items()
-            }
-
-    def _give_encoders_back(self) -> None:
-        if self._encoders:
-            self._model.pipe.register_modules(**self._encoders)
-            self._encoders = {}
+            like = torch.zeros(0, device=model.device, dtype=model.adapter.base.dtype)
+            self._blanks = {name: like.new_zeros(1, *adapters.rule.shape(one)) for name, one in loaded.items()}
 
 
 def _for_frames(made: Sequence[Any], count: int) -> list[Any]:
