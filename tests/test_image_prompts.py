@@ -456,6 +456,11 @@ def test_every_way_to_call_draws_the_same():
         group = several.txt2img(image_prompt=[style(k) for k in range(3)])
         assert max(relative_error(a[None], b[None]) for a, b in zip(group, expected, strict=True)) <= 1e-5
         several.flush()
+        several.reset()
+        several.image_prompts.set(style(1))
+        group = several.txt2img(image_prompt=[style(0), None, [(style(2), 1), (style(9), 0)]])
+        assert max(relative_error(a[None], b[None]) for a, b in zip(group, expected, strict=True)) <= 1e-5
+        several.flush()
         assert len(list(several.frames(by(*(style(k) for k in range(4)))))) == 4
 
 
@@ -802,7 +807,7 @@ def test_what_cannot_be_loaded_is_said_and_changes_nothing(tmp_path):
         stream.txt2img()
         flux = random_pipeline("flux")
         whole = SD3.weights(pipe)
-        short = {**whole, "ip_adapter": {k: v for k, v in whole["ip_adapter"].items() if "1.to_k_ip" not in k}}
+        short = {**whole, "ip_adapter": {k: v for k, v in whole["ip_adapter"].items() if k != "1.norm_q.weight"}}
         other = {**whole, "image_proj": random_adapter(random_pipeline("sd3", attention_head_dim=32))["image_proj"]}
         refused = {
             "does not fit SD3Transformer2DModel .KeyError": lambda: prompts.load(random_adapter(flux)),
@@ -841,6 +846,43 @@ def test_what_cannot_be_loaded_is_said_and_changes_nothing(tmp_path):
         for call in (lambda: zimage.image_prompts.load(whole), lambda: zimage.image_prompts.set(style(0))):
             with pytest.raises(NotImplementedError, match="diffusers has no IP-Adapter for ZImagePipeline"):
                 call()
+
+
+FAMILIES = ("flux", "sd3", "instaflow", "sdxl")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_another_family_or_of_other_sizes_is_refused(family):
+    pipes = {name: CASES[name].pipe() for name in FAMILIES}
+    pipe = pipes[family]
+    others = {name: random_adapter(one) for name, one in pipes.items() if name != family}
+    if family == "flux":
+        others["deeper"] = random_adapter(random_pipeline("flux", num_layers=3))
+    with CASES[family].stream(pipe, steps=1) as stream:
+        before = state(pipe)
+        for weights in others.values():
+            with pytest.raises(
+                ValueError, match=f"this IP-Adapter does not fit {type(stream.unet).__name__} .*trained for it"
+            ):
+                stream.image_prompts.load(weights)
+            assert state(pipe) == before
+
+
+def test_a_face_adapter_with_a_lora_is_refused_and_leaves_nothing_behind():
+    pytest.importorskip("peft")
+    pipe = UNET.pipe()
+    weights = UNET.weights(pipe)
+    for i, name in enumerate(pipe.unet.attn_processors):
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        layers = {"to_q": attention.to_q, "to_k": attention.to_k, "to_v": attention.to_v, "to_out": attention.to_out[0]}
+        for key, layer in layers.items():
+            weights["ip_adapter"][f"{i}.{key}_lora.down.weight"] = torch.ones(2, layer.in_features)
+            weights["ip_adapter"][f"{i}.{key}_lora.up.weight"] = torch.ones(layer.out_features, 2)
+    with UNET.stream(pipe) as stream:
+        before, modules = state(pipe), [*pipe.unet.named_modules()]
+        with pytest.raises(NotImplementedError, match="a FaceID adapter that brings a LoRA"):
+            stream.image_prompts.load(weights)
+        assert state(pipe) == before and [*pipe.unet.named_modules()] == modules and stream.loras == ()
 
 
 @pytest.mark.slow

@@ -371,31 +371,55 @@ def load(
         arguments["weight_name"] = [None] * len(several)
     if isinstance(source, str) and not arguments.get("weight_name", MISSING):
         raise ValueError(f"{source!r} names no file of an adapter: pass weight_name=, and subfolder= where it is in one")
-    with adapters.plain():
-        known = set(getattr(network, "peft_config", None) or ())
+    with adapters.plain(), _weights_of(network) as weights:
+        known = _loras(network)
         try:
             pipe.load_ip_adapter(source, **arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except OSError:
+        except (OSError, torch.OutOfMemoryError):
             raise
         except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            raise _misfit(network, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+            raise _misfit(network, f"{type(error).__name__}: {' '.join(str(error).split('. If')[0].split())}") from error
         finally:
-            loras = [name for name in getattr(network, "peft_config", None) or () if name not in known]
+            loras = [name for name in _loras(network) if name not in known]
             if loras:
                 pipe.delete_adapters(loras)
+            if loras and not known:
+                pipe.unload_lora_weights()
         loaded = read(network, rule)
     if loras or any(isinstance(one.projection, IPAdapterFaceIDPlusImageProjection) for one in loaded):
         raise NotImplementedError(
             "a FaceID adapter that brings a LoRA or needs CLIP's embeddings beside the face's is not streamed: load one "
             "without, such as ip-adapter-faceid-portrait, and pass its faces as ImageEmbeds"
         )
-    for one in loaded:
+    for one, state in zip(loaded, weights, strict=True):
+        layers = {key.split(".")[0] for key in state["ip_adapter"] if "to_k_ip" in key}
+        if len(layers) != len(one.places):
+            raise _misfit(network, f"it is for {len(layers)} blocks, and this network has {len(one.places)}")
         _check(network, rule, one)
         for module in (one.projection, *(place for place, _ in one.places.values())):
             module.eval().requires_grad_(False)
     return loaded
+
+
+@contextmanager
+def _weights_of(network: Any) -> Iterator[list[Mapping[str, Any]]]:
+    """A context in which the state dicts that diffusers loads into a network are collected."""
+    seen: list[Mapping[str, Any]] = []
+    own = network._load_ip_adapter_weights
+
+    def collecting(state_dicts: Any, **options: Any) -> None:
+        seen.extend(state_dicts if isinstance(state_dicts, list) else [state_dicts])
+        own(state_dicts, **options)
+
+    vars(network)["_load_ip_adapter_weights"] = collecting
+    try:
+        yield seen
+    finally:
+        del vars(network)["_load_ip_adapter_weights"]
+
+
+def _loras(network: Any) -> list[str]:
+    return list(getattr(network, "peft_config", None) or ())
 
 
 def _located(source: object, arguments: Mapping[str, Any]) -> tuple[object, Call]:

@@ -59,7 +59,7 @@ class ImagePrompts:
     `stream(image, image_prompt=...)`, `txt2img(image_prompt=...)` and `frames([Input(image, image_prompt=...)])`, or all the
     same one by `set`. What an image prompt may be:
 
-    - an image (PIL, array or tensor, in any size), or one for each frame of the call;
+    - an image (PIL, array or tensor, in any size), or a list with an image prompt for each frame of the call;
     - several with weights, `[(style_a, 0.3), (style_b, 0.7)]`: the weighted mean of their embeddings;
     - `ImageEmbeds`, encoded before;
     - with several adapters, any of these by the adapters' names, `{"style": image, "face": other}`.
@@ -330,8 +330,8 @@ class ImagePrompts:
         if not names:
             raise ValueError("an image prompt needs an adapter: image_prompts.load(...) loads one")
         with self._reading:
-            if isinstance(given, (list, tuple)) and given and all(isinstance(one, Mapping) for one in given):
-                return _for_frames([self._read(one, 1)[0] for one in given], count)
+            if isinstance(given, (list, tuple)) and given and not _is_blend(given):
+                return _for_frames([self._fixed if one is None else self._read(one, 1)[0] for one in given], count)
             if isinstance(given, ImageEmbeds):
                 return [dict(zip(names, self._embeds(given, names), strict=True))] * count
             if not isinstance(given, Mapping):
