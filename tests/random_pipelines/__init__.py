@@ -10,7 +10,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -226,7 +225,9 @@ def _flux(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
     return pipe
 
 
-def _flux_kontext(scheduler: dict | None = None, **changes: Any) -> FluxKontextPipeline:
+def _flux_kontext(scheduler: dict | None = None, **changes: Any) -> FluxPipeline:
+    from diffusers import FluxKontextPipeline  # diffusers 0.33 has none
+
     pipe = FluxKontextPipeline(**_flux(scheduler, **changes).components)
     pipe.default_sample_size = 8
     return pipe
