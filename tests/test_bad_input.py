@@ -432,8 +432,9 @@ class Deferred(RangeChecks):
         self.pending.append((self.Copied(extremes), low, high, what))
 
 
-def test_the_call_after_a_bad_image_on_a_device_raises_and_the_call_with_it_does_not():
-    stream = StreamFlow(random_pipeline("sd3"), [0, 1], width=64, height=64, cfg_type="none")
+@pytest.mark.parametrize("family", ["sd3", "flux2-klein"])  # whose image is a reference
+def test_the_call_after_a_bad_image_on_a_device_raises_and_the_call_with_it_does_not(family):
+    stream = StreamFlow(random_pipeline(family), [0, 1], width=64, height=64, cfg_type="none")
     stream.prepare("a", num_inference_steps=2)
     stream._inputs.reader.ranges = Deferred()
     good, bad = torch.rand(3, 64, 64), torch.full((3, 64, 64), 1.5)

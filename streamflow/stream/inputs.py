@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from streamflow.flow.noise import NoiseSource
 from streamflow.image_utils import (
     Images,
     Normalized,
-    Size,
+    Sizes,
     check_range,
     check_values,
     image_tensor,
@@ -66,7 +66,7 @@ class ImageReader:
         model, check = self._model, check_values if self.check else partial(self.ranges.add, what)
         return image_tensor(image, model.height, model.width, self.input_range, self._resize, check)
 
-    def each(self, image: Images, what: str, sizes: Callable[[Size], tuple[Size, Size]]) -> list[Tensor]:
+    def each(self, image: Images, what: str, sizes: Sizes | None = None) -> list[Tensor]:
         """An image or several as `[1, 3, h, w]` in [-1, 1] each, in sizes of their own (`images_of_own_size`)."""
         check = check_values if self.check else partial(self.ranges.add, what)
         return images_of_own_size(image, sizes, self.input_range, check)
@@ -111,8 +111,7 @@ class Inputs:
     def images(self, image: Images) -> Tensor:
         """The images of the frames that come next, `[n, 3, H, W]` in [-1, 1]. Raises ValueError for an earlier image on a
         GPU whose values were out of range; the new ones are checked by a later call, since nothing waits for the GPU."""
-        if self.reader.ranges.pending:
-            self.reader.ranges.raise_failed()
+        self._raise_earlier()
         return self.reader.read(image, f"the image of frame {self._denoiser.next_id}")
 
     def read(self, image: Images, given: Arguments, row: int | None = None) -> Read:
@@ -120,8 +119,7 @@ class Inputs:
         call brings a whole group."""
         images, seen = None, None
         if self._references is not None and self._model.image_is_reference:
-            if self.reader.ranges.pending:
-                self.reader.ranges.raise_failed()
+            self._raise_earlier()
             first = self._references.images(image, f"the image of frame {self._denoiser.next_id}")
             given = {**given, "reference": (OwnSize(first), *several(given.get("reference")))}
             count = len(first)
@@ -133,18 +131,26 @@ class Inputs:
             raise ValueError(f"{count} images for a frame buffer of {self._model.frames}")
         if row is not None and count != 1:
             raise ValueError(f"frames() takes one image at a time, not {count}")
-        return Read(images, seen, self.conditions(given, images, range(row or 0, (row or 0) + count)))
+        return Read(images, seen, self._entries(given, images, range(row or 0, (row or 0) + count)))
 
     def conditions(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
         """The arguments of a call besides images, read by each conditioner that is active or has an argument here. Without
         images it raises for an earlier one, as `images` does."""
-        if images is None and self.reader.ranges.pending:
-            self.reader.ranges.raise_failed()
+        if images is None:
+            self._raise_earlier()
+        return self._entries(given, images, positions)
+
+    def _entries(self, given: Arguments, images: Tensor | None, positions: range) -> Conditions:
         return [
             (one, one.read(given.get(one.name), images, positions))
             for one in self.conditioners
             if one.active or given.get(one.name) is not None
         ]
+
+    def _raise_earlier(self) -> None:
+        """Raise ValueError for an earlier image on a GPU whose values were out of range."""
+        if self.reader.ranges.pending:
+            self.reader.ranges.raise_failed()
 
     def compared(self, images: Tensor | None, conditions: Conditions) -> Tensor | None:
         """What the similarity filter compares, `[n, C, H, W]`: the images, and what the conditioners add. None without."""
