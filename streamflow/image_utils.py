@@ -22,6 +22,9 @@ Images = PIL.Image.Image | np.ndarray | Tensor | Sequence[Any]  # one image or s
 ControlArgument = Mapping[str, Images | None]  # by the names of the control nets
 ReferenceArgument = Images | Sequence[Images]  # one reference image or several, each of one frame or of all frames of a call
 Size = tuple[int, int]  # (width, height) in pixels
+Sizes = Callable[
+    [Size], tuple[Size, Size]
+]  # from an image's size to (the size it is resized to, the size cropped from that)
 Check = Callable[[Tensor, float, float], None]
 """`check(image, low, high)`: raise ValueError, now or later, unless the values of `image` are in [low, high]."""
 
@@ -260,14 +263,14 @@ def image_tensor(
 
 def images_of_own_size(
     image: Images,
-    sizes: Callable[[Size], tuple[Size, Size]],
+    sizes: Sizes | None = None,
     input_range: tuple[float, float] = (0, 1),
     check: Check = check_on_host,
 ) -> list[Tensor]:
     """One image or several as `[1, 3, h, w]` in [-1, 1] each, in memory of their own, not marked.
 
     sizes: from an image's (width, height) to the size to which it is resized, as `image_tensor` does but with Lanczos for
-    uint8 on the CPU too, and the size that is cropped from the middle of that.
+    uint8 on the CPU too, and the size that is cropped from the middle of that. None: images stay as they are.
 
     Raises as `image_tensor`, and what `sizes` raises.
     """
@@ -282,7 +285,8 @@ def images_of_own_size(
             rows = image.movedim(-3, -1).numpy()
             image = [PIL.Image.fromarray(np.ascontiguousarray(one)) for one in (rows if rows.ndim == 4 else rows[None])]
             return [made for one in image for made in images_of_own_size(one, sizes, input_range, check)]
-    (width, height), (crop_width, crop_height) = sizes(image_size(image))
+    own = image_size(image)
+    (width, height), (crop_width, crop_height) = (own, own) if sizes is None else sizes(own)
     made = image_tensor(image, height, width, input_range, True, check)
     if isinstance(image, Tensor) and made.data_ptr() == image.data_ptr():
         made = made.clone()

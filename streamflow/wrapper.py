@@ -61,7 +61,13 @@ NOT_HERE = {
 
 # The keys of an entry of livepeer's `ipadapter_config`: those that are read, and those that ask for what there is not.
 IPADAPTER = (
-    *("ipadapter_model_path", "image_encoder_path", "style_image", "scale", "enabled", "type", "style_image_key"),
+    "ipadapter_model_path",
+    "image_encoder_path",
+    "style_image",
+    "style_image_key",
+    "scale",
+    "enabled",
+    "type",
     "num_image_tokens",  # which the adapter says itself
 )
 _FACES = "FaceID needs a face detector: pass its embeddings, wrapper.stream.image_prompts.set(ImageEmbeds(...))"

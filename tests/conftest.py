@@ -6,8 +6,10 @@ import atexit
 import gc
 import logging
 import signal
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,3 +176,32 @@ def streamed(stream: StreamFlow, noises: torch.Tensor, **options) -> torch.Tenso
 
 def noises(stream: StreamFlow, n: int) -> torch.Tensor:
     return torch.cat([stream.frame_noise(k) for k in range(n)])
+
+
+class Taken(torch.nn.Module):
+    """In the place of a decoder: keeps the latents, and draws black."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[torch.Tensor] = []
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        self.taken += latents.split(1)
+        return torch.zeros(len(latents), 3, 64, 64)
+
+
+def drawn(stream: StreamFlow, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The latents of these inputs of `frames`, in order. An input that is a function is called, and no input."""
+    decoder, taken = stream.codec.decoder, Taken()
+
+    def given():
+        for one in inputs:
+            if callable(one):
+                one()
+            else:
+                yield one
+
+    stream.codec.decoder = taken
+    count = sum(1 for _ in stream.frames(given()))
+    stream.codec.decoder = decoder
+    return taken.taken[:count]

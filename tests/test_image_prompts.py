@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, never_waiting, relative_error
+from conftest import PROMPT, drawn, never_waiting, relative_error
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from random_pipelines import random_pipeline, wake
 from random_pipelines.control import random_control
@@ -138,35 +138,6 @@ def load_by_diffusers(pipe: Any, adapters: Sequence[Any]) -> None:
         pipe.load_ip_adapter(list(adapters), subfolder="", weight_name=[None] * len(adapters))
     else:
         pipe.load_ip_adapter(list(adapters), weight_name=[None] * len(adapters))
-
-
-class Taken(torch.nn.Module):
-    """In the place of a decoder: keeps the latents, and draws black."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken: list[torch.Tensor] = []
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        self.taken += latents.split(1)
-        return torch.zeros(len(latents), 3, 64, 64)
-
-
-def drawn(stream: StreamFlow, inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """The latents of these inputs of `frames`, in order. An input that is a function is called, and no input."""
-    decoder, stream.codec.decoder = stream.codec.decoder, Taken()
-    taken = stream.codec.decoder.taken
-
-    def given():
-        for one in inputs:
-            if callable(one):
-                one()
-            else:
-                yield one
-
-    count = sum(1 for _ in stream.frames(given()))
-    stream.codec.decoder = decoder
-    return taken[:count]
 
 
 def by(*prompts: Any) -> list[Input]:

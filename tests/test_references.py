@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, never_waiting, relative_error
+from conftest import PROMPT, drawn, never_waiting, relative_error
 
 from streamflow import StreamFlow
 from streamflow.stream.frames import Input
@@ -97,34 +97,6 @@ def slow_but(names, *plain):
 
 
 KLEIN, CACHED = CASES["klein"], CASES["klein-kv"]
-
-
-class Taken(torch.nn.Module):
-    """In the place of a decoder: keeps the latents, and draws black."""
-
-    def __init__(self, decoder: torch.nn.Module):
-        super().__init__()
-        self.unpack = getattr(decoder, "unpack", None)
-        self.taken: list[torch.Tensor] = []
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        self.taken += latents.split(1)
-        return torch.zeros(len(latents), 3, 64, 64)
-
-
-def drawn(stream: StreamFlow, inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """The latents of these inputs of `frames`, in order. An input that is a function is called, and no input."""
-    stream.codec.decoder = taken = Taken(stream.codec.decoder)
-
-    def given():
-        for one in inputs:
-            if callable(one):
-                one()
-            else:
-                yield one
-
-    count = sum(1 for _ in stream.frames(given()))
-    return taken.taken[:count]
 
 
 def references_of(case: Case, n: int) -> list[list[PIL.Image.Image]]:

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from captions import BACKGROUNDS, STYLES, article, canonical, parts, plain_name
 from doodles import chance, doodle, uniform
-from pack import Pack, background_rgb, placement, turn_hue
+from pack import Pack, background_rgb, placement, row_weights, turn_hue
 from training import cumulated, pick
 
 SAME_OUTLINE = 0.85  # intersection over union of two masks that make a pair
 STYLE_SHARES = {"3d": 0.30, "flat": 0.20, "gradient": 0.15, "noto": 0.20, "blob": 0.15}
-PEOPLE_WEIGHT = 0.4
 FORMS = ("full", "without colour", "keyword", "style", "empty")
 FORM_SHARES = (
     (0.40, 0.05, 0.10, 0.38, 0.07),  # one object
@@ -126,16 +125,6 @@ def captions_of(row: dict, rng: random.Random) -> list[str]:
     return [canonical(row), plain, f"{article(word)}{word}, {style}", style, ""]
 
 
-def image_weights(rows: list[dict]) -> torch.Tensor:
-    """How often each image is drawn, float64 [N]: by style, people less often."""
-    weight = torch.tensor([PEOPLE_WEIGHT if row["group"] == "people & body" else 1.0 for row in rows], dtype=torch.float64)
-    for style, share in STYLE_SHARES.items():
-        of_style = torch.tensor([row["style"] == style for row in rows])
-        if of_style.any():
-            weight[of_style] *= share / weight[of_style].sum()
-    return weight / weight.sum()
-
-
 # -- pairs -----------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +189,7 @@ class Pairs:
         self.rgba, self.ids, self.device = pack.rgba.to(device), ids.to(device), device
         self.partners = find_partners(pack).to(device)
         self.still = torch.tensor([1.0, 0.0, 0.0], device=device)
-        self.weights = cumulated(image_weights(pack.rows)).to(device)
+        self.weights = cumulated(row_weights(pack.rows, STYLE_SHARES)).to(device)
         self.forms = torch.stack([cumulated(torch.tensor(one)) for one in FORM_SHARES]).to(device)
         self.backgrounds = background_rgb(list(BACKGROUNDS), device)
         styles = list(STYLES)

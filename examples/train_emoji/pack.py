@@ -70,10 +70,10 @@ def training_pack(path: Path, holdout: Path, limit: int = 0) -> Pack:
     return pack
 
 
-def row_weights(rows: list[dict]) -> torch.Tensor:
-    """How often each image is drawn, float64 [N]: by style, people less often."""
+def row_weights(rows: list[dict], shares: dict[str, float] = STYLE_SHARES) -> torch.Tensor:
+    """How often each image is drawn, float64 [N]: by style in these shares, people less often."""
     weight = torch.tensor([PEOPLE_WEIGHT if row["group"] == "people & body" else 1.0 for row in rows], dtype=torch.float64)
-    for style, share in STYLE_SHARES.items():
+    for style, share in shares.items():
         of_style = torch.tensor([row["style"] == style for row in rows])
         if of_style.any():
             weight[of_style] *= share / weight[of_style].sum()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from streamflow._validation import check_number
 from streamflow.conditioning.prompt import Cond, Prompt, extended
-from streamflow.flow.convention import per_row
+from streamflow.flow.convention import times
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import VAE, Network
@@ -181,7 +181,7 @@ def _times(value: object, scale: Tensor) -> Any:
     """Residuals `[rows, ...]`, one or a list, times float32 `[rows]`, in their own dtype: the same bits as with a number."""
     if isinstance(value, (list, tuple)):
         return [_times(one, scale) for one in value]
-    return (value * per_row(scale, value)).to(value.dtype) if isinstance(value, Tensor) else value
+    return times(value, scale) if isinstance(value, Tensor) else value
 
 
 def controlled(plain: Prompt, images: Mapping[str, Tensor], levels: Tensor, lends: tuple[str, ...]) -> Prompt:

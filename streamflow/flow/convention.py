@@ -19,6 +19,11 @@ def per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *([1] * (like.ndim - 1)))
 
 
+def times(value: Tensor, scale: Tensor) -> Tensor:
+    """`value` `[rows, ...]` times float32 `scale` `[rows]`, in value's dtype: the same bits as with a number."""
+    return (value * per_row(scale, value)).to(value.dtype)
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x0 at noise level sigma: `(1 - sigma) x0 + sigma noise`, in x0's dtype.
 

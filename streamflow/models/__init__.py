@@ -5,6 +5,7 @@ A family is one file with one class, a `FlowAdapter` (models/adapter.py). `regis
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -121,13 +122,24 @@ def adapter_class(family: str) -> type[FlowAdapter]:
     adapter = FAMILIES[family]
     if not isinstance(adapter, str):
         return adapter
-    module, _, name = adapter.partition(":")
     try:
-        return getattr(import_module(module), name)
+        return _named(adapter)
     except ImportError as error:
         raise ImportError(
             f"family {family!r} needs a newer diffusers than {version('diffusers')} ({error}): pip install -U diffusers"
         ) from error
+
+
+def _named(where: str) -> Any:
+    """What is named `"module:Class"`."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
+
+
+@cache
+def _rule(where: str) -> Any:
+    """The rule that is named `"module:Class"`, one for all streams, since rules have no state."""
+    return _named(where)()
 
 
 def takes_references(pipe: Pipeline, family: str | None = None) -> bool:
@@ -139,8 +151,7 @@ def control_rule(adapter: FlowAdapter) -> ControlRule:
     """The rule of this family's control nets. NotImplementedError where diffusers has none."""
     if adapter.control is None:
         raise NotImplementedError(f"diffusers has no control nets that {type(adapter).__name__} streams")
-    module, _, name = adapter.control.partition(":")
-    return getattr(import_module(module), name)()
+    return _rule(adapter.control)
 
 
 def reference_rule(adapter: FlowAdapter) -> ReferenceRule:
@@ -150,8 +161,7 @@ def reference_rule(adapter: FlowAdapter) -> ReferenceRule:
             f"{type(adapter.pipe).__name__} takes no reference images: pass the image itself, stream(image), or use a "
             f"pipeline that does, such as Flux2KleinPipeline or FluxKontextPipeline"
         )
-    module, _, name = adapter.reference.partition(":")
-    return getattr(import_module(module), name)()
+    return _rule(adapter.reference)
 
 
 def image_prompt_rule(adapter: FlowAdapter) -> ImagePromptRule:
@@ -159,9 +169,8 @@ def image_prompt_rule(adapter: FlowAdapter) -> ImagePromptRule:
     old."""
     if adapter.image_prompt is None:
         raise NotImplementedError(f"diffusers has no IP-Adapter for {type(adapter.pipe).__name__} that is streamed")
-    module, _, name = adapter.image_prompt.partition(":")
     try:
-        return getattr(import_module(module), name)()
+        return _rule(adapter.image_prompt)
     except ImportError as error:
         raise ImportError(
             f"image prompts need a newer diffusers than {version('diffusers')} ({error}): pip install -U diffusers"

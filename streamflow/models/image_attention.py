@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from streamflow.conditioning.image_prompt import Scaled
+from streamflow.flow.convention import times
 
 Place = tuple[Any, int]  # a processor of diffusers, and which of its adapters is meant
 
@@ -27,11 +28,6 @@ Place = tuple[Any, int]  # a processor of diffusers, and which of its adapters i
 def _scaled(given: object) -> bool:
     """Whether these image tokens come with scales."""
     return isinstance(given, (list, tuple)) and len(given) > 0 and isinstance(given[0], tuple)
-
-
-def _times(value: Tensor, scale: Tensor) -> Tensor:
-    """`[rows, tokens, width]` times float32 `[rows]`, in its own dtype: the same bits as with a number."""
-    return (value * scale.view(-1, 1, 1)).to(value.dtype)
 
 
 def _heads(attn: Any, value: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ class UNetImageAttention(IPAdapterAttnProcessor2_0):
         out = _attend(query, _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text)), attention_mask)
         for (tokens, by_row), to_k, to_v in zip(images, self.to_k_ip, self.to_v_ip, strict=True):
             seen = _attend(query, _heads(attn, to_k(tokens)), _heads(attn, to_v(tokens)))
-            out = out + _times(seen, by_row)
+            out = out + times(seen, by_row)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -126,7 +122,7 @@ class SD3ImageAttention(SD3IPAdapterJointAttnProcessor2_0):
         tokens = self.norm_ip(tokens, temb=temb)
         key = torch.cat((self.norm_k(plain[1]), self.norm_ip_k(_heads(attn, self.to_k_ip(tokens)))), dim=2)
         value = torch.cat((plain[2], _heads(attn, self.to_v_ip(tokens))), dim=2)
-        image = image + _times(_attend(self.norm_q(plain[0]), key, value), by_row)
+        image = image + times(_attend(self.norm_q(plain[0]), key, value), by_row)
         image = attn.to_out[1](attn.to_out[0](image))
         if encoder_hidden_states is None:
             return image
@@ -179,7 +175,7 @@ class FluxImageAttention(FluxIPAdapterAttnProcessor):
         for (tokens, by_row), to_k, to_v in zip(ip_hidden_states, self.to_k_ip, self.to_v_ip, strict=True):
             key, value = (project(tokens).flatten(1, -2).unflatten(-1, heads) for project in (to_k, to_v))
             one = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
-            seen = seen + _times(one.flatten(2).to(query.dtype), by_row)
+            seen = seen + times(one.flatten(2).to(query.dtype), by_row)
         return *out, seen
 
 

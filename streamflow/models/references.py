@@ -66,10 +66,7 @@ class Flux2CachedReferences(Flux2References):
         ids = self.ids(tuple(one.grid for one in references), entering.prompt.cond.shared["img_ids"])
         kept: Kept | None = None if entering.reuse is None else entering.memory.get("kept")
         images = [one.image for one in references]
-        if kept is not None and kept.fits(images):
-            changed = kept.changed(images, entering.reuse or 0.0, adapter.multiple)
-        else:
-            kept, changed = None, None
+        changed = None if kept is None else kept.changed(images, entering.reuse or 0.0, adapter.multiple)
         if kept is None or changed is None:
             x, cond = self.in_tokens(entering.x), entering.prompt.cond
             text = cond.rows["encoder_hidden_states"], cond.shared["txt_ids"]
@@ -97,13 +94,12 @@ class Kept:
     images: tuple[Tensor, ...]
     kv: Tensor
 
-    def fits(self, images: Sequence[Tensor]) -> bool:
-        """Whether these references have the same sizes."""
-        return [one.shape for one in images] == [one.shape for one in self.images]
-
     def changed(self, images: Sequence[Tensor], tolerance: float, side: int) -> Tensor | None:
         """The tokens of which a pixel, or one of a neighbour, differs by more than the tolerance, on the references' device,
-        filled up to an eighth of all tokens; None where that is all of them. On a GPU the host waits for their number."""
+        filled up to an eighth of all tokens; None where that is all of them, or where sizes differ. On a GPU the host
+        waits for their number."""
+        if [one.shape for one in images] != [one.shape for one in self.images]:
+            return None
         found = []
         for new, old in zip(images, self.images, strict=True):
             apart = max_pool2d((new - old).abs().amax(1, keepdim=True), side)

@@ -358,9 +358,8 @@ class ImagePrompts:
             if not given:
                 raise ValueError("an empty list of image prompts")
             return [self._single(name, one) for one in given]
-        as_given = lambda size: (size, size)  # noqa: E731
         what = f"the image prompt of frame {self._denoiser.next_id}"
-        return [self._encoded(name, pixels) for pixels in self._reader.each(given, what, as_given)]
+        return [self._encoded(name, pixels) for pixels in self._reader.each(given, what)]
 
     def _single(self, name: str, given: Any) -> Encoded:
         made = self._of_adapter(name, given)

@@ -15,6 +15,7 @@ from torch import Tensor
 from streamflow._grad_mode import computing
 from streamflow.conditioning.prompt import Prompt, extended
 from streamflow.conditioning.reference import Entering, FixedReferences, Image, OwnSize, Reference, ReferenceRule, several
+from streamflow.flow.schedule import Stages
 from streamflow.image_utils import Size, image_size
 from streamflow.models import reference_rule
 from streamflow.models.codec import Codec
@@ -50,6 +51,7 @@ class References:
         self._prompts: dict[int, tuple[Prompt, list[Reference], Prompt]] = {}  # (plain, references, extended) by row
         self._memories: dict[int, dict[str, Any]] = {}  # what the rule keeps, by row
         self._of_all: dict[str, tuple[object, tuple[Size, Size], Tensor]] = {}  # (as given, sizes, pixels) by name
+        self._time: tuple[Stages, Tensor] | None = None
         updates.readers["references"] = weak_call(self.fixed)
         updates.readers["reference_reuse"] = weak_call(self.check_reuse)
         outputs.on_redraw.add(self.forget)
@@ -135,7 +137,7 @@ class References:
         fixed = {name: self._sized(name, image) for name, image in state.request.references.images.items()}
         rows: list[dict[Key, Tensor]] = [{**dict(enumerate(entry or ())), **fixed} for entry in entries]
         exact = isinstance(adapter.velocity, RowByRow)
-        time = self._model.to_device(state.stages.timesteps[:1], torch.float32)
+        time = self._first_time(state.stages)
         kept: dict[tuple[int, Key], tuple[Codec, Reference]] = {}
         prompts = []
         for row, (images, prompt, x) in enumerate(zip(rows, group.prompts, group.x.split(1), strict=True)):
@@ -161,8 +163,8 @@ class References:
         black = [-torch.ones(1, 3, height, width) for width, height in cropped]
         references = [self._encode(None, image, True)[1] for image in black]
         x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
-        time = model.to_device(state.stages.timesteps[:1], torch.float32)
-        return self._extended(references, Entering(prompt, x, time, False, self._read_prompt))
+        entering = Entering(prompt, x, self._first_time(state.stages), False, self._read_prompt)
+        return self._extended(references, entering)
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
@@ -201,6 +203,12 @@ class References:
         if len(made) not in (1, count):
             raise ValueError(f"{len(made)} images for reference {i} of {count} frames: pass one, or one each")
         return made * (count // len(made))
+
+    def _first_time(self, stages: Stages) -> Tensor:
+        """The time of the first step of these stages, `[1]` on the device."""
+        if self._time is None or self._time[0] is not stages:
+            self._time = stages, self._model.to_device(stages.timesteps[:1], torch.float32)
+        return self._time[1]
 
     def _read_prompt(self, more: Arguments) -> Prompt:
         request = self._denoiser.prepared().request

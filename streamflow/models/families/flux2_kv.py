@@ -50,18 +50,9 @@ class _OwnCalls(nn.Module):
     ) -> Tensor:
         if references is None or reference_ids is None or reference_time is None or not torch.equal(t, reference_time):
             return self.velocity(x, t, **cond)
-        tokens = x.flatten(2).transpose(1, 2)
-        out = self.velocity.transformer(
-            hidden_states=torch.cat((references, tokens), 1),
-            timestep=t.to(x.dtype) / 1000,
-            guidance=None,
-            encoder_hidden_states=cond["encoder_hidden_states"],
-            txt_ids=cond["txt_ids"],
-            img_ids=torch.cat((reference_ids, cond["img_ids"]), 1),
-            return_dict=False,
-            kv_cache_mode="extract",
-            num_ref_tokens=references.shape[1],
-        )[0]
+        tokens, network = x.flatten(2).transpose(1, 2), self.velocity.transformer
+        text = cond["encoder_hidden_states"], cond["txt_ids"]
+        out, _ = _extracted(network, references, reference_ids, tokens, cond["img_ids"], *text, t)
         return out.transpose(1, 2).reshape(x.shape)
 
 
@@ -79,6 +70,30 @@ class Flux2KleinKV(Flux2):
         return RowByRow(_OwnCalls(cast("Flux2CachedVelocity", self.velocity)), shared=self.shared_inputs)
 
 
+def _extracted(
+    network: nn.Module,
+    tokens: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    image_ids: Tensor,
+    text: Tensor,
+    text_ids: Tensor,
+    time: Tensor,
+) -> tuple[Tensor, Flux2KVCache]:
+    """The pipeline's call of a frame's first step: (velocity of the tokens of x, keys and values of the references)."""
+    return network(
+        hidden_states=torch.cat((tokens, x), 1),
+        timestep=time.to(x.dtype) / 1000,
+        guidance=None,
+        encoder_hidden_states=text,
+        txt_ids=text_ids,
+        img_ids=torch.cat((ids, image_ids), 1),
+        return_dict=False,
+        kv_cache_mode="extract",
+        num_ref_tokens=tokens.shape[1],
+    )
+
+
 def keys_and_values(
     network: Network,
     tokens: Tensor,
@@ -94,17 +109,7 @@ def keys_and_values(
     with all tokens of x and of the text, as the pipeline's; otherwise with one of each, on which they do not depend."""
     if not exact:
         x, image_ids, text, text_ids = x[:, :1], image_ids[:, :1], text[:, :1], text_ids[:, :1]
-    _, cache = network(
-        hidden_states=torch.cat((tokens, x), 1),
-        timestep=time.to(x.dtype) / 1000,
-        guidance=None,
-        encoder_hidden_states=text,
-        txt_ids=text_ids,
-        img_ids=torch.cat((ids, image_ids), 1),
-        return_dict=False,
-        kv_cache_mode="extract",
-        num_ref_tokens=tokens.shape[1],
-    )
+    _, cache = _extracted(network, tokens, ids, x, image_ids, text, text_ids, time)
     layers = (*cache.double_block_caches, *cache.single_block_caches)
     return torch.stack([torch.stack(layer.get(), 1) for layer in layers], 1)
 
