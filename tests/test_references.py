@@ -717,5 +717,5 @@ def test_a_cuda_graph_draws_the_same_and_nothing_waits(name, cuda_pipes, full_fl
     stream.reset()
     stream(on_device[0])
     with never_waiting():
-        waited = [stream(one) for one in on_device]
+        waited = [stream(one) for one in on_device[1:]]
     assert relative_error(waited[-1], plain[-1]) <= 1e-4

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,13 @@ class Way:
             yield stream
 
 
+IMAGES = 16  # that the camera shows in turn
+
+
+@cache
 def camera(frame: int, width: int, height: int) -> np.ndarray:
-    """An image of a camera, another one for every frame."""
-    return np.random.default_rng(frame % 16).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    """An image of a camera."""
+    return np.random.default_rng(frame).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 SETS = {
@@ -148,7 +152,7 @@ def ticking(stream: StreamFlow, way: Way) -> Call:
     ids = count()
 
     def tick() -> object:
-        return stream(camera(next(ids), way.width, way.height))
+        return stream(camera(next(ids) % IMAGES, way.width, way.height))
 
     for _ in range(2 * way.steps):
         tick()

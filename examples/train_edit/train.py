@@ -2,6 +2,8 @@
 
     python examples/train_edit/train.py --data .cache/edit/data --output .cache/edit/model --minutes 20
 
+With `torchrun --nproc-per-node 4` in the place of `python` each GPU has a worker with a batch of its own.
+
 Two phases. `flow` learns the rectified flow of the pairs: x = (1 - sigma) x0 + sigma noise, v = noise - x0, with the
 tokens of the reference in the sequence. `reflow` straightens it for four steps: the flow draws an image from each of many
 noises, and the student learns the straight lines from these noises to these images.
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import emoji_modules
 import torch
-import torch._dynamo
 from edit_model import (
     CHANNELS,
     GRID,
@@ -37,7 +38,7 @@ from edit_model import (
 from pack import read_pack
 from pack_data import NAME
 from pairs import FORMS, Pairs, captions_of, split
-from training import Captured, Phase, Worker, add_step_options, load_average, mixed_precision, write_whole
+from training import Captured, Phase, Worker, add_step_options, load_average, mixed_precision, worker, write_whole
 from transformers import PreTrainedTokenizerFast
 
 WRITING = 25  # seconds of a run that are kept for its last checkpoint and the folder
@@ -117,18 +118,12 @@ def is_matrix(name: str) -> bool:
 class Run:
     """One run of the script: its data, its network and its clock."""
 
-    def __init__(self, args):
-        self.args, self.began = args, time.monotonic()
-        device = torch.device(args.device)
-        self.me = Worker(0, 1, device)
-        torch.manual_seed(args.seed)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
-            torch.backends.cudnn.benchmark = True
-        torch._dynamo.config.recompile_limit = 64
-        sizes = {name: getattr(args, name) for name in ("batch", "fresh", "stored", "drawn") if getattr(args, name)}
+    def __init__(self, args, me: Worker):
+        self.args, self.me, self.began, device = args, me, time.monotonic(), me.device
+        torch.manual_seed(args.seed * me.count + me.rank)
+        sizes = {
+            name: getattr(args, name) for name in ("batch", "fresh", "stored", "drawn", "guidance") if getattr(args, name)
+        }
         self.recipe, self.shape = Recipe(**sizes), TINY if args.tiny else SHIPPED
         self.seconds = args.minutes * 60
         self.running = torch.zeros((), device=device)  # the loss, averaged over about 50 steps
@@ -148,7 +143,8 @@ class Run:
         self.say(f"{len(pack.rows)} images, {len(self.tokenizer)} words, {self.recipe.stored} pairs encoded")
 
     def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+        if self.me.leads:
+            print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
 
     @property
     def left(self) -> float:
@@ -157,17 +153,19 @@ class Run:
 
     def _tokenizer(self, texts: list[str]) -> PreTrainedTokenizerFast:
         folder = self.args.work / "tokenizer"
-        if not folder.exists():
+        if self.me.leads and not folder.exists():
             train_tokenizer(texts, self.shape.words).save_pretrained(folder)
+        self.me.barrier()
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def _statistics(self, pairs: Pairs) -> None:
         path = self.args.work / "statistics.pt"
-        if not path.exists():
+        if self.me.leads and not path.exists():
             count, at_once = (4096, 64) if self.me.device.type == "cuda" else (64, 16)
             draws = (pairs.draw(at_once) for _ in range(count // at_once))
             measure(self.vae, (images for one in draws for images in (one.target, one.reference)))
             write_whole(path, dict(self.vae.bn.state_dict()))
+        self.me.barrier()
         self.vae.bn.load_state_dict(torch.load(path, map_location=self.me.device, weights_only=True))
 
     # -- training ----------------------------------------------------------------------------------------------------------
@@ -194,10 +192,10 @@ class Run:
             return loss, {"averaged": self.running, **shown}
 
         self.running.zero_()
-        while phase.clock.spent < phase.clock.seconds and self.left > 0:
+        while self.me.agreed(phase.clock.spent < phase.clock.seconds and self.left > 0):
             phase.run(averaged, min(self.args.checkpoint, self.left))
             self.say(f"{name}: step {phase.step}, {phase.clock.spent:.0f} of {phase.clock.seconds:.0f} s, {phase.note()}")
-        return phase.clock.spent >= phase.clock.seconds
+        return self.me.agreed(phase.clock.spent >= phase.clock.seconds)
 
     def flow(self) -> bool:
         flow, recipe, device = self.flow_network(), self.recipe, self.me.device
@@ -216,9 +214,10 @@ class Run:
         return self.train("flow", flow, recipe.flow_lr, loss_of)
 
     def drawn_pairs(self) -> dict[str, torch.Tensor] | None:
-        """noise, x0, reference (float16) and ids of images that the flow draws; None: the time of this run is up."""
-        path = self.path("pairs")
-        if path.exists():
+        """noise, x0, reference (float16) and ids of images that the flow draws, others in every worker; None: the time of
+        this run is up."""
+        path = self.path(f"pairs-{self.me.rank}-of-{self.me.count}")
+        if self.me.agreed(path.exists()):
             return torch.load(path, map_location=self.me.device, weights_only=True)
         flow, recipe = load_average(self.path("flow"), self.flow_network(compiled=False)).eval(), self.recipe
         sigmas = torch.linspace(1, 0, recipe.teacher_steps + 1).tolist()
@@ -241,11 +240,14 @@ class Run:
         pieces: list[tuple[torch.Tensor, ...]] = []
         while len(pieces) * recipe.batch < recipe.drawn and (not pieces or time.monotonic() - began < seconds):
             if self.left <= 0:
-                return None
+                break
             pieces.append(tuple(one.cpu() for one in draw()))
+        if self.me.agreed(self.left <= 0):
+            return None
         names = ("noise", "x0", "reference", "ids")
         pairs = {name: torch.cat(values) for name, values in zip(names, zip(*pieces, strict=True), strict=True)}
         write_whole(path, pairs)
+        self.me.barrier()
         self.say(f"pairs: {len(pairs['ids'])} drawn in {recipe.teacher_steps} steps at guidance {recipe.guidance}")
         return {name: value.to(self.me.device) for name, value in pairs.items()}
 
@@ -317,12 +319,18 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
         "--stop-after", type=float, default=float("inf"), help="minutes of this run, reading and writing too"
     )
     parser.add_argument("--checkpoint", type=float, default=120, help="seconds between checkpoints")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=0, help=f"pairs a step (0: {Recipe.batch})")
-    parser.add_argument("--fresh", type=int, default=0, help=f"pairs encoded anew in each step (0: {Recipe.fresh})")
+    parser.add_argument("--batch", type=int, default=0, help=f"pairs of a worker a step (0: {Recipe.batch})")
+    parser.add_argument(
+        "--fresh", type=int, default=0, help=f"pairs of a worker encoded anew in each step (0: {Recipe.fresh})"
+    )
     parser.add_argument("--stored", type=int, default=0, help=f"encoded pairs (0: {Recipe.stored})")
-    parser.add_argument("--drawn", type=int, default=0, help=f"images that the flow draws, at most (0: {Recipe.drawn})")
+    parser.add_argument(
+        "--drawn", type=int, default=0, help=f"images that the flow draws in a worker, at most (0: {Recipe.drawn})"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=0, help=f"of the images that the flow draws (0: {Recipe.guidance})"
+    )
     parser.add_argument("--limit", type=int, default=0, help="use only so many concepts (0: all)")
     parser.add_argument("--tiny", action="store_true", help="a tiny transformer, to try the scripts")
     add_step_options(parser)
@@ -330,7 +338,9 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run = Run(parsed())
-    if run.flow():
-        run.reflow()
-    run.write()
+    with worker() as me:
+        run = Run(parsed(), me)
+        if run.flow():
+            run.reflow()
+        if me.leads:
+            run.write()

@@ -57,6 +57,13 @@ class Worker:
         if self.count > 1:
             dist.barrier()
 
+    def agreed(self, value: bool) -> bool:
+        """The leader's value, in every worker."""
+        flag = torch.tensor([float(value)], device=self.device)
+        if self.count > 1:
+            dist.broadcast(flag, 0)
+        return flag.item() > 0
+
 
 @contextmanager
 def worker():
@@ -416,17 +423,11 @@ class Phase:
                 if self.step % 100 == 0:
                     bar.set_postfix_str(f"step {self.step} {self.note()}", refresh=False)
                     bar.update(100 * fraction - bar.n)
-                if self.step % self.clock.every == 0 and self._agreed(time.monotonic() - began > stop_after):
+                if self.step % self.clock.every == 0 and self.me.agreed(time.monotonic() - began > stop_after):
                     break
 
     def note(self) -> str:
         return " ".join(f"{name} {float(value):.4f}" for name, value in self.reading.items())
-
-    def _agreed(self, stop: bool) -> bool:
-        flag = torch.tensor([float(stop)], device=self.me.device)
-        if self.me.count > 1:
-            dist.broadcast(flag, 0)
-        return flag.item() > 0
 
     def save(self) -> None:
         if self.me.leads:

@@ -99,9 +99,16 @@ def _taking(cond: Cond, other: Cond, names: frozenset[str]) -> Cond:
     return Cond(rows, cond.shared, cond.layout)
 
 
-def stack(conds: Sequence[Cond]) -> dict[str, Tensor]:
-    """The network's arguments for rows under these conds, all of one signature."""
-    return {**conds[0].shared, **{name: torch.cat([cond.rows[name] for cond in conds]) for name in conds[0].rows}}
+def stack(conds: Sequence[Cond], buffers: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The network's arguments for rows under these conds, all of one signature. buffers: tensors to be written where they
+    fit."""
+    arguments = dict(conds[0].shared)
+    for name in conds[0].rows:
+        rows = [cond.rows[name] for cond in conds]
+        buffer = None if buffers is None else buffers.get(name)
+        fits = buffer is not None and buffer.dtype == rows[0].dtype and buffer.shape == (len(rows), *rows[0].shape[1:])
+        arguments[name] = torch.cat(rows, out=buffer if fits else None)
+    return arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +154,4 @@ class CondBatch:
     def _stack(self, conds: Sequence[Cond]) -> dict[str, Tensor]:
         """Stack the conds' rows into the last buffers where those fit, else into new ones."""
         old = self._calls[0].arguments if len(self._calls) == 1 else {}
-        arguments = stack(conds)
-        for name in conds[0].rows:
-            buffer, stacked = old.get(name), arguments[name]
-            if buffer is not None and buffer.shape == stacked.shape and buffer.dtype == stacked.dtype:
-                arguments[name] = buffer.copy_(stacked)
-        return arguments
+        return stack(conds, old)

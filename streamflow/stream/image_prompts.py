@@ -276,7 +276,10 @@ class ImagePrompts:
         return replace(group, prompts=tuple(self._prompt(prompt, one, row) for row, (prompt, one) in rows))
 
     def example(self, prompt: Prompt) -> Prompt:
-        """The prompt with images of zeros for the adapters that there are."""
+        """The prompt with images of zeros for the adapters that there are, in the shapes that the encoder makes."""
+        if self._can_encode():
+            for name in self._blanks:
+                self._encoded(name, -torch.ones(1, 3, self._model.height, self._model.width))
         nothing = Styled({}, self._scales)
         return prompted(prompt, {}, dict(self._blanks), partial(self._row, nothing)) if self._blanks else prompt
 
@@ -288,11 +291,15 @@ class ImagePrompts:
             return last[3]
         images = {name: self._whole(name, one, plain) for name, one in styled.images.items()}
         for name, one in images.items():
-            if self._blanks[name].shape != one.positive.shape:
-                self._blanks[name] = torch.zeros_like(one.positive)
+            self._take_shape(name, one)
         made = prompted(plain, images, dict(self._blanks), partial(self._row, styled))
         self._prompts[row] = plain, styled, values, made
         return made
+
+    def _take_shape(self, name: str, one: Encoded) -> None:
+        """Give the zeros of frames without an image for this adapter the shape of an encoded image."""
+        if self._blanks[name].shape != one.positive.shape:
+            self._blanks[name] = torch.zeros_like(one.positive)
 
     def _row(self, styled: Styled) -> Tensor:
         """The scales of a frame as they are now, float32 `[1, adapters]`, 0 where it has no image."""
@@ -376,6 +383,7 @@ class ImagePrompts:
         self._check_encoder(name)
         one = self._loaded()[name]
         encoded = self._on_device(self._rule().encode(self._model.pipe, one, PIL.Image.fromarray(pixels)))
+        self._take_shape(name, encoded)
         self._kept = [(name, pixels, encoded), *self._kept[: KEPT - 1]]
         return encoded
 
@@ -449,11 +457,15 @@ class ImagePrompts:
             known = ", ".join(map(repr, loaded)) or "none: image_prompts.load(...) loads one"
             raise ValueError(f"no adapter is named {', '.join(map(repr, unknown))}; there are {known}")
 
+    def _can_encode(self) -> bool:
+        """Whether the pipe has an image encoder and its image processor."""
+        parts = "image_encoder", "feature_extractor"
+        return all(getattr(self._model.pipe, name, None) is not None for name in parts)
+
     def _check_encoder(self, name: str) -> None:
-        pipe = self._model.pipe
-        if getattr(pipe, "image_encoder", None) is None or getattr(pipe, "feature_extractor", None) is None:
+        if not self._can_encode():
             raise ValueError(
-                f"{type(pipe).__name__} has no image encoder for adapter {name!r}: load(..., image_encoder=model or "
+                f"{type(self._model.pipe).__name__} has no image encoder for adapter {name!r}: load(..., image_encoder=model or "
                 f"folder), or pass ImageEmbeds, with their negative half under guidance"
             )
 

@@ -110,8 +110,8 @@ def keys_and_values(
     if not exact:
         x, image_ids, text, text_ids = x[:, :1], image_ids[:, :1], text[:, :1], text_ids[:, :1]
     _, cache = _extracted(network, tokens, ids, x, image_ids, text, text_ids, time)
-    layers = (*cache.double_block_caches, *cache.single_block_caches)
-    return torch.stack([torch.stack(layer.get(), 1) for layer in layers], 1)
+    pairs = [layer.get() for layer in (*cache.double_block_caches, *cache.single_block_caches)]
+    return torch.stack([one for pair in pairs for one in pair], 1).unflatten(1, (len(pairs), 2))
 
 
 def with_new_tokens(network: Network, tokens: Tensor, ids: Tensor, kv: Tensor, changed: Tensor) -> Tensor:
