@@ -115,6 +115,8 @@ SETS = {
         Way("one after another, bf16", "klein-4b", batched=False, steps=2, width=576, height=320),
         Way("stream, bf16", "klein-4b", steps=2, width=576, height=320),
         Way("stream, fp8", "klein-4b", steps=2, width=576, height=320, quantize="fp8"),
+        Way("stream, bf16, a prompt of 40 tokens", "klein-4b-short", steps=2, width=576, height=320),
+        Way("stream, fp8, a prompt of 40 tokens", "klein-4b-short", steps=2, width=576, height=320, quantize="fp8"),
     ],
     "9b": [
         Way("keys and values of references in every step", "klein-9b", style=True),
@@ -126,6 +128,29 @@ SETS = {
         Way("stream, cached", "tiny-kv", steps=2, width=64, height=64, style=True),
     ],
 }
+REUSE = {"9b": SETS["9b"][-1], "tiny": SETS["tiny"][-1]}  # the ways whose error with `reference_reuse` is measured
+SHARES = (0.1, 0.5, 1.0)  # of the camera's image that changes from frame to frame
+
+
+def reuse_errors(way: Way, device: torch.device, kind: str, frames: int = 8) -> list[dict[str, Any]]:
+    """How far images are from those without `reference_reuse`, where so much of the camera's image changes."""
+    pipe = full_size(way.model, device, torch.float32 if device.type == "cpu" else None)
+    rows = []
+    with way.stream(pipe, kind) as stream:
+        for share in SHARES:
+            changing = round(share * way.height)
+            images = [camera(0, way.width, way.height).copy() for _ in range(frames)]
+            for i, image in enumerate(images):
+                image[:changing] = camera(i, way.width, way.height)[:changing]
+            drawn = {}
+            for reuse in (None, 0.0):
+                stream.reset()
+                stream.update(reference_reuse=reuse)
+                out = [frame.wait().image.float() for frame in stream.frames(images)]
+                drawn[reuse] = torch.stack(out[1:])  # the first frame is computed whole
+            error = (drawn[0.0] - drawn[None]).norm() / drawn[None].norm()
+            rows.append({"share": share, "relative_error": error.item()})
+    return rows
 
 
 def measure(ways: list[Way], device: torch.device, kind: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -184,6 +209,14 @@ def main() -> None:
                 flush=True,
             )
         result["sets"][name] = rows
+        if name in REUSE:
+            result.setdefault("reference_reuse", {})[name] = reuse_errors(REUSE[name], device, a.accelerate)
+            for row in result["reference_reuse"][name]:
+                print(
+                    f"{name}: reference_reuse=0, {row['share']:.0%} of the camera's image change: "
+                    f"relative error {row['relative_error']:.2g}",
+                    flush=True,
+                )
         a.output.write_text(json.dumps(result, indent=1) + "\n")  # a later set may run out of time
     print(f"wrote {a.output}")
 

@@ -465,8 +465,8 @@ class ImagePrompts:
     def _check_encoder(self, name: str) -> None:
         if not self._can_encode():
             raise ValueError(
-                f"{type(self._model.pipe).__name__} has no image encoder for adapter {name!r}: load(..., image_encoder=model or "
-                f"folder), or pass ImageEmbeds, with their negative half under guidance"
+                f"{type(self._model.pipe).__name__} has no image encoder for adapter {name!r}: load(..., image_encoder="
+                f"model or folder), or pass ImageEmbeds, with their negative half under guidance"
             )
 
     def _put(self, adapters: Adapters, loaded: Mapping[str, Loaded], scales: Mapping[str, float]) -> None:
