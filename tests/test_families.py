@@ -98,6 +98,8 @@ PLAIN = {
     "zimage-guided": Case(
         "zimage", "full", {"guidance_scale": 3.0, "negative_prompt": SAME_LENGTH, "cfg_normalization": 0.8}, fixed=SHORT
     ),
+    "fibo": Case("bria-fibo", call={"guidance_scale": 1.0}),
+    "fibo-guided": Case("bria-fibo", "full", {"guidance_scale": 3.0, "negative_prompt": "blurry"}),
 }
 SLOW = {
     "sdxl-default": Case("sdxl", "full", {"negative_prompt": "", "target_size": (32, 64)}),
@@ -127,6 +129,10 @@ SLOW = {
     ),
     "zimage-guidance-off": Case("zimage", "full", {"guidance_scale": 0.0}),
     "zimage-dynamic": Case("zimage", call={"guidance_scale": 0.0}, changes={"scheduler": {"use_dynamic_shifting": True}}),
+    "fibo-default": Case("bria-fibo", "full"),
+    "fibo-nothing-padded": Case("bria-fibo", "full", {"negative_prompt": SAME_LENGTH}),
+    "fibo-guidance-off": Case("bria-fibo", "full", {"guidance_scale": 0.5, "negative_prompt": SAME_LENGTH}),
+    "fibo-more-blocks-than-layers": Case("bria-fibo", call={"guidance_scale": 1.0}, changes={"num_single_layers": 4}),
 }
 
 
@@ -226,7 +232,13 @@ def _qwen(pipe, latents, stream):
     return pipe.vae.decode(latents * std + mean).sample[:, :, 0]
 
 
-DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein, "qwen": _qwen}
+def _fibo(pipe, latents, stream):
+    latents = pipe._unpack_latents_no_patch(latents, stream.height, stream.width, pipe.vae_scale_factor)
+    mean, std = (torch.tensor(pipe.vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    return pipe.vae.decode(latents.unsqueeze(2) * std + mean).sample[:, :, 0]
+
+
+DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein, "qwen": _qwen, "fibo": _fibo}
 
 
 @pytest.mark.parametrize("name", DECODES)
