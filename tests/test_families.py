@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, edit_prompt, noises, relative_error, streamed
 from torch import Tensor
 
 from streamflow import StreamFlow, models
@@ -348,7 +348,8 @@ def test_residual_guidance_streams_as_the_loop(family, pipes, picture, found):
             except ValueError as error:
                 assert "no classifier-free guidance" in str(error)
                 break
-            stream.prepare(PROMPT, num_inference_steps=3, **({} if family in ("instaflow", "sdxl") else SHORT))
+            prompt = edit_prompt(PROMPT) if family == "bria-fibo-edit" else PROMPT
+            stream.prepare(prompt, num_inference_steps=3, **({} if family in ("instaflow", "sdxl") else SHORT))
             drawn.append(torch.stack([frame.image for frame in stream.frames(picture(k) for k in range(3))]))
         else:
             assert relative_error(*drawn) < 1e-4

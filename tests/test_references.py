@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, drawn, never_waiting, relative_error
+from conftest import PROMPT, drawn, edit_prompt, never_waiting, relative_error
 
 from streamflow import StreamFlow
 from streamflow.stream.frames import Input
@@ -41,7 +41,8 @@ def as_is(latents: torch.Tensor, stream: StreamFlow) -> torch.Tensor:
 @dataclass(frozen=True)
 class Case:
     """An edit pipeline. both: arguments of `prepare` and of the pipeline; call: only of the pipeline; latents: from the
-    stream's latents to the pipeline's; several: whether it takes more than one reference."""
+    stream's latents to the pipeline's; several: whether it takes more than one reference; prompt: from a text to the
+    pipeline's prompt."""
 
     family: str
     cfg_type: str = "none"
@@ -49,18 +50,19 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict)
     latents: Any = as_is
     several: bool = True
+    prompt: Callable[[str], str] = str
 
     def stream(self, pipes, steps=3, dtype=torch.float32, size=(64, 64), **options) -> StreamFlow:
         """A prepared stream of this case, whose decoder is taken out: `drawn` gives latents."""
         options = {"cfg_type": self.cfg_type, "width": size[0], "height": size[1], **options}
         stream = StreamFlow(pipes(self.family, dtype), **options)
-        stream.prepare(PROMPT, num_inference_steps=steps, **self.both)
+        stream.prepare(self.prompt(PROMPT), num_inference_steps=steps, **self.both)
         return stream
 
     def draw(self, stream, frame_id, references, steps=3, prompt=PROMPT) -> torch.Tensor:
         """What the pipeline itself draws, from the noise of that frame."""
         size = {"width": stream.width, "height": stream.height}
-        call = {**self.both, **self.call, **size, "prompt": prompt, "num_inference_steps": steps}
+        call = {**self.both, **self.call, **size, "prompt": self.prompt(prompt), "num_inference_steps": steps}
         if self.family == "flux-kontext":
             call["max_area"] = stream.width * stream.height
         if references:
@@ -74,7 +76,8 @@ class Case:
 
 
 KONTEXT = {**SHORT, "_auto_resize": False}
-TRUE = {"true_cfg_scale": 3.0, "negative_prompt": "blurry, much too blurry"}
+BLURRY = {"negative_prompt": "blurry, much too blurry"}
+TRUE = {"true_cfg_scale": 3.0, **BLURRY}
 CASES = {
     "flux2": Case("flux2", both={**SHORT, "guidance_scale": 2.5}, latents=tokens),
     "klein": Case("flux2-klein", both=SHORT, call={"guidance_scale": 1.0}, latents=unpacked),
@@ -82,6 +85,8 @@ CASES = {
     "klein-kv": Case("flux2-klein-kv", both=SHORT, latents=unpacked),
     "kontext": Case("flux-kontext", both={**KONTEXT, "guidance_scale": 2.5}, several=False),
     "kontext-guided": Case("flux-kontext", "full", both={**KONTEXT, "guidance_scale": 2.5, **TRUE}, several=False),
+    "fibo-edit": Case("bria-fibo-edit", call={"guidance_scale": 1.0}, prompt=edit_prompt),
+    "fibo-edit-guided": Case("bria-fibo-edit", "full", both={**BLURRY, "guidance_scale": 3.0}, prompt=edit_prompt),
 }
 SEEN_BY_THE_LANGUAGE_MODEL = {
     "qwen-edit": Case("qwenimage-edit", several=False),
@@ -127,7 +132,7 @@ def check_equal(case: Case, pipes, found, dtype=torch.float32, n=FRAMES, **optio
     assert relative_error(expected[0], expected[1]) > 0.05, "frames that are alike would prove nothing"
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "klein", "klein-kv", "kontext"))
+@pytest.mark.parametrize("name", slow_but(CASES, "klein", "klein-kv", "kontext", "fibo-edit", "fibo-edit-guided"))
 def test_each_frame_is_the_pipelines_with_its_own_references(name, pipes, found):
     check_equal(CASES[name], pipes, found)
 
