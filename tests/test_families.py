@@ -238,7 +238,8 @@ def _fibo(pipe, latents, stream):
     return pipe.vae.decode(latents.unsqueeze(2) * std + mean).sample[:, :, 0]
 
 
-DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein, "qwen": _qwen, "fibo": _fibo}
+DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein}
+DECODES |= {"qwen": _qwen, "fibo": _fibo}
 
 
 @pytest.mark.parametrize("name", DECODES)
@@ -304,7 +305,7 @@ def test_embeddings_of_several_prompts_or_another_width_are_refused(pipes):
     assert torch.equal(stream.txt2img(), given)
 
 
-@pytest.mark.parametrize("family", ["zimage", "qwenimage", "lumina2"])
+@pytest.mark.parametrize("family", ["zimage", "qwenimage", "lumina2", "bria-fibo"])
 def test_prompts_of_other_lengths_share_a_stream(family, pipes):
     """Each frame under its own prompt: what a stream of that prompt alone draws, whatever else is in flight."""
     texts = ("a cat", "a much longer prompt, of a dog in the rain", "a cat")
@@ -318,6 +319,17 @@ def test_prompts_of_other_lengths_share_a_stream(family, pipes):
     for k, text in enumerate(texts):
         stream.prepare(text, num_inference_steps=2)
         assert relative_error(drawn[k : k + 1], streamed(stream, noises(stream, 3)[k : k + 1])) < 1e-5
+
+
+def test_a_blend_is_masked_where_one_of_its_texts_is(pipes):
+    """FIBO masks tokens only where a text was padded."""
+    stream = StreamFlow(pipes("bria-fibo"), [0, 1], cfg_type="full", width=64, height=64)
+    longer = f"{PROMPT}, on a table"
+    drawn = []
+    for prompt in (longer, [(PROMPT, 1e-9), (longer, 1.0)], [(longer, 1.0), (PROMPT, 1e-9)]):
+        stream.prepare(prompt, SAME_LENGTH, num_inference_steps=2, guidance_scale=3.0)
+        drawn.append(streamed(stream, noises(stream, 1)))
+    assert relative_error(drawn[1], drawn[0]) < 1e-5 and relative_error(drawn[2], drawn[0]) < 1e-5
 
 
 @pytest.mark.parametrize("cfg_type", ["self", "initialize"])

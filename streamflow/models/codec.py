@@ -47,7 +47,7 @@ class Normalized(nn.Module):
 
 
 class SingleFrames(VAE):
-    """A video VAE for single frames: images and latents without a dimension of time."""
+    """A video VAE for single frames: images, and latents to decode, without a dimension of time."""
 
     def __init__(self, vae: VAE):
         super().__init__()
@@ -55,9 +55,11 @@ class SingleFrames(VAE):
         self.config, self.dtype = vae.config, vae.dtype
 
     def encode(self, images: Tensor) -> object:
+        """The posterior of images `[n, 3, H, W]`; its latents have a dimension of time."""
         return self.vae.encode(images.unsqueeze(2))
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Images of latents `[n, channels, h, w]`."""
         return (self.vae.decode(z.unsqueeze(2), return_dict=return_dict)[0].squeeze(2),)
 
 

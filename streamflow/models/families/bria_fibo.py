@@ -115,7 +115,7 @@ class BriaFibo(FlowAdapter):
         inputs = super()._inputs({**rest, "joint_attention_kwargs": more})
         embeds, x = call["encoder_hidden_states"], call[self.sample]
         inputs["encoder_hidden_states"] = torch.cat((embeds, *call["text_encoder_layers"]), -1)
-        if len(embeds) > 1:
+        if len(embeds) > 1 or mask is not None:
             ones = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             inputs["attention_mask"] = ones if mask is None else mask[:, 0, 0, : embeds.shape[1]]
         if mask is not None:
@@ -128,15 +128,15 @@ class BriaFiboEdit(BriaFibo):
 
     shared_inputs = (*BriaFibo.shared_inputs, "reference_ids")
     reference = "streamflow.models.families.bria_fibo:BriaFiboReferences"
-    note = "prompts are the pipeline's JSON texts; `mask` refused: paint the reference grey instead; `do_patching` refused"
+    note = "prompts are the pipeline's JSON texts; `mask` refused: paint the reference grey; `do_patching` refused"
     text_pipeline = "BriaFiboEditPipeline"
     default_size: int = 1024  # type: ignore[assignment]
 
     def check_arguments(self, arguments: Arguments) -> None:
         if arguments.get("mask") is not None:
             raise NotImplementedError(
-                "mask is not passed on, since frames have images of their own: the pipeline paints the reference grey where "
-                "it is white, so pass stream(paste_mask_on_image(mask, image)), a function of the pipeline's module"
+                "mask is not supported: the pipeline only paints the reference grey where it is white, so paint each image, "
+                "stream(paste_mask_on_image(mask, image)), with the function of the pipeline's module"
             )
         super().check_arguments(arguments)
 
