@@ -147,7 +147,7 @@ function showStyle(blob) {
   if (style) $("style-thumbnail").src = URL.createObjectURL(style);
   else $("style-thumbnail").removeAttribute("src");
   for (const name of ["style-thumbnail", "style-remove"]) $(name).hidden = !style;
-  $("style-choose").textContent = style ? "Another" : "Choose or drop an image";
+  $("style-choose").textContent = style ? "Replace" : "Choose or drop an image";
 }
 
 // -- a link that carries the settings -------------------------------------------------------------------------------
