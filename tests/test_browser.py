@@ -243,6 +243,81 @@ def image_file():
     return out.getvalue()
 
 
+def png(width, height, colour="white"):
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def editing(tmp_path_factory):
+    """A server of a model that takes several references."""
+    from random_pipelines import random_pipeline
+
+    folder = tmp_path_factory.mktemp("edit")
+    random_pipeline("flux2-klein", is_distilled=True).save_pretrained(folder)
+    one = Serving(0, [*SETTINGS, "--model", str(folder), "--width", "64", "--height", "64"]).start()
+    yield one
+    one.kill()
+
+
+def test_a_style_image_is_chosen_dropped_refused_and_taken_away(tab, editing):
+    def choose(name, data):
+        with page.expect_file_chooser() as chooser:
+            page.click("#style-choose")
+        chooser.value.set_files([{"name": name, "mimeType": "image/png", "buffer": data}])
+
+    def comes_back_to(image):
+        page.wait_for_function(f"before => {OUT} === before", arg=image)
+
+    page, thumbnail = tab(editing.url), "#style-thumbnail"
+    live(page)
+    page.select_option("#motion", "still")
+    page.click("#tab-image")
+    page.click("button[data-source=drawing]")
+    plain = still(page)
+    assert page.is_visible("#style-panel") and page.is_hidden(thumbnail) and page.is_hidden("#style-remove")
+    choose("red.png", png(300, 200, "red"))
+    page.wait_for_selector(thumbnail)
+    page.wait_for_function("document.getElementById('style-thumbnail').naturalWidth === 64")
+    red = changes(page, plain)
+    choose("long.png", png(640, 64))
+    page.wait_for_selector("#message[data-kind=error]")
+    assert "reference of 640x64 pixels" in page.text_content("#message") and page.is_visible(thumbnail)
+    choose("text.png", b"no image")
+    page.wait_for_function("() => document.getElementById('message').textContent.includes('cannot read this file')")
+    assert still(page) == red
+    page.evaluate(
+        """async (data) => {
+            const dataTransfer = new DataTransfer(), bytes = Uint8Array.from(data);
+            dataTransfer.items.add(new File([bytes], "blue.png", { type: "image/png" }));
+            document.getElementById("style-choose").dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+        }""",
+        list(png(64, 64, "blue")),
+    )
+    page.wait_for_selector("#message", state="hidden")
+    changes(page, red)
+    blue = still(page)
+    assert blue != plain
+    page.click("#tab-text")
+    changes(page, blue)
+    page.click("#tab-image")
+    page.click("button[data-source=drawing]")
+    comes_back_to(blue)
+    editing.kill()
+    page.wait_for_selector("#status[data-state='no connection']")
+    editing.start()
+    live(page)
+    comes_back_to(blue)
+    page.click("#style-remove")
+    page.wait_for_selector(thumbnail, state="hidden")
+    comes_back_to(plain)
+
+
 def test_two_tabs_draw_a_third_waits_and_all_come_back_to_a_server_that_was_killed(tab, serving):
     first, second = tab(), tab()
     for page in (first, second):
@@ -290,6 +365,7 @@ def test_chips_and_notes_say_what_the_model_draws(tab):
     page = tab()
     live(page)
     assert page.is_hidden("#negative") and page.is_hidden("#guidance"), "this server draws without guidance"
+    assert page.is_hidden("#style-panel"), "this model takes no references"
     assert "emoji only" in page.text_content("#prompt-note") and page.locator("#chips button").count() == len(
         EXAMPLE_PROMPTS
     )

@@ -274,12 +274,13 @@ def test_metrics_are_in_prometheus_format():
 class Running:
     """A server in a thread of this process, and what talks to it."""
 
-    def __init__(self, held=None, **server):
+    def __init__(self, held=None, given=None, **server):
         self.settings = Settings(
             device="cpu",
             num_inference_steps=1,
             acceleration=config.Acceleration(kind="none"),
             server=Server(port=0, **server),
+            **(given or {}),
         )
         self.service = Service(self.settings, held or tokens.Tokens())
         self.connections = Connections(self.settings.server, self.service.refusals)

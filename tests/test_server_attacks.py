@@ -549,15 +549,15 @@ class Broken(Viewer):
 class Stub:
     """A slot without a model."""
 
-    size, prepared = (8, 8), True
+    size, prepared, check_style = (8, 8), True, None
 
     def reset(self):
         pass
 
-    def settled(self, request):
+    def settled(self, request, style):
         return False
 
-    def apply(self, request):
+    def apply(self, request, style):
         if request.prompt == "refused":
             raise ValueError("no")
 

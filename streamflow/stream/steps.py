@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Ring, Rows
 from streamflow.stream.updates import Updates
+
+if TYPE_CHECKING:
+    from streamflow.image_utils import ReferenceArgument
 
 
 class Steps:
@@ -46,14 +51,17 @@ class Steps:
         return self.rows(idx).step(x_t_latent_batch, model_pred_batch)
 
     @computing
-    def predict_x0_batch(self, x_t_latent: Tensor, anchor: Tensor | None = None) -> Tensor | None:
+    def predict_x0_batch(
+        self, x_t_latent: Tensor, anchor: Tensor | None = None, reference: ReferenceArgument | None = None
+    ) -> Tensor | None:
         """One tick: F rows in at the first stage's sigma, `[F, ...]`; None until the ring is full, then the oldest F
         clean latents. `anchor` `[F, ...]`: the rows' clean latents, for `cfg_type="self"`; without it they are not guided.
-        ValueError: another number of rows or another shape."""
+        `reference`: reference images, as in `stream(image, reference=...)`. ValueError: another number of rows or another
+        shape."""
         denoiser = self._denoiser
         denoiser.check_free("predict_x0_batch()")
         self._model.check_rows(x_t_latent, self._model.frames)
-        conditions = self._inputs.conditions({}, None, range(len(x_t_latent)))
+        conditions = self._inputs.conditions({"reference": reference}, None, range(len(x_t_latent)))
         self._updates.take()
         ids = denoiser.next_ids(len(x_t_latent))
         denoiser.tick(self._inputs.group(ids, conditions, latents=x_t_latent, anchor=anchor))

@@ -233,9 +233,9 @@ def _welcome(service: Service, holder: Holder) -> Viewer:
         "guided": service.settings.cfg_type != "none",
         "negative": takes_negative(service.settings),
     }
-    size = {"width": width, "height": height}
+    shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}
     about = about_models(service.settings)
-    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, about=about, limits=limits, **size)
+    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, about=about, limits=limits, **shown)
     service.viewers.add(viewer)
     worker.add(viewer)
     return viewer

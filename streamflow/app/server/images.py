@@ -5,27 +5,45 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from streamflow.app.server.messages import BadMessage
-from streamflow.image_utils import as_rgb, open_image
+from streamflow.image_utils import Images, Size, as_rgb, open_image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SAMPLE = 16  # pixels a side, of each image, from which a GIF's colours are chosen
 STAMP = struct.Struct(">d")  # the viewer's clock in milliseconds, before every image
 
+CheckSize = Callable[[Size], object]
+"""`check((width, height))` raises ValueError for a size that a model refuses."""
 
-def decode(data: bytes, max_pixels: int, width: int, height: int) -> PIL.Image.Image:
-    """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. BadMessage: invalid or too large."""
+
+@dataclass(frozen=True, eq=False)
+class Style:
+    """A style image of one viewer, in the size of the model. It equals itself only."""
+
+    image: Images
+
+
+def decode(data: bytes, max_pixels: int, width: int, height: int, check: CheckSize | None = None) -> PIL.Image.Image:
+    """A JPEG, PNG or WebP as RGB, cut to the middle and scaled to `width` x `height`. check: of the size before that.
+    BadMessage: invalid or too large."""
     try:
         image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
-        return PIL.ImageOps.fit(as_rgb(image), (width, height))
+        fitted = PIL.ImageOps.fit(as_rgb(image), (width, height))
     except ValueError as error:
         raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP of at most {max_pixels} pixels") from None
+    if check is not None:
+        try:
+            check(image.size)
+        except ValueError as error:
+            raise BadMessage(str(error)) from None
+    return fitted
 
 
 def split(message: bytes) -> tuple[float, bytes]:

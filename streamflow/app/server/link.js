@@ -3,7 +3,7 @@
 const SLOWEST = 8000; // milliseconds between two tries
 
 export class Link {
-  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, gif, status, token}.
+  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, style, gif, status, token}.
   // on.status({state, message, done, of, seconds}): where the connection stands; all but the state may be absent.
   constructor(settings, on) {
     this.settings = settings;
@@ -74,6 +74,13 @@ export class Link {
 
   set(settings) {
     this.send({ type: "set", settings });
+  }
+
+  // Send a style image, or take it away with null. The server answers with a message of the same type.
+  async sendStyle(blob) {
+    const data = blob && (await blob.arrayBuffer());
+    this.send({ type: "style", image: Boolean(data) });
+    if (data && this.live) this.socket.send(data);
   }
 
   // Send an image, unless the last one is still on its way: the newest wins.

@@ -1,7 +1,7 @@
 // The page: controls to settings, images to the canvas, numbers to their places.
 
 import { Link } from "./link.js";
-import { Source } from "./source.js";
+import { scaled, Source, UNREADABLE_IMAGE } from "./source.js";
 
 const $ = (id) => document.getElementById(id);
 const all = (selector) => document.querySelectorAll(selector);
@@ -29,6 +29,7 @@ const screen = $("output").getContext("2d");
 const shown = []; // [when, latency] of the last images, in milliseconds
 const source = new Source($("input"), () => ({ colour: $("colour").value, width: Number($("width").value) }));
 let mode = "text", running = true, drawn = false, recorder = null, about = {};
+let styled = [], style = null; // the models that take a style image, and the one in use as a blob
 let status = { state: "connecting", at: performance.now() };
 let known = { ...JSON.parse(sessionStorage.getItem("settings") ?? "{}"), ...fromLink() };
 
@@ -73,6 +74,7 @@ function label() {
   $("chips").hidden = !examples.length;
   if ($("chips").childElementCount !== examples.length) $("chips").replaceChildren(...examples.map(chip));
   for (const one of $("chips").children) one.ariaPressed = one.textContent === $("prompt").value;
+  $("style-panel").hidden = !styled.includes($("model").value);
   $("pause").ariaPressed = !running;
   $("pause").textContent = running ? "Pause" : "Resume";
   $("record").ariaPressed = recorder !== null;
@@ -101,8 +103,9 @@ function changed() {
   link.set(known);
 }
 
-function welcome({ settings: first, models, about: notes, limits, width, height }) {
+function welcome({ settings: first, models, about: notes, limits, styled: names, width, height }) {
   about = notes;
+  styled = names;
   $("steps").max = limits.max_steps;
   $("guidance-panel").hidden = !limits.guided;
   $("negative-label").hidden = !limits.negative;
@@ -117,6 +120,34 @@ function welcome({ settings: first, models, about: notes, limits, width, height 
   show(first);
   show(known);
   keep();
+}
+
+// -- the style image --------------------------------------------------------------------------------------------------
+
+async function chooseStyle(file) {
+  message("");
+  let blob;
+  try {
+    blob = await scaled(file, $("output"));
+  } catch {
+    return message(UNREADABLE_IMAGE);
+  }
+  putStyle(blob);
+}
+
+// The server answers with the style image in use. Without a connection it is sent once there is one.
+function putStyle(blob) {
+  if (link.live) link.sendStyle(blob);
+  else showStyle(blob);
+}
+
+function showStyle(blob) {
+  style = blob;
+  URL.revokeObjectURL($("style-thumbnail").src);
+  if (style) $("style-thumbnail").src = URL.createObjectURL(style);
+  else $("style-thumbnail").removeAttribute("src");
+  for (const name of ["style-thumbnail", "style-remove"]) $(name).hidden = !style;
+  $("style-choose").textContent = style ? "Replace" : "Choose or drop an image";
 }
 
 // -- a link that carries the settings -------------------------------------------------------------------------------
@@ -278,10 +309,17 @@ const link = new Link(settings, {
   image,
   settings: () => message(""),
   error: (answer) => message(answer.message),
+  style: (_, blob) => {
+    message("");
+    showStyle(blob.size ? blob : null);
+  },
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
   status: (now) => {
     status = { ...now, at: performance.now() };
     veil();
+    if (now.state !== "drawing" || !style) return; // the server has a new viewer, without a style image
+    if ($("style-panel").hidden) showStyle(null);
+    else link.sendStyle(style);
   },
   token: (again, wrong) => {
     $("token-note").hidden = !wrong;
@@ -319,6 +357,19 @@ $("file").onchange = () => {
   if ($("file").files.length) choose("file", $("file").files[0]);
   $("file").value = ""; // the same file can be chosen again
 };
+$("style-choose").onclick = () => $("style-file").click();
+$("style-file").onchange = () => {
+  if ($("style-file").files.length) chooseStyle($("style-file").files[0]);
+  $("style-file").value = "";
+};
+$("style-remove").onclick = () => putStyle(null);
+for (const name of ["dragover", "dragleave", "drop"]) {
+  $("style-panel").addEventListener(name, (event) => {
+    event.preventDefault();
+    $("style-panel").toggleAttribute("data-over", name === "dragover");
+    if (name === "drop" && event.dataTransfer.files.length) chooseStyle(event.dataTransfer.files[0]);
+  });
+}
 $("clear").onclick = () => source.clear();
 $("dice").onclick = () => {
   $("seed").value = Math.floor(Math.random() * 2 ** 31);

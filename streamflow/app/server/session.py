@@ -13,10 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+import PIL.Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from streamflow._files import Json
 from streamflow.app.server import images, messages
+from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import Bucket
@@ -72,6 +75,8 @@ class Viewer:
         self.unacknowledged = 0
         self.image: tuple[Images, float, float] | None = None  # decoded, when it came, its stamp
         self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
+        self.style: Style | None = None
+        self.undecoded_style: bytes | None = None  # not yet decoded; empty: the style image is taken away
         self._out: Drawn | None = None
         self.texts: deque[str] = deque(maxlen=8)  # to be sent
         self.input_arrived, self.output_ready = asyncio.Event(), asyncio.Event()
@@ -85,19 +90,19 @@ class Viewer:
             return False
         if self.request.mode == "image" and self.image is None:
             return False
-        if self.slot is not None and self.slot.settled(self.request):
+        if self.slot is not None and self.slot.settled(self.request, self.style):
             return False
         return all(pace.wait() == 0 for pace in self._paces)
 
-    def take(self) -> tuple[DrawRequest, Images | None, float | None, float | None]:
-        """The request, its input image, the image's arrival and the viewer's own clock then."""
+    def take(self) -> tuple[DrawRequest, Style | None, Images | None, float | None, float | None]:
+        """The request, its style image and its input image, the input image's arrival and the viewer's own clock then."""
         for pace in self._paces:
             pace.take()
         if self.request.mode == "text":
-            return self.request, None, None, None
+            return self.request, self.style, None, None, None
         assert self.image is not None, "an image waits, or the viewer is not due"
         (image, entered, stamp), self.image = self.image, None
-        return self.request, image, entered, stamp
+        return self.request, self.style, image, entered, stamp
 
     def put(self, drawn: Drawn) -> None:
         """Queue a finished image."""
@@ -126,12 +131,22 @@ class Viewer:
         self.undecoded = image, time.monotonic(), stamp
         self.input_arrived.set()
 
+    def offer_style(self, data: bytes) -> None:
+        """Take a style image's bytes, empty to take it away. They replace those that are not decoded yet."""
+        self.undecoded_style = data
+        self.input_arrived.set()
+
     def decoded(self, image: Images, entered: float, stamp: float) -> None:
         """Take a decoded image. It replaces one that is not drawn yet."""
         with self._worker.changing():
             if self.image is not None:
                 self._metrics.count("drops", "in")
             self.image = image, entered, stamp
+
+    def restyle(self, style: Style | None) -> None:
+        """Draw with this style image from the next turn on."""
+        with self._worker.changing():
+            self.style = style
 
     def change(self, request: DrawRequest) -> None:
         """Use this request from the next turn on."""
@@ -167,6 +182,7 @@ class Session:
         self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
         self._mistakes = 0
+        self._style_follows = False  # the next binary message is a style image
         self._kept: deque[bytes] = deque(maxlen=GIF_FRAMES)
         self._shown = deque(maxlen=GIF_FRAMES)  # when, for the GIF's pace
 
@@ -194,7 +210,7 @@ class Session:
                 return await self._socket.close(TOO_MUCH, "too many messages a second")
             try:
                 if message.get("bytes") is not None:
-                    self._viewer.offer(message["bytes"])
+                    self._take_bytes(message["bytes"])
                 elif messages.longer(message["text"], self._server.max_text_bytes):
                     self._refused("large text")
                     return await self._socket.close(TOO_LARGE, f"a text is at most {self._server.max_text_bytes} bytes")
@@ -215,6 +231,14 @@ class Session:
         self._viewer.post(type="error", message=str(error))
         return False
 
+    def _take_bytes(self, data: bytes) -> None:
+        if not self._style_follows:
+            return self._viewer.offer(data)
+        self._style_follows = False
+        if not data:
+            raise BadMessage("a style image's message is empty")
+        self._viewer.offer_style(data)
+
     async def _handle(self, message: Json) -> None:
         if message["type"] not in HANDLERS:
             raise BadMessage(f"type: choose one of {', '.join(HANDLERS)}")
@@ -231,6 +255,15 @@ class Session:
     async def _acknowledge(self, message: Json) -> None:
         self._viewer.acknowledge()
 
+    async def _style(self, message: Json) -> None:
+        """image: true before the binary message that is the style image, without a clock; false takes the style image away.
+        The answer is a binary message of this type with the style image in use as a JPEG, empty where there is none."""
+        if not isinstance(message.get("image"), bool):
+            raise BadMessage("image: true before a style image's message, or false to take the style image away")
+        self._style_follows = message["image"]
+        if not self._style_follows:
+            self._viewer.offer_style(b"")
+
     async def _gif(self, message: Json) -> None:
         if not self._kept:
             raise BadMessage("no image has been drawn yet")
@@ -241,20 +274,40 @@ class Session:
         await self._socket.send_bytes(packed({"type": "gif"}, data))
 
     async def _decode(self) -> None:
-        viewer, (width, height) = self._viewer, self._worker.size
-        most = min(self._server.max_image_pixels, OVERSIZE * width * height)
         while True:
-            await viewer.input_arrived.wait()
-            viewer.input_arrived.clear()
-            if viewer.undecoded is None:
-                continue
-            (data, entered, stamp), viewer.undecoded = viewer.undecoded, None
-            try:
-                image = await self._in_pool(self._pools.decode, images.decode, data, most, width, height)
-                viewer.decoded(image, entered, stamp)
-            except BadMessage as error:
-                if await self._mistake(error):
-                    return
+            await self._viewer.input_arrived.wait()
+            self._viewer.input_arrived.clear()
+            for decode in (self._decode_style, self._decode_image):
+                try:
+                    await decode()
+                except BadMessage as error:
+                    if await self._mistake(error):
+                        return
+
+    async def _decode_image(self) -> None:
+        if self._viewer.undecoded is not None:
+            (data, entered, stamp), self._viewer.undecoded = self._viewer.undecoded, None
+            self._viewer.decoded(await self._decoded(data), entered, stamp)
+
+    async def _decode_style(self) -> None:
+        viewer = self._viewer
+        data, viewer.undecoded_style = viewer.undecoded_style, None
+        if data is None:
+            return
+        image = None
+        if data:
+            check = self._worker.style_checks.get(viewer.request.model)
+            if check is None:
+                raise BadMessage(f"model: {viewer.request.model} takes no style image")
+            image = await self._decoded(data, check)
+        viewer.restyle(None if image is None else Style(image))
+        shown = b"" if image is None else await self._in_pool(self._pools.encode, images.jpeg, np.asarray(image))
+        await self._socket.send_bytes(packed({"type": "style"}, shown))
+
+    async def _decoded(self, data: bytes, check: CheckSize | None = None) -> PIL.Image.Image:
+        width, height = self._worker.size
+        most = min(self._server.max_image_pixels, OVERSIZE * width * height)
+        return await self._in_pool(self._pools.decode, images.decode, data, most, width, height, check)
 
     async def _send(self) -> None:
         viewer = self._viewer
@@ -282,7 +335,7 @@ class Session:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
-HANDLERS = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif}
+HANDLERS = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif, "style": Session._style}
 
 
 def packed(header: Json, data: bytes) -> bytes:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from streamflow import models, pretrained
 from streamflow._files import Json
 from streamflow.app.config import Settings
+from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import DrawRequest
 from streamflow.flow.guidance import mode as guidance_mode
 from streamflow.flow.noise import interpolated
 from streamflow.image_utils import Images, open_image, uint8_pixels
 from streamflow.models import reference_rule
+from streamflow.models.adapter import FlowAdapter
 from streamflow.models.loading import DTYPES, default_device, default_dtype, prompt_defaults
 from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
@@ -80,6 +83,7 @@ class Slot:
         self._extras, self._delta = extras, s.delta
         self.image_is_reference = self._stream.adapter.reference is not None
         self.needs_image = self.image_is_reference and reference_rule(self._stream.adapter).least > len(s.references)
+        self.check_style = style_check(self._stream.adapter, len(s.references))
         self._guided, self._takes_negative = s.cfg_type != "none", takes_negative(s)
         self.size = self._stream.width, self._stream.height
         self.reset()
@@ -87,7 +91,9 @@ class Slot:
     def reset(self) -> None:
         """Back to the initial state: nothing in flight, nothing requested."""
         self._request: DrawRequest | None = None  # the request that is drawn
-        self._tried: DrawRequest | None = None  # the last request, refused ones included
+        self._style: Style | None = None  # the style image that is drawn with
+        self._tried: tuple[DrawRequest, Style | None] | None = None  # the last ones, refused ones included
+        self._reference: Images | None = None  # the style image as the stream takes it
         self._frames: dict[int, tuple[float, float | None]] = {}
         self._ring: tuple[int | None, ...] = ()
         self._count = 0
@@ -102,26 +108,31 @@ class Slot:
         self._ring = tuple(None if copy else one for one, copy in zip(step.ids, step.copies, strict=True))
         self._left = step.ids[-1]
 
-    def settled(self, request: DrawRequest) -> bool:
+    def settled(self, request: DrawRequest, style: Style | None = None) -> bool:
         """Whether another turn would draw nothing, or only the same image again."""
-        if self._request is None and request == self._tried:
+        wanted = request, style
+        if self._request is None and wanted == self._tried:
             return True
-        still = request.mode == "text" and request.motion == "still" and request == self._request
+        still = request.mode == "text" and request.motion == "still" and wanted == (self._request, self._style)
         return still and self._since_change > len(self._ring)
 
-    def apply(self, request: DrawRequest) -> None:
-        """Draw this request from now on. ValueError, TypeError: the stream refuses it and keeps the one before."""
-        before = self._request
-        if request in (before, self._tried):
+    def apply(self, request: DrawRequest, style: Style | None = None) -> None:
+        """Draw this request from now on, with this style image as one more reference where the model takes it. ValueError,
+        TypeError: the stream refuses the request and keeps the one before."""
+        before, wanted = self._request, (request, style)
+        if wanted in ((before, self._style), self._tried):
             return
-        self._tried = request
-        if before is None or any(getattr(request, name) != getattr(before, name) for name in LEVELS):
+        self._tried = wanted
+        restyled = style is not self._style  # a new ring, since rows with as many references each share a network call
+        if before is None or restyled or any(getattr(request, name) != getattr(before, name) for name in LEVELS):
             self._prepare(request)
         else:
             old, new = ({**self._values(one), **self._motion(one)} for one in (before, request))
             if changes := {name: value for name, value in new.items() if value != old[name]}:
                 self._stream.update(**changes)
-        self._request, self._since_change = request, 0
+        if restyled:
+            self._reference = None if style is None or self.check_style is None else self._stream.preprocess(style.image)
+        self._request, self._style, self._since_change = request, style, 0
 
     def _values(self, request: DrawRequest) -> Json:
         """What `prepare` and `update` both take of a request."""
@@ -154,9 +165,9 @@ class Slot:
         """One turn: draw an input image, or a frame from noise. None while the ring fills."""
         self._frames[self._count] = time.monotonic() if entered is None else entered, stamp
         if image is not None:
-            drawn = self._stream(image)
+            drawn = self._stream(image, reference=self._reference)
         else:
-            latents = self._stream.predict_x0_batch(self._noise())
+            latents = self._stream.predict_x0_batch(self._noise(), reference=self._reference)
             drawn = None if latents is None else self._stream.decode_image(latents)
         self._count += 1
         self._since_change += 1
@@ -174,6 +185,16 @@ class Slot:
         if self._request.motion == "drift":
             return interpolated(self._stream.frame_noise, self._count, PERIOD)
         return self._stream.frame_noise(0 if self._request.motion == "still" else self._count)
+
+
+def style_check(adapter: FlowAdapter, references: int) -> CheckSize | None:
+    """What checks the size of a style image; None where the model takes no reference beside an image and these."""
+    if adapter.reference is None:
+        return None
+    rule = reference_rule(adapter)
+    if rule.most is not None and rule.most < references + 2:
+        return None
+    return partial(rule.sizes, adapter, arguments={})
 
 
 def stages_of(request: DrawRequest) -> int:
@@ -248,10 +269,12 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
 
 
 def warm(slot: Slot, request: DrawRequest) -> None:
-    """Warm up: draw once in each mode that the model has, and discard the results."""
+    """Warm up: draw once in each mode that the model has, with and without a style image, and discard the results."""
     width, height = slot.size
-    images = {"image": np.zeros((height, width, 3), np.uint8), **({} if slot.needs_image else {"text": None})}
-    for mode, image in images.items():
-        slot.apply(request.model_copy(update={"mode": mode}))
-        slot.draw(image)
+    black = np.zeros((height, width, 3), np.uint8)
+    for style in (None, *(() if slot.check_style is None else (Style(black),))):
+        for mode, image in {"image": black, "text": None}.items():
+            if mode == "image" or style is not None or not slot.needs_image:
+                slot.apply(request.model_copy(update={"mode": mode}), style)
+                slot.draw(image)
     slot.reset()

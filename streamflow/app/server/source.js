@@ -8,6 +8,20 @@ const REASONS = {
 };
 const UNREADABLE = "The browser cannot read this file: choose a PNG, JPEG or WebP image, or an MP4 or WebM video.";
 
+export const UNREADABLE_IMAGE = "The browser cannot read this file: choose a PNG, JPEG or WebP image.";
+
+// An image file as a JPEG, scaled down until it only just covers a size. What is transparent becomes white.
+export async function scaled(file, { width, height }) {
+  const image = await createImageBitmap(file), scale = Math.min(1, Math.max(width / image.width, height / image.height));
+  const canvas = Object.assign(document.createElement("canvas"), { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(image, 0, 0, canvas.width, canvas.height);
+  image.close();
+  return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.95));
+}
+
 export class Source {
   constructor(canvas, brush) {
     this.canvas = canvas;

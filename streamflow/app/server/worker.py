@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from streamflow._threads import Thread
+from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.slot import Slot
@@ -36,6 +37,7 @@ class Turn:
 
     client: Viewer
     request: DrawRequest
+    style: Style | None
     image: Images | None
     entered: float | None
     stamp: float | None
@@ -61,6 +63,7 @@ class Worker(Thread):
         self.slots: dict[str, list[Slot]] = {}
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
+        self.style_checks: dict[str, CheckSize | None] = {}  # by model, `Slot.check_style`
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -92,6 +95,7 @@ class Worker(Thread):
             for client in () if self._stopping else self._clients:
                 self._call(client, client.report, "the model's thread has ended", True)
             self._clients.clear()
+            self.style_checks.clear()
             self.slots.clear()  # FastAPI's caches keep a server's functions, and this thread's object with them
 
     def _open_all(self) -> bool:
@@ -103,6 +107,7 @@ class Worker(Thread):
             return False
         self.models = tuple(self.slots)
         self.size = self.slots[self.models[0]][0].size
+        self.style_checks = {name: own[0].check_style for name, own in self.slots.items()}
         self.ready.set()
         return True
 
@@ -177,7 +182,7 @@ class Worker(Thread):
         drawn = None
         try:
             try:
-                slot.apply(turn.request)
+                slot.apply(turn.request, turn.style)
             except (ValueError, TypeError) as error:
                 self._call(client, client.report, str(error))
             if slot.prepared:
