@@ -82,7 +82,7 @@ class StreamFlow(StreamDiffusion):
         check_inputs: also look for NaN in images on a GPU, which makes the host wait for it.
         image_as: what the image of a call is: "start", from which the frame starts, as in image-to-image; "reference", an
             image that the network sees, while the frame starts from noise. By default "reference" where the pipeline's own
-            `image=` is one (Flux.2, Kontext), else "start".
+            `image=` is one (Flux.2, Kontext, FIBO Edit), else "start".
 
     Raises:
         TypeError, ValueError: for every argument that cannot be, with what it was and the remedy.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import logging
 import signal
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ from streamflow.app.signals import SIGNALS
 
 PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")
+
+
+def edit_prompt(text: str) -> str:
+    """The text as the JSON that FIBO Edit takes."""
+    return json.dumps({"edit_instruction": text})
 
 
 def slow(*values: object):

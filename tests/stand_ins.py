@@ -41,6 +41,7 @@ FAMILY_OF = {
     "AuraFlowPipeline": "auraflow",
     "DiffusionPipeline": "sd3",
     "FluxPipeline": "schnell",
+    "BriaFiboEditPipeline": "bria-fibo-edit",
 }
 LARGE = {"sd3": {"pos_embed_max_size": 128}, "auraflow": {"pos_embed_max_size": 4096}}  # for 512x512
 

@@ -70,7 +70,7 @@ def test_tokens_that_only_some_texts_have_are_blended_among_those():
     assert mixed.rows["e"][0, :, 0].tolist() == [1.5, 2.0] and mixed.rows["mask"].tolist() == [[1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("family", ["sd3", "zimage", "qwenimage", "lumina2", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "zimage", "qwenimage", "lumina2", "flux", "bria-fibo"])
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_a_blend_draws_something_between_in_every_family(family, method, pipes):
     from streamflow import StreamFlow

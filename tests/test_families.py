@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import PROMPT, noises, relative_error, streamed
+from conftest import PROMPT, edit_prompt, noises, relative_error, streamed
 from torch import Tensor
 
 from streamflow import StreamFlow, models
@@ -98,6 +98,8 @@ PLAIN = {
     "zimage-guided": Case(
         "zimage", "full", {"guidance_scale": 3.0, "negative_prompt": SAME_LENGTH, "cfg_normalization": 0.8}, fixed=SHORT
     ),
+    "fibo": Case("bria-fibo", call={"guidance_scale": 1.0}),
+    "fibo-guided": Case("bria-fibo", "full", {"guidance_scale": 3.0, "negative_prompt": "blurry"}),
 }
 SLOW = {
     "sdxl-default": Case("sdxl", "full", {"negative_prompt": "", "target_size": (32, 64)}),
@@ -127,6 +129,10 @@ SLOW = {
     ),
     "zimage-guidance-off": Case("zimage", "full", {"guidance_scale": 0.0}),
     "zimage-dynamic": Case("zimage", call={"guidance_scale": 0.0}, changes={"scheduler": {"use_dynamic_shifting": True}}),
+    "fibo-default": Case("bria-fibo", "full"),
+    "fibo-nothing-padded": Case("bria-fibo", "full", {"negative_prompt": SAME_LENGTH}),
+    "fibo-guidance-off": Case("bria-fibo", "full", {"guidance_scale": 0.5, "negative_prompt": SAME_LENGTH}),
+    "fibo-more-blocks-than-layers": Case("bria-fibo", call={"guidance_scale": 1.0}, changes={"num_single_layers": 4}),
 }
 
 
@@ -226,7 +232,14 @@ def _qwen(pipe, latents, stream):
     return pipe.vae.decode(latents * std + mean).sample[:, :, 0]
 
 
-DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein, "qwen": _qwen}
+def _fibo(pipe, latents, stream):
+    latents = pipe._unpack_latents_no_patch(latents, stream.height, stream.width, pipe.vae_scale_factor)
+    mean, std = (torch.tensor(pipe.vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    return pipe.vae.decode(latents.unsqueeze(2) * std + mean).sample[:, :, 0]
+
+
+DECODES = {"sana": _sana, "zimage": _kl, "lumina2": _kl, "sdxl": _kl, "chroma": _chroma, "klein": _klein}
+DECODES |= {"qwen": _qwen, "fibo": _fibo}
 
 
 @pytest.mark.parametrize("name", DECODES)
@@ -292,7 +305,7 @@ def test_embeddings_of_several_prompts_or_another_width_are_refused(pipes):
     assert torch.equal(stream.txt2img(), given)
 
 
-@pytest.mark.parametrize("family", ["zimage", "qwenimage", "lumina2"])
+@pytest.mark.parametrize("family", ["zimage", "qwenimage", "lumina2", "bria-fibo"])
 def test_prompts_of_other_lengths_share_a_stream(family, pipes):
     """Each frame under its own prompt: what a stream of that prompt alone draws, whatever else is in flight."""
     texts = ("a cat", "a much longer prompt, of a dog in the rain", "a cat")
@@ -306,6 +319,17 @@ def test_prompts_of_other_lengths_share_a_stream(family, pipes):
     for k, text in enumerate(texts):
         stream.prepare(text, num_inference_steps=2)
         assert relative_error(drawn[k : k + 1], streamed(stream, noises(stream, 3)[k : k + 1])) < 1e-5
+
+
+def test_a_blend_is_masked_where_one_of_its_texts_is(pipes):
+    """FIBO masks tokens only where a text was padded."""
+    stream = StreamFlow(pipes("bria-fibo"), [0, 1], cfg_type="full", width=64, height=64)
+    longer = f"{PROMPT}, on a table"
+    drawn = []
+    for prompt in (longer, [(PROMPT, 1e-9), (longer, 1.0)], [(longer, 1.0), (PROMPT, 1e-9)]):
+        stream.prepare(prompt, SAME_LENGTH, num_inference_steps=2, guidance_scale=3.0)
+        drawn.append(streamed(stream, noises(stream, 1)))
+    assert relative_error(drawn[1], drawn[0]) < 1e-5 and relative_error(drawn[2], drawn[0]) < 1e-5
 
 
 @pytest.mark.parametrize("cfg_type", ["self", "initialize"])
@@ -336,7 +360,8 @@ def test_residual_guidance_streams_as_the_loop(family, pipes, picture, found):
             except ValueError as error:
                 assert "no classifier-free guidance" in str(error)
                 break
-            stream.prepare(PROMPT, num_inference_steps=3, **({} if family in ("instaflow", "sdxl") else SHORT))
+            prompt = edit_prompt(PROMPT) if family == "bria-fibo-edit" else PROMPT
+            stream.prepare(prompt, num_inference_steps=3, **({} if family in ("instaflow", "sdxl") else SHORT))
             drawn.append(torch.stack([frame.image for frame in stream.frames(picture(k) for k in range(3))]))
         else:
             assert relative_error(*drawn) < 1e-4

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import PROMPT, drawn, never_waiting, relative_error
+from conftest import PROMPT, drawn, edit_prompt, never_waiting, relative_error, slow
 
 from streamflow import StreamFlow
 from streamflow.stream.frames import Input
@@ -41,7 +41,8 @@ def as_is(latents: torch.Tensor, stream: StreamFlow) -> torch.Tensor:
 @dataclass(frozen=True)
 class Case:
     """An edit pipeline. both: arguments of `prepare` and of the pipeline; call: only of the pipeline; latents: from the
-    stream's latents to the pipeline's; several: whether it takes more than one reference."""
+    stream's latents to the pipeline's; several: whether it takes more than one reference; prompt: from a text to the
+    pipeline's prompt."""
 
     family: str
     cfg_type: str = "none"
@@ -49,18 +50,19 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict)
     latents: Any = as_is
     several: bool = True
+    prompt: Callable[[str], str] = str
 
     def stream(self, pipes, steps=3, dtype=torch.float32, size=(64, 64), **options) -> StreamFlow:
         """A prepared stream of this case, whose decoder is taken out: `drawn` gives latents."""
         options = {"cfg_type": self.cfg_type, "width": size[0], "height": size[1], **options}
         stream = StreamFlow(pipes(self.family, dtype), **options)
-        stream.prepare(PROMPT, num_inference_steps=steps, **self.both)
+        stream.prepare(self.prompt(PROMPT), num_inference_steps=steps, **self.both)
         return stream
 
     def draw(self, stream, frame_id, references, steps=3, prompt=PROMPT) -> torch.Tensor:
         """What the pipeline itself draws, from the noise of that frame."""
         size = {"width": stream.width, "height": stream.height}
-        call = {**self.both, **self.call, **size, "prompt": prompt, "num_inference_steps": steps}
+        call = {**self.both, **self.call, **size, "prompt": self.prompt(prompt), "num_inference_steps": steps}
         if self.family == "flux-kontext":
             call["max_area"] = stream.width * stream.height
         if references:
@@ -74,7 +76,8 @@ class Case:
 
 
 KONTEXT = {**SHORT, "_auto_resize": False}
-TRUE = {"true_cfg_scale": 3.0, "negative_prompt": "blurry, much too blurry"}
+BLURRY = {"negative_prompt": "blurry, much too blurry"}
+TRUE = {"true_cfg_scale": 3.0, **BLURRY}
 CASES = {
     "flux2": Case("flux2", both={**SHORT, "guidance_scale": 2.5}, latents=tokens),
     "klein": Case("flux2-klein", both=SHORT, call={"guidance_scale": 1.0}, latents=unpacked),
@@ -82,6 +85,8 @@ CASES = {
     "klein-kv": Case("flux2-klein-kv", both=SHORT, latents=unpacked),
     "kontext": Case("flux-kontext", both={**KONTEXT, "guidance_scale": 2.5}, several=False),
     "kontext-guided": Case("flux-kontext", "full", both={**KONTEXT, "guidance_scale": 2.5, **TRUE}, several=False),
+    "fibo-edit": Case("bria-fibo-edit", call={"guidance_scale": 1.0}, prompt=edit_prompt),
+    "fibo-edit-guided": Case("bria-fibo-edit", "full", both={**BLURRY, "guidance_scale": 3.0}, prompt=edit_prompt),
 }
 SEEN_BY_THE_LANGUAGE_MODEL = {
     "qwen-edit": Case("qwenimage-edit", several=False),
@@ -127,7 +132,7 @@ def check_equal(case: Case, pipes, found, dtype=torch.float32, n=FRAMES, **optio
     assert relative_error(expected[0], expected[1]) > 0.05, "frames that are alike would prove nothing"
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "klein", "klein-kv", "kontext"))
+@pytest.mark.parametrize("name", slow_but(CASES, "klein", "klein-kv", "kontext", "fibo-edit", "fibo-edit-guided"))
 def test_each_frame_is_the_pipelines_with_its_own_references(name, pipes, found):
     check_equal(CASES[name], pipes, found)
 
@@ -416,7 +421,7 @@ def test_the_similarity_filter_sees_references(pipes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext"])
+@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext", "fibo-edit", "fibo-edit-guided"])
 def test_compiled_as_one_graph_it_draws_the_same(name, pipes):
     case = CASES[name]
     stream = case.stream(pipes)
@@ -428,10 +433,11 @@ def test_compiled_as_one_graph_it_draws_the_same(name, pipes):
     assert relative_error(torch.cat(again), torch.cat(plain)) <= 1e-6
 
 
-@pytest.mark.parametrize("case", [KLEIN, CACHED], ids=["klein", "klein-kv"])
-def test_rows_on_several_devices_draw_the_same(case, pipes):
+@pytest.mark.parametrize("name", ["klein", "klein-kv", slow("fibo-edit-guided")])
+def test_rows_on_several_devices_draw_the_same(name, pipes):
     from streamflow.parallel import shard_denoiser
 
+    case = CASES[name]
     references = as_inputs(references_of(case, 3))
     plain = drawn(case.stream(pipes), references)
     stream = case.stream(pipes)
@@ -497,19 +503,29 @@ def test_a_lora_on_top_is_the_pipelines_own(tmp_path):
         ("flux2-klein", lambda s: s.prepare("a", image=scene(0)), TypeError, "the stream sets it itself"),
         ("flux-kontext", lambda s: s(scene(0), reference=scene(1)), ValueError, "2 references for a frame.*takes 1"),
         ("flux-kontext", lambda s: s.update(max_area=64), TypeError, "the width times the height"),
+        ("bria-fibo-edit", lambda s: s.update(mask=scene(1)), NotImplementedError, "mask is not supported.*paint each"),
+        ("bria-fibo-edit", lambda s: s.update(do_patching=True), NotImplementedError, "no position ids of patches"),
+        ("bria-fibo-edit", lambda s: s.update(prompt=OTHER), ValueError, "has to be a valid edit JSON string"),
+        (
+            "bria-fibo-edit",
+            lambda s: s.update(joint_attention_kwargs={"scale": 0.5}),
+            NotImplementedError,
+            "passes 'joint_attention_kwargs' to its network",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_and_changes_nothing(family, call, error, says, pipes):
     options = {"cfg_type": "none", "width": 64, "height": 64}
     stream = StreamFlow(pipes(family), **options)
     short = KONTEXT if family == "flux-kontext" else SHORT
-    stream.prepare(PROMPT, num_inference_steps=2, **short)
+    prompt = edit_prompt(PROMPT) if family == "bria-fibo-edit" else PROMPT
+    stream.prepare(prompt, num_inference_steps=2, **short)
     with pytest.raises(error, match=says):
         call(stream)
-    assert stream.references == () and stream.request.prompt == PROMPT
+    assert stream.references == () and stream.request.prompt == prompt
     (frame,) = stream.frames([None if family == "sd3" else scene(0)])
     fresh = StreamFlow(pipes(family), **options)
-    fresh.prepare(PROMPT, num_inference_steps=2, **short)
+    fresh.prepare(prompt, num_inference_steps=2, **short)
     (want,) = fresh.frames([None if family == "sd3" else scene(0)])
     assert torch.equal(frame.image, want.image)
 
@@ -539,11 +555,40 @@ def test_kontext_resizes_as_its_pipeline_does(pipes):
 
 
 @pytest.mark.slow
-def test_large_references_are_scaled_as_in_the_pipeline(pipes):
-    stream = KLEIN.stream(pipes, steps=1)
+@pytest.mark.parametrize("name", ["klein", "fibo-edit"])
+def test_large_references_are_scaled_as_in_the_pipeline(name, pipes):
+    case = CASES[name]
+    stream = case.stream(pipes, steps=1)
     large = scene(0, 1300, 900)
-    (got,) = KLEIN.own(stream, drawn(stream, [large]))
-    assert relative_error(got, KLEIN.draw(stream, 0, [large], 1)) <= 1e-6
+    (got,) = case.own(stream, drawn(stream, [large]))
+    assert relative_error(got, case.draw(stream, 0, [large], 1)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["fibo-edit", "fibo-edit-guided"])
+def test_fibo_rounds_sizes_and_decodes_as_its_pipeline_does(name, pipes):
+    case = CASES[name]
+    stream = case.stream(pipes, steps=2, size=(96, 64))
+    references = [scene(0, 90, 71), scene(1, 5, 41), scene(2, 24, 40)]
+    call = {**case.both, **case.call, "width": 96, "height": 64, "num_inference_steps": 2, "output_type": "pt"}
+    prompt = case.prompt(PROMPT)
+    expected = [
+        stream.pipe(prompt, image=one, latents=stream.frame_noise(k), **call).images[0] for k, one in enumerate(references)
+    ]
+    stream.velocity = stream.adapter.row_by_row(case.cfg_type == "full")
+    got = [frame.image / 2 + 0.5 for frame in stream.frames(references)]
+    assert all(map(torch.equal, got, expected))
+
+
+def test_the_mask_of_fibo_is_paint_on_its_reference(pipes):
+    from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import paste_mask_on_image
+
+    case, mask = CASES["fibo-edit"], PIL.Image.new("L", (64, 64))
+    mask.paste(255, (8, 16, 40, 48))
+    stream = case.stream(pipes)
+    (got,) = drawn(stream, [paste_mask_on_image(mask, scene(0))])
+    masked = replace(case, call={**case.call, "mask": mask})
+    assert relative_error(got, masked.draw(stream, 0, [scene(0)])) <= 1e-6
+    assert relative_error(got, case.draw(stream, 0, [scene(0)])) > 1e-4
 
 
 @pytest.mark.parametrize("form", ["array", "uint8 tensor", "float tensor", "normalized"])
@@ -687,7 +732,7 @@ def cuda_pipes():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["flux2", "klein", "klein-kv", "kontext"])
+@pytest.mark.parametrize("name", ["flux2", "klein", "klein-kv", "kontext", "fibo-edit", "fibo-edit-guided"])
 def test_on_a_gpu_each_frame_is_the_pipelines(name, dtype, cuda_pipes, full_float32):
     case = CASES[name]
     stream, references = case.stream(cuda_pipes, dtype=dtype), references_of(case, 4)
@@ -698,7 +743,7 @@ def test_on_a_gpu_each_frame_is_the_pipelines(name, dtype, cuda_pipes, full_floa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext"])
+@pytest.mark.parametrize("name", ["klein", "klein-kv", "kontext", "fibo-edit"])
 def test_a_cuda_graph_draws_the_same_and_nothing_waits(name, cuda_pipes, full_float32):
     case = CASES[name]
     stream = case.stream(cuda_pipes)

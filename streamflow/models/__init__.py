@@ -39,6 +39,8 @@ FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "perflow": "streamflow.models.families.perflow:PeRFlow",
     "perflow-sdxl": "streamflow.models.families.perflow:PeRFlowSDXL",
     "zimage": "streamflow.models.families.zimage:ZImage",
+    "bria-fibo": "streamflow.models.families.bria_fibo:BriaFibo",
+    "bria-fibo-edit": "streamflow.models.families.bria_fibo:BriaFiboEdit",
     "fallback": "streamflow.models.fallback.adapter:Fallback",
 }
 
@@ -59,6 +61,8 @@ _NAMES = {
     "qwenimage-edit-plus": "QwenImageEditPlus",
     "lumina2": "Lumina2",
     "zimage": "ZImage ZImageImg2Img ZImageInpaint",
+    "bria-fibo": "BriaFibo",
+    "bria-fibo-edit": "BriaFiboEdit",
     "fallback": "AuraFlow Bria CogView4 ErnieImage HiDreamImage HunyuanImage Kandinsky5T2I Lumina OmniGen OvisImage PRX",
 }
 PIPELINES = {f"{name}Pipeline": family for family, names in _NAMES.items() for name in names.split()}

@@ -46,6 +46,23 @@ class Normalized(nn.Module):
         return latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype)
 
 
+class SingleFrames(VAE):
+    """A video VAE for single frames: images, and latents to decode, without a dimension of time."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+        self.config, self.dtype = vae.config, vae.dtype
+
+    def encode(self, images: Tensor) -> object:
+        """The posterior of images `[n, 3, H, W]`; its latents have a dimension of time."""
+        return self.vae.encode(images.unsqueeze(2))
+
+    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Images of latents `[n, channels, h, w]`."""
+        return (self.vae.decode(z.unsqueeze(2), return_dict=return_dict)[0].squeeze(2),)
+
+
 class Decoder(nn.Module):
     """In the VAE's dtype `z / scaling_factor + shift_factor`, the VAE's decode, a clamp (pipelines/stable_diffusion_3/
     pipeline_stable_diffusion_3.py, the end of `__call__`)."""

@@ -52,6 +52,8 @@ MAKERS = {
     "qwenimage-edit-plus": "random_pipelines.transformers:qwenimage_edit_plus",
     "lumina2": "random_pipelines.transformers:lumina2",
     "zimage": "random_pipelines.transformers:zimage",
+    "bria-fibo": "random_pipelines.bria_fibo:bria_fibo",
+    "bria-fibo-edit": "random_pipelines.bria_fibo:bria_fibo_edit",
     "auraflow": "random_pipelines.fallback:auraflow",
     "cogview4": "random_pipelines.fallback:cogview4",
     "hidream": "random_pipelines.fallback:hidream",

@@ -11,7 +11,7 @@ from torch import Tensor
 from streamflow.flow.guidance import Weight, renormalized
 from streamflow.flow.schedule import Schedule
 from streamflow.models.adapter import TransformerVelocity
-from streamflow.models.codec import Codec, Normalized
+from streamflow.models.codec import Codec, Normalized, SingleFrames
 from streamflow.models.families.flux import Packed, pack, unpack
 from streamflow.models.probe import Recording
 from streamflow.models.protocols import VAE, Arguments, Call
@@ -72,7 +72,7 @@ class QwenImage(Packed):
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         mean, std = (torch.tensor(values, device=vae.device).view(-1, 1, 1) for values in statistics)
         size = height // self.multiple, width // self.multiple
-        return Codec(_SingleFrames(vae), _Pack(mean, std), _Unpack(mean, std, *size))
+        return Codec(SingleFrames(vae), _Pack(mean, std), _Unpack(mean, std, *size))
 
     def _inputs(self, call: Arguments) -> dict[str, Tensor]:
         ((_, height, width),) = call["img_shapes"][0]
@@ -107,21 +107,6 @@ class QwenImageEditPlus(QwenImageEdit):
 
     reference = "streamflow.models.references:QwenImageEditPlusReferences"
     text_pipeline = "QwenImageEditPlusPipeline"
-
-
-class _SingleFrames(VAE):
-    """A video VAE for single frames: images and latents without a dimension of time."""
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.vae = vae
-        self.config, self.dtype = vae.config, vae.dtype
-
-    def encode(self, images: Tensor) -> object:
-        return self.vae.encode(images.unsqueeze(2))
-
-    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        return (self.vae.decode(z.unsqueeze(2), return_dict=return_dict)[0].squeeze(2),)
 
 
 class _Pack(Normalized):
