@@ -164,7 +164,7 @@ def test_rows_in_calls_of_different_sizes_differ_by_rounding():
     cameras, style = [picture(k, 64) for k in range(7)], picture(9, 64)
     inputs = [Input(cameras[k], reference=[style]) if k % 2 else cameras[k] for k in range(7)]
     one, several = (drawn(made("flux2-klein", devices=count, size=64), inputs) for count in (0, 3))
-    assert relative_error(torch.stack(several), torch.stack(one)) <= 1e-6
+    assert relative_error(torch.stack(several), torch.stack(one)) <= 1e-5
 
 
 class Broken(torch.nn.Module):

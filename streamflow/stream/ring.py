@@ -171,13 +171,13 @@ Observer = Callable[[Rows, Sequence[Group | None], Tensor, Tensor, Tensor], Tens
 class Engine:
     """Takes groups of F frames and returns them drawn, oldest first. The base class keeps nothing in flight.
 
-    settings: what shapes the frames in flight. weight: the guidance weight of all rows, those in flight too. weights: of each
-    stage, where they differ. depth: the number of pushes from a group's entering to its leaving. devices: those that draw
-    groups in turn, or none. rows: all rows of a call, where that is one call. state: another object after every step.
+    settings: what shapes the frames in flight. weight: the guidance weight of all rows, those in flight too. weights: of
+    each stage, where they differ. depth: the number of pushes from a group's entering to its leaving. devices: those that
+    draw groups in turn, or none. rows: all rows of a call, where that is one call. state: another object after every step.
     first_sigma: the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and
-    returns the latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group that the last
-    push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the network
-    advances, rows of the negative prompt in that call).
+    returns the latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group
+    that the last push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the
+    network advances, rows of the negative prompt in that call).
     """
 
     observer: Observer | None = None
@@ -286,6 +286,7 @@ class Ring(Engine):
 
     @property
     def state(self) -> object:
+        """What is in flight, another object after every step."""
         return self._flight
 
     @property
