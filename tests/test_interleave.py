@@ -89,6 +89,7 @@ UPDATES = {
     "prompt of later frames": lambda s: s.update_prompt("another", scope="frame"),
     "levels": lambda s: s.update(t_index_list=[1, 3, 4], scope="now"),
     "levels of later frames": lambda s: s.update(t_index_list=[0, 1, 4], scope="frame"),
+    "steps": lambda s: s.update(num_inference_steps=6, scope="now"),
     "guidance": lambda s: s.update(guidance_scale=5.0),
     "seed": lambda s: s.update(seed=7),
 }

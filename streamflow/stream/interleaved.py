@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import is_not
 from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -241,7 +242,7 @@ class Interleaved(Engine):
         engine, device = lane.engine, self.devices[lane.index]
         lane.taken = False
         with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
-            if plan.levels != lane.levels:
+            if len(lane.levels) != len(plan.levels) or any(map(is_not, plan.levels, lane.levels)):
                 engine.set_levels(_of_stages(plan.levels))
                 lane.levels = plan.levels
             same = all(one is plan.weights[0] for one in plan.weights)
