@@ -123,7 +123,9 @@ class StreamFlowWrapper:
             "none", else 0.
         acceleration: as `StreamFlow.accelerate`'s; "tensorrt" keeps its engines in `engine_dir`; "xformers" is "none", since
             torch's own attention has taken its place, which is logged.
-        device_ids: more devices, "cuda:1" or 1: the decode and the denoising rows are spread over all of them.
+        device_ids: more devices, "cuda:1" or 1: the decode and the denoising are spread over all of them.
+        split: what the devices share: "rows" of every step (`parallel.shard_denoiser`), or whole "frames" in turn
+            (`parallel.interleave`), for small networks, which draws more images a second, each later.
         use_tiny_vae: True: `vae_id`, or the family's own tiny VAE. None: the same where the family has one, else the model's
             VAE, which is logged. False: the model's VAE.
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.
@@ -201,6 +203,7 @@ class StreamFlowWrapper:
         safety_checker: tuple[nn.Module, Function] | None = None,
         skip_diffusion: bool = False,
         family: str | None = None,
+        split: Literal["rows", "frames"] = "rows",
         references: Mapping[str, Images | str] | Sequence[Images | str] = (),
         use_ipadapter: bool | None = None,
         ipadapter_config: Arguments | Sequence[Arguments] | None = None,
@@ -256,7 +259,7 @@ class StreamFlowWrapper:
         self._load_ipadapters()
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
-        _spread(self.stream, device_ids)
+        _spread(self.stream, device_ids, split)
         if enable_similar_image_filter:
             self.stream.enable_similar_image_filter(similar_image_filter_threshold, similar_image_filter_max_skip_frame)
         options = dict(acceleration_options or {})
@@ -710,13 +713,15 @@ def _adapt(stream: StreamFlow, loras: Mapping[str, float]) -> None:
         stream.set_adapters(names)
 
 
-def _spread(stream: StreamFlow, device_ids: Sequence[int | str] | None) -> None:
-    """The decode and the denoising rows over these devices and the stream's own."""
+def _spread(stream: StreamFlow, device_ids: Sequence[int | str] | None, split: str) -> None:
+    """The decode and the denoising over these devices and the stream's own."""
+    if split not in ("rows", "frames"):
+        raise ValueError(f"unknown split {split!r}: choose 'rows' or 'frames'")
     if not device_ids:
         return
-    from streamflow.parallel import shard_denoiser, shard_vae
+    from streamflow.parallel import interleave, shard_denoiser, shard_vae
 
     named = [torch.device("cuda", one) if isinstance(one, int) else torch.device(one) for one in device_ids]
     devices = named if stream.device in named else [stream.device, *named]
     stream.vae = shard_vae(stream.vae, devices)
-    shard_denoiser(stream, devices)
+    (shard_denoiser if split == "rows" else interleave)(stream, devices)

@@ -36,6 +36,7 @@ OPTIONS = {
     "--device": ("cpu",),
     "--dtype": ("bfloat16",),
     "--devices": ("[cpu, cpu]",),
+    "--split": ("frames", "--devices", "[cpu, cpu]"),
     "--mode": ("img2img", *RESTYLED),
     "--prompt": ("[[a red apple, 0.6], [a fox, 0.4]]",),
     "--negative-prompt": ("blurry", *FULL),

@@ -7,7 +7,7 @@ import torch
 from conftest import cuda_memory, never_waiting, noises, relative_error, streamed
 from random_pipelines import random_pipeline, random_tiny_vae
 
-from streamflow.parallel import decode, decode_tiled, shard_denoiser, shard_vae
+from streamflow.parallel import decode, decode_tiled, interleave, shard_denoiser, shard_vae
 from streamflow.parallel.plan import shares
 from streamflow.parallel.replicas import check_memory
 from streamflow.parallel.tiles import psnr, reach_of
@@ -259,6 +259,60 @@ def test_denoiser_and_vae_together_keep_every_frame(cuda_stream, picture, device
     plain = [frame.image.clone() for frame in stream.frames(picture(k) for k in range(9))]
     stream.prepare("a red apple, 3d render", num_inference_steps=4)
     shard_denoiser(stream, devices)
+    with shard_vae(stream.vae, devices) as stream.vae:
+        stream.accelerate("cuda-graph")
+        frames = list(stream.frames(picture(k) for k in range(9)))
+        assert [frame.id for frame in frames] == list(range(9))
+        for frame, expected in zip(frames, plain, strict=True):
+            assert (frame.wait().image.to("cuda:0") - expected).abs().max() <= 4 / 255
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("kind", ["none", "cuda-graph", "compile"])
+@pytest.mark.parametrize("family,cfg_type", [("sd3", "full"), ("instaflow", "initialize")])
+def test_frames_in_turn_are_those_of_one_gpu(cuda_stream, picture, devices, kind, family, cfg_type):
+    guided = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
+    stream = cuda_stream(family, cfg_type=cfg_type, prepare=guided)
+
+    def inputs():
+        for k in range(9):
+            if k == 5:
+                stream.update_prompt("a green apple", scope="now")
+            yield picture(k)
+
+    def images():
+        stream.prepare("a red apple, 3d render", num_inference_steps=4, **guided)
+        return torch.stack([frame.wait().image.to("cuda:0") for frame in stream.frames(inputs())])
+
+    plain = images()
+    interleaved = interleave(stream, devices)
+    stream.accelerate(kind)
+    for _ in range(2):
+        assert relative_error(images(), plain) < 1e-3
+    stream.accelerate("none")
+    stream.velocity = interleaved.source
+    assert torch.equal(images(), plain)
+
+
+@pytest.mark.parametrize("devices", CUDA_ONLY)
+def test_frames_in_turn_never_wait(cuda_stream, devices):
+    stream = cuda_stream("sd3")
+    interleave(stream, devices)
+    stream.accelerate("cuda-graph")
+    noise = noises(stream, 24).split(1)
+    for one in noise[:12]:
+        stream.predict_x0_batch(one)
+    with never_waiting():
+        for one in noise[12:]:
+            stream.predict_x0_batch(one)
+
+
+@pytest.mark.parametrize("devices", CUDA_ONLY)
+def test_frames_in_turn_with_decoders_behind_each(cuda_stream, picture, devices):
+    stream = cuda_stream("sd3")
+    plain = [frame.image.clone() for frame in stream.frames(picture(k) for k in range(9))]
+    stream.prepare("a red apple, 3d render", num_inference_steps=4)
+    interleave(stream, devices)
     with shard_vae(stream.vae, devices) as stream.vae:
         stream.accelerate("cuda-graph")
         frames = list(stream.frames(picture(k) for k in range(9)))

@@ -361,7 +361,7 @@ def test_an_adapter_names_its_engine(made, monkeypatch):
     monkeypatch.setattr(type(adapter), "engine", "backwards")
     with pytest.raises(ValueError, match=r"unknown engine 'backwards' of .*: choose one of ring, pipeline_calls"):
         make_engine(adapter, settings, weight, batched=True)
-    monkeypatch.setitem(ENGINES, "backwards", lambda adapter, settings, weight, batched: Loop(settings, weight))
+    monkeypatch.setitem(ENGINES, "backwards", lambda adapter, settings, weight, batched, devices: Loop(settings, weight))
     parts.denoiser.set_batched(True)
     assert isinstance(parts.denoiser.running(), Loop)
 

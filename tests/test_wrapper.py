@@ -184,6 +184,18 @@ def test_loras_vae_filter_devices_and_stream_options_reach_the_stream(made, tmp_
     assert wrapper().size == (64, 64)
 
 
+def test_devices_share_rows_or_draw_frames_in_turn(made):
+    images = []
+    for options in ({}, {"device_ids": ["cpu", "cpu"], "split": "frames"}):
+        wrapper = made(**options)
+        wrapper.prepare(PROMPT, num_inference_steps=2)
+        images.append(wrapper())
+        assert len(wrapper.stream.adapter.velocity.interleaved if options else ()) == len(options)
+    assert images[0] == images[1]
+    with pytest.raises(ValueError, match="unknown split 'columns': choose 'rows' or 'frames'"):
+        made(split="columns")
+
+
 @pytest.mark.parametrize(
     "arguments,error,says",
     [

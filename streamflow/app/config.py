@@ -63,8 +63,10 @@ class Settings(Section):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         default=None, description="dtype of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
-    devices: tuple[str, ...] = Field(
-        default=(), description="more devices: the VAE and the denoising rows are spread over all"
+    devices: tuple[str, ...] = Field(default=(), description="more devices: the VAE and the denoising are spread over all")
+    split: Literal["rows", "frames"] = Field(
+        default="rows",
+        description="what devices share: rows of every step, or whole frames (a higher rate, later)",
     )
     mode: Literal["txt2img", "img2img"] = Field(default="txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(

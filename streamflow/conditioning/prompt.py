@@ -38,6 +38,11 @@ class Cond:
         """This cond with more tensors, and with a layout where one is given."""
         return Cond({**self.rows, **rows}, {**self.shared, **(shared or {})}, self.layout if layout is None else layout)
 
+    def to(self, device: torch.device) -> Cond:
+        """This cond with its tensors on a device."""
+        rows, shared = ({name: value.to(device) for name, value in one.items()} for one in (self.rows, self.shared))
+        return Cond(rows, shared, self.layout)
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:

@@ -7,14 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from streamflow.parallel.in_turn import interleave
     from streamflow.parallel.ray_actors import RayModule
     from streamflow.parallel.rows import shard_denoiser
     from streamflow.parallel.tiles import decode, decode_tiled
     from streamflow.parallel.vae import ShardedVAE, shard_vae
 
-__all__ = ["RayModule", "ShardedVAE", "decode", "decode_tiled", "shard_denoiser", "shard_vae"]
+__all__ = ["RayModule", "ShardedVAE", "decode", "decode_tiled", "interleave", "shard_denoiser", "shard_vae"]
 
-_FILES = {"RayModule": "ray_actors", "decode": "tiles", "decode_tiled": "tiles", "shard_denoiser": "rows"}
+_FILES = {
+    "RayModule": "ray_actors",
+    "decode": "tiles",
+    "decode_tiled": "tiles",
+    "interleave": "in_turn",
+    "shard_denoiser": "rows",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -16,11 +16,14 @@ from torch import nn
 
 from streamflow import acceleration
 from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call
+from streamflow.parallel.in_turn import InterleavedVelocity
 from streamflow.parallel.replicas import current
 from streamflow.parallel.rows import ShardedVelocity
 from streamflow.parallel.vae import Sharded
 
 logger = logging.getLogger(__name__)
+
+SHARDED = (Sharded, ShardedVelocity, InterleavedVelocity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class _SomeParts(Parts):
 
 def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     """As `acceleration.accelerate`, for parts of which some are on several devices."""
-    sharded = {p.name: p.module for p in parts if isinstance(p.module, (Sharded, ShardedVelocity))}
+    sharded = {p.name: p.module for p in parts if isinstance(p.module, SHARDED)}
     if kind == "none" or not sharded:
         return acceleration.accelerate(kind, parts, options)
     seconds: dict[str, float] = {}
@@ -52,7 +55,12 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
 
 
 def _accelerate_copies(
-    kind: str, parts: Parts, part: Part, sharded: Sharded | ShardedVelocity, options: object, undo: ExitStack
+    kind: str,
+    parts: Parts,
+    part: Part,
+    sharded: Sharded | ShardedVelocity | InterleavedVelocity,
+    options: object,
+    undo: ExitStack,
 ) -> list[nn.Module]:
     """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
     which is logged."""
@@ -88,7 +96,7 @@ def _for_device(options: Any, device: torch.device) -> object:
 
 def _start(module: nn.Module, part: Part) -> None:
     """Run every copy once, in the thread of its device where it has one."""
-    if isinstance(module, Sharded):
+    if isinstance(module, (Sharded, InterleavedVelocity)):
         module.start(part.inputs)
     else:
         part.call(module)

@@ -125,8 +125,8 @@ class InputCache:
 class WeightSync:
     """Keeps copies of a module equal to it. It runs before every step, and costs two list comparisons."""
 
-    def __init__(self, source: nn.Module, copies: Sequence[nn.Module]):
-        self._source, self._copies = source, copies
+    def __init__(self, source: nn.Module, copies: Sequence[nn.Module], call: str = "shard_denoiser"):
+        self._source, self._copies, self._made_by = source, copies, call
         self._watch = Watch(source)
         self._adapters = self._watch.adapters()
         self._tensors = list(chain(source.parameters(), source.buffers()))
@@ -138,7 +138,7 @@ class WeightSync:
         if self._watch.adapters() != self._adapters:
             raise RuntimeError(
                 f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other "
-                f"devices: call shard_denoiser(stream, devices) again"
+                f"devices: call {self._made_by}(stream, devices) again"
             )
         now = [version_of(t) for t in self._tensors]
         if now == self._versions:
@@ -166,7 +166,7 @@ def shard_denoiser(stream: StreamFlow, devices: Devices = "all") -> ShardedVeloc
     """
     stream.adapter.check_offers("shard_denoiser")
     plain = stream.adapter.velocity
-    source = plain.source if isinstance(plain, ShardedVelocity) else plain
+    source = getattr(plain, "source", plain)  # also of `interleave`
     chosen = resolve_devices(devices, stream.device)
     check_not_offloaded(source)
     first = chosen.index(stream.device) if stream.device in chosen else None

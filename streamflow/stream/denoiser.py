@@ -77,6 +77,8 @@ class Denoiser:
         self.last_x0: Tensor | None = None
         self.current_pass: Pass | None = None
         self._stepping: int | None = None  # the thread that is in a step
+        model.before_change.add(self._check_change)
+        model.after_change.add(self._follow_devices)
 
     # -- what may be called when ----------------------------------------------------------------------------------------
 
@@ -134,8 +136,9 @@ class Denoiser:
 
     @property
     def stages(self) -> int:
-        """The number of calls from a frame's entering to its leaving: its stages, or 1 without the denoising batch."""
-        return len(self.engine.settings.stages) if self.batched and self.engine is not None else 1
+        """The number of calls from a frame's entering to its leaving: its stages, or 1 without the denoising batch; times
+        the number of devices that draw frames in turn."""
+        return 1 if self.engine is None else self.engine.depth
 
     @property
     def calls_behind(self) -> int:
@@ -171,8 +174,21 @@ class Denoiser:
             device=model.device,
             path=model.adapter.path,
         )
-        self.engine = make_engine(model.adapter, settings, state.weight, self.batched)
+        self.engine = make_engine(model.adapter, settings, state.weight, self.batched, model.interleaved)
         self.engine.observer = self.observer
+
+    def _check_change(self) -> None:
+        """RuntimeError before a part is replaced while frames are in flight on several devices."""
+        if self._model.interleaved and self.engine is not None and not self.engine.empty:
+            raise RuntimeError(
+                f"{self.engine.in_flight} frames are in flight on several devices (interleave): flush() or reset() before "
+                f"the network or the VAE is replaced"
+            )
+
+    def _follow_devices(self) -> None:
+        """Draw on the devices of the present network."""
+        if self.state is not None and self.engine is not None and self.engine.devices != self._model.interleaved:
+            self.begin(self.state)
 
     def needs_engine(self, change: Change) -> bool:
         """Whether an update needs another engine: for other guidance, other steps, or levels for later frames alone."""

@@ -89,6 +89,11 @@ class Model:
         self.after_change()
 
     @property
+    def interleaved(self) -> tuple[torch.device, ...]:
+        """The devices of the network's copies that draw frames in turn (`streamflow.parallel.interleave`), or none."""
+        return getattr(self.adapter.velocity, "interleaved", ())
+
+    @property
     def unet(self) -> Network:
         """The network, UNet or transformer. Assigning another one rebuilds the velocity; the pipe keeps its own."""
         return self.adapter.net

@@ -45,6 +45,7 @@ class PipelineCalls(Engine):
         super().__init__(settings)
         self._adapter, self._to_the_end = adapter, to_the_end
         self._groups: Groups = deque()
+        self.depth = 1 if to_the_end else len(settings.stages)
         self.row_counts = len(settings.stages) * settings.frames, 0  # a row for each frame and stage
         sigma = settings.stages.sigmas[:1].to(settings.device)
         self.first_sigma = sigma.reshape(-1, *([1] * len(settings.shape)))

@@ -39,6 +39,11 @@ class Planner:
     def check_request(self, request: Request) -> None:
         """Raise ValueError for a request that this model cannot draw, whatever the pipeline says."""
         self.check(request.cfg_type, request.do_add_noise)
+        if request.feedback and self.model.interleaved:
+            raise ValueError(
+                "feedback mixes the last image into the next frame, and frames that are drawn on several devices in turn "
+                "(interleave) do not wait for each other: use feedback=0"
+            )
         if not self.model.image_is_reference:
             return
         name = type(self.adapter.pipe).__name__

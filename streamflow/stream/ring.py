@@ -53,6 +53,16 @@ class Group:
     finish: Callable[[Tensor], Tensor] | None = None
 
 
+def group_on(device: torch.device, group: Group) -> Group:
+    """A group with its tensors on a device, except those of its prompts."""
+    draws = None if group.draws is None else group.draws.to(device)
+    return replace(group, x=group.x.to(device), carried=_carried_on(device, group.carried), draws=draws)
+
+
+def _carried_on(device: torch.device, carried: Mapping[str, Carried]) -> dict[str, Carried]:
+    return {name: replace(one, value=one.value.to(device)) for name, one in carried.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Done:
     """A group that has left: clean latents `[F, ...]`, with the ids, the mark and the `finish` of its group."""
@@ -114,12 +124,13 @@ class Rows:
         network: Velocity,
         x: Tensor,
         prompts: tuple[Prompt, ...],
-        weight: Weight,
+        weight: Weight | tuple[Weight, ...],
         anchors: Anchors | None = None,
         noise: Tensor | None = None,
         t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x at each row's next sigma, guided velocity), both `[rows, ...]`. `t` `[rows]` replaces the stages' own."""
+        """(x at each row's next sigma, guided velocity), both `[rows, ...]`. weight: of all rows, or one for each stage. `t`
+        `[rows]` replaces the stages' own."""
         extra = self.extra
         times = self.t if t is None else torch.cat((t[:extra], t))
         rows = torch.cat((x[:extra], x)) if extra else x
@@ -131,7 +142,10 @@ class Rows:
         arguments = self._conds.arguments
         v = network(rows, times, **arguments) if arguments is not None else self._conds.velocity(network, rows, times)
         if extra or anchors is not None:
-            v = combine(v[extra:], v[:extra], x, self.sigma, weight, anchors, self)
+            weights = (weight,) if isinstance(weight, Weight) else weight
+            guided = [combine(v[extra:], v[:extra], x, self.sigma, one, anchors, self) for one in weights]
+            size = self.count // len(weights)
+            v = guided[0] if len(guided) == 1 else torch.cat([one.split(size)[i] for i, one in enumerate(guided)])
         return self.step(x, v, noise), v
 
     def step(self, x: Tensor, v: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -157,14 +171,20 @@ Observer = Callable[[Rows, Sequence[Group | None], Tensor, Tensor, Tensor], Tens
 class Engine:
     """Takes groups of F frames and returns them drawn, oldest first. The base class keeps nothing in flight.
 
-    settings: what shapes the frames in flight. weight: the guidance weight of all rows, those in flight too. first_sigma:
-    the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and returns the
-    latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group that the last
-    push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the network
-    advances, rows of the negative prompt in that call).
+    settings: what shapes the frames in flight. weight: the guidance weight of all rows, those in flight too. weights: of
+    each stage, where they differ. depth: the number of pushes from a group's entering to its leaving. devices: those that
+    draw groups in turn, or none. rows: all rows of a call, where that is one call. state: another object after every step.
+    first_sigma: the noise level at which frames enter, `[1, 1, ...]`, set by the subclass. observer: sees every step, and
+    returns the latents to go on with. groups: those in flight, newest first, None where there is none. leaving: the group
+    that the last push returned, or none; read where an observer raised after the step. row_counts: (rows that a call of the
+    network advances, rows of the negative prompt in that call).
     """
 
     observer: Observer | None = None
+    depth: int = 1
+    devices: tuple[torch.device, ...] = ()
+    rows: Rows | None = None
+    state: object = None
     anchors: Anchors | None = None
     waiting: Tensor | None = None
     residual_noise: Tensor | None = None
@@ -172,6 +192,7 @@ class Engine:
     groups: Sequence[Group | None] = ()
     leaving: tuple[Done, ...] = ()
     row_counts: tuple[int, int]
+    weights: tuple[Weight, ...] = ()
 
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         self.settings, self.weight = settings, weight
@@ -229,9 +250,11 @@ class Flight:
 class Ring(Engine):
     """S stages x F frames, advanced together."""
 
+    rows: Rows
+
     def __init__(self, settings: Settings, weight: Weight = UNGUIDED):
         super().__init__(settings, weight)
-        self.rows = Rows(settings, 0, len(settings.stages))
+        self.rows, self.depth = Rows(settings, 0, len(settings.stages)), len(settings.stages)
         self.row_counts = self.rows.count, self.rows.extra
         self.first_sigma = self.rows.sigma[:1]
         self._known_rows: tuple[tuple[bool, ...], Tensor | None] = ((), None)
@@ -260,6 +283,31 @@ class Ring(Engine):
 
     def holds(self, group: Group) -> bool:
         return any(one is group for one in self._flight.groups)
+
+    @property
+    def state(self) -> object:
+        """What is in flight, another object after every step."""
+        return self._flight
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Those of the rows that the next push advances besides the new ones."""
+        return self._flight.prompts[: -self.settings.frames]
+
+    @prompts.setter
+    def prompts(self, prompts: tuple[Prompt, ...]) -> None:
+        self._flight = replace(self._flight, prompts=(*prompts, *self._flight.prompts[len(prompts) :]))
+
+    def take(self, other: Ring) -> None:
+        """Take the frames in flight of a ring on another device."""
+        flight, device = other._flight, self.settings.device
+        self._flight = Flight(
+            tuple(group and group_on(device, group) for group in flight.groups),
+            flight.prompts,
+            flight.x.to(device),
+            flight.advanced.to(device),
+            _carried_on(device, flight.carried),
+        )
 
     @property
     def anchors(self) -> Anchors | None:
@@ -321,7 +369,7 @@ class Ring(Engine):
         carried = {} if not (group.carried or before.carried) else self._shifted(group, groups)
         anchors = self._anchors(groups, carried) if s.mode.carries_anchor else None
         noise = None if s.rule.noise == "none" else self._noise(groups, carried)
-        advanced, v = self.rows.advance(network, x, prompts, self.weight, anchors, noise)
+        advanced, v = self.rows.advance(network, x, prompts, self.weights or self.weight, anchors, noise)
         if MASK in carried:
             advanced = put_known(advanced, {name: one.value for name, one in carried.items()}, self.rows.sigma_next, s.path)
         self._flight = Flight(groups, prompts, x, advanced, carried)
@@ -331,18 +379,25 @@ class Ring(Engine):
         oldest = groups[-1]
         return oldest and Done(self._flight.advanced[-frames:], oldest.ids, oldest.copy, oldest.finish)
 
+    def push_none(self, network: Velocity) -> Done | None:
+        """As `push`, without a group that enters. The ring must not be empty."""
+        before = self._flight
+        newest = next(group for group in before.groups if group)
+        try:
+            return self.push(Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True), network)
+        finally:
+            if self._flight is not before:
+                self._flight = replace(self._flight, groups=(None, *self._flight.groups[1:]))
+
     def drain(self, network: Velocity) -> Iterator[Done]:
         while not self.empty:
-            newest = next(group for group in self._flight.groups if group)
-            padding = Group(torch.zeros_like(newest.x), newest.prompts, (), copy=True)
-            failed = None
+            before, failed = self._flight, None
             try:
-                left = self.push(padding, network)
+                left = self.push_none(network)
             except BaseException as error:
-                if self._flight.groups[0] is not padding:
+                if self._flight is before:
                     raise
                 failed, left = error, next(iter(self.leaving), None)  # an observer's, which comes after the step
-            self._flight = replace(self._flight, groups=(None, *self._flight.groups[1:]))
             if left is not None and not left.copy:
                 yield left
             if failed is not None:

@@ -94,6 +94,6 @@ class Steps:
         """The rows of the batch, or those of stage idx."""
         engine = self._denoiser.running()
         self._model.adapter.check_offers("stages")
-        if idx is None and isinstance(engine, Ring):
+        if idx is None and engine.rows is not None:
             return engine.rows
         return Rows(engine.settings, idx or 0, (idx or 0) + 1)

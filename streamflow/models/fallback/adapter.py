@@ -94,6 +94,7 @@ class Fallback(FlowAdapter):
         "update now": "frames in flight keep their arguments: pass scope='frame'",
         "images": "only frames drawn from noise can be streamed: use a family with an adapter",
         "shard_denoiser": "run a stream on each device",
+        "interleave": "run a stream on each device",
         "blending": "update the prompt with scope='frame'",
     }
 

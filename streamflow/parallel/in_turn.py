@@ -1,0 +1,110 @@
+"""Frames on several devices in turn: each has a copy of the network and a complete ring, so that a small network, whose rows
+fill no GPU, draws as many times the images as there are devices.
+
+    interleave(stream, ["cuda:0", "cuda:1"])
+
+Each frame is computed as on one device, with the same rows. An image leaves after S N calls, S stages on N devices, in the
+place of S. The rings are `streamflow.stream.interleaved`; here are the copies of the network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, current, resolve_devices
+from streamflow.parallel.rows import WeightSync
+
+if TYPE_CHECKING:
+    from streamflow.pipeline import StreamFlow
+
+
+class InterleavedVelocity(nn.Module):
+    """A velocity module, `forward(x, t, **cond)`, and its copies on several devices. Made by `interleave`.
+
+    Weights of `source` that are written in place are copied to the replicas before the next step, except by writes through
+    `.data`, which torch does not count. After a change of its adapters (LoRA), a call raises RuntimeError.
+
+    Args:
+        source: the module that was copied. It is also the replica of the first device that equals its own.
+        replicas: one for each device.
+        devices: of the replicas, in the order in which they take frames.
+    """
+
+    def __init__(self, source: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]):
+        super().__init__()
+        self.source, self.replicas, self.devices = source, nn.ModuleList(replicas), tuple(devices)
+        self._weights = WeightSync(source, [one for one in replicas if one is not source], "interleave")
+
+    @property
+    def interleaved(self) -> tuple[torch.device, ...]:
+        """`devices`, by which a stream knows that it draws on them in turn."""
+        return self.devices
+
+    def with_replicas(self, modules: Sequence[nn.Module]) -> InterleavedVelocity:
+        """The same, with these modules in the place of the replicas, such as accelerated ones."""
+        other = copy.copy(self)
+        other._modules = {"source": self.source, "replicas": nn.ModuleList(modules)}
+        return other
+
+    def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of one replica, on its device."""
+        return {name: value.to(self.devices[index]) for name, value in inputs.items()}
+
+    def on(self, index: int) -> Callable[..., Tensor]:
+        """A replica, for inputs on its device."""
+        return partial(self._call, index)
+
+    @torch.no_grad()
+    def _call(self, index: int, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        self._weights.update()
+        return self.replicas[index](x, t, **cond)
+
+    def start(self, inputs: Mapping[str, Tensor]) -> None:
+        """Run every replica once."""
+        for index, device in enumerate(self.devices):
+            with current(device):
+                self._call(index, **self.inputs_of(index, inputs))
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        """The velocity by the first replica, of inputs on any device, which the result is on too."""
+        with current(self.devices[0]):
+            return self._call(0, **self.inputs_of(0, {"x": x, "t": t, **cond})).to(x.device)
+
+
+def interleave(stream: StreamFlow, devices: Devices = "all") -> InterleavedVelocity:
+    """Draw the frames of a stream on several devices in turn, in place. `stream.accelerate` then accelerates every copy, and
+    `shard_vae` spreads the decoding. `stream.velocity = interleaved.source` ends it.
+
+    What updates change, and for which steps of which frames, is as on one device; `flush` and `reset` act on all devices. A
+    call `stream(image)` returns the image of S N calls before. With `feedback` a frame needs the last one, so it is refused.
+
+    Args:
+        stream: a `StreamFlow` without frames in flight.
+        devices: "all" (every GPU, or the stream's own device where there is none), or a list such as `["cuda:0", "cuda:1"]`.
+            A device may occur several times.
+
+    Raises:
+        TypeError, ValueError: a device is unknown or missing; the network is offloaded; the stream uses `feedback`.
+        RuntimeError: frames are in flight.
+        MemoryError: a device has too little free memory, with the numbers. The stream stays as it was.
+    """
+    stream.adapter.check_offers("interleave")
+    if stream.prepared and stream.requested().request.feedback:
+        raise ValueError("interleave draws frames that do not wait for each other: update(feedback=0) first")
+    if stream.prepared and stream.calls_behind:
+        raise RuntimeError(f"{stream.calls_behind} groups of frames are in flight: flush() or reset() before interleave()")
+    plain = stream.adapter.velocity
+    source = getattr(plain, "source", plain)  # also of `shard_denoiser`
+    chosen = resolve_devices(devices, stream.device)
+    check_not_offloaded(source)
+    first = chosen.index(stream.device) if stream.device in chosen else None
+    check_memory(source, [device for i, device in enumerate(chosen) if i != first])
+    replicas = [source if i == first else copy_to(source, device) for i, device in enumerate(chosen)]
+    stream.velocity = interleaved = InterleavedVelocity(source, replicas, chosen)
+    return interleaved
