@@ -251,7 +251,11 @@ def test_it_ends_and_other_devices_may_follow():
         (lambda s: s.update(feedback=0.3), ValueError, "do not wait for each other: use feedback=0"),
         (lambda s: interleave(s, []), ValueError, "devices is empty"),
         (lambda s: (s(picture(0)), interleave(s, ["cpu"])), RuntimeError, "are in flight: flush"),
-        (lambda s: (s(picture(0)), setattr(s, "velocity", s.velocity.source)), RuntimeError, "on several devices"),
+        (
+            lambda s: (s(picture(0)), s(picture(1)), setattr(s, "velocity", s.velocity.source)),
+            RuntimeError,
+            "1 frames are in",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(act, error, message):

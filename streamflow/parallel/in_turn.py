@@ -79,7 +79,7 @@ class InterleavedVelocity(nn.Module):
 
 def interleave(stream: StreamFlow, devices: Devices = "all") -> InterleavedVelocity:
     """Draw the frames of a stream on several devices in turn, in place. `stream.accelerate` then accelerates every copy, and
-    `shard_vae` spreads the decoding. `stream.velocity = interleaved.source` ends it.
+    `shard_vae` spreads the decoding. `stream.velocity = interleaved.source`, or assigning `stream.unet`, ends it.
 
     What updates change, and for which steps of which frames, is as on one device; `flush` and `reset` act on all devices. A
     call `stream(image)` returns the image of S N calls before. With `feedback` a frame needs the last one, so it is refused.

@@ -179,7 +179,7 @@ class Denoiser:
 
     def _check_change(self) -> None:
         """RuntimeError before a part is replaced while frames are in flight on several devices."""
-        if self._model.interleaved and self.engine is not None and not self.engine.empty:
+        if self._model.interleaved and self.engine is not None and self.engine.in_flight:
             raise RuntimeError(
                 f"{self.engine.in_flight} frames are in flight on several devices (interleave): flush() or reset() before "
                 f"the network or the VAE is replaced"
