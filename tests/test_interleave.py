@@ -58,8 +58,10 @@ def check_equal(inputs: list[Any], devices: int = 3, **options: Any) -> None:
 PICTURES: list[Any] = [picture(k) for k in range(8)]
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 5])
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("steps", "devices"),
+    [(1, 2), (4, 3), *(pytest.param(s, d, marks=pytest.mark.slow) for s, d in [(1, 1), (2, 1), (2, 5), (4, 2), (4, 5)])],
+)
 def test_frames_are_those_of_one_ring_to_the_bit(steps, devices):
     check_equal(PICTURES, devices, steps=steps)
 
@@ -95,8 +97,14 @@ UPDATES = {
 }
 
 
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("cfg_type", ["none", "full", "self"])
+@pytest.mark.parametrize(
+    ("batched", "cfg_type"),
+    [
+        (True, "full"),
+        *(pytest.param(True, one, marks=pytest.mark.slow) for one in ("none", "self", "initialize")),
+        *(pytest.param(False, one, marks=pytest.mark.slow) for one in ("none", "full")),
+    ],
+)
 @pytest.mark.parametrize("name", UPDATES)
 def test_an_update_acts_on_the_steps_that_it_acts_on_in_one_ring(name, cfg_type, batched):
     change, again = UPDATES[name], UPDATES["prompt"]
