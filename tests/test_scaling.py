@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "benchmark_scaling.py"
 GPUS = torch.cuda.device_count()
 
@@ -66,7 +67,8 @@ def test_copies_are_paid_one_after_another_at_home(model, linear):
 def test_a_slow_host_bounds_a_tick(model, linear):
     tick = model.Tick(8, linear, host=0.5, host_each=0.5)
     assert [tick.seconds(k) for k in (1, 2, 4, 8)] == [8, 4, 2, 4]
-    assert model.Batch(8, 1, linear, host=3.0).seconds(8) == 8 * 3 + 1
+    assert [model.Batch(8, 1, linear, host=3.0).seconds(k) for k in (1, 8)] == [8 * 3, 3], "each GPU has a thread"
+    assert model.Batch(8, 1, linear, host=0.5).seconds(2) == 4, "which launches while the GPU computes"
 
 
 def test_the_slower_of_denoising_and_decoding_bounds_a_stream(model):
@@ -93,6 +95,15 @@ def test_the_simulation_is_compared_with_what_was_measured(model):
     costs["most_gpus"] = 1  # more of them were measured than have anything to do
     assert model.compare(parts)["series"]["decode_rows: kl"]["off_percent"] == {}
     assert model.compare({})["largest_off_percent"] is None
+
+
+@pytest.mark.parametrize("name", ["scaling-h100x4", "scaling-h200x2"])
+def test_the_simulation_is_within_a_tenth_of_every_point_that_was_measured_on_gpus(model, name):
+    result = json.loads((ROOT / "static" / "benchmarks" / f"{name}.json").read_text())
+    found = model.compare(result["parts"])
+    assert max(len(one["off_percent"]) for one in found["series"].values()) >= 1
+    assert found["largest_off_percent"] <= 10
+    assert result["scaling_model"] == found, "the file holds what the present model gives"
 
 
 @pytest.mark.slow

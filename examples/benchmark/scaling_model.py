@@ -33,6 +33,10 @@ class Work:
             raise ValueError(f"points are (rows of 1 or more, seconds of 0 or more), one at least, not {self.points}")
         object.__setattr__(self, "points", tuple(sorted(self.points)))
 
+    def times(self, factor: float) -> Work:
+        """Work that takes so many times as long."""
+        return Work(tuple((rows, factor * seconds) for rows, seconds in self.points))
+
     def seconds(self, rows: int) -> float:
         """0 for no rows."""
         if not rows:
@@ -64,21 +68,20 @@ def share_sizes(n: int, k: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tick:
-    """One tick of `rows` rows. row_bytes: of one row's latents, each way. around: what the home GPU does beside the network.
-    host: of an unsharded tick; host_each: what each further GPU adds to it."""
+    """One tick of `rows` rows. row_bytes: of one row's latents, each way. host: of an unsharded tick; host_each: what each
+    further GPU adds to it."""
 
     rows: int
     work: Work
     link: Link = Link()
     row_bytes: float = 0.0
-    around: float = 0.0
     host: float = 0.0
     host_each: float = 0.0
 
     def seconds(self, gpus: int) -> float:
         """Of a steady tick: the slower of the GPUs and the host, which runs ahead of them."""
         own, *others = (size for size in share_sizes(self.rows, gpus) if size)
-        home, finished = self.around, []
+        home, finished = 0.0, []
         for size in others:
             home += self.link.seconds(size * self.row_bytes)
             finished.append((home + self.work.seconds(size), size))
@@ -91,7 +94,8 @@ class Tick:
 @dataclass(frozen=True)
 class Batch:
     """`rows` rows, each GPU's share in pieces of at most `piece`. bytes_in, bytes_out: of a row's latents and image.
-    around: what is done once, such as putting images together. host: to launch one piece."""
+    around: what is done once, such as putting images together. host: to launch one piece, by the thread of its GPU, while
+    the GPU computes."""
 
     rows: int
     piece: int
@@ -104,13 +108,12 @@ class Batch:
 
     def seconds(self, gpus: int) -> float:
         """Until all images are at home."""
-        free = [0.0] * gpus
-        host = road = 0.0
+        free, launched, road = [0.0] * gpus, [0.0] * gpus, 0.0
         for gpu, rows in self._pieces(gpus):
-            host += self.host
+            launched[gpu] += self.host
             away = gpu > 0
-            began = max(free[gpu], host) + (self.link.seconds(rows * self.bytes_in) if away else 0.0)
-            free[gpu] = began + self.work.seconds(rows)
+            began = free[gpu] + (self.link.seconds(rows * self.bytes_in) if away else 0.0)
+            free[gpu] = max(began + self.work.seconds(rows), launched[gpu])
             if away:
                 road = free[gpu] = max(free[gpu], road) + self.link.seconds(rows * self.bytes_out)
         return max(free) + self.around
@@ -179,8 +182,8 @@ def _work(by_rows: Mapping[str, float]) -> Work:
 
 def _tick(parts: Rows, costs: Rows, alone: float) -> Tick:
     work, rows = _work(costs["network_ms"]), costs["rows"]
-    around = max(alone - work.seconds(rows), 0.0)
-    return Tick(rows, work, _link(parts), costs["row_bytes"], around, *_host(parts))
+    slower = max(alone / work.seconds(rows), 1.0)  # in a tick, by copies of inputs and lower clocks, than by itself
+    return Tick(rows, work.times(slower), _link(parts), costs["row_bytes"], *_host(parts))
 
 
 def _batch(parts: Rows, costs: Rows, alone: float) -> Batch:

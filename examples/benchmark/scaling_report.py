@@ -184,12 +184,13 @@ def _panel(axes: Any, result: Result, part: str) -> None:
     simulated = result.get("scaling_model", {}).get("series", {})
     counts = (1, 64)
     axes.plot(counts, counts, color="0.7", linestyle="--", linewidth=1, label="times the number of GPUs")
-    for i, (series, rows) in enumerate(result["parts"].get(part, {}).items()):
-        colour = SERIES[i % len(SERIES)]
+    shown = 0
+    for series, rows in result["parts"].get(part, {}).items():
         measured = _against_one(result, part, series)
         curve = {int(k): ms for k, ms in simulated.get(f"{part}: {series}", {}).get("simulated_ms", {}).items()}
         if 1 not in measured or not (curve or len(measured) > 1):
             continue
+        colour, shown = SERIES[shown % len(SERIES)], shown + 1
         medians, spread = error_bars(list(measured.values()))
         alone = rows["1"]["ms"]["median"]
         axes.errorbar(list(measured), medians, spread, color=colour, marker="o", markersize=5, linestyle="", capsize=3)
