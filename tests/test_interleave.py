@@ -4,6 +4,8 @@ the network and a ring of its own."""
 from __future__ import annotations
 
 import logging
+import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -293,3 +295,56 @@ def test_control_nets_are_copied_with_the_network():
     one, several = drawings
     assert all(map(torch.equal, one, several))
     assert not torch.equal(one[4], drawn(made(), PICTURES[:5])[4])
+
+
+def random_update(dice: random.Random) -> Any:
+    """A function that changes what a stream draws."""
+    scope, steps = dice.choice(["now", "frame"]), dice.choice([[1, 3, 4], [0, 2, 4], [2, 3, 4]])
+    changes: list[dict[str, Any]] = [
+        {"prompt": dice.choice(["a", "b", "a fox"]), "scope": scope},
+        {"prompt": [("a", 0.3), ("b", 0.7)], "scope": scope},
+        {"guidance_scale": dice.choice([1.0, 2.0, 5.0]), "scope": scope},
+        {"t_index_list": steps, "scope": scope},
+        {"num_inference_steps": dice.choice([5, 6, 7]), "scope": scope},
+        {"strength": dice.choice([0.4, 0.6, 0.8]), "scope": scope},
+        {"noise": dice.choice(["constant", "frame", "interpolated"])},
+        {"cfg_type": dice.choice(["none", "full", "self", "initialize"])},
+        {"seed": dice.randrange(9)},
+        {"delta": dice.choice([0.5, 1.0])},
+        {"do_add_noise": dice.random() < 0.5},
+    ]
+    chosen = dice.choice(changes)
+    return lambda stream: stream.update(**chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_random_updates_give_what_one_ring_gives(seed):
+    def images(devices: int) -> list[Image]:
+        dice = random.Random(seed)
+        options = {
+            "cfg_type": dice.choice(["none", "full", "self", "initialize"]),
+            "frame_buffer_size": dice.choice([1, 1, 2]),
+        }
+        stream = StreamFlow(random_pipeline("sd3"), [1, 3, 4], width=SIZE, height=SIZE, **options)
+        guided = {} if cfg_type == "none" else {"negative_prompt": "n", "guidance_scale": 3.0}
+        stream.prepare("a", num_inference_steps=5, seed=1, **guided)
+        if devices:
+            interleave(stream, ["cpu"] * devices)
+        inputs: list[Any] = []
+        for k in range(dice.randrange(6, 14)):
+            inputs += [refusable(random_update(dice)) for _ in range(dice.choice([0, 0, 1, 2]))]
+            inputs.append(dice.choice([None, Input(picture(k), mask=masks(k)), picture(k), picture(k)]))
+        return drawn(stream, inputs)
+
+    assert all(map(torch.equal, images(0), images(2 + seed % 3)))
+
+
+def refusable(update: Any) -> Any:
+    """An update that may be refused, as with another number of steps at once."""
+
+    def act(stream: StreamFlow) -> None:
+        with suppress(ValueError):
+            update(stream)
+
+    return act
