@@ -322,10 +322,8 @@ def random_update(dice: random.Random) -> Any:
 def test_random_updates_give_what_one_ring_gives(seed):
     def images(devices: int) -> list[Image]:
         dice = random.Random(seed)
-        options = {
-            "cfg_type": dice.choice(["none", "full", "self", "initialize"]),
-            "frame_buffer_size": dice.choice([1, 1, 2]),
-        }
+        cfg_type, frames = dice.choice(["none", "full", "self", "initialize"]), dice.choice([1, 1, 2])
+        options = {"cfg_type": cfg_type, "frame_buffer_size": frames}
         stream = StreamFlow(random_pipeline("sd3"), [1, 3, 4], width=SIZE, height=SIZE, **options)
         guided = {} if cfg_type == "none" else {"negative_prompt": "n", "guidance_scale": 3.0}
         stream.prepare("a", num_inference_steps=5, seed=1, **guided)
