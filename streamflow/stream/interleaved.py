@@ -64,7 +64,7 @@ class History(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """One step of a ring. prompts: of each group after it, newest first, on the stream's device. stages, weights: the noise
+    """One step of a ring. prompts: of each group after it, newest first, on the stream's device. levels, weights: the noise
     levels and guidance weights of each stage. group: the one that enters, None where none does."""
 
     group: Group | None
