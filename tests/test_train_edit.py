@@ -380,7 +380,7 @@ def test_a_pack_without_a_style_is_refused(data, tmp_path, pack):
 @pytest.mark.slow
 def test_it_trains_goes_on_and_is_evaluated(data, tmp_path):
     def python(script: str, *options: str) -> str:
-        command = [sys.executable, str(SCRIPTS / script), "--data", str(data), "--device", "cpu", *options]
+        command = [sys.executable, str(SCRIPTS / script), "--data", str(data), *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         return done.stdout if done.returncode == 0 else done.stderr
 
@@ -393,7 +393,7 @@ def test_it_trains_goes_on_and_is_evaluated(data, tmp_path):
     second = python("train.py", *sizes, *where, "--minutes", "0.2")
     assert "reflow: step" in second and "pairs:" not in second and "] flow: step" not in second
     sheets = tmp_path / "sheets"
-    python("evaluate.py", "--model", str(tmp_path / "model"), "--most", "3", "--rounds", "2", "--sheets", str(sheets),
+    python("evaluate.py", "--device", "cpu", "--model", str(tmp_path / "model"), "--most", "3", "--rounds", "2", "--sheets", str(sheets),
            "--json", str(tmp_path / "report.json"))  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"styles, style alone", "styles, named", "doodles, style alone", "doodles, named", "seconds"} <= set(report)
