@@ -393,7 +393,8 @@ def test_it_trains_goes_on_and_is_evaluated(data, tmp_path):
     second = python("train.py", *sizes, *where, "--minutes", "0.2")
     assert "reflow: step" in second and "pairs:" not in second and "] flow: step" not in second
     sheets = tmp_path / "sheets"
-    python("evaluate.py", "--device", "cpu", "--model", str(tmp_path / "model"), "--most", "3", "--rounds", "2", "--sheets", str(sheets),
+    few = ["--device", "cpu", "--most", "3", "--rounds", "2"]
+    python("evaluate.py", *few, "--model", str(tmp_path / "model"), "--sheets", str(sheets),
            "--json", str(tmp_path / "report.json"))  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"styles, style alone", "styles, named", "doodles, style alone", "doodles, named", "seconds"} <= set(report)
