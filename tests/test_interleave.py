@@ -234,6 +234,20 @@ def test_steps_are_seen_and_an_error_there_loses_nothing():
     assert {i for ids in seen for i in ids if i is not None} >= {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_error_of_on_steps_function_is_no_failure_of_a_device(batched, caplog):
+    stream, calls = made(devices=2, use_denoising_batch=batched), []
+
+    def fail(step: Any) -> None:
+        calls.append(step)
+        raise KeyError("mine")
+
+    stream.on_step(fail)
+    with pytest.raises(KeyError, match="mine"):
+        stream(picture(0))
+    assert len(calls) == 1 and not any("failed" in one.message for one in caplog.records)
+
+
 def test_weights_that_are_written_reach_all_copies():
     stream, one = made(devices=2), made()
     for each in (stream, one):

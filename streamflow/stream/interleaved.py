@@ -14,8 +14,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import is_not
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,13 +77,15 @@ class _Plan:
 @dataclass(eq=False)
 class _Lane:
     """One ring. index: of its device. prompts: of its groups, newest first, on the stream's device. levels: as they were set
-    last, one for each stage. taken: whether the last step was taken, although an error followed."""
+    last, one for each stage. taken: whether the last step was taken, although an error followed. interrupted: whether the
+    observer raised in it, which is no failure of the device."""
 
     engine: Ring | Loop
     index: int
     prompts: tuple[tuple[Prompt, ...], ...] = ()
     levels: tuple[Stages, ...] = ()
     taken: bool = False
+    interrupted: bool = False
 
 
 class Interleaved(Engine):
@@ -226,7 +229,7 @@ class Interleaved(Engine):
                     lane.engine, lane.index, lane.levels = self._moved(lane.engine, index), index, ()
                 done = self._step_on(lane, plan, network)
             except Exception as error:
-                if lane.taken:
+                if lane.taken or lane.interrupted:
                     raise
                 failed[index] = error
                 continue
@@ -240,14 +243,14 @@ class Interleaved(Engine):
 
     def _step_on(self, lane: _Lane, plan: _Plan, network: Replicas) -> Done | None:
         engine, device = lane.engine, self.devices[lane.index]
-        lane.taken = False
+        lane.taken = lane.interrupted = False
         with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
             if len(lane.levels) != len(plan.levels) or any(map(is_not, plan.levels, lane.levels)):
                 engine.set_levels(_of_stages(plan.levels))
                 lane.levels = plan.levels
             same = all(one is plan.weights[0] for one in plan.weights)
             engine.weight, engine.weights = plan.weights[0], () if same else plan.weights
-            engine.observer = self.observer
+            engine.observer = self.observer and partial(self._observe, lane)
             prompts = [tuple(self._prompt_on(device, prompt) for prompt in group) for group in plan.prompts]
             if isinstance(engine, Ring):
                 engine.prompts = tuple(prompt for group in prompts[1:] for prompt in group)
@@ -259,6 +262,13 @@ class Interleaved(Engine):
                 return engine.push(replace(group_on(device, plan.group), prompts=prompts[0]), network.on(lane.index))
             finally:
                 lane.taken = engine.state is not before
+
+    def _observe(self, lane: _Lane, *step: Any) -> Tensor:
+        assert self.observer is not None, "called where there is one"
+        lane.interrupted = True
+        x = self.observer(*step)
+        lane.interrupted = False
+        return x
 
     def _moved(self, engine: Ring | Loop, index: int) -> Ring | Loop:
         """The engine on another device, with its frames in flight."""
