@@ -238,27 +238,29 @@ def test_rows_over_gpus_are_those_of_one(cuda_stream, devices, kind, family, cfg
     assert torch.equal(drawn(stream), plain)
 
 
+@pytest.mark.parametrize("spread", [shard_denoiser, interleave])
 @pytest.mark.parametrize("devices", CUDA_ONLY)
-def test_a_sharded_tick_never_waits(cuda_stream, devices):
+def test_a_tick_on_several_devices_never_waits(cuda_stream, devices, spread):
     stream = cuda_stream("sd3")
-    shard_denoiser(stream, devices)
+    spread(stream, devices)
     stream.accelerate("cuda-graph")
     drawn(stream)
     stream.prepare("a red apple", num_inference_steps=4)
-    noise = noises(stream, 8).split(1)
-    for one in noise[:4]:
+    noise = noises(stream, 24).split(1)
+    for one in noise[:12]:
         stream.predict_x0_batch(one)
     with never_waiting():
-        for one in noise[4:]:
+        for one in noise[12:]:
             stream.predict_x0_batch(one)
 
 
+@pytest.mark.parametrize("spread", [shard_denoiser, interleave])
 @pytest.mark.parametrize("devices", CUDA_ONLY)
-def test_denoiser_and_vae_together_keep_every_frame(cuda_stream, picture, devices):
+def test_denoiser_and_vae_together_keep_every_frame(cuda_stream, picture, devices, spread):
     stream = cuda_stream("sd3")
     plain = [frame.image.clone() for frame in stream.frames(picture(k) for k in range(9))]
     stream.prepare("a red apple, 3d render", num_inference_steps=4)
-    shard_denoiser(stream, devices)
+    spread(stream, devices)
     with shard_vae(stream.vae, devices) as stream.vae:
         stream.accelerate("cuda-graph")
         frames = list(stream.frames(picture(k) for k in range(9)))
@@ -292,30 +294,3 @@ def test_frames_in_turn_are_those_of_one_gpu(cuda_stream, picture, devices, kind
     stream.accelerate("none")
     stream.velocity = interleaved.source
     assert torch.equal(images(), plain)
-
-
-@pytest.mark.parametrize("devices", CUDA_ONLY)
-def test_frames_in_turn_never_wait(cuda_stream, devices):
-    stream = cuda_stream("sd3")
-    interleave(stream, devices)
-    stream.accelerate("cuda-graph")
-    noise = noises(stream, 24).split(1)
-    for one in noise[:12]:
-        stream.predict_x0_batch(one)
-    with never_waiting():
-        for one in noise[12:]:
-            stream.predict_x0_batch(one)
-
-
-@pytest.mark.parametrize("devices", CUDA_ONLY)
-def test_frames_in_turn_with_decoders_behind_each(cuda_stream, picture, devices):
-    stream = cuda_stream("sd3")
-    plain = [frame.image.clone() for frame in stream.frames(picture(k) for k in range(9))]
-    stream.prepare("a red apple, 3d render", num_inference_steps=4)
-    interleave(stream, devices)
-    with shard_vae(stream.vae, devices) as stream.vae:
-        stream.accelerate("cuda-graph")
-        frames = list(stream.frames(picture(k) for k in range(9)))
-        assert [frame.id for frame in frames] == list(range(9))
-        for frame, expected in zip(frames, plain, strict=True):
-            assert (frame.wait().image.to("cuda:0") - expected).abs().max() <= 4 / 255

@@ -18,12 +18,12 @@ from streamflow import acceleration
 from streamflow.acceleration import KINDS, Accelerated, Part, Parts, first_call
 from streamflow.parallel.in_turn import InterleavedVelocity
 from streamflow.parallel.replicas import current
-from streamflow.parallel.rows import ShardedVelocity
+from streamflow.parallel.rows import NetworkCopies
 from streamflow.parallel.vae import Sharded
 
 logger = logging.getLogger(__name__)
 
-SHARDED = (Sharded, ShardedVelocity, InterleavedVelocity)
+SHARDED = (Sharded, NetworkCopies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,7 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
 
 
 def _accelerate_copies(
-    kind: str,
-    parts: Parts,
-    part: Part,
-    sharded: Sharded | ShardedVelocity | InterleavedVelocity,
-    options: object,
-    undo: ExitStack,
+    kind: str, parts: Parts, part: Part, sharded: Sharded | NetworkCopies, options: object, undo: ExitStack
 ) -> list[nn.Module]:
     """The copies of a part, each accelerated on its device. A copy on a device that the kind does not support stays plain,
     which is logged."""

@@ -9,48 +9,29 @@ place of S. The rings are `streamflow.stream.interleaved`; here are the copies o
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamflow.parallel.replicas import Devices, check_memory, check_not_offloaded, copy_to, current, resolve_devices
-from streamflow.parallel.rows import WeightSync
+from streamflow.parallel.replicas import Devices, current
+from streamflow.parallel.rows import NetworkCopies, copy_network
 
 if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 
-class InterleavedVelocity(nn.Module):
-    """A velocity module, `forward(x, t, **cond)`, and its copies on several devices. Made by `interleave`.
+class InterleavedVelocity(NetworkCopies):
+    """A network and its copies on devices that take frames in this order. Made by `interleave`."""
 
-    Weights of `source` that are written in place are copied to the replicas before the next step, except by writes through
-    `.data`, which torch does not count. After a change of its adapters (LoRA), a call raises RuntimeError.
-
-    Args:
-        source: the module that was copied. It is also the replica of the first device that equals its own.
-        replicas: one for each device.
-        devices: of the replicas, in the order in which they take frames.
-    """
-
-    def __init__(self, source: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]):
-        super().__init__()
-        self.source, self.replicas, self.devices = source, nn.ModuleList(replicas), tuple(devices)
-        self._weights = WeightSync(source, [one for one in replicas if one is not source], "interleave")
+    made_by = "interleave"
 
     @property
     def interleaved(self) -> tuple[torch.device, ...]:
         """`devices`, by which a stream knows that it draws on them in turn."""
         return self.devices
-
-    def with_replicas(self, modules: Sequence[nn.Module]) -> InterleavedVelocity:
-        """The same, with these modules in the place of the replicas, such as accelerated ones."""
-        other = copy.copy(self)
-        other._modules = {"source": self.source, "replicas": nn.ModuleList(modules)}
-        return other
 
     def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of one replica, on its device."""
@@ -99,12 +80,5 @@ def interleave(stream: StreamFlow, devices: Devices = "all") -> InterleavedVeloc
         raise ValueError("interleave draws frames that do not wait for each other: update(feedback=0) first")
     if stream.prepared and stream.calls_behind:
         raise RuntimeError(f"{stream.calls_behind} groups of frames are in flight: flush() or reset() before interleave()")
-    plain = stream.adapter.velocity
-    source = getattr(plain, "source", plain)  # also of `shard_denoiser`
-    chosen = resolve_devices(devices, stream.device)
-    check_not_offloaded(source)
-    first = chosen.index(stream.device) if stream.device in chosen else None
-    check_memory(source, [device for i, device in enumerate(chosen) if i != first])
-    replicas = [source if i == first else copy_to(source, device) for i, device in enumerate(chosen)]
-    stream.velocity = interleaved = InterleavedVelocity(source, replicas, chosen)
+    stream.velocity = interleaved = InterleavedVelocity(*copy_network(stream, devices))
     return interleaved

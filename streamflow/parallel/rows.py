@@ -14,7 +14,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,53 @@ from streamflow.parallel.replicas import Devices, check_memory, check_not_offloa
 if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
+Copies = TypeVar("Copies", bound="NetworkCopies")
 Rows = tuple[range, ...]
 CACHED_INPUTS = 16  # inputs that a device keeps: timesteps and prompt embeddings
 
 
-class ShardedVelocity(nn.Module):
-    """A velocity module, `forward(x, t, **cond)`, on several devices. Made by `shard_denoiser`.
+class NetworkCopies(nn.Module):
+    """A velocity module, `forward(x, t, **cond)`, and its copies on several devices.
 
     Weights of `source` that are written in place are copied to the replicas before the next step, except by writes through
     `.data`, which torch does not count. After a change of its adapters (LoRA), a call raises RuntimeError.
 
+    made_by: the function of this package that makes it.
+
     Args:
         source: the module that was copied. It is also the replica of the first device that equals its own.
         replicas: one for each device.
-        devices: x and the result are on the stream's device, and rows are copied to these.
+        devices: of the replicas.
+    """
+
+    made_by: ClassVar[str]
+
+    def __init__(self, source: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]):
+        super().__init__()
+        self.source, self.replicas, self.devices = source, nn.ModuleList(replicas), tuple(devices)
+        self._weights = WeightSync(source, [one for one in replicas if one is not source], self.made_by)
+
+    def with_replicas(self: Copies, modules: Sequence[nn.Module]) -> Copies:
+        """The same, with these modules in the place of the replicas, such as accelerated ones."""
+        other = copy.copy(self)
+        other._modules = {"source": self.source, "replicas": nn.ModuleList(modules)}
+        return other
+
+    def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of one replica, on its device, for a call with these inputs, x first."""
+        raise NotImplementedError
+
+
+class ShardedVelocity(NetworkCopies):
+    """A network whose rows are shared by the devices. Made by `shard_denoiser`. x and the result are on the stream's device.
+
+    Args:
+        source, replicas, devices: as `NetworkCopies`.
         shared: names of inputs without a batch dimension.
         pairs: the first half of the rows are the negative prompts of the second half. Such a pair stays on one device.
     """
+
+    made_by = "shard_denoiser"
 
     def __init__(
         self,
@@ -52,18 +82,9 @@ class ShardedVelocity(nn.Module):
         shared: frozenset[str] = frozenset(),
         pairs: bool = False,
     ):
-        super().__init__()
-        self.source = source
-        self.replicas = nn.ModuleList(replicas)
-        self.devices, self.shared, self.pairs = tuple(devices), shared, pairs
+        super().__init__(source, replicas, devices)
+        self.shared, self.pairs = shared, pairs
         self._inputs = [InputCache(device) for device in self.devices]
-        self._weights = WeightSync(source, [one for one in replicas if one is not source])
-
-    def with_replicas(self, modules: Sequence[nn.Module]) -> ShardedVelocity:
-        """The same, with these modules in the place of the replicas, such as accelerated ones."""
-        other = copy.copy(self)
-        other._modules = {"source": self.source, "replicas": nn.ModuleList(modules)}
-        return other
 
     def inputs_of(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of one device, on it, for a call with these inputs, x first. A device without rows gets those of the
@@ -125,8 +146,8 @@ class InputCache:
 class WeightSync:
     """Keeps copies of a module equal to it. It runs before every step, and costs two list comparisons."""
 
-    def __init__(self, source: nn.Module, copies: Sequence[nn.Module], call: str = "shard_denoiser"):
-        self._source, self._copies, self._made_by = source, copies, call
+    def __init__(self, source: nn.Module, copies: Sequence[nn.Module], made_by: str):
+        self._source, self._copies, self._made_by = source, copies, made_by
         self._watch = Watch(source)
         self._adapters = self._watch.adapters()
         self._tensors = list(chain(source.parameters(), source.buffers()))
@@ -165,16 +186,22 @@ def shard_denoiser(stream: StreamFlow, devices: Devices = "all") -> ShardedVeloc
         MemoryError: a device has too little free memory, with the numbers. The stream stays as it was.
     """
     stream.adapter.check_offers("shard_denoiser")
+    shared = frozenset(stream.adapter.shared_inputs)
+    sharded = ShardedVelocity(*copy_network(stream, devices), shared, pairs=stream.cfg_type == "full")
+    stream.velocity = sharded
+    return sharded
+
+
+def copy_network(stream: StreamFlow, devices: Devices) -> tuple[nn.Module, list[nn.Module], tuple[torch.device, ...]]:
+    """A stream's network, a replica of it for each of these devices, and the devices: the arguments of `NetworkCopies`. The
+    network itself is the replica of the first device that is the stream's. Raises as `shard_denoiser`."""
     plain = stream.adapter.velocity
-    source = getattr(plain, "source", plain)  # also of `interleave`
+    source = plain.source if isinstance(plain, NetworkCopies) else plain
     chosen = resolve_devices(devices, stream.device)
     check_not_offloaded(source)
     first = chosen.index(stream.device) if stream.device in chosen else None
     check_memory(source, [device for i, device in enumerate(chosen) if i != first])
-    replicas = [source if i == first else copy_to(source, device) for i, device in enumerate(chosen)]
-    shared = frozenset(stream.adapter.shared_inputs)
-    stream.velocity = sharded = ShardedVelocity(source, replicas, chosen, shared, pairs=stream.cfg_type == "full")
-    return sharded
+    return source, [source if i == first else copy_to(source, device) for i, device in enumerate(chosen)], chosen
 
 
 def _cut(value: Tensor, rows: Rows) -> Tensor:
