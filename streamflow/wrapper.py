@@ -125,7 +125,7 @@ class StreamFlowWrapper:
             torch's own attention has taken its place, which is logged.
         device_ids: more devices, "cuda:1" or 1: the decode and the denoising are spread over all of them.
         split: what the devices share: "rows" of every step (`parallel.shard_denoiser`), or whole "frames" in turn
-            (`parallel.interleave`), for small networks, which draws more images a second, each later.
+            (`parallel.interleave`), for small networks; images come later.
         use_tiny_vae: True: `vae_id`, or the family's own tiny VAE. None: the same where the family has one, else the model's
             VAE, which is logged. False: the model's VAE.
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.

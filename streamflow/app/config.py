@@ -66,7 +66,7 @@ class Settings(Section):
     devices: tuple[str, ...] = Field(default=(), description="more devices: the VAE and the denoising are spread over all")
     split: Literal["rows", "frames"] = Field(
         default="rows",
-        description="what devices share: rows of every step, or whole frames (a higher rate, later)",
+        description="what devices share: rows of every step, or whole frames, which come later",
     )
     mode: Literal["txt2img", "img2img"] = Field(default="txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(

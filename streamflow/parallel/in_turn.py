@@ -1,5 +1,5 @@
-"""Frames on several devices in turn: each has a copy of the network and a complete ring, so that a small network, whose rows
-fill no GPU, draws as many times the images as there are devices.
+"""Frames on several devices in turn: each has a copy of the network and a complete ring. It is for small networks, which
+gain little where devices share the rows of each step.
 
     interleave(stream, ["cuda:0", "cuda:1"])
 
