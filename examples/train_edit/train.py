@@ -14,6 +14,7 @@ what it has.
 
 import argparse
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from edit_model import (
 from pack import read_pack
 from pack_data import NAME
 from pairs import FORMS, Pairs, captions_of, split
-from training import Captured, Phase, Worker, add_step_options, load_average, mixed_precision, worker, write_whole
+from training import Captured, Phase, Worker, add_step_options, earlier, load_average, mixed_precision, worker, write_whole
 from transformers import PreTrainedTokenizerFast
 
 WRITING = 25  # seconds of a run that are kept for its last checkpoint and the folder
@@ -126,6 +127,11 @@ class Run:
         }
         self.recipe, self.shape = Recipe(**sizes), TINY if args.tiny else SHIPPED
         self.seconds = args.minutes * 60
+        self.begin = earlier(args, "reflow", "flow")
+        if args.begin and self.begin is None:
+            raise FileNotFoundError(
+                f"--begin: {args.begin} holds neither reflow.pt nor flow.pt; give the --work of an earlier run"
+            )
         self.running = torch.zeros((), device=device)  # the loss, averaged over about 50 steps
 
         pack, _ = split(read_pack(args.data / NAME), emoji_modules.HOLDOUT, args.limit)
@@ -152,15 +158,18 @@ class Run:
         return self.args.stop_after * 60 - WRITING - (time.monotonic() - self.began)
 
     def _tokenizer(self, texts: list[str]) -> PreTrainedTokenizerFast:
-        folder = self.args.work / "tokenizer"
+        folder, begin = self.args.work / "tokenizer", self.args.begin
         if self.me.leads and not folder.exists():
-            train_tokenizer(texts, self.shape.words).save_pretrained(folder)
+            known = begin and PreTrainedTokenizerFast.from_pretrained(begin / "tokenizer")
+            (known or train_tokenizer(texts, self.shape.words)).save_pretrained(folder)
         self.me.barrier()
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def _statistics(self, pairs: Pairs) -> None:
         path = self.args.work / "statistics.pt"
-        if self.me.leads and not path.exists():
+        if self.me.leads and not path.exists() and self.args.begin:
+            shutil.copy(self.args.begin / path.name, path)
+        elif self.me.leads and not path.exists():
             count, at_once = (4096, 64) if self.me.device.type == "cuda" else (64, 16)
             draws = (pairs.draw(at_once) for _ in range(count // at_once))
             measure(self.vae, (images for one in draws for images in (one.target, one.reference)))
@@ -211,7 +220,7 @@ class Run:
             first = sigma == 1
             return losses.mean(), {"at one": (losses * first).sum() / first.sum().clamp(min=1)}
 
-        return self.train("flow", flow, recipe.flow_lr, loss_of)
+        return self.train("flow", flow, recipe.flow_lr, loss_of, begin=self.begin)
 
     def drawn_pairs(self) -> dict[str, torch.Tensor] | None:
         """noise, x0, reference (float16) and ids of images that the flow draws, others in every worker; None: the time of
