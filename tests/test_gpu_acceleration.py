@@ -167,3 +167,35 @@ def test_fused_projections_draw_the_same(stream_on_gpu):
     assert (drawn(stream) - before).abs().max() <= BOUNDS["compile"]
     stream.accelerate("none")
     assert torch.equal(drawn(stream), before)
+
+
+SLEEP = 1_000_000_000  # cycles of a GPU, about half a second
+
+
+def test_images_of_the_host_are_encoded_beside_the_tick(cuda_stream, picture):
+    stream = cuda_stream()
+    images = stream.preprocess([picture(k) for k in range(5)]).cpu().pin_memory().split(1)
+    expected = [stream(one).clone() for one in images]
+    stream.accelerate("cuda-graph")
+    for given in (images, [one.cuda() for one in images]):
+        stream.reset()
+        assert all(torch.equal(stream(one), wanted) for one, wanted in zip(given, expected, strict=True))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
+    tick = torch.cuda.current_stream().record_event()
+    stream.codec.encode(images[0])
+    stream.codec.encoder._side.synchronize()
+    assert not tick.query()
+
+
+def test_an_encoder_waits_for_weights_that_were_written(cuda_stream, picture):
+    stream = cuda_stream()
+    image = stream.preprocess([picture(0)]).cpu().pin_memory()
+    stream.accelerate("cuda-graph")
+    stream.codec.encode(image)
+    torch.cuda._sleep(SLEEP)
+    for weight in stream.pipe.vae.encoder.parameters():
+        weight.requires_grad_(False).mul_(0.5)
+    halved = stream.codec.encode(image)
+    stream.accelerate("none")
+    assert torch.equal(halved, stream.codec.encode(image.cuda()))

@@ -142,7 +142,7 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     The encoder is not, since a stream without input images never calls it."""
     if kind == "none":
         return Accelerated({part.name: part.module for part in parts})
-    made = import_module(KINDS[kind]).accelerate(parts, options)
+    made = beside(parts, import_module(KINDS[kind]).accelerate(parts, options))
     seconds = dict(made.seconds)
     try:
         for part in (parts.velocity, parts.decoder):
@@ -152,6 +152,16 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
         made.undo()
         raise
     return dataclasses.replace(made, seconds=seconds)
+
+
+def beside(parts: Parts, made: Accelerated) -> Accelerated:
+    """On a GPU with the accelerated encoder on a side stream (`side_streams.Beside`), where it is on one device."""
+    from streamflow.acceleration.side_streams import Beside
+
+    device = next(iter(parts.encoder.inputs.values())).device
+    if device.type != "cuda" or "encoder" not in made.modules:
+        return made
+    return dataclasses.replace(made, modules={**made.modules, "encoder": Beside(made.modules["encoder"], device)})
 
 
 def first_call(part: Part, call: Callable[[], object]) -> float:

@@ -123,7 +123,10 @@ class Decoded:
 
 
 class Codec:
-    """A VAE's decoder and encoder. `Codec(vae)`, or made of two modules with `of`."""
+    """A VAE's decoder and encoder. `Codec(vae)`, or made of two modules with `of`. uploads: the encoder takes images of the
+    host too, and encodes them beside what its GPU computes."""
+
+    uploads = False
 
     def __init__(self, vae: VAE, pack: Layout | None = None, unpack: Layout | None = None):
         self.decoder: Any = Decoder(vae, unpack)  # replaced by compiled, sharded and graphed modules
@@ -134,6 +137,7 @@ class Codec:
         """A codec of these two modules."""
         codec = cls.__new__(cls)
         codec.decoder, codec.encoder = decoder, encoder
+        codec.uploads = getattr(encoder, "uploads", False)
         return codec
 
     @torch.no_grad()

@@ -43,7 +43,8 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
         return acceleration.accelerate(kind, parts, options)
     seconds: dict[str, float] = {}
     with ExitStack() as undo:
-        made = _by_kind(kind, parts, tuple(part.name for part in parts if part.name not in sharded), options)
+        whole = tuple(part.name for part in parts if part.name not in sharded)
+        made = acceleration.beside(parts, _by_kind(kind, parts, whole, options))
         undo.callback(made.undo)
         modules = dict(made.modules)
         for part in parts:

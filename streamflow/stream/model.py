@@ -214,9 +214,12 @@ class Model:
         """Images on the model's device, copied without waiting."""
         return images.as_subclass(Tensor).to(self.device, non_blocking=True)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `[n, 3, H, W]` in [-1, 1] to clean latents `[n, ...]` in the stream's dtype."""
-        return self.codec.encode(self.upload(images)).to(self.dtype)
+    def encode(self, images: Tensor, codec: Codec | None = None) -> Tensor:
+        """Images `[n, 3, H, W]` in [-1, 1] to clean latents `[n, ...]` in the stream's dtype. codec: by default `codec`."""
+        codec = codec or self.codec
+        if not codec.uploads:
+            images = self.upload(images)
+        return codec.encode(images).to(self.dtype)
 
     def to_device(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Noise that was drawn on the CPU, on the model's device, copied without waiting."""

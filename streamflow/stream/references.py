@@ -225,10 +225,10 @@ class References:
         grid = image.shape[-2] // model.adapter.multiple, image.shape[-1] // model.adapter.multiple
         if not self._rule().uses_codec:
             return codec, Reference(image, None, grid)
-        pixels = model.upload(image)
+        pixels = image
         if exact:
             pixels = pixels.contiguous(memory_format=torch.channels_last)  # as diffusers makes a tensor of a PIL image
-        return codec, Reference(image, codec.encode(pixels).to(model.dtype), grid)
+        return codec, Reference(image, model.encode(pixels, codec), grid)
 
     def _extended(self, references: list[Reference], entering: Entering, row: int | None = None) -> Prompt:
         """The prompt of a frame with these references: the last one in this row of the group where it is the same."""
