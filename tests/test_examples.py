@@ -70,6 +70,7 @@ def there(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "photos" / f"{k}.png")
     pipe = models.load("embedded", device="cpu", dtype=torch.float32)
     random_control(pipe.transformer).save_pretrained(folder / "control")
+    loaded("edit/random_klein.py").main(["--output", str(folder / "klein")])
     write_lora(pipe, {"transformer": ["to_q", "to_v"]}, str(folder / "lora"), seed=0)
     return folder
 
@@ -78,7 +79,10 @@ def runs(there):
     """name: (arguments, what is made: a file or the number of images in a folder)."""
     photo, photos = str(there / "photos/0.png"), str(there / "photos")
     lora, control = str(there / "lora"), str(there / "control")
+    edit = ["--model", str(there / "klein"), "--size", "128", "128"]
     return {
+        "edit/folder.py": (["--input", photos, "--style", photo, *edit], "outputs/edited", 3),
+        "edit/style_morph.py": (["--input", photo, "--frames", "5", *edit], "outputs/style_morph.gif", 1),
         "txt2img/single.py": (["--count", "2"], "outputs/txt2img", 2),
         "txt2img/multi.py": (["--calls", "2", "--frame-buffer-size", "2"], "outputs/txt2img-multi", 4),
         "img2img/single.py": (["--input", photo, "--strength", "0.5"], "outputs/img2img.png", 1),
@@ -100,7 +104,7 @@ def runs(there):
 
 
 NOT_DRAWING = ("benchmark/single.py", "benchmark/multi.py", "optimal-performance/single.py", "vid2vid/main.py")
-NOT_DRAWING += ("webcam/main.py", "screen/main.py", "with_tensorrt.py")
+NOT_DRAWING += ("webcam/main.py", "screen/main.py", "with_tensorrt.py", "edit/random_klein.py", "edit/webcam.py")
 DRAWING = sorted({*NAMES, "make_samples.py", "side_by_side.py"} - set(NOT_DRAWING))
 
 
@@ -176,6 +180,10 @@ def test_a_video_a_camera_and_a_screen(there, tmp_path, monkeypatch, capsys):
     restyled = ["--strength", "0.5", "--seconds", "7"]
     assert loaded("webcam/main.py").main(["--source", f"image:{photo}", "--sink", "folder:seen", *live, *restyled]) == 0
     assert "mode='" in capsys.readouterr().out and len(list(Path("seen").glob("*.png"))) >= 2
+    edit = ["--model", str(there / "klein"), "--size", "128", "128", "--style", photo, "--acceleration", "none"]
+    source = ["--source", f"image:{photo}", "--sink", "folder:edited", "--seconds", "5"]
+    assert loaded("edit/webcam.py").main([*source, *edit, *live]) == 0
+    assert "mode='" in capsys.readouterr().out and len(list(Path("edited").glob("*.png"))) >= 2
     assert loaded("optimal-performance/single.py").main(["--sink", "null", "--seconds", "3", *live]) == 0
     assert float(capsys.readouterr().out.split()[0]) > 0
     if os.environ.get("DISPLAY"):
