@@ -1,4 +1,5 @@
-"""How work spreads over the GPUs of a machine: decoding by row, by frame and by tile, denoising rows, the host, torchrun.
+"""How work spreads over the GPUs of a machine: decoding by row, frame and tile, denoising rows, whole frames in turn, the
+host, torchrun.
 
     python examples/benchmark_scaling.py --output static/benchmarks/scaling.json
     python examples/benchmark_scaling.py --parts decode_rows,host --no-plot
@@ -97,6 +98,7 @@ PARTS = {
     "decode_rows": parts.decode_rows,
     "denoise_rows": parts.denoise_rows,
     "decode_frames": parts.decode_frames,
+    "interleave_frames": parts.interleave_frames,
     "decode_tiles": parts.decode_tiles,
     "torchrun": torchrun,
 }

@@ -6,8 +6,8 @@ livepeer's fork added are forwards. Knows how the parts are put together, and ho
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
@@ -125,7 +125,8 @@ class StreamFlowWrapper:
             torch's own attention has taken its place, which is logged.
         device_ids: more devices, "cuda:1" or 1: the decode and the denoising are spread over all of them.
         split: what the devices share: "rows" of every step (`parallel.shard_denoiser`), or whole "frames" in turn
-            (`parallel.interleave`), for small networks; images come later.
+            (`parallel.interleave`), for small networks; images come later. "auto": what suits the network, measured at the
+            first `prepare` (`parallel.spread`), with `target_rate` images a second to hold.
         use_tiny_vae: True: `vae_id`, or the family's own tiny VAE. None: the same where the family has one, else the model's
             VAE, which is logged. False: the model's VAE.
         enable_similar_image_filter, similar_image_filter_threshold, similar_image_filter_max_skip_frame: as StreamFlow's.
@@ -203,7 +204,8 @@ class StreamFlowWrapper:
         safety_checker: tuple[nn.Module, Function] | None = None,
         skip_diffusion: bool = False,
         family: str | None = None,
-        split: Literal["rows", "frames"] = "rows",
+        split: Literal["rows", "frames", "auto"] = "rows",
+        target_rate: float | None = None,
         references: Mapping[str, Images | str] | Sequence[Images | str] = (),
         use_ipadapter: bool | None = None,
         ipadapter_config: Arguments | Sequence[Arguments] | None = None,
@@ -259,13 +261,19 @@ class StreamFlowWrapper:
         self._load_ipadapters()
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
-        _spread(self.stream, device_ids, split)
+        devices = _decode_on(self.stream, device_ids)
+        if split != "auto":
+            _denoise_on(self.stream, devices, split)
         if enable_similar_image_filter:
             self.stream.enable_similar_image_filter(similar_image_filter_threshold, similar_image_filter_max_skip_frame)
         options = dict(acceleration_options or {})
         if acceleration == "tensorrt" and engine_dir is not None:
             options.setdefault("engine_dir", engine_dir)
-        self.stream.accelerate(acceleration, **options)
+        self._when_prepared: Callable[[], object] | None = None
+        if split == "auto" and devices:
+            self._when_prepared = partial(_denoise_as_measured, self.stream, devices, target_rate, acceleration, options)
+        else:
+            self.stream.accelerate(acceleration, **options)
         self._uses_checker = False
         if safety_checker is not None:
             self.safety_checker, self.feature_extractor = safety_checker
@@ -384,6 +392,9 @@ class StreamFlowWrapper:
         arguments = {**self._defaults, **arguments}
         given = prompt, negative_prompt, num_inference_steps, guidance_scale, delta
         self.stream.prepare(*given, **arguments)
+        if self._when_prepared is not None:
+            self._when_prepared()
+            self._when_prepared = None
         if self.warmup is None:
             self.warmup = 0 if self.stream.acceleration == "none" else WARM
         if self.warmup:
@@ -713,15 +724,33 @@ def _adapt(stream: StreamFlow, loras: Mapping[str, float]) -> None:
         stream.set_adapters(names)
 
 
-def _spread(stream: StreamFlow, device_ids: Sequence[int | str] | None, split: str) -> None:
-    """The decode and the denoising over these devices and the stream's own."""
-    if split not in ("rows", "frames"):
-        raise ValueError(f"unknown split {split!r}: choose 'rows' or 'frames'")
-    if not device_ids:
-        return
-    from streamflow.parallel import interleave, shard_denoiser, shard_vae
+def _decode_on(stream: StreamFlow, device_ids: Sequence[int | str] | None) -> list[torch.device]:
+    """The decode over these devices and the stream's own. Returns all of them; none where none are named."""
+    from streamflow.parallel import shard_vae
 
-    named = [torch.device("cuda", one) if isinstance(one, int) else torch.device(one) for one in device_ids]
+    named = [torch.device("cuda", one) if isinstance(one, int) else torch.device(one) for one in device_ids or ()]
+    if not named:
+        return []
     devices = named if stream.device in named else [stream.device, *named]
     stream.vae = shard_vae(stream.vae, devices)
-    (shard_denoiser if split == "rows" else interleave)(stream, devices)
+    return devices
+
+
+def _denoise_on(stream: StreamFlow, devices: Sequence[torch.device], split: str) -> None:
+    """The denoising over these devices by "rows" or "frames"."""
+    from streamflow.parallel import interleave, shard_denoiser
+
+    if split not in ("rows", "frames"):
+        raise ValueError(f"unknown split {split!r}: choose 'rows', 'frames' or 'auto'")
+    if devices:
+        (shard_denoiser if split == "rows" else interleave)(stream, devices)
+
+
+def _denoise_as_measured(
+    stream: StreamFlow, devices: Sequence[torch.device], target_rate: float | None, acceleration: str, options: Arguments
+) -> None:
+    """The denoising over these devices by the split that suits the network of a prepared stream, accelerated."""
+    from streamflow.parallel import spread
+
+    spread(stream, devices, target_rate)
+    stream.accelerate(acceleration, **options)

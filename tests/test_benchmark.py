@@ -62,11 +62,12 @@ def test_every_way_draws_the_images_of_the_plain_pipeline(subject_of, family, cf
     assert all(found[name]["skipped"] for name in set(VARIANTS) - set(ON_CPU))
 
 
-def test_decoding_on_other_devices_draws_the_same(subject_of):
+@pytest.mark.parametrize("split,decoders", [(None, 2), ("rows", 3), ("frames", 3)])
+def test_several_devices_draw_the_same(subject_of, split, decoders):
     subject = subject_of("sd3", frame_buffer_size=2)
-    with ways.decoded_elsewhere(subject, "none", ["cpu"] * 3) as way:
+    with ways.spread(subject, "none", split, ["cpu"] * 3) as way:
         drawn = torch.cat([way.tick() for _ in range(2)])
-        assert len(drawn) == 2 * way.frames == 4 and way.details["decoders"] == 3
+        assert len(drawn) == 2 * way.frames == 4 and way.details["decoders"] == decoders
         assert differences(drawn[:COMPARED], subject.reference(False))["largest"] <= 1e-4
 
 
@@ -312,7 +313,7 @@ def test_a_sweep_that_the_model_cannot_do_is_refused_before_it_starts(subject_of
         (["--model", "dalle", "--random-weights"], "sd15, sd3-medium, flux-schnell"),
         (["--model", "sd15"], "--random-weights"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--variants", "1,9"], "unknown '9'"),
+        (["--variants", "1,11"], "unknown '11'"),
         (["--steps", "0"], "below 1"),
         (["--width", "64"], "go together"),
         (["--device", "toaster"], "toaster"),

@@ -192,7 +192,7 @@ def test_devices_share_rows_or_draw_frames_in_turn(made):
         images.append(wrapper())
         assert len(wrapper.stream.adapter.velocity.interleaved if options else ()) == len(options)
     assert images[0] == images[1]
-    with pytest.raises(ValueError, match="unknown split 'columns': choose 'rows' or 'frames'"):
+    with pytest.raises(ValueError, match="unknown split 'columns': choose 'rows', 'frames' or 'auto'"):
         made(split="columns")
 
 

@@ -21,7 +21,7 @@ from streamflow.benchmark.machine import clocks
 from streamflow.benchmark.report import ratio
 from streamflow.benchmark.subject import Subject
 from streamflow.benchmark.timing import Spread, wait
-from streamflow.parallel import decode_tiled, shard_denoiser, shard_vae
+from streamflow.parallel import decode_tiled, interleave, shard_denoiser, shard_vae
 from streamflow.parallel.pool import Pool
 from streamflow.parallel.rows import ShardedVelocity
 from streamflow.parallel.tiles import psnr, reach_of
@@ -165,6 +165,31 @@ def _frames_of(run: Run, stream: StreamFlow, name: str) -> None:
         run.row("decode_frames", name, k, partial(_decode_elsewhere, run, stream, plain, k, kept))
 
 
+def interleave_frames(run: Run) -> None:
+    """A stream whose devices take whole frames in turn, each with its decode: with the KL and the tiny VAE."""
+    s = run.setup
+    subject = run.subject(s.decoding, steps=s.stages[0])
+    with subject.stream(False) as stream:
+        noise = stream.frame_noise(0)
+        eager = lambda: {"ms": run.timed(lambda: subject.draw(subject.pipe, noise, stream))}  # noqa: E731
+        run.row("interleave_frames", "eager", 1, eager)
+    for name, tiny in (("kl", False), ("tiny", True)):
+        kept: dict[int, Tensor] = {}
+        for k in s.counts:
+            run.row("interleave_frames", name, k, partial(_interleaved, run, subject, tiny, k, kept))
+
+
+def _interleaved(run: Run, subject: Subject, tiny: bool, k: int, kept: dict[int, Tensor]) -> Figures:
+    devices = run.setup.devices[:k]
+    with subject.stream(tiny) as stream, shard_vae(stream.vae, devices) as vae:
+        stream.vae = vae
+        if k > 1:
+            interleave(stream, devices)
+        figures = _streamed(run, stream, kept, "interleave_frames")
+        check_alive(vae.pool)
+    return figures
+
+
 def _stream_costs(run: Run, stream: StreamFlow) -> Figures:
     run.accelerate(stream, run.setup.kind)
     noise = stream.frame_noise(0)
@@ -184,7 +209,7 @@ def _decode_elsewhere(run: Run, stream: StreamFlow, plain: nn.Module, k: int, ke
     return figures
 
 
-def _streamed(run: Run, stream: StreamFlow, kept: dict[int, Tensor]) -> Figures:
+def _streamed(run: Run, stream: StreamFlow, kept: dict[int, Tensor], part: str = "decode_frames") -> Figures:
     run.accelerate(stream, run.setup.kind)
     stream.reset()
     images = [frame.wait().image.to(run.setup.home) for frame in stream.frames([None] * COMPARED)]
@@ -193,7 +218,7 @@ def _streamed(run: Run, stream: StreamFlow, kept: dict[int, Tensor]) -> Figures:
     kept.setdefault(1, drawn)
     ms = _frame_times(run, stream)
     figures = {"ms": ms, "images_per_s": 1e3 / ms["median"], **like}
-    eager = run.found["parts"]["decode_frames"]["eager"]["1"]
+    eager = run.found["parts"][part]["eager"]["1"]
     return {**figures, "times_eager": ratio(eager["ms"], ms)} if "ms" in eager else figures
 
 
@@ -216,7 +241,7 @@ def _frame_times(run: Run, stream: StreamFlow) -> dict[str, float]:
         _finish(run, stream)
         return (time.perf_counter() - began) / max(taken[0] - before, 1)
 
-    round_of(len(stream.t_list) + 2 * len(s.devices) + s.warm_up)
+    round_of((len(stream.t_list) + 2) * len(s.devices) + s.warm_up)
     # Nothing is decoded while a round's first frame is drawn, nor drawn while its last is decoded: rounds are long.
     count = max(4 * len(s.devices), min(100, int(4 * s.round_seconds / round_of(2 * len(s.devices)))))
     values = [1e3 * round_of(count) for _ in range(s.rounds)]

@@ -16,7 +16,10 @@ PANELS = {
     "decode_tiles": "one large image by tile",
     "decode_frames": "a stream, decoded by frame",
     "denoise_rows": "rows of the denoising batch",
+    "interleave_frames": "whole frames in turn",
 }
+
+FORECAST = ("decode_rows", "decode_tiles", "decode_frames", "denoise_rows")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ TARGETS = (
     *(_times("decode_rows", "kl", k, least, ROWS) for k, least in ((2, 1.9), (4, 3.7), (8, 7.0))),
     _times("decode_tiles", "tiles", 2, 1.8, "a large image by tiles, KL"),
     _times("decode_frames", "network", 2, 12.0, "denoise on GPU 0, decode on GPU 1, against eager diffusers", "times_eager"),
+    _times("interleave_frames", "kl", 4, 3.8, "whole frames in turn, KL"),
+    _times("interleave_frames", "kl", 2, 15.0, "whole frames in turn, KL, against eager diffusers", "times_eager"),
     *(_times("denoise_rows", "flux-schnell, 4 stages", k, least, FLUX) for k, least in ((2, 1.9), (4, 3.6))),
     Target("host time that sharding over 2 adds to a tick, ms", ("parts", "host", "tick", "2", "added_ms"), most=0.3),
     *(
@@ -173,9 +178,9 @@ def _against_one(result: Result, part: str, series: str) -> dict[int, dict[str, 
 def _forecast(result: Result, folder: Path, name: str) -> list[Path]:
     """A panel for each part: measured points, and lines that are simulated from one GPU's costs."""
     made, grid = figure(12, 9, 2, 2)
-    for axes, (part, title) in zip(grid.flat, PANELS.items(), strict=True):
+    for axes, part in zip(grid.flat, FORECAST, strict=True):
         _panel(axes, result, part)
-        axes.set_title(title)
+        axes.set_title(PANELS[part])
     made.suptitle(f"Points: measured on {result['machine']['device']}. Lines: forecast from one GPU's costs")
     return save(made, folder, name)
 

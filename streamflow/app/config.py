@@ -64,9 +64,9 @@ class Settings(Section):
         default=None, description="dtype of the weights; empty: float32 on a CPU, bfloat16 elsewhere"
     )
     devices: tuple[str, ...] = Field(default=(), description="more devices: the VAE and the denoising are spread over all")
-    split: Literal["rows", "frames"] = Field(
+    split: Literal["rows", "frames", "auto"] = Field(
         default="rows",
-        description="what devices share: rows of every step, or whole frames, which come later",
+        description="what devices share: rows of every step, or whole frames, which come later; auto: as measured",
     )
     mode: Literal["txt2img", "img2img"] = Field(default="txt2img", description="images from text alone, or from images")
     prompt: str | tuple[tuple[str, float], ...] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -28,7 +29,7 @@ def open_scene(settings: Settings) -> StreamFlowWrapper:
     if (needed := weights_on_disk(settings.model)) > free:
         raise MemoryError(_no_room(settings, device, free, f"its files alone have {needed:,}"))
     try:
-        return aside(StreamFlowWrapper.from_settings, settings)
+        return aside(partial(StreamFlowWrapper.from_settings, settings, target_rate=settings.live.target_fps))
     except torch.OutOfMemoryError as error:
         raise MemoryError(_no_room(settings, device, free, "it took them all")) from error
 

@@ -27,7 +27,9 @@ LABELS = {
     "5": "the batch, compiled",
     "6": "the batch, compiled",
     "7": "the batch, TensorRT",
-    "8": "the batch, compiled, decoded on all GPUs",
+    "8": "the batch, compiled, decoded on the other GPUs",
+    "9": "the batch, compiled, rows on all GPUs",
+    "10": "the batch, compiled, frames on all GPUs in turn",
 }
 INK, GRID = "#20242c", "#e6e9ee"
 STYLE: dict[Any, Any] = {  # of matplotlib

@@ -24,7 +24,9 @@ TITLES = {  # of the variants, which `ways.VARIANTS` measures
     "5": "the batch + CUDA graph + compile",
     "6": "the batch, accelerated, tiny VAE",
     "7": "the batch + TensorRT, tiny VAE",
-    "8": "the batch + compile, decoded on all GPUs",
+    "8": "the batch + compile, decoded on the other GPUs",
+    "9": "the batch + compile, rows on all GPUs",
+    "10": "the batch + compile, whole frames on all GPUs in turn",
 }
 DTYPES = ("float32", "float16", "bfloat16")
 CFG_TYPES = ("none", "self", "full")

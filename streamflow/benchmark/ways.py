@@ -64,20 +64,30 @@ def fastest(subject: Subject, tiny: bool, batched: bool) -> AbstractContextManag
 
 
 @contextmanager
-def decoded_elsewhere(subject: Subject, kind: str, devices: Devices = "all") -> Iterator[Way]:
-    """The stream, accelerated by `kind`, whose images are decoded frame by frame on these devices while the next ones are
-    denoised, one decode on each device."""
-    from streamflow.parallel import shard_vae
+def spread(subject: Subject, kind: str, split: str | None = None, devices: Devices = "all") -> Iterator[Way]:
+    """The stream, accelerated by `kind`, on these devices. split: what they share in denoising, "rows" of every step or
+    whole "frames" in turn; each then decodes too. None: the stream's own device denoises, and the others decode."""
+    from streamflow.parallel import interleave, shard_denoiser, shard_vae
+    from streamflow.parallel.replicas import resolve_devices
 
-    with subject.stream(tiny=False) as stream, shard_vae(stream.vae, devices) as vae:
-        stream.vae = vae
-        stream.accelerate(kind)
-        yield Way(
-            tick=frame_by_frame(stream),
-            frames=stream.frame_bff_size,
-            depth=subject.settings.steps + vae.lanes,
-            details={"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size, "decoders": vae.lanes},
-        )
+    with subject.stream(tiny=False) as stream:
+        chosen = resolve_devices(devices, stream.device)
+        decoders = chosen if split else [one for i, one in enumerate(chosen) if i != chosen.index(stream.device)]
+        with shard_vae(stream.vae, decoders) as vae:
+            stream.vae = vae
+            if split:
+                (shard_denoiser if split == "rows" else interleave)(stream, chosen)
+            stream.accelerate(kind)
+            rings = len(chosen) if split == "frames" else 1
+            yield Way(
+                tick=frame_by_frame(stream),
+                frames=stream.frame_bff_size,
+                depth=subject.settings.steps * rings + vae.lanes,
+                details={
+                    **{"acceleration": stream.acceleration, "network_rows": stream.trt_unet_batch_size},
+                    **{"decoders": vae.lanes, "devices": len(chosen)},
+                },
+            )
 
 
 def frame_by_frame(stream: StreamFlow) -> Callable[[], Tensor]:
@@ -167,9 +177,9 @@ def no_tensorrt(s: Settings) -> str | None:
 
 
 def one_device(s: Settings) -> str | None:
-    """The reason why decoding cannot be sharded, or None."""
+    """The reason why nothing can be spread, or None."""
     found = torch.cuda.device_count() if s.cuda else 0
-    return None if found > 1 else f"there are {found} GPUs, and sharded decoding needs two or more"
+    return None if found > 1 else f"there are {found} GPUs, and this needs two or more"
 
 
 VARIANTS: dict[str, Variant] = {
@@ -182,11 +192,14 @@ VARIANTS: dict[str, Variant] = {
     "5": Variant(False, lambda s: streamed(s, "compile", False, True), no_compile),
     "6": Variant(True, lambda s: fastest(s, True, True)),
     "7": Variant(True, lambda s: streamed(s, "tensorrt", True, True), no_tensorrt),
-    "8": Variant(False, lambda s: decoded_elsewhere(s, s.settings.kind), one_device),
+    "8": Variant(False, lambda s: spread(s, s.settings.kind), one_device),
+    "9": Variant(False, lambda s: spread(s, s.settings.kind, "rows"), one_device),
+    "10": Variant(False, lambda s: spread(s, s.settings.kind, "frames"), one_device),
 }
 CHAIN = ("1", "3", "4", "5", "6", "7")  # each adds one thing to the one before
 SAME_VAE = (
-    *(("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2"), ("8", "1"), ("8", "2"), ("8", "5")),
+    *(("3", "1"), ("4", "1"), ("5", "1"), ("4", "2"), ("5", "2")),
+    *((one, other) for one in ("8", "9", "10") for other in ("1", "2", "5")),
     *(("6", "1t"), ("6", "2t"), ("7", "1t"), ("7", "2t")),
 )
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from streamflow.parallel.in_turn import interleave
     from streamflow.parallel.ray_actors import RayModule
     from streamflow.parallel.rows import shard_denoiser
+    from streamflow.parallel.split import spread
     from streamflow.parallel.tiles import decode, decode_tiled
     from streamflow.parallel.vae import ShardedVAE, shard_vae
 
-__all__ = ["RayModule", "ShardedVAE", "decode", "decode_tiled", "interleave", "shard_denoiser", "shard_vae"]
+__all__ = ["RayModule", "ShardedVAE", "decode", "decode_tiled", "interleave", "shard_denoiser", "shard_vae", "spread"]
 
 _FILES = {
     "RayModule": "ray_actors",
@@ -21,6 +22,7 @@ _FILES = {
     "decode_tiled": "tiles",
     "interleave": "in_turn",
     "shard_denoiser": "rows",
+    "spread": "split",
 }
 
 

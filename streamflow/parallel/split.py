@@ -1,0 +1,110 @@
+"""Which way suits a stream on several devices: sharing the rows of every step, or whole frames in turn.
+
+Frames in turn have the higher rate where a share of the rows takes nearly as long as all of them, as in small networks. Rows
+have the lower latency: an image is S calls old when it leaves, of a share each, against S calls of all rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from streamflow._grad_mode import computing
+from streamflow.parallel.in_turn import interleave
+from streamflow.parallel.replicas import Devices, resolve_devices
+from streamflow.parallel.rows import NetworkCopies, ShardedVelocity, shard_denoiser
+
+if TYPE_CHECKING:
+    from streamflow.pipeline import StreamFlow
+
+logger = logging.getLogger(__name__)
+Split = Literal["rows", "frames"]
+GAIN = 1.2  # times the rate of rows from which frames in turn are worth their latency
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a call of the network, with all rows of a step and with one device's share of them."""
+
+    devices: int
+    whole: float
+    share: float
+
+    @property
+    def rates(self) -> dict[Split, float]:
+        """Ticks a second of each split, of the network alone."""
+        return {"rows": 1 / self.share, "frames": self.devices / self.whole}
+
+    def choose(self, target_rate: float | None = None) -> Split:
+        """Rows where they hold the target rate; otherwise frames where their rate is `GAIN` times that of rows."""
+        rows, frames = self.rates["rows"], self.rates["frames"]
+        if target_rate is not None and rows >= target_rate:
+            return "rows"
+        return "frames" if frames >= GAIN * rows else "rows"
+
+
+def split_costs(stream: StreamFlow, count: int) -> Costs:
+    """The costs of a prepared stream on so many devices, measured on its own by the network without acceleration."""
+    plain = stream.adapter.velocity
+    network = plain.source if isinstance(plain, NetworkCopies) else plain
+    parts = stream.parts()
+    assert parts is not None, "the stream is prepared"
+    shared = frozenset(stream.adapter.shared_inputs)
+    pairs = stream.cfg_type == "full"
+    alone = ShardedVelocity(network, [network] * count, [stream.device] * count, shared, pairs)
+    inputs = dict(parts.velocity.inputs)
+    part = alone.inputs_of(0, inputs)
+
+    def call(given: dict[str, torch.Tensor]) -> Callable[[], object]:
+        x, t, *_ = given.values()
+        named = dict(list(given.items())[2:])
+        return lambda: network(x, t, **named)
+
+    return Costs(count, _seconds(stream.device, call(inputs)), _seconds(stream.device, call(part)))
+
+
+def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | None = None) -> Split:
+    """Spread a prepared stream's network over devices by the split that suits it, in place. Returns the split.
+
+    Both costs are measured on the stream's own device, without acceleration, and logged. Rows are taken where they hold the
+    target rate, which suits the lower latency; otherwise the faster split. With `feedback`, or in a family that does not
+    offer frames in turn, it is rows.
+
+    Args:
+        stream: a prepared `StreamFlow` without frames in flight.
+        devices: as `shard_denoiser`'s.
+        target_rate: ticks a second to hold; None: as many as possible.
+
+    Raises:
+        As `shard_denoiser` and `interleave`. RuntimeError: the stream is not prepared.
+    """
+    count = len(resolve_devices(devices, stream.device))
+    if stream.requested().request.feedback or "interleave" in stream.adapter.lacks:
+        split: Split = "rows"
+    else:
+        costs = split_costs(stream, count)
+        split = costs.choose(target_rate)
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in costs.rates.items())
+        logger.info("split by %s; ticks a second of the plain network on %d devices: %s", split, count, rates)
+    (shard_denoiser if split == "rows" else interleave)(stream, devices)
+    return split
+
+
+@computing
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """The median time of a call, after one for warm-up."""
+    taken = []
+    for _ in range(ROUNDS + 1):
+        began = perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(perf_counter() - began)
+    return median(taken[1:])
