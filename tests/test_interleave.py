@@ -360,3 +360,18 @@ def refusable(update: Any) -> Any:
             update(stream)
 
     return act
+
+
+def test_what_belongs_to_one_ring_is_refused():
+    stream = made(devices=2, cfg_type="self")
+    stream(picture(0)[None])
+    for read in (
+        lambda: stream.x_t_latent_buffer,
+        lambda: stream.stock_noise,
+        lambda: stream.unet_step(stream.frame_noise(0).expand(3, -1, -1, -1), stream.sub_timesteps_tensor),
+    ):
+        with pytest.raises(RuntimeError, match="belongs to one ring, and this stream draws on 2 devices in turn"):
+            read()
+    stream.reset()
+    stream.velocity = stream.velocity.source
+    assert stream.x_t_latent_buffer is not None

@@ -263,7 +263,7 @@ class Attributes:
         """The noise that residual guidance takes each row for, `anchor + v_uncond`, `[batch_size, ...]`, as the next call
         will for rows that go on; zeros without anchors. Assigning it moves the anchors of frames in flight; `delta`
         moderates the guidance of all."""
-        noise = self._denoiser.running().residual_noise
+        noise = self._denoiser.one_ring("stock_noise").residual_noise
         if noise is None:
             return torch.zeros((self.batch_size, *self._model.shape), device=self._model.device, dtype=self._model.dtype)
         return noise.to(self._model.dtype)
@@ -290,7 +290,7 @@ class Attributes:
     def x_t_latent_buffer(self) -> Tensor | None:
         """The rows in flight, `[(S - 1) F, ...]`, newest first; None with one stage. Assigning a tensor of this shape
         replaces their latents; assigning None is `reset()`."""
-        waiting = self._denoiser.running().waiting
+        waiting = self._denoiser.one_ring("x_t_latent_buffer").waiting
         return None if waiting is None else waiting.clone()
 
     @x_t_latent_buffer.setter
@@ -299,7 +299,7 @@ class Attributes:
             return self._denoiser.empty("reset()")
         self._denoiser.check_step("x_t_latent_buffer = ...")
         with self._denoiser.ticks:
-            engine = self._denoiser.running()
+            engine = self._denoiser.one_ring("x_t_latent_buffer")
             waiting = engine.waiting
             if waiting is None or not isinstance(value, Tensor) or value.shape != waiting.shape:
                 rows = "None, there are no rows in flight" if waiting is None else list(waiting.shape)

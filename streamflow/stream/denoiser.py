@@ -94,6 +94,16 @@ class Denoiser:
             raise self._not_ready()
         return self.engine
 
+    def one_ring(self, name: str) -> Engine:
+        """`engine`, to read what belongs to one ring. RuntimeError where frames are drawn on several devices in turn."""
+        engine = self.running()
+        if engine.devices:
+            raise RuntimeError(
+                f"{name} belongs to one ring, and this stream draws on {len(engine.devices)} devices in turn: "
+                f"stream.velocity = stream.velocity.source draws on one"
+            )
+        return engine
+
     def drawing(self) -> tuple[Prepared, Engine]:
         """(`state`, `engine`). Raises as `prepared`."""
         if self.state is None or self.engine is None:

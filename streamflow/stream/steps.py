@@ -72,6 +72,8 @@ class Steps:
     def unet_step(self, x_t_latent: Tensor, t_list: Tensor | list[int], idx: int | None = None) -> tuple[Tensor, Tensor]:
         """(x at the next sigma, guided velocity) of all rows of the batch, or of stage idx, at times `t_list`."""
         rows, (state, engine) = self.rows(idx), self._denoiser.drawing()
+        if engine.settings.mode.carries_anchor:  # those of the frames in flight
+            self._denoiser.one_ring("unet_step")
         self._model.check_rows(x_t_latent, rows.count)
         anchors = engine.anchors if idx is None and isinstance(engine, Ring) else None
         if anchors is not None:
