@@ -14,6 +14,7 @@ pytest.importorskip("uvicorn", reason="the page needs the extra web")
 pytest.importorskip("websockets", reason="the page needs the extra web")
 
 import PIL.Image  # noqa: E402
+import torch  # noqa: E402
 from random_pipelines import random_pipeline  # noqa: E402
 from test_server import Running, drawn, encoded, gone, heard, put  # noqa: E402
 
@@ -55,6 +56,14 @@ def turns(slot, request, style, images):
     """The last of the images that are drawn in these turns."""
     slot.apply(request, style)
     return [slot.draw(image) for image in images][-1].pixels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.usefixtures("full_float32")
+def test_frames_on_a_gpu_are_the_pipelines_with_one_more_reference():
+    pipe = random_pipeline("flux2-klein", is_distilled=True).to("cuda")
+    test_frames_are_the_pipelines_with_one_more_reference(Slot(pipe, parse(SIZE), {}), pipe)
 
 
 def test_frames_are_the_pipelines_with_one_more_reference(slot, klein):
