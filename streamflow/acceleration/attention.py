@@ -42,7 +42,8 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
 
     kernels = flash_attention.KERNELS
     if name not in kernels and name not in backends():
-        raise ValueError(f"unknown attention {name!r}: choose {', '.join(kernels)}; this diffusers knows {', '.join(backends())}")
+        known = f"choose {', '.join(kernels)}, or one that this diffusers knows: {', '.join(backends())}"
+        raise ValueError(f"unknown attention {name!r}: {known}")
     attentions = [m for m in module.modules() if processor_of(m) is not None]
     if not attentions:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")

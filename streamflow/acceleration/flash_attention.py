@@ -134,9 +134,9 @@ def attend(
 
 
 def attend_by_heads(name: str, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`attend` with the arguments and the layout of torch's `scaled_dot_product_attention`: `[batch, heads, tokens, ...]`."""
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(name, *rows, *args, **kwargs).transpose(1, 2)
+    """`attend` with the layout of torch's `scaled_dot_product_attention`, `[batch, heads, tokens, features]`."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(name, q, k, v, *args, **kwargs).transpose(1, 2)
 
 
 def use_kernel(processors: Sequence[Any], name: str) -> Callable[[], None]:
