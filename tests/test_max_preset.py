@@ -1,5 +1,5 @@
-"""`accelerate("max")`: the fastest way whose images are close enough is chosen, what is left out has its reason and its figures,
-and the frames in flight do not notice."""
+"""`accelerate("max")`: the fastest way whose images are close enough is chosen, what is left out has its reason and its
+figures, and the frames in flight do not notice."""
 
 import logging
 import time
