@@ -5,8 +5,8 @@ decode, of a stream and of images drawn one after another.
     python examples/benchmark/fastest.py --sizes 1024 --ways sequential
 
 Both change the same weights in place, so they are measured one after another, the baseline first and again at the end.
-`times` is the baseline's time over that of "max", its least and most from the spreads of both. What "max" measured, chose and
-left out is in the JSON, which is the last line.
+`times` is the baseline's time over that of "max", its least and most from the spreads of both. What "max" measured, chose
+and left out is in the JSON, which is the last line.
 """
 
 from __future__ import annotations
