@@ -56,6 +56,9 @@ EXTRAS_REQUIRE = {
     "bench": ["matplotlib>=3.8,<4"],
     "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11
+    # FlashAttention for Hopper (fa3: Linux on x86-64, CUDA 13, torch 2.10 or newer), and for Blackwell too (fa4).
+    "fa3": ["fa3-fwd>=0.0.3,<0.1"],
+    "fa4": ["flash-attn-4[cu13]>=4.0.0b36,<5"],
     "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.29,<2"],
     "dev": [
         *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", "uv>=0.13,<0.14", "scipy>=1.14,<2"),

@@ -40,10 +40,12 @@ EXTRAS = {
     "bench": "plots of the benchmark",
     "ray": "Ray: several machines with failover, many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",
+    "fa3": "FlashAttention 3 for Hopper (Linux on x86-64, CUDA 13)",
+    "fa4": "FlashAttention 4 for Hopper and Blackwell (Linux, CUDA 13; 0.3 GB)",
     "docs": "the site of docs/ (mkdocs build)",
     "dev": "the linter, and uv for env/resolve.py",
 }
-NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")
+NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt", "fa3", "fa4")
 
 
 class InstallError(Exception):

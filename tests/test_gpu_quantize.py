@@ -8,6 +8,7 @@ from conftest import FAMILIES, noises, relative_error, streamed
 from random_pipelines import random_pipeline, random_tiny_vae
 
 from streamflow import StreamFlow
+from streamflow.acceleration import flash_attention
 from streamflow.acceleration.quantize import KINDS
 
 pytestmark = [
@@ -92,5 +93,50 @@ def test_another_attention_compiled(wide_stream):
     before = latents(stream)
     stream.accelerate("compile", attention="_native_cudnn", fuse_qkv=True)
     assert relative_error(latents(stream), before) < 0.03
+    stream.accelerate("none")
+    assert torch.equal(latents(stream), before)
+
+
+# -- FlashAttention 3 and 4 -----------------------------------------------------------------------------------------------
+
+
+def require_kernel(name: str) -> None:
+    try:
+        flash_attention.require(name, torch.device("cuda"))
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 4, 64), (1, 1024, 6, 128), (1, 77, 2, 64)], ids=str)
+@pytest.mark.parametrize("name", flash_attention.KERNELS)
+def test_a_kernel_computes_attention(name, shape):
+    require_kernel(name)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+    got = flash_attention.attend(name, q, k, v)
+    assert got.dtype == q.dtype and got.shape == q.shape
+    assert relative_error(got.double(), expected.transpose(1, 2)) < (0.1 if name == "fa3-fp8" else 0.01)
+
+
+@pytest.mark.parametrize("kind", ["cuda-graph", "compile"])
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("name", flash_attention.KERNELS)
+def test_a_kernel_draws_the_same_in_graphs_and_compiled(wide_stream, name, family, kind):
+    require_kernel(name)
+    stream = wide_stream(family)
+    before = latents(stream)
+    stream.accelerate(kind, attention=name)
+    assert 0 < relative_error(latents(stream), before) < (OFF if name == "fa3-fp8" else 0.03)
+    stream.accelerate("none")
+    assert torch.equal(latents(stream), before)
+
+
+def test_a_kernel_and_eight_bit_matrices(wide_stream):
+    require_kernel("fa3")
+    require_torchao_and("fp8")
+    stream = wide_stream("flux")
+    before = latents(stream)
+    stream.accelerate("compile", attention="fa3", quantize="fp8")
+    assert 0 < relative_error(latents(stream), before) < OFF
     stream.accelerate("none")
     assert torch.equal(latents(stream), before)

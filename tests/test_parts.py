@@ -498,6 +498,9 @@ class Accelerable:
     def undo(self) -> None:
         self.undone += 1
 
+    def ticks(self, groups: int):
+        return iter([torch.zeros(1, 3, 2, 2)] * groups)
+
     def check(self, kind, options):
         if kind == "cuda-graph" or (kind == "compile" and options.backend == "inductor"):
             raise NotImplementedError(f"not this one, {kind}")
@@ -505,7 +508,7 @@ class Accelerable:
 
 def test_an_accelerator_accelerates_undoes_and_accelerates_anew():
     model = Accelerable()
-    accelerator = Accelerator(model, lambda: model.parts, model.accelerate, model.check)
+    accelerator = Accelerator(model, lambda: model.parts, model.accelerate, model.check, model.ticks)
     accelerator.put_back()
     accelerator.rebuild()
     assert accelerator.kind == "none" and model.used == []
@@ -528,7 +531,7 @@ def test_an_accelerator_accelerates_undoes_and_accelerates_anew():
 def test_an_accelerator_waits_for_shapes_and_an_error_leaves_none():
     model = Accelerable()
     parts, model.parts = model.parts, None
-    accelerator = Accelerator(model, lambda: model.parts, model.accelerate, model.check)
+    accelerator = Accelerator(model, lambda: model.parts, model.accelerate, model.check, model.ticks)
     accelerator.accelerate("compile", backend="eager")
     assert accelerator.kind == "compile" and model.used == []
     model.parts, model.fails = parts, True

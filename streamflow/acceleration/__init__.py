@@ -112,6 +112,7 @@ KINDS = {
     "compile": "streamflow.acceleration.compile",
     "tensorrt": "streamflow.acceleration.tensorrt",
     "onnxruntime": "streamflow.acceleration.onnxruntime",
+    "max": "streamflow.acceleration.preset",
 }
 
 
@@ -138,8 +139,8 @@ def check_options(kind: str, device: torch.device, options: Arguments) -> object
 
 
 def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
-    """Accelerate the parts by a resolved kind with its checked options. Velocity and decoder are called once for warm-up.
-    The encoder is not, since a stream without input images never calls it."""
+    """Accelerate the parts by a resolved kind, other than "max", with its checked options. Velocity and decoder are called
+    once for warm-up. The encoder is not, since a stream without input images never calls it."""
     if kind == "none":
         return Accelerated({part.name: part.module for part in parts})
     made = beside(parts, import_module(KINDS[kind]).accelerate(parts, options))

@@ -1,6 +1,7 @@
 """Selects the implementation of attention by its name in diffusers. Some networks call attention through diffusers'
 dispatcher, where a backend can be set. Others (UNets, Stable Diffusion 3) call torch's attention directly, where one of
-torch's own backends can be set around each attention module. Both work under torch.compile and CUDA graphs.
+torch's own backends can be set around each attention module. `flash_attention.KERNELS` are for both. All work under
+torch.compile and CUDA graphs.
 
 Which backend is fastest depends on GPU, shapes and versions: measure it (`examples/benchmark/further.py`).
 """
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from streamflow.acceleration import flash_attention
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Function, Network
@@ -30,17 +33,23 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
     """Set the backend of all attention in a module. Returns a function that restores the earlier backends.
 
     Raises:
-        ValueError: diffusers does not know the name, the module has no attention, or its attention calls torch directly and
-            the name is not one of torch's backends. RuntimeError: the library of the backend is missing.
+        ValueError: the name is unknown, the module has no attention, or its attention calls torch directly and the name is
+            for diffusers' dispatcher. RuntimeError: the library of the backend is missing, or the GPU does not support the
+            kernel. ImportError: the library of the kernel is missing.
     A backend that does not support the shapes or dtypes on this device raises in the first call.
     """
     from streamflow.models.attention_backend import backends, has_backend, processor_of, set_backend
 
-    if name not in backends():
-        raise ValueError(f"unknown attention {name!r}: this diffusers knows {', '.join(backends())}")
+    kernels = flash_attention.KERNELS
+    if name not in kernels and name not in backends():
+        known = f"choose {', '.join(kernels)}, or one that this diffusers knows: {', '.join(backends())}"
+        raise ValueError(f"unknown attention {name!r}: {known}")
     attentions = [m for m in module.modules() if processor_of(m) is not None]
     if not attentions:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")
+    if name in kernels:
+        flash_attention.require(name, next(module.parameters()).device)
+        return flash_attention.use_kernel(list({id(p): p for p in map(processor_of, attentions)}.values()), name)
     direct = sorted({type(m.processor).__name__ for m in attentions if not has_backend(m.processor)})
     if not direct:
         with ExitStack() as undo:
@@ -52,7 +61,7 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
         return force_backend(attentions, TORCH[name])
     raise ValueError(
         f"attention={name!r} needs diffusers' dispatcher, but this network's attention ({', '.join(direct)}) calls torch "
-        f"directly: choose one of torch's own, {', '.join(TORCH)}"
+        f"directly: choose one of torch's own, {', '.join(TORCH)}, or {', '.join(kernels)}"
     )
 
 

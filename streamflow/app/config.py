@@ -33,8 +33,9 @@ class ConfigError(ValueError):
 class Acceleration(Section):
     """How the network and the VAE are made faster."""
 
-    kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime"] = Field(
-        default="auto", description="kind of acceleration; auto is compile with a CUDA graph on a GPU, else none"
+    kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime", "max"] = Field(
+        default="auto",
+        description="kind of acceleration; auto is compile with a CUDA graph on a GPU, else none; max measures the fastest",
     )
     options: Json = Field(default={}, description="options of the acceleration, such as quantize: fp8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from streamflow.flow.guidance import Anchors
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import Inputs
 from streamflow.stream.model import Model
-from streamflow.stream.ring import Ring, Rows
+from streamflow.stream.ring import Carried, Group, Loop, Ring, Rows
 from streamflow.stream.updates import Updates
 
 if TYPE_CHECKING:
@@ -82,6 +83,25 @@ class Steps:
         with self._denoiser.ticks:
             prompts = (state.prompt,) * rows.count
             return rows.advance(self._model.velocity, x_t_latent, prompts, state.weight, anchors, None, times)
+
+    @computing
+    def trial(self, groups: int) -> Iterator[Tensor]:
+        """The ticks in which an engine of its own draws so many groups of frames from noise, with the modules in force.
+        Each yields F images, `[F, 3, height, width]`: of the frames that have left, or of the entering ones while none
+        leaves. The stream's own frames, their numbers and its noise stay as they are."""
+        model, (state, engine) = self._model, self._denoiser.drawing()
+        own = (Ring if self._denoiser.batched else Loop)(engine.settings, state.weight)
+        prompt, generator = state.prompt, torch.Generator().manual_seed(0)
+        for one in self._inputs.conditioners:
+            prompt = one.example(prompt)
+        for index in range(groups + own.depth - 1):
+            noise = model.to_device(torch.randn(model.frames, *model.shape, generator=generator))
+            x = model.adapter.path(torch.zeros_like(noise), noise, own.first_sigma)
+            carried = {"noise": Carried(noise)} if engine.settings.rule.noise == "own" else {}
+            with self._denoiser.ticks:
+                done = own.push(Group(x, (prompt,) * model.frames, (index,) * model.frames, carried), model.velocity)
+                images = model.codec.decode(x if done is None else done.x0)
+            yield images
 
     def example(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """What the modules get in a tick: the network's arguments, latents for the decoder, images for the encoder."""
