@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
-from streamflow.acceleration.quantize import quantize, require
+from streamflow.acceleration.quantize import KINDS, quantize, require
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments, Network
@@ -44,6 +44,8 @@ class Options:
     fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
     quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`). The images differ by
         more than the bound of this kind.
+    keep_plain: keep the plain weights of quantised matrices for `accelerate("none")`. False frees their memory, which
+        cannot be undone.
     attention: a backend of diffusers (`attention.choose_attention`).
     backend, mode, options: those of torch.compile, which takes either a mode or options.
     limit: the number of shapes that keep a CUDA graph.
@@ -55,6 +57,7 @@ class Options:
     channels_last: bool = True
     fuse_qkv: bool = False
     quantize: str | None = None
+    keep_plain: bool = True
     attention: str | None = None
     backend: str = "inductor"
     mode: str | None = None
@@ -64,6 +67,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.mode is not None and self.options is not None:
             raise ValueError(f"torch.compile takes a mode or options, and got mode={self.mode!r} and {dict(self.options)}")
+        if not self.keep_plain and self.quantize is None:
+            raise ValueError(f"keep_plain=False is for quantised weights: pass quantize=, one of {', '.join(KINDS)}")
 
     def for_device(self, device: torch.device) -> Options:
         """These options with `cuda_graph` True or False. RuntimeError: the device does not support an option."""
@@ -99,7 +104,7 @@ def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
     if options.attention is not None:
         undo.callback(choose_attention(part.module, options.attention))
     if options.quantize is not None:
-        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize))
+        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize, options.keep_plain))
 
 
 class Compiled(nn.Module):
