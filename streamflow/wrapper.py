@@ -138,9 +138,9 @@ class StreamFlowWrapper:
         safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
             pipe's own, or those that StreamDiffusionWrapper loads from the hub.
         skip_diffusion: calls return their image in the stream's size, and nothing is drawn. Can be assigned.
-        offload_text_encoders: they stay on the CPU, and their layers are copied to the GPU one by one when a prompt is encoded
-            (`streamflow.acceleration.memory.place`). With `acceleration_options={"quantize": ..., "keep_plain": False}` the
-            network is moved to the GPU likewise, and quantised on the way.
+        offload_text_encoders: they stay on the CPU, and their layers are copied to the GPU one by one when a prompt is
+            encoded (`streamflow.acceleration.memory.place`). With `acceleration_options={"quantize": ..., "keep_plain":
+            False}` the network is moved to the GPU likewise, and quantised on the way.
         family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's. Where the image of a call is a
             reference and mode is "img2img", `noise` is "constant" by default, so that a still image stays still.
         references: reference images of all frames, by name or in order, images or paths (`StreamFlow.set_reference`).

@@ -5,8 +5,8 @@ moved to the GPU, encodes a prompt, is accelerated, and draws.
     python examples/benchmark/memory.py --models klein-4b --ways fp8-placed-offloaded
     python examples/benchmark/memory.py --table static/benchmarks/memory.json
 
-Every row is a process of its own. The pipeline, text encoders included, is made on the CPU, as a loaded one would be. Prompts
-are random tokens. Klein is given an image with every call, as its reference. The last line is JSON. GiB are of
+Every row is a process of its own. The pipeline, text encoders included, is made on the CPU, as a loaded one would be.
+Prompts are random tokens. Klein is given an image with every call, as its reference. The last line is JSON. GiB are of
 `torch.cuda.max_memory_allocated`; CUDA's own context and the allocator's reserve come on top (`process_gib` of a row).
 """
 
@@ -282,7 +282,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def in_new_process(a: argparse.Namespace, model: str, way: str) -> dict[str, Any]:
     """A row that was measured in a process of its own, or its error."""
     command = [sys.executable, __file__, "--one", model, way, "--device", a.device, "--accelerate", a.accelerate]
-    done = subprocess.run([*command, "--rounds", str(a.rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "--rounds", str(a.rounds)], capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         print(done.stderr[-4000:], file=sys.stderr)

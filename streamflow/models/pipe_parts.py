@@ -59,8 +59,8 @@ def offload_layers(module: nn.Module, device: torch.device) -> None:
     on a stream beside the current one, and are dropped afterwards."""
     from diffusers.hooks import apply_group_offloading
 
-    places = {"onload_device": device, "offload_device": torch.device("cpu")}
-    apply_group_offloading(module, **places, offload_type="leaf_level", use_stream=True, record_stream=True)
+    cpu = torch.device("cpu")
+    apply_group_offloading(module, device, cpu, offload_type="leaf_level", use_stream=True, record_stream=True)
 
 
 def check_network(network: object) -> None:
