@@ -8,6 +8,7 @@ compilation, so it starts in a fraction of the time. Other modules are compiled 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ class Options:
 
     cuda_graph: replay the compiled code as a CUDA graph. None: on CUDA. A network that synchronises with its device in every
         call (Lumina2, Chroma) runs without one, which is logged.
-    regional: compile repeated blocks only. None: if they hold 80 % of the weights.
+    regional: compile repeated blocks only. None: if lists of them hold 80 % of the weights. True: also in a network without
+        such lists (a UNet), where each module is compiled whose class occurs four times or more; the rest runs eagerly.
     fullgraph: raise an error instead of a graph break.
     channels_last: convolutions in that memory format.
     fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
@@ -134,7 +136,9 @@ def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], N
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
-        raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
+        blocks = repeated_classes(part.module)
+        if not blocks:
+            raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
     if not blocks:
         return Compiled(part.module, torch.compile(part.module, **how)), lambda: None
     for block in blocks:
@@ -147,7 +151,19 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks in lists of one class that hold `BLOCK_SHARE` of a module's weights or more, else an empty list."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) >= REPEATS]
     alike = [m for m in lists if len({type(block) for block in m}) == 1]
-    blocks = [block for m in alike for block in m]
+    return _holding_most([block for m in alike for block in m], module)
+
+
+def repeated_classes(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules with children whose class occurs `REPEATS` times or more, if they hold `BLOCK_SHARE` of the
+    module's weights, else an empty list. Of a UNet: its residual blocks and its transformers."""
+    composed = [m for m in module.modules() if any(m.children()) and not isinstance(m, (nn.ModuleList, nn.Sequential))]
+    count = Counter(type(m) for m in composed)
+    return _holding_most([m for m in composed if count[type(m)] >= REPEATS], module)
+
+
+def _holding_most(blocks: Sequence[nn.Module], module: nn.Module) -> list[nn.Module]:
+    """The outermost of these blocks, if they hold `BLOCK_SHARE` of a module's weights, else an empty list."""
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
     outermost = [block for block in blocks if id(block) not in inner]
     held = sum(p.numel() for block in outermost for p in block.parameters())
