@@ -108,6 +108,8 @@ def test_what_cannot_be_placed_is_refused_with_the_remedy():
         place(pipe, "cpu", quantize="fp8")
     with pytest.raises(ValueError, match="keep_plain=False is for quantised weights: pass quantize=, one of fp8"):
         Options(keep_plain=False)
+    with pytest.raises(ValueError, match="fuse_qkv=True keeps the plain weights of projections"):
+        Options(quantize="int8", keep_plain=False, fuse_qkv=True)
     assert not quantized_kinds(pipe.transformer)
 
 

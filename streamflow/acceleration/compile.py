@@ -71,6 +71,10 @@ class Options:
             raise ValueError(f"torch.compile takes a mode or options, and got mode={self.mode!r} and {dict(self.options)}")
         if not self.keep_plain and self.quantize is None:
             raise ValueError(f"keep_plain=False is for quantised weights: pass quantize=, one of {', '.join(KINDS)}")
+        if not self.keep_plain and self.fuse_qkv:
+            raise ValueError(
+                "fuse_qkv=True keeps the plain weights of projections, and keep_plain=False drops them: choose one"
+            )
 
     def for_device(self, device: torch.device) -> Options:
         """These options with `cuda_graph` True or False. RuntimeError: the device does not support an option."""
