@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Output = Tensor | np.ndarray | PIL.Image.Image | list[PIL.Image.Image]
     from streamflow.app.config import Settings
-    from streamflow.models.protocols import Arguments, Call
+    from streamflow.models.protocols import Arguments, Call, Pipeline
 
 logger = logging.getLogger(__name__)
 CHOICES = {"mode": ("img2img", "txt2img"), "output_type": ("pil", "np", "pt", "latent")}
@@ -139,6 +139,9 @@ class StreamFlowWrapper:
         safety_checker: (checker, feature extractor), `StableDiffusionSafetyChecker` and `CLIPImageProcessor`. None: the
             pipe's own, or those that StreamDiffusionWrapper loads from the hub.
         skip_diffusion: calls return their image in the stream's size, and nothing is drawn. Can be assigned.
+        offload_text_encoders: they stay on the CPU, and their layers are copied to the GPU one by one when a prompt is
+            encoded (`streamflow.acceleration.memory.place`). With `acceleration_options={"quantize": ..., "keep_plain":
+            False}` the network is moved to the GPU likewise, and quantised on the way.
         family, acceleration_options, stream_options: StreamFlow's, beyond StreamDiffusion's. Where the image of a call is a
             reference and mode is "img2img", `noise` is "constant" by default, so that a still image stays still.
         references: reference images of all frames, by name or in order, images or paths (`StreamFlow.set_reference`).
@@ -210,6 +213,7 @@ class StreamFlowWrapper:
         use_ipadapter: bool | None = None,
         ipadapter_config: Arguments | Sequence[Arguments] | None = None,
         default_strength: float | None = None,
+        offload_text_encoders: bool = False,
         acceleration_options: Arguments | None = None,
         stream_options: Arguments | None = None,
         **not_here: Any,
@@ -235,7 +239,8 @@ class StreamFlowWrapper:
         references = {name: _opened(one) for name, one in references.items()}
         self.ipadapter_config = _read_ipadapters(use_ipadapter, ipadapter_config)
         self.device = device or default_device()
-        pipe = models.load(model_id_or_path, device=self.device, dtype=dtype or default_dtype(self.device), family=family)
+        weights = {"dtype": dtype or default_dtype(self.device), "family": family}
+        pipe = _load(model_id_or_path, self.device, weights, offload_text_encoders, acceleration_options or {})
         if like is not None and width is None and height is None:
             width, height = models.adapter_for(pipe, family).size_like(*like)
         self._model = str(model_id_or_path)
@@ -685,6 +690,17 @@ def _mixed_seeds(seed_list: Sequence[tuple[int, float]], method: str) -> list[tu
     """Seeds with weights. Their noises are mixed to variance one, which "linear" and "slerp" both come to."""
     _check(method, tuple(METHODS), "seed_interpolation_method")
     return list(seed_list)
+
+
+def _load(model: str, device: str | torch.device, weights: Arguments, offload: bool, options: Arguments) -> Pipeline:
+    """The pipeline of a model on a device. offload: its text encoders stay on the CPU. options: of the acceleration."""
+    quantize = None if options.get("keep_plain", True) else options.get("quantize")
+    if not offload and quantize is None:
+        return models.load(model, device=device, **weights)
+    from streamflow.acceleration.memory import place
+
+    pipe = models.load(model, **weights)
+    return place(pipe, device, quantize=quantize, offload_text_encoders=offload, family=weights["family"])
 
 
 def _is_embedded(model: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamflow import StreamFlow, acceleration
 from streamflow.acceleration import compile, cuda_graph
-from streamflow.acceleration.compile import repeated_blocks
+from streamflow.acceleration.compile import repeated_blocks, repeated_classes
 from streamflow.acceleration.cuda_graph import Graphed, signature
 from streamflow.acceleration.watch import Watch
 
@@ -161,6 +161,24 @@ def test_regional_compilation_is_undone(own_stream):
     stream.accelerate("compile", **GRAPHLESS)
     blocks = repeated_blocks(stream.unet)
     assert all(block._compiled_call_impl is not None for block in blocks)
+    assert (drawn(stream) - before).abs().max() <= 4 / 255
+    stream.accelerate("none")
+    assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_a_unets_repeated_classes_hold_most_of_its_weights():
+    unet = random_pipeline("instaflow", layers_per_block=3).unet
+    assert {type(block).__name__ for block in repeated_classes(unet)} == {"ResnetBlock2D", "Transformer2DModel"}
+    assert repeated_classes(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+
+
+@pytest.mark.slow
+def test_a_unet_is_compiled_by_its_repeated_classes(own_stream):
+    stream = own_stream("instaflow", changes={"layers_per_block": 3})
+    before = drawn(stream)
+    stream.accelerate("compile", **GRAPHLESS, regional=True)
+    blocks = repeated_classes(stream.unet)
+    assert len(blocks) > 8 and all(block._compiled_call_impl is not None for block in blocks)
     assert (drawn(stream) - before).abs().max() <= 4 / 255
     stream.accelerate("none")
     assert all(block._compiled_call_impl is None for block in blocks)

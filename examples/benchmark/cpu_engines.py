@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -79,11 +80,32 @@ def bfloat16(stream: StreamFlow) -> Modules:
     return {name: Autocast(module) for name, module in eager(stream).items()}
 
 
-def exported(stream: StreamFlow, engine: Callable[[Part, Path], nn.Module]) -> Modules:
-    """Each part through ONNX into an engine of the stream's own shapes."""
+def exported(stream: StreamFlow, engine: Callable[[Part, Path], nn.Module], int8: bool = False) -> Modules:
+    """Each part through ONNX into an engine of the stream's own shapes. int8: the network's matrices dynamically quantised,
+    by onnxruntime's `quantize_dynamic`."""
     parts = stream.parts()
     with tempfile.TemporaryDirectory() as folder:
-        return {part.name: engine(part, export(part, Path(folder))) for part in (parts.velocity, parts.decoder)}
+        files = {part.name: export(part, Path(folder)) for part in (parts.velocity, parts.decoder)}
+        if int8:
+            files["velocity"] = dynamic_int8(files["velocity"])
+        return {part.name: engine(part, files[part.name]) for part in (parts.velocity, parts.decoder)}
+
+
+def dynamic_int8(path: Path) -> Path:
+    """The ONNX file with eight-bit weights for its matrix products, whose other input is quantised in every call."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantised = path.with_stem(f"{path.stem}-int8")
+    quantize_dynamic(path, quantised, ["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+    return quantised
+
+
+def torchao_int8(stream: StreamFlow) -> Modules:
+    """Inductor with torchao's eight-bit matrices, of any size."""
+    from streamflow.acceleration import quantize
+
+    quantize.FEATURES, quantize.ROWS = 64, 1
+    return compiled(stream, quantize="int8")
 
 
 class Autocast(nn.Module):
@@ -165,7 +187,10 @@ ENGINES: dict[str, Callable[[StreamFlow], Modules]] = {
     "onnxruntime": partial(exported, engine=OnnxRuntime),
     "onnxruntime, always spinning": partial(exported, engine=partial(OnnxRuntime, allow_spinning="1")),
     "onnxruntime, never spinning": partial(exported, engine=partial(OnnxRuntime, allow_spinning="0")),
+    "onnxruntime, int8": partial(exported, engine=OnnxRuntime, int8=True),
+    "compile, int8": torchao_int8,
     "openvino": partial(exported, engine=OpenVino),
+    "openvino, int8": partial(exported, engine=OpenVino, int8=True),
     "bfloat16 autocast": bfloat16,
     "openvino, bfloat16": partial(exported, engine=partial(OpenVino, precision="bf16")),
 }
@@ -226,8 +251,9 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         process.start()
         far.close()
         start_up, images[name] = near.recv()
-        difference = float(abs(images[name] - images[a.engines[0]]).max())
-        found[name] = {"start_s": round(start_up, 2), "largest_difference": difference}
+        error = images[name] - images[a.engines[0]]
+        found[name] = {"start_s": round(start_up, 2), "largest_difference": float(abs(error).max())}
+        found[name]["psnr_db"] = -10 * math.log10(max(1e-12, float((error**2).mean())))
         running[name] = process, near
     raw: dict[str, list[dict[str, float]]] = {name: [] for name in running}
     for _ in tqdm(range(a.rounds), desc="measure", unit="round"):
@@ -254,7 +280,7 @@ def table(found: Mapping[str, Any], first: str) -> str:
         cells = [f"{f[f'{k}_ms']['median']:.1f}" for k in ("velocity", "decoder")]
         cells.append("{median:.1f} ({min:.1f} to {max:.1f})".format(**f["tick_ms"]))
         cells.append("{median:.2f} ({min:.2f} to {max:.2f})".format(**f["ratio"]))
-        cells += [f"{f['start_s']:.1f}", f"{f['largest_difference']:.1e}"]
+        cells += [f"{f['start_s']:.1f}", f"{f['largest_difference']:.1e}, {f['psnr_db']:.0f} dB"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -75,6 +75,7 @@ class Accelerator:
         kind = acceleration.resolve(kind, self._model.device)
         checked = acceleration.check_options(kind, self._model.device, options)
         self._check(kind, checked)
+        self._check_plain(checked)
         self.put_back()
         self._model.acceleration = kind, checked
         self.rebuild()
@@ -121,9 +122,24 @@ class Accelerator:
         logger.info("%s", preset.summary(found, chosen))
         return chosen.kind, acceleration.check_options(chosen.kind, device, chosen.options)
 
+    def _check_plain(self, options: object) -> None:
+        """RuntimeError where the plain weights are needed and were not kept."""
+        before = self._model.acceleration[1] if self._model.accelerated is not None else None
+        if getattr(before, "keep_plain", True) or (_quantization(options) == _quantization(before)):
+            return
+        kind = getattr(before, "quantize", None)
+        raise RuntimeError(
+            f"the weights were quantised to {kind} without keeping the plain ones (keep_plain=False), so they cannot be put "
+            f"back: load the pipe again, or keep quantize={kind!r}, keep_plain=False among the options"
+        )
+
     def put_back(self) -> None:
         """Undo the acceleration. The kind stays requested, for `rebuild`."""
         accelerated = self._model.accelerated
         if accelerated is not None:
             accelerated.undo()
             self._model.use(None)
+
+
+def _quantization(options: object) -> tuple[object, object]:
+    return getattr(options, "quantize", None), getattr(options, "keep_plain", None)

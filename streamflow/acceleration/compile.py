@@ -8,6 +8,7 @@ compilation, so it starts in a fraction of the time. Other modules are compiled 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from streamflow.acceleration import Accelerated, Part, Parts
 from streamflow.acceleration.attention import choose_attention
 from streamflow.acceleration.cuda_graph import Graphed, require_cuda
-from streamflow.acceleration.quantize import quantize, require
+from streamflow.acceleration.quantize import KINDS, quantize, require
 
 if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments, Network
@@ -38,12 +39,15 @@ class Options:
 
     cuda_graph: replay the compiled code as a CUDA graph. None: on CUDA. A network that synchronises with its device in every
         call (Lumina2, Chroma) runs without one, which is logged.
-    regional: compile repeated blocks only. None: if they hold 80 % of the weights.
+    regional: compile repeated blocks only. None: if lists of them hold 80 % of the weights. True: also in a network without
+        such lists (a UNet), where each module is compiled whose class occurs four times or more; the rest runs eagerly.
     fullgraph: raise an error instead of a graph break.
     channels_last: convolutions in that memory format.
     fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
     quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`). The images differ by
         more than the bound of this kind.
+    keep_plain: keep the plain weights of quantised matrices for `accelerate("none")`. False frees their memory, which
+        cannot be undone.
     attention: a backend of diffusers (`attention.choose_attention`).
     backend, mode, options: those of torch.compile, which takes either a mode or options.
     limit: the number of shapes that keep a CUDA graph.
@@ -55,6 +59,7 @@ class Options:
     channels_last: bool = True
     fuse_qkv: bool = False
     quantize: str | None = None
+    keep_plain: bool = True
     attention: str | None = None
     backend: str = "inductor"
     mode: str | None = None
@@ -64,6 +69,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.mode is not None and self.options is not None:
             raise ValueError(f"torch.compile takes a mode or options, and got mode={self.mode!r} and {dict(self.options)}")
+        if not self.keep_plain and self.quantize is None:
+            raise ValueError(f"keep_plain=False is for quantised weights: pass quantize=, one of {', '.join(KINDS)}")
+        if not self.keep_plain and self.fuse_qkv:
+            raise ValueError(
+                "fuse_qkv=True keeps the plain weights of projections, and keep_plain=False drops them: choose one"
+            )
 
     def for_device(self, device: torch.device) -> Options:
         """These options with `cuda_graph` True or False. RuntimeError: the device does not support an option."""
@@ -99,7 +110,7 @@ def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
     if options.attention is not None:
         undo.callback(choose_attention(part.module, options.attention))
     if options.quantize is not None:
-        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize))
+        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize, options.keep_plain))
 
 
 class Compiled(nn.Module):
@@ -129,7 +140,9 @@ def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], N
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
-        raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
+        blocks = repeated_classes(part.module)
+        if not blocks:
+            raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
     if not blocks:
         return Compiled(part.module, torch.compile(part.module, **how)), lambda: None
     for block in blocks:
@@ -142,7 +155,19 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks in lists of one class that hold `BLOCK_SHARE` of a module's weights or more, else an empty list."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) >= REPEATS]
     alike = [m for m in lists if len({type(block) for block in m}) == 1]
-    blocks = [block for m in alike for block in m]
+    return _holding_most([block for m in alike for block in m], module)
+
+
+def repeated_classes(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules with children whose class occurs `REPEATS` times or more, if they hold `BLOCK_SHARE` of the
+    module's weights, else an empty list. Of a UNet: its residual blocks and its transformers."""
+    composed = [m for m in module.modules() if any(m.children()) and not isinstance(m, (nn.ModuleList, nn.Sequential))]
+    count = Counter(type(m) for m in composed)
+    return _holding_most([m for m in composed if count[type(m)] >= REPEATS], module)
+
+
+def _holding_most(blocks: Sequence[nn.Module], module: nn.Module) -> list[nn.Module]:
+    """The outermost of these blocks, if they hold `BLOCK_SHARE` of a module's weights, else an empty list."""
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
     outermost = [block for block in blocks if id(block) not in inner]
     held = sum(p.numel() for block in outermost for p in block.parameters())

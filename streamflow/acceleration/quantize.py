@@ -5,13 +5,16 @@ Quantised are the Linear layers of the network's repeated blocks with `FEATURES`
 more rows in a call. A layer with fewer rows, as in modulation with one row per image, gains nothing and loses precision.
 The rows are counted in one call. Embeddings and the output layer are not quantised.
 
-The quantised weight replaces the parameter, which is kept for `undo`, so half as much memory is needed in addition.
+The quantised weight replaces the parameter. `quantize` keeps the parameter for `undo`, which needs half as much memory in
+addition, or drops it. `quantize_on` moves a network to a device and quantises it there layer by layer, so that the plain
+network is never on that device.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 FEATURES = 512  # the least inputs and outputs of a layer: quantising costs relatively more in small layers
 ROWS = 64  # the least rows of a layer's input in a call
 MULTIPLE = 16  # of the features: a requirement of the GPU's eight-bit matrix products
+FEW_ROWS = re.compile(r"norm|mod")  # in the names of layers with one row per image, which are modulation
 REMEDY = 'pip install "streamflow-rf[quantize]"'
 
 
@@ -94,32 +98,83 @@ def require(name: str, device: torch.device) -> None:
         raise ImportError(f"quantize={name!r} needs torchao 0.18 on torch 2.11 or newer: {REMEDY} ({error})") from error
 
 
-def quantize(part: Part, blocks: Sequence[nn.Module], name: str) -> Callable[[], None]:
+def quantize(part: Part, blocks: Sequence[nn.Module], name: str, keep_plain: bool = True) -> Callable[[], None]:
     """Quantise the matrices of a part's repeated blocks. Returns a function that restores the same parameters.
+
+    keep_plain: keep the plain parameters for that function. Without them it does nothing, and a network that was quantised
+        to this kind before, without its plain parameters, is left as it is.
 
     Raises:
         ValueError: the network has adapters (LoRA), no repeated blocks, no layer that is large enough, or weights that are
             quantised already or of a dtype that the kind does not support.
     """
-    kind = KINDS[name]
-    if any(getattr(m, "peft_config", None) for m in part.module.modules()):
+    from streamflow.models.pipe_parts import quantized_kinds
+
+    if not keep_plain and quantized_kinds(part.module) == {name}:
+        return lambda: None
+    check_no_adapters(part.module, name)
+    layers = matrices(part, blocks, name)
+    check_weights(layers, name)
+    config, held = KINDS[name].config(), sum(layer.weight.nbytes for layer in layers) / 2**20
+    with ExitStack() as undo:
+        for layer in layers:
+            if keep_plain:
+                undo.callback(setattr, layer, "weight", layer.weight)
+                layer.weight = quantised(layer.weight, config)
+            else:
+                drop_plain(layer, layer.weight.device, name, config)
+        logger.info("%s: %d matrices, %.0f MiB, are quantised to %s", part.name, len(layers), held, name)
+        return undo.pop_all().close
+
+
+def quantize_on(device: torch.device, network: nn.Module, blocks: Sequence[nn.Module], name: str) -> None:
+    """Move a network to a device, its blocks' matrices quantised one by one and without their plain parameters. The device
+    holds at most one plain matrix at a time. The rows of layers are not counted: modulation is known by its name.
+
+    Raises:
+        ValueError, RuntimeError, ImportError: as `require` and `quantize`.
+    """
+    require(name, device)
+    check_no_adapters(network, name)
+    layers = [m for key, m in _large(blocks) if not FEW_ROWS.search(key)]
+    if not layers:
+        raise ValueError(
+            f"quantize={name!r} finds no repeated blocks with Linear layers of {FEATURES} or more features in "
+            f"{type(network).__name__}: leave it out"
+        )
+    check_weights(layers, name)
+    config, held = KINDS[name].config(), sum(layer.weight.nbytes for layer in layers) / 2**20
+    for layer in layers:
+        drop_plain(layer, device, name, config)
+    nn.Module.to(network, device)
+    logger.info("%d matrices, %.0f MiB, are quantised to %s on %s", len(layers), held, name, device)
+
+
+def drop_plain(layer: nn.Linear, device: torch.device, name: str, config: AOBaseConfig) -> None:
+    """Replace the weight of a layer by its quantised form on a device."""
+    from streamflow.models.pipe_parts import QUANTIZED
+
+    layer.weight = quantised(nn.Parameter(layer.weight.to(device), requires_grad=False), config)
+    vars(layer)[QUANTIZED] = name
+
+
+def check_no_adapters(network: nn.Module, name: str) -> None:
+    """ValueError for a network with adapters (LoRA)."""
+    if any(getattr(m, "peft_config", None) for m in network.modules()):
         raise ValueError(
             f"quantize={name!r} does not support a network with adapters (LoRA): fuse_lora() and unload_lora_weights() "
             f"first, or leave it out"
         )
-    layers = matrices(part, blocks, name)
+
+
+def check_weights(layers: Sequence[nn.Linear], name: str) -> None:
+    """ValueError for weights that are quantised already or of a dtype that the kind does not support."""
     if any(is_traceable_wrapper_subclass(layer.weight) for layer in layers):
         raise ValueError(f"quantize={name!r} finds weights that are quantised already: leave it out")
-    if wrong := {layer.weight.dtype for layer in layers} - set(kind.dtypes):
-        takes = " or ".join(map(str, kind.dtypes))
+    dtypes = KINDS[name].dtypes
+    if wrong := {layer.weight.dtype for layer in layers} - set(dtypes):
+        takes = " or ".join(map(str, dtypes))
         raise ValueError(f"quantize={name!r} takes weights in {takes}, and there are some in {wrong.pop()}: cast the pipe")
-    config, held = kind.config(), sum(layer.weight.nbytes for layer in layers) / 2**20
-    with ExitStack() as undo:
-        for layer in layers:
-            undo.callback(setattr, layer, "weight", layer.weight)
-            layer.weight = quantised(layer.weight, config)
-        logger.info("%s: %d matrices, %.0f MiB, are quantised to %s", part.name, len(layers), held, name)
-        return undo.pop_all().close
 
 
 def quantised(weight: Tensor, config: AOBaseConfig) -> Tensor:
@@ -142,7 +197,7 @@ def matrices(part: Part, blocks: Sequence[nn.Module], name: str) -> list[nn.Line
             f"{_share(part.module):.0%} of its weights in Linear layers and no such blocks; leave it out"
         )
     linears = [m for block in blocks for m in block.modules() if type(m) is nn.Linear]
-    large = [m for m in linears if _least(m) >= FEATURES and m.in_features % MULTIPLE == m.out_features % MULTIPLE == 0]
+    large = [m for _, m in _large(blocks)]
     rows = count_rows(part, large)
     chosen = [layer for layer in large if rows.get(layer, 0) >= ROWS]
     if not chosen:
@@ -166,6 +221,14 @@ def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
             hooks.enter_context(layer.register_forward_hook(count))
         part.call()
     return rows
+
+
+def _large(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linear layers in blocks that have enough features, with their names in their block."""
+    for block in blocks:
+        for name, m in block.named_modules():
+            if type(m) is nn.Linear and _least(m) >= FEATURES and m.in_features % MULTIPLE == m.out_features % MULTIPLE == 0:
+                yield name, m
 
 
 def _least(layer: nn.Linear) -> int:

@@ -20,7 +20,10 @@ COMMANDS = {
     "config": ("streamflow.app.commands.settings_file", "write, check or show a file of settings"),
     "doctor": ("streamflow.app.doctor", "print versions, devices, accelerations, and the command for whatever is missing"),
     "benchmark": ("streamflow.benchmark", "measure one model on this machine: where each factor of the speed comes from"),
-    "engines": ("streamflow.app.commands.engines", "list or delete the TensorRT engines that are kept between runs"),
+    "engines": (
+        "streamflow.app.commands.engines",
+        "TensorRT engines kept between runs: list, delete; compiled code: export, import",
+    ),
 }
 
 STOPPED = {"live": 0, "serve": 0, "video": INTERRUPTED}  # the exit code after SIGINT or SIGTERM, of those that handle them

@@ -98,6 +98,9 @@ class Settings(Section):
         default=(), description="image files that an edit model sees with every image: [style.png, palette.png]"
     )
     loras: dict[str, float] = Field(default={}, description="LoRAs, by hub id or file, and the strength of each")
+    offload_text_encoders: bool = Field(
+        default=False, description="text encoders stay on the CPU, and run on the GPU layer by layer: less GPU memory"
+    )
     acceleration: Acceleration = Field(default=Acceleration(), description=Acceleration.__doc__)
     similar_image_filter: SimilarImages | None = Field(default=None, description=SimilarImages.__doc__)
     warmup: int | None = Field(

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 
+QUANTIZED = "quantized_to"  # the attribute of layers whose plain weights were dropped when they were quantised: the kind
 TEXT_PACKAGES = {"PRXPipeline": "ftfy"}  # packages that a pipeline's module uses for prompts, where they are installed
 
 
@@ -46,6 +47,20 @@ def has_image_adapters(network: Any) -> bool:
     network = base_network(network)
     kind = getattr(getattr(network, "config", None), "encoder_hid_dim_type", None)
     return kind == "ip_image_proj" or getattr(network, "image_proj", None) is not None
+
+
+def quantized_kinds(network: nn.Module) -> set[str]:
+    """The kinds of quantisation of a network's layers whose plain weights were not kept; none for plain networks."""
+    return {vars(m)[QUANTIZED] for m in network.modules() if QUANTIZED in vars(m)}
+
+
+def offload_layers(module: nn.Module, device: torch.device) -> None:
+    """Keep the weights of a module on the CPU, in pinned memory. Each layer's are copied to this CUDA device before it runs,
+    on a stream beside the current one, and are dropped afterwards."""
+    from diffusers.hooks import apply_group_offloading
+
+    cpu = torch.device("cpu")
+    apply_group_offloading(module, device, cpu, offload_type="leaf_level", use_stream=True, record_stream=True)
 
 
 def check_network(network: object) -> None:
@@ -158,7 +173,10 @@ def check_placement(pipe: Pipeline) -> None:
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     marked = {name: [one for one in part.modules() if not _MARKS.isdisjoint(vars(one))] for name, part in parts.items()}
     for is_offloaded, remedy in _OFFLOADED:
-        if names := [name for name, modules in marked.items() if any(map(is_offloaded, modules))]:
+        names = [name for name, modules in marked.items() if any(map(is_offloaded, modules))]
+        if is_offloaded is _by_groups:  # text encoders move when a prompt is encoded, not in every frame
+            names = [name for name in names if not name.startswith("text_encoder")]
+        if names:
             raise ValueError(
                 f"{', '.join(names)} of this pipe are offloaded, so a stream would move them at every frame: {remedy}"
             )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from streamflow._validation import check_number
+from streamflow.models.pipe_parts import quantized_kinds
 from streamflow.models.protocols import Pipeline
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.model import Model
@@ -154,6 +155,12 @@ class Loras:
             raise RuntimeError(
                 "stream.unet is not the pipe's own network, into which LoRAs are loaded: load them into the pipe before, or "
                 "into the network itself (load_lora_adapter)"
+            )
+        if kinds := quantized_kinds(self._model.unet):
+            raise RuntimeError(
+                f"the network was quantised to {', '.join(kinds)} without keeping the plain weights (keep_plain=False), to "
+                f"which LoRAs belong: load the pipe again, call its load_lora_weights(), fuse_lora() and "
+                f"unload_lora_weights(), and quantise it then"
             )
         kind, options = self._model.acceleration
         changed = [name for name in ("fuse_qkv", "quantize") if getattr(options, name, None)]
