@@ -9,13 +9,15 @@ place of S. The rings are `streamflow.stream.interleaved`; here are the copies o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamflow.acceleration.side_streams import side_stream
 from streamflow.parallel.replicas import Devices, current
 from streamflow.parallel.rows import NetworkCopies, copy_network
 
@@ -27,6 +29,10 @@ class InterleavedVelocity(NetworkCopies):
     """A network and its copies on devices that take frames in this order. Made by `interleave`."""
 
     made_by = "interleave"
+
+    def __init__(self, source: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]):
+        super().__init__(source, replicas, devices)
+        self._streams = _Streams()
 
     @property
     def interleaved(self) -> tuple[torch.device, ...]:
@@ -41,6 +47,24 @@ class InterleavedVelocity(NetworkCopies):
         """A replica, for inputs on its device."""
         return partial(self._call, index)
 
+    @contextmanager
+    def lane(self, index: int, home: torch.device, joined: bool) -> Iterator[None]:
+        """With CUDA streams of one replica as the current ones on its device and, for copies, on home. They wait for what is
+        queued on the streams that were current. joined: those then wait for what is queued here."""
+        device = self.devices[index]
+        here = {one: self._streams.get(index, one) for one in (home, device) if one.type == "cuda"}
+        before = {one: torch.cuda.current_stream(one) for one in here}
+        for stream in here.values():
+            for one in before.values():
+                stream.wait_stream(one)
+        with ExitStack() as stack:
+            for stream in here.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+        if joined:
+            for one, stream in here.items():
+                before[one].wait_stream(stream)
+
     @torch.no_grad()
     def _call(self, index: int, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         self._weights.update()
@@ -54,8 +78,21 @@ class InterleavedVelocity(NetworkCopies):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         """The velocity by the first replica, of inputs on any device, which the result is on too."""
-        with current(self.devices[0]):
+        with self.lane(0, x.device, True), current(self.devices[0]):
             return self._call(0, **self.inputs_of(0, {"x": x, "t": t, **cond})).to(x.device)
+
+
+class _Streams:
+    """The CUDA streams of the replicas, by the index of a replica and a device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.device], torch.cuda.Stream] = {}
+
+    def get(self, index: int, device: torch.device) -> torch.cuda.Stream:
+        """The stream of a replica on a device."""
+        if (index, device) not in self._made:
+            self._made[index, device] = side_stream(self, device)
+        return self._made[index, device]
 
 
 def interleave(stream: StreamFlow, devices: Devices = "all") -> InterleavedVelocity:

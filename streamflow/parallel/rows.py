@@ -164,6 +164,9 @@ class WeightSync:
         now = [version_of(t) for t in self._tensors]
         if now == self._versions:
             return
+        for device in {t.device for t in self._tensors} | {t.device for one in self._copies for t in one.parameters()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # no copy may be in use
         written = [i for i, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
         for one in self._copies:
             theirs = list(chain(one.parameters(), one.buffers()))

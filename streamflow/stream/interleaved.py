@@ -4,6 +4,10 @@ Each ring has the rows and the shapes of the one ring of a stream, so every fram
 pushes after it has entered, S stages times N rings: while a step is launched on one device, the last steps of the others
 are still running.
 
+On a GPU each ring has a CUDA stream of its own (`Replicas.lane`). Otherwise one ring's step would wait for another's: the
+inputs of a frame are made on the stream's device, and a copy between GPUs makes the current streams of both wait for each
+other.
+
 What is set between two pushes acts as in one ring. There, the row of group f at stage s advances at push f + s. So here a
 row takes what was set before push k if f + s >= k, although it advances at push f + s N.
 """
@@ -13,8 +17,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from operator import is_not
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -40,6 +46,11 @@ class Replicas(Protocol):
 
     def on(self, index: int) -> Function:
         """The network of one of the devices, for inputs that are there."""
+        ...
+
+    def lane(self, index: int, home: torch.device, joined: bool) -> AbstractContextManager[None]:
+        """A context in which work for one of the devices is queued beside the others', after what is queued now. joined:
+        what is queued after the context waits for it."""
         ...
 
 
@@ -78,7 +89,7 @@ class _Plan:
 class _Lane:
     """One ring. index: of its device. prompts: of its groups, newest first, on the stream's device. levels: as they were set
     last, one for each stage. taken: whether the last step was taken, although an error followed. interrupted: whether the
-    observer raised in it, which is no failure of the device."""
+    observer raised in it, which is no failure of the device. fresh: it has not taken a step yet."""
 
     engine: Ring | Loop
     index: int
@@ -86,6 +97,15 @@ class _Lane:
     levels: tuple[Stages, ...] = ()
     taken: bool = False
     interrupted: bool = False
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A group that has left its ring, with x0 on the stream's device, complete after the event."""
+
+    done: Done
+    event: torch.Event | None
 
 
 class Interleaved(Engine):
@@ -107,10 +127,10 @@ class Interleaved(Engine):
         working = [i for i in range(len(self.devices)) if i not in self._failed]
         self._lanes = [_Lane(self._engine_on(working[i % len(working)]), working[i % len(working)]) for i in self._numbers]
         self._pushes = 0
-        self._late: deque[Done | None] = deque()  # what the last N - 1 pushes made leave
+        self._late: deque[_Left | None] = deque()  # what the last N - 1 pushes made leave
         self._weights, self._levels = History(self.weight), History(self.settings.stages)
         self._changes: list[tuple[int, Prompt, frozenset[str]]] = []
-        self._copies: WeakKeyDictionary[Prompt, dict[torch.device, Prompt]] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[Prompt, dict[int, _Copy]] = WeakKeyDictionary()
         self._entered: Group | None = None
         self.leaving = ()
 
@@ -125,12 +145,12 @@ class Interleaved(Engine):
 
     @property
     def in_flight(self) -> int:
-        late = sum(len(done.ids) for done in self._late if done and not done.copy)
+        late = sum(len(left.done.ids) for left in self._late if left and not left.done.copy)
         return late + sum(lane.engine.in_flight for lane in self._lanes)
 
     @property
     def groups_in_flight(self) -> int:
-        return sum(done is not None for done in self._late) + sum(lane.engine.groups_in_flight for lane in self._lanes)
+        return sum(left is not None for left in self._late) + sum(lane.engine.groups_in_flight for lane in self._lanes)
 
     @property
     def empty(self) -> bool:
@@ -201,33 +221,50 @@ class Interleaved(Engine):
         except BaseException:
             if lane.taken:  # an observer's error, which comes after the step
                 lane.prompts = plan.prompts
-                self._count(group, next(iter(lane.engine.leaving), None))
+                done = next(iter(lane.engine.leaving), None)
+                with network.lane(lane.index, self.settings.device, True):
+                    self._count(group, self._home(done))
             raise
         lane.prompts = plan.prompts
         return self._count(group, done)
 
-    def _count(self, group: Group | None, done: Done | None) -> Done | None:
+    def _home(self, done: Done | None) -> _Left | None:
+        """A group that has left its ring; called in that ring's lane."""
+        if done is None:
+            return None
+        home = self.settings.device
+        x0 = done.x0.to(home)
+        event = torch.cuda.current_stream(home).record_event() if home.type == "cuda" else None
+        return _Left(replace(done, x0=x0), event)
+
+    def _count(self, group: Group | None, leaving: _Left | None) -> Done | None:
         """Count a push with this group, at which a ring let another one leave. Returns the group that leaves all rings."""
         self._entered, self._pushes = group, self._pushes + 1
-        self._late.append(done)
+        self._late.append(leaving)
         oldest = self._pushes - self._last * (len(self._lanes) - 1)  # the push whose changes the oldest rows take next
         self._changes = [one for one in self._changes if one[0] >= oldest]
         self._weights.forget(oldest)
         self._levels.forget(oldest)
         left = self._late.popleft() if len(self._late) == len(self._lanes) else None
-        left = None if left is None else replace(left, x0=left.x0.to(self.settings.device))
-        self.leaving = () if left is None else (left,)
-        return left
+        done = left and left.done
+        if left is not None and left.event is not None:
+            stream = torch.cuda.current_stream(self.settings.device)
+            stream.wait_event(left.event)
+            left.done.x0.record_stream(stream)
+        self.leaving = () if done is None else (done,)
+        return done
 
-    def _step(self, lane: _Lane, plan: _Plan, network: Replicas) -> Done | None:
+    def _step(self, lane: _Lane, plan: _Plan, network: Replicas) -> _Left | None:
         """A step of a ring on its device, or on the first of the others where it succeeds."""
         failed: dict[int, Exception] = {}
         first = lane.index
         for index in sorted(self._numbers, key=lambda i: (i != first, i in self._failed)):
             try:
                 if index != lane.index:
-                    lane.engine, lane.index, lane.levels = self._moved(lane.engine, index), index, ()
-                done = self._step_on(lane, plan, network)
+                    self._move(lane, index)
+                with network.lane(index, self.settings.device, lane.fresh or self.observer is not None):
+                    done = self._home(self._step_on(lane, plan, network))
+                lane.fresh = False
             except Exception as error:
                 if lane.taken or lane.interrupted:
                     raise
@@ -238,12 +275,15 @@ class Interleaved(Engine):
                 logger.warning("%s failed, and %s goes on with its frames: %s", self.devices[i], self.devices[index], error)
             return done
         if lane.index != first:
-            lane.engine, lane.index, lane.levels = self._moved(lane.engine, first), first, ()
+            self._move(lane, first)
         raise failed[first]
 
     def _step_on(self, lane: _Lane, plan: _Plan, network: Replicas) -> Done | None:
         engine, device = lane.engine, self.devices[lane.index]
         lane.taken = lane.interrupted = False
+        if self.settings.device.type == "cuda":
+            for tensor in _tensors_of(plan):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
             if len(lane.levels) != len(plan.levels) or any(map(is_not, plan.levels, lane.levels)):
                 engine.set_levels(_of_stages(plan.levels))
@@ -251,7 +291,7 @@ class Interleaved(Engine):
             same = all(one is plan.weights[0] for one in plan.weights)
             engine.weight, engine.weights = plan.weights[0], () if same else plan.weights
             engine.observer = self.observer and partial(self._observe, lane)
-            prompts = [tuple(self._prompt_on(device, prompt) for prompt in group) for group in plan.prompts]
+            prompts = [tuple(self._prompt_on(lane.index, prompt) for prompt in group) for group in plan.prompts]
             if isinstance(engine, Ring):
                 engine.prompts = tuple(prompt for group in prompts[1:] for prompt in group)
             before = engine.state
@@ -270,22 +310,65 @@ class Interleaved(Engine):
         lane.interrupted = False
         return x
 
-    def _moved(self, engine: Ring | Loop, index: int) -> Ring | Loop:
-        """The engine on another device, with its frames in flight."""
+    def _move(self, lane: _Lane, index: int) -> None:
+        """Give a ring, with its frames in flight, to another device."""
+        for device in (self.devices[lane.index], self.devices[index]):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         other = self._engine_on(index)
-        if isinstance(engine, Ring) and isinstance(other, Ring):
-            other.take(engine)
-        return other
+        if isinstance(lane.engine, Ring) and isinstance(other, Ring):
+            other.take(lane.engine)
+        lane.engine, lane.index, lane.levels, lane.fresh = other, index, (), True
 
-    def _prompt_on(self, device: torch.device, prompt: Prompt) -> Prompt:
-        """A prompt with its tensors on a device."""
-        if device == self.settings.device:
-            return prompt
+    def _prompt_on(self, index: int, prompt: Prompt) -> Prompt:
+        """A prompt's copy for one of the devices. Its shared tensors, which may be written in place, are followed."""
         copies = self._copies.setdefault(prompt, {})
-        if device not in copies:
-            uncond = None if prompt.uncond is None else prompt.uncond.to(device)
-            copies[device] = Prompt(prompt.cond.to(device), uncond)
-        return copies[device]
+        if index not in copies:
+            copies[index] = _Copy.of(prompt, self.devices[index])
+        return copies[index].renewed(prompt)
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A prompt whose shared tensors are its own. versions: of the originals."""
+
+    prompt: Prompt
+    versions: list[int | None]
+
+    @classmethod
+    def of(cls, prompt: Prompt, device: torch.device) -> _Copy:
+        conds = [
+            None if cond is None else replace(one := cond.to(device), shared={k: v.clone() for k, v in one.shared.items()})
+            for cond in (prompt.cond, prompt.uncond)
+        ]
+        assert conds[0] is not None, "a prompt has a cond"
+        return cls(Prompt(conds[0], conds[1]), _versions(prompt))
+
+    def renewed(self, original: Prompt) -> Prompt:
+        """The copy, as the original is now."""
+        versions = _versions(original)
+        if versions != self.versions:
+            for mine, theirs in zip(_shared(self.prompt), _shared(original), strict=True):
+                mine.copy_(theirs)
+            self.versions = versions
+        return self.prompt
+
+
+def _shared(prompt: Prompt) -> list[Tensor]:
+    return [tensor for cond in (prompt.cond, prompt.uncond) if cond is not None for tensor in cond.shared.values()]
+
+
+def _versions(prompt: Prompt) -> list[int | None]:
+    return [None if tensor.is_inference() else tensor._version for tensor in _shared(prompt)]
+
+
+def _tensors_of(plan: _Plan) -> Iterator[Tensor]:
+    """The tensors on GPUs that a step reads and its ring does not keep."""
+    group = plan.group
+    given = [] if group is None else [group.x, group.draws, *(one.value for one in group.carried.values())]
+    conds = [cond for prompts in plan.prompts for prompt in prompts for cond in (prompt.cond, prompt.uncond) if cond]
+    tensors = chain(given, *((*cond.rows.values(), *cond.shared.values()) for cond in conds))
+    return (tensor for tensor in tensors if tensor is not None and tensor.is_cuda)
 
 
 def _of_stages(levels: Sequence[Stages]) -> Stages:
