@@ -1,0 +1,2 @@
+def not_streamed(cls):
+    return cls.__name__
