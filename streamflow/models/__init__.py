@@ -70,6 +70,7 @@ PIPELINES = {f"{name}Pipeline": family for family, names in _NAMES.items() for n
 
 # The adapters of the video pipelines that `streamflow.VideoStream` draws chunk after chunk.
 VIDEO_PIPELINES: dict[str, str] = {
+    "AnyFlowFARPipeline": "streamflow.models.families.anyflow_far:AnyFlowFAR",
     "HeliosPipeline": "streamflow.models.families.helios:Helios",
     "HeliosPyramidPipeline": "streamflow.models.families.helios:Helios",
 }

@@ -13,7 +13,8 @@ from torch import nn
 
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 
-TEXT_PACKAGES = {"PRXPipeline": "ftfy"}  # packages that a pipeline's module uses for prompts, where they are installed
+# Packages that a pipeline's module uses for prompts, where they are installed.
+TEXT_PACKAGES = dict.fromkeys(("AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "PRXPipeline"), "ftfy")
 
 
 def base_view(pipe: Pipeline, network: nn.Module, factor: int) -> SimpleNamespace:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_number, whole_number
+from streamflow.models.causal_codec import Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
 
@@ -37,10 +38,11 @@ TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
 @dataclass(frozen=True, eq=False)
 class History:
     """What the chunks so far leave to the next one. chunks: how many they are. tensors: by the names of the arguments of the
-    pipeline's call that take them."""
+    pipeline's call that take them. memory: of a VAE that decodes every chunk after the one before."""
 
     chunks: int = 0
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +155,13 @@ class VideoAdapter(ABC):
         return VideoPlan(own, {name: value for name, value in own.items() if name not in TEXTS} | texts)
 
     @computing
-    def decode(self, drawn: Drawn) -> Tensor:
-        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1]."""
-        return self.pipe.vae.decode(drawn.scaled, return_dict=False)[0]
+    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
+        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
+        return self.pipe.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
+
+    def length(self, plan: VideoPlan) -> int | None:
+        """How many chunks can be drawn; None: without end."""
+        return None
 
     def convert(self, video: Tensor, output_type: str) -> Any:
         """What `decode` returns as the pipeline's `output_type`, without the dimension of videos."""

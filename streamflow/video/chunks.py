@@ -15,8 +15,8 @@ from streamflow.io import TimedImage
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One finished chunk. id: its number. first_frame: the number of its first frame. images: as the pipeline's `output_type`
-    says: a list of PIL images, an array `[n, H, W, 3]` or a tensor `[n, 3, H, W]`, both in [0, 1]; None for "latent".
+    """One finished chunk. id: its number. first_frame: that of its first frame. images: as the pipeline's `output_type`
+    says, a list of PIL images, an array `[n, H, W, 3]` or a tensor `[n, 3, H, W]`, both in [0, 1]; None for "latent".
     latents: `[1, C, T, h, w]`, what the pipeline returns for "latent". fps: frames a second. seconds: of host time that it
     took."""
 

@@ -56,8 +56,8 @@ class VideoStream:
     thread, and act at the next chunk; `prepare`, `reset`, `flush` and `close` wait for the chunk that is being drawn. The
     pipeline stays usable and unchanged.
 
-    A chunk counts once it is decoded and finite. Where something raises before that, the stream is as it was before the chunk,
-    and the next call draws the same chunk again.
+    A chunk counts once it is decoded and finite. Where something raises before that, the stream stays as it was before the
+    chunk, and the next call draws the same chunk again.
 
     Args:
         pipe: a diffusers pipeline of `streamflow.models.VIDEO_PIPELINES`, on its device, in its dtype.
@@ -103,8 +103,8 @@ class VideoStream:
             prompt, negative_prompt: texts; or `prompt_embeds` and `negative_prompt_embeds` of one video.
             seed: of a generator on the pipe's device. Default 2; -1 stands for a random one, which is logged.
             generator: draws all noise; used as it is, or seeded with `seed` first where both are given.
-            arguments: others of the pipeline's call: `height`, `width`, `guidance_scale`, ...; `image` or `video` is what the
-                video goes on from, where the pipeline takes it.
+            arguments: others of the pipeline's call: `height`, `width`, `guidance_scale`, ...; `image` or `video` is what
+                the video goes on from, where the pipeline takes it.
 
         Raises:
             TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
@@ -157,8 +157,8 @@ class VideoStream:
                 return video.updates
 
     def update_prompt(self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **arguments: Any) -> int:
-        """Change the prompt from the next chunk on. The negative prompt stays unless a new one is given. Returns the number of
-        the update."""
+        """Change the prompt from the next chunk on. The negative prompt stays unless a new one is given. Returns the number
+        of the update."""
         texts = {"prompt": prompt} if negative_prompt is None else {"prompt": prompt, "negative_prompt": negative_prompt}
         return self.update(scope=scope, **texts, **arguments)
 
@@ -230,16 +230,16 @@ class VideoStream:
     @computing
     def _draw(self) -> Chunk:
         video, history, began = self._prepared(), self._history, time.perf_counter()
-        before = video.generator.get_state()
         plan, seed = self._take(video)
+        before = video.generator.get_state()
         try:
             if seed is not None:
                 video.generator.manual_seed(seed)
             drawn = video.adapter.draw(plan, history, video.generator)
             _check_finite("latents", drawn.latents, history.chunks)
-            images = None
+            images, left = None, drawn.history
             if self.output_type != "latent":
-                decoded = video.adapter.decode(drawn)
+                decoded, left = video.adapter.decode(drawn)
                 _check_finite("images", decoded, history.chunks)
                 images = video.adapter.convert(decoded, self.output_type)
         except BaseException:
@@ -248,13 +248,16 @@ class VideoStream:
                 video.new_seed = seed if video.new_seed is None else video.new_seed
             raise
         chunk = Chunk(history.chunks, self._images, images, drawn.latents, self.fps, time.perf_counter() - began)
-        self._history = drawn.history
+        self._history = left
         self._images += drawn.images
         return chunk
 
     def _take(self, video: _Video) -> tuple[VideoPlan, int | None]:
         """What the next chunk is drawn with, and the seed of an update that no chunk has taken."""
         with self._slot:
+            most = video.adapter.length(video.plan)
+            if self._history.chunks == most:
+                raise RuntimeError(f"the video has ended after {most} chunks, the most that its network has positions for")
             seed, video.new_seed = video.new_seed, None
             video.seed = video.seed if seed is None else seed
             return video.plan, seed
@@ -274,9 +277,11 @@ class VideoStream:
         def drawn() -> Iterator[T]:
             while True:
                 with self._alone():
-                    self._check_open()
+                    video = self._prepared()
                     if self._start is not start:
                         raise RuntimeError("prepare() or reset() has ended this loop: begin another one")
+                    if not self._waiting and self._history.chunks == video.adapter.length(video.plan):
+                        return
                     one = draw()
                 yield one
 
@@ -323,8 +328,8 @@ class VideoStream:
 def _check_finite(kind: str, tensor: Tensor, chunk: int) -> None:
     if not torch.isfinite(tensor).all():
         raise FloatingPointError(
-            f"the {kind} of chunk {chunk} hold NaN or infinite values. The chunk was dropped, and the next call draws it again: "
-            f"change the prompt, the guidance scale or the seed with update(), or the dtype of the pipe"
+            f"the {kind} of chunk {chunk} hold NaN or infinite values. The chunk was dropped, and the next call draws it "
+            f"again: change the prompt, the guidance scale or the seed with update(), or the dtype of the pipe"
         )
 
 

@@ -23,8 +23,8 @@ STARTS = frozenset(
 class Helios(VideoAdapter):
     """`HeliosPipeline` and `HeliosPyramidPipeline`.
 
-    The pipeline keeps all that it has drawn, and reads the last `sum(history_sizes)` latent frames of it and the latent of the
-    first frame. Here only these are kept. Each chunk is a call with them as `video_latents` and `image_latents`.
+    The pipeline keeps all that it has drawn, and reads the last `sum(history_sizes)` latent frames of it and the latent of
+    the first frame. Here only these are kept. Each chunk is a call with them as `video_latents` and `image_latents`.
     """
 
     fps = 24.0
@@ -40,8 +40,9 @@ class Helios(VideoAdapter):
         if not call["keep_first_frame"]:
             raise ValueError("keep_first_frame=False cannot be drawn: diffusers' own Helios pipelines fail with it")
         _check_sizes("history_sizes", call["history_sizes"], 3)
-        if call["video"] is None and call["image"] is None and call["fake_image_latents"] is not None:
-            raise ValueError("fake_image_latents belong to image_latents: pass image=, or both of them")
+        given = call["image_latents"] is not None, call["fake_image_latents"] is not None
+        if call["image"] is None and call["add_noise_to_image_latents"] and any(given) and not all(given):
+            raise ValueError("image_latents and fake_image_latents belong together: pass image=, or both of them")
         self._check_images(call)
         if "pyramid_num_inference_steps_list" in call:
             self._check_pyramid(call)
@@ -95,8 +96,8 @@ class Helios(VideoAdapter):
         except torch.linalg.LinAlgError as error:
             scheduler = self.pipe.scheduler
             raise ValueError(
-                f"the scheduler's gamma {scheduler.config.gamma:.6g} gives a singular covariance on {self.device}: use "
-                f"another, such as pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config, gamma=0.33)"
+                f"the scheduler's gamma {scheduler.config.gamma:.6g} gives a singular covariance on {self.device}: "
+                f"pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config, gamma=0.33) does not"
             ) from error
 
 
