@@ -107,9 +107,9 @@ def video_adapter_for(pipe: Pipeline) -> VideoAdapter:
     pipeline, with the reason or with the known ones; ImportError: diffusers is too old for this one."""
     known = next((VIDEO_PIPELINES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in VIDEO_PIPELINES), None)
     if known is None:
-        from streamflow.models.video_kinds import not_streamed
+        from streamflow.models.video_kinds import why_not
 
-        raise ValueError(not_streamed(type(pipe)))
+        raise ValueError(why_not(type(pipe)))
     return _named(known)(pipe)
 
 

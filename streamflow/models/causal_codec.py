@@ -16,8 +16,8 @@ Memory = tuple[Any, ...]  # what each convolution keeps: a tensor, or a mark of 
 class CausalCodec:
     """The decoder of an `AutoencoderKLWan`.
 
-    A video that is decoded in parts equals the same video decoded at once; `post_quant_conv` alone rounds differently on fewer
-    frames, by about 2e-7. The memory belongs to the caller, and the VAE keeps none, so one VAE decodes any number of videos.
+    A video that is decoded in parts equals the same video decoded at once; `post_quant_conv` alone may round differently on
+    fewer frames, by about 2e-7. The memory belongs to the caller, so one VAE decodes any number of videos.
 
     Raises:
         ValueError: where made, for a VAE with tiling, whose tiles would each need a memory.
@@ -31,8 +31,8 @@ class CausalCodec:
 
     @computing
     def decode(self, latents: Tensor, memory: Memory = ()) -> tuple[Tensor, Memory]:
-        """Decode the latents `[n, C, T, h, w]` that follow those of this memory, to images `[n, 3, T', H, W]` in [-1, 1]. The
-        first latent of a video is one image, any other four."""
+        """Decode the latents `[n, C, T, h, w]` that follow those of this memory, to images `[n, 3, T', H, W]` in [-1, 1].
+        The first latent of a video is one image, any other four."""
         kept = list(memory) if memory else [None] * self._convolutions
         images = []
         for k, frame in enumerate(self._vae.post_quant_conv(latents).split(1, dim=2)):

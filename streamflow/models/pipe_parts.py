@@ -14,7 +14,9 @@ from torch import nn
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 
 # Packages that a pipeline's module uses for prompts, where they are installed.
-TEXT_PACKAGES = dict.fromkeys(("AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "PRXPipeline"), "ftfy")
+TEXT_PACKAGES: dict[str, str] = dict.fromkeys(
+    ("AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "PRXPipeline"), "ftfy"
+)
 
 
 def base_view(pipe: Pipeline, network: nn.Module, factor: int) -> SimpleNamespace:

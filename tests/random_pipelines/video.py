@@ -15,6 +15,7 @@ from diffusers import (
     HeliosScheduler,
     HeliosTransformer3DModel,
 )
+
 from random_pipelines import t5, tokenizer
 
 

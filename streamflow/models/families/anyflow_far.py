@@ -26,14 +26,14 @@ class _ChunkDrawn(Exception):
 
 
 class AnyFlowFAR(VideoAdapter):
-    """`AnyFlowFARPipeline`. A video has an end, since the network's positions have one (`rope_max_seq_len` latent frames), and
-    what is carried grows by a chunk each time.
+    """`AnyFlowFARPipeline`. A video has an end, since the network has positions for `rope_max_seq_len` latent frames, and what
+    is carried grows by a chunk each time.
 
-    The first chunk has as many latent frames as the first number of `chunk_partition`, every other as many as the second. Noise
-    is drawn chunk by chunk, and so a stream equals the pipeline's call with these draws as its `latents`.
+    The first chunk has as many latent frames as the first number of `chunk_partition`, every other as many as the second.
+    Noise is drawn chunk by chunk: a stream equals the pipeline's call with these draws as its `latents`.
 
-    A chunk is a call of the pipeline with all latents so far as `video_latents`. The pipeline computes keys and values of the
-    whole past after every chunk, so that only those of the last one count: the others are left out.
+    A chunk is a call of the pipeline with all latents so far as `video_latents`. The pipeline computes keys and values of
+    the whole past after every chunk. Only the last ones count, and the others are not computed here.
     """
 
     fps = 16.0
