@@ -142,6 +142,9 @@ class VideoAdapter(ABC):
                 raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
         call = {name: one.default for name, one in self.parameters.items() if name != "self"} | own
         _check_numbers(call)
+        for name in TEXTS[:2]:
+            if call[name] is not None and call[f"{name}_embeds"] is not None:
+                raise ValueError(f"pass {name} or {name}_embeds, not both")
         self.pipe.check_inputs(**{name: call[name] for name in inspect.signature(self.pipe.check_inputs).parameters})
         for name in TEXTS[:2]:
             if call[name] is not None and not isinstance(call[name], str):

@@ -7,15 +7,15 @@ from streamflow.models import VIDEO_PIPELINES
 
 REASONS = {
     "denoises all frames of a clip together, so that its first image depends on its last one": (
-        "AnyFlow ChronoEdit Cosmos2VideoToWorld Cosmos2_5_PredictBase Cosmos3Omni CosmosTextToWorld CosmosVideoToWorld "
-        "EasyAnimate EasyAnimateControl EasyAnimateInpaint HunyuanSkyreelsImageToVideo HunyuanVideo HunyuanVideo15 "
-        "HunyuanVideo15ImageToVideo HunyuanVideoImageToVideo Kandinsky5I2V Kandinsky5T2V Kandinsky6TI2VA LTX LTX2 "
-        "LTX2Condition LTX2DFR LTX2ImageToVideo LTX2InContext LTXCondition LTXImageToVideo LucyEdit Mochi MotifVideo "
-        "MotifVideoImage2Video SanaImageToVideo SanaVideo SanaWM SkyReelsV2 SkyReelsV2ImageToVideo Wan WanImageToVideo "
-        "WanVACE WanVideoToVideo"
+        "AnyFlow ChronoEdit Cosmos2VideoToWorld Cosmos2_5_PredictBase Cosmos3Omni CosmosTextToWorld "
+        "CosmosVideoToWorld EasyAnimate EasyAnimateControl EasyAnimateInpaint HunyuanSkyreelsImageToVideo "
+        "HunyuanVideo HunyuanVideo15 HunyuanVideo15ImageToVideo HunyuanVideoImageToVideo Kandinsky5I2V Kandinsky5T2V "
+        "Kandinsky6TI2VA LTX LTX2 LTX2Condition LTX2DFR LTX2HDR LTX2ImageToVideo LTX2InContext LTXCondition "
+        "LTXImageToVideo LucyEdit Mochi MotifVideo MotifVideoImage2Video SanaImageToVideo SanaVideo SanaWM SkyReelsV2 "
+        "SkyReelsV2ImageToVideo Wan WanImageToVideo WanVACE WanVideoToVideo"
     ),
     "decodes, enlarges or refines a whole video that is drawn already": (
-        "Kandinsky6SR LTX2DFRTemporalRefine LTX2HDR LTX2VideoDiffusionDecode"
+        "Kandinsky6SR LTX2DFRTemporalRefine LTX2VideoDiffusionDecode"
     ),
     "draws its last section first; with its other sampling it blends the last images of a section with the next one, and "
     "its call takes no history": "HunyuanVideoFramepack",

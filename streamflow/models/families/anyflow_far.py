@@ -26,8 +26,8 @@ class _ChunkDrawn(Exception):
 
 
 class AnyFlowFAR(VideoAdapter):
-    """`AnyFlowFARPipeline`. A video has an end, since the network has positions for `rope_max_seq_len` latent frames, and what
-    is carried grows by a chunk each time.
+    """`AnyFlowFARPipeline`. A video has an end, since the network has positions for `rope_max_seq_len` latent frames, and
+    what is carried grows by a chunk each time.
 
     The first chunk has as many latent frames as the first number of `chunk_partition`, every other as many as the second.
     Noise is drawn chunk by chunk: a stream equals the pipeline's call with these draws as its `latents`.
@@ -60,11 +60,12 @@ class AnyFlowFAR(VideoAdapter):
                 raise ValueError(f"the chunks of a stream have one size after the first, and chunk_partition is {partition}")
         given = call["video_latents"]
         for name in ("video", "video_latents"):
-            if call[name] is not None and (
-                not isinstance(call[name], Tensor) or call[name].ndim != 5 or len(call[name]) != 1
-            ):
+            video = call[name]
+            if video is None:
+                continue
+            if not isinstance(video, Tensor) or video.ndim != 5 or len(video) != 1:
                 raise ValueError(f"{name} is a tensor of one video, [1, T, C, h, w]")
-            if call[name] is not None and not torch.isfinite(call[name]).all():
+            if not torch.isfinite(video).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
         if call["video"] is not None:
             given = call["video"][:, :: self.pipe.vae_scale_factor_temporal]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Helios(VideoAdapter):
             check_bool(name, call[name])
         if not call["keep_first_frame"]:
             raise ValueError("keep_first_frame=False cannot be drawn: diffusers' own Helios pipelines fail with it")
+        if call["sigmas"] is not None and not isinstance(call["sigmas"], np.ndarray):
+            raise ValueError("sigmas is a numpy array: diffusers' HeliosScheduler takes no list")
         _check_sizes("history_sizes", call["history_sizes"], 3)
         given = call["image_latents"] is not None, call["fake_image_latents"] is not None
         if call["image"] is None and call["add_noise_to_image_latents"] and any(given) and not all(given):
