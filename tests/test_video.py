@@ -27,7 +27,7 @@ from streamflow.models.causal_codec import CausalCodec
 from streamflow.models.video_kinds import REASONS
 
 ROOT = Path(__file__).parents[1]
-FRAMES = 33  # a chunk of Helios
+FRAMES = 9  # a chunk of the small Helios: 3 latent frames
 SEED = 3
 
 
@@ -46,8 +46,9 @@ def seeded(seed: int = SEED) -> torch.Generator:
 
 
 SMALL = {"prompt_embeds": embeds(), "height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0}
+SMALL |= {"num_latent_frames_per_chunk": 3}
 PYRAMID = {"prompt_embeds": embeds(), "height": 64, "width": 64, "guidance_scale": 1.0}
-PYRAMID |= {"pyramid_num_inference_steps_list": [1, 1, 1]}
+PYRAMID |= {"pyramid_num_inference_steps_list": [1, 1, 1], "num_latent_frames_per_chunk": 3}
 GUIDED = {"guidance_scale": 3.0, "negative_prompt_embeds": embeds(1)}
 
 
@@ -94,22 +95,22 @@ CASES = {
         "helios",
         {**SMALL, "image_latents": random(1, 16, 1, 2, 2), "fake_image_latents": random(1, 16, 1, 2, 2, seed=1)},
     ),
-    "helios-video": ("helios", {**SMALL, "video": random(1, 40, 3, 16, 16)}),
+    "helios-video": ("helios", {**SMALL, "video": random(1, 20, 3, 16, 16)}),
     "helios-long-video": ("helios", {**SMALL, "video": random(1, 100, 3, 16, 16)}),
     "helios-video-latents": (
         "helios",
-        {**SMALL, "video_latents": random(1, 16, 9, 2, 2), "image_latents": random(1, 16, 1, 2, 2)}
+        {**SMALL, "video_latents": random(1, 16, 6, 2, 2), "image_latents": random(1, 16, 1, 2, 2)}
         | {"add_noise_to_image_latents": False},
     ),
     "helios-second-first-frame": ("helios", {**SMALL, "is_skip_first_chunk": True}),
-    "helios-sizes": ("helios", {**SMALL, "history_sizes": [1, 4, 2], "num_latent_frames_per_chunk": 5}),
+    "helios-sizes": ("helios", {**SMALL, "history_sizes": [1, 4, 2], "num_latent_frames_per_chunk": 9}),
     "helios-one-latent": ("helios", {**SMALL, "num_latent_frames_per_chunk": 1}),
-    "distilled": ("helios-distilled", {**PYRAMID, "is_amplify_first_chunk": True}),
+    "distilled": ("helios-distilled", {**PYRAMID, "num_latent_frames_per_chunk": 9, "is_amplify_first_chunk": True}),
     "pyramid-guided-image": ("helios-pyramid", {**PYRAMID, **GUIDED, "image": random(1, 3, 64, 64)}),
     "pyramid-video": ("helios-pyramid", {**PYRAMID, "video": random(1, 40, 3, 64, 64)}),
     "pyramid-zero-star": ("helios-pyramid", {**PYRAMID, **GUIDED, "zero_steps": 0}),
 }
-SLOW = {"helios-long-video", "pyramid-video", "pyramid-zero-star", "helios-one-latent"}
+SLOW = {"helios-long-video", "helios-video-latents", "pyramid-video", "pyramid-zero-star", "helios-one-latent"}
 
 
 @pytest.mark.parametrize("case", [slow(case) if case in SLOW else case for case in CASES])
@@ -155,17 +156,25 @@ def test_anyflows_chunks_are_those_of_a_longer_call(context, pipes):
         call["video"] = random(1, 4 * given - 3, 3, 32, 32)
     else:
         call |= GUIDED
-    generator = seeded()
+    generator = seeded()  # of the draws, chunk by chunk
     draws = [torch.randn(1, 16, size, 4, 4, generator=generator) for size in sizes[context:]]
     noise = torch.cat([torch.zeros(1, 16, given, 4, 4), *draws], dim=2)
-    whole = {**call, "latents": noise, "num_frames": 4 * sum(sizes) - 3, "chunk_partition": sizes}
+    own: list[torch.Tensor] = []
+    pixels = pipe(
+        **call,
+        latents=noise,
+        num_frames=4 * sum(sizes) - 3,
+        chunk_partition=sizes,
+        output_type="pt",
+        callback_on_step_end=lambda pipe, step, timestep, tensors: own.append(tensors["latents"].transpose(1, 2)) or {},
+    ).frames[0]
     stream = VideoStream(pipe, output_type="pt")
     stream.prepare(seed=SEED, chunk_partition=[1, 2], **call)
     chunks = list(stream.chunks(len(draws)))
-    assert torch.equal(torch.cat([chunk.latents for chunk in chunks], 2), pipe(**whole, output_type="latent").frames)
-    images, own = torch.cat([chunk.images for chunk in chunks]), pipe(**whole, output_type="pt").frames[0]
-    assert images.shape == own.shape and (images - own).abs().max() < 3e-7
-    assert [frame.id for chunk in chunks for frame in chunk.frames()] == list(range(len(own)))
+    assert equal([chunk.latents[:, :, -size:] for chunk, size in zip(chunks, sizes[context:], strict=True)], own)
+    images = torch.cat([chunk.images for chunk in chunks])
+    assert images.shape == pixels.shape and (images - pixels).abs().max() < 3e-7
+    assert [frame.id for chunk in chunks for frame in chunk.frames()] == list(range(len(pixels)))
 
 
 def test_a_video_of_anyflow_ends_with_the_networks_positions(pipes):
@@ -227,16 +236,17 @@ def test_the_pipeline_is_left_as_it_was(pipes):
 # -- without end -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunks", [20, slow(1000)])
-def test_without_end_memory_is_constant_and_frames_are_numbered_without_gap(chunks, pipes):
+@pytest.mark.parametrize(("chunks", "output_type"), [(20, "latent"), (5, "pt"), slow(1000, "pt")])
+def test_without_end_memory_is_constant_and_frames_are_numbered_without_gap(chunks, output_type, pipes):
     pipe, sizes, ids, times = pipes("helios"), [], [], []
-    stream = stream_of(pipe, "pt", num_inference_steps=1)
+    stream = stream_of(pipe, output_type, num_inference_steps=1)
     for chunk in stream.chunks(chunks):
-        ids += [frame.id for frame in chunk.frames()]
-        times += [frame.time for frame in chunk.frames()]
+        frames = list(chunk.frames())
+        ids += [frame.id for frame in frames] or range(chunk.first_frame, chunk.first_frame + FRAMES)
+        times += [frame.time for frame in frames]
         sizes.append({name: (tuple(one.shape), one.untyped_storage().nbytes()) for name, one in carried(stream).items()})
         assert chunk.id == len(sizes) - 1
-    assert ids == list(range(chunks * FRAMES)) and times == [k / 24 for k in ids]
+    assert ids == list(range(chunks * FRAMES)) and times == [k / 24 for k in ids[: len(times)]]
     assert all(one == sizes[0] for one in sizes)
     assert sizes[0] == {"image_latents": ((1, 16, 1, 2, 2), 256), "video_latents": ((1, 16, 19, 2, 2), 19 * 256)}
 
@@ -257,7 +267,7 @@ def test_a_prompt_that_changes_leaves_earlier_chunks_as_they_are(changed_at, pip
 
     own = pipe(
         **SMALL, num_frames=count * FRAMES, generator=seeded(), output_type="latent", callback_on_step_end=change
-    ).frames.split(9, dim=2)
+    ).frames.split(3, dim=2)
     stream, plain = stream_of(pipe), latents(stream_of(pipe), count)
     drawn = latents(stream, changed_at)
     assert stream.update(prompt_embeds=embeds(7)) == 1
@@ -269,7 +279,8 @@ def test_a_prompt_that_changes_leaves_earlier_chunks_as_they_are(changed_at, pip
 def test_texts_are_encoded_by_the_pipeline(pipes, monkeypatch):
     monkeypatch.setattr(pipeline_helios, "ftfy", SimpleNamespace(fix_text=str), raising=False)
     pipe = pipes("helios")
-    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0, "max_sequence_length": 24}
+    call = {name: value for name, value in SMALL.items() if name != "prompt_embeds"}
+    call |= {"guidance_scale": 3.0, "max_sequence_length": 24}
     texts = {"prompt": "a red apple", "negative_prompt": "blur"}
     own = pipe(**texts, **call, num_frames=2 * FRAMES, generator=seeded(), output_type="latent").frames
     encoded = []
@@ -304,7 +315,7 @@ def test_more_changes_from_chunk_to_chunk(pipes):
     stream.update(seed=11)
     assert stream.seed == 11
     after = stream().latents
-    noise = torch.randn(1, 16, 9, 2, 2, generator=seeded(11))
+    noise = torch.randn(1, 16, 3, 2, 2, generator=seeded(11))
     assert torch.equal(seeded(11).get_state(), seeded(11).get_state()) and after.shape == noise.shape
     assert torch.equal(stream._video.generator.get_state(), drawn_once(11))
 
@@ -312,7 +323,7 @@ def test_more_changes_from_chunk_to_chunk(pipes):
 def drawn_once(seed: int) -> torch.Tensor:
     """The state of a generator that has drawn the noise of one chunk."""
     generator = seeded(seed)
-    torch.randn(1, 16, 9, 2, 2, generator=generator)
+    torch.randn(1, 16, 3, 2, 2, generator=generator)
     return generator.get_state()
 
 
@@ -436,20 +447,20 @@ def test_prepare_from_another_thread_waits_for_the_chunk(pipes):
 
 def test_a_consumer_that_raises_loses_nothing_and_doubles_nothing(pipes):
     pipe = pipes("helios")
-    plain = torch.stack([frame.image for frame in stream_of(pipe, "pt").frames(80)])
+    plain = torch.stack([frame.image for frame in stream_of(pipe, "pt").frames(25)])
     stream, taken = stream_of(pipe, "pt"), []
-    for stop in (0, 5, 33, 34, 50):
+    for stop in (0, 5, 9, 10, 14):
         with pytest.raises(ConnectionError):
             for frame in stream.frames():
                 taken.append(frame)
                 if frame.id == stop:
                     raise ConnectionError
-    with pytest.raises(RuntimeError, match="15 frames of chunk 1 wait"):
+    with pytest.raises(RuntimeError, match="3 frames of chunk 1 wait"):
         stream()
     taken += stream.flush()
     assert stream.flush() == []
-    taken += [frame for chunk in stream.chunks(1) for frame in chunk.frames()][:14]
-    assert [frame.id for frame in taken] == list(range(80)) and [frame.chunk for frame in taken[32:34]] == [0, 1]
+    taken += [frame for chunk in stream.chunks(1) for frame in chunk.frames()][:7]
+    assert [frame.id for frame in taken] == list(range(25)) and [frame.chunk for frame in taken[8:10]] == [0, 1]
     assert torch.equal(torch.stack([frame.image for frame in taken]), plain)
 
 
@@ -460,7 +471,7 @@ def test_prepare_reset_and_close_end_a_loop(pipes, caplog):
         frames, chunks = stream.frames(), stream.chunks()
         assert next(frames).id in (0, FRAMES)
         end()
-        assert "32 frames of the last chunk are dropped" in caplog.text
+        assert "8 frames of the last chunk are dropped" in caplog.text
         for loop in (frames, chunks):
             with pytest.raises(RuntimeError, match="has ended this loop"):
                 next(loop)
@@ -549,7 +560,7 @@ BAD = [
     ({"image": random(1, 3, 16, 16) * torch.nan}, ValueError, "image holds NaN"),
     ({"image": random(1, 3, 16, 16), "video": random(1, 40, 3, 16, 16)}, ValueError, "simultaneously"),
     ({"image_latents": random(1, 16, 1, 2, 2)}, ValueError, "fake_image_latents belong together"),
-    ({"video": random(1, 32, 3, 16, 16)}, ValueError, "video has 32 frames, and a chunk is 33"),
+    ({"video": random(1, 8, 3, 16, 16)}, ValueError, "video has 8 frames, and a chunk is 9"),
     ({"seed": 1.5}, TypeError, "seed must be an integer"),
     ({"seed": -2}, ValueError, "seed must be an integer from 0"),
     ({"generator": [seeded()]}, TypeError, "generator is one torch.Generator"),

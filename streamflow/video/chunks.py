@@ -28,8 +28,8 @@ class Chunk:
     seconds: float
 
     def frames(self) -> Iterator[VideoFrame]:
-        """Its frames, in order."""
-        for k, image in enumerate(self.images):
+        """Its frames, in order; none where nothing was decoded."""
+        for k, image in enumerate(() if self.images is None else self.images):
             yield VideoFrame(self.first_frame + k, image, (self.first_frame + k) / self.fps, self.id)
 
 
