@@ -109,7 +109,7 @@ def video_adapter_for(pipe: Pipeline) -> VideoAdapter:
     if known is None:
         from streamflow.models.video_kinds import why_not
 
-        raise ValueError(why_not(type(pipe)))
+        raise ValueError(why_not(type(pipe), VIDEO_PIPELINES))
     return _named(known)(pipe)
 
 

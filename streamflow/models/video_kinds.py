@@ -3,7 +3,7 @@ without "Pipeline". docs/families.md has the same as a table."""
 
 from __future__ import annotations
 
-from streamflow.models import VIDEO_PIPELINES
+from collections.abc import Iterable
 
 REASONS = {
     "denoises all frames of a clip together, so that its first image depends on its last one": (
@@ -27,14 +27,14 @@ REASONS = {
 }
 
 
-def why_not(cls: type) -> str:
-    """The message for a pipeline class that no video stream draws with."""
+def why_not(cls: type, streamed: Iterable[str]) -> str:
+    """The message for a pipeline class that no video stream draws with. streamed: the names of those that are."""
     for base in cls.__mro__:
         name = base.__name__.removesuffix("Pipeline")
         for reason, names in REASONS.items():
             if name in names.split():
                 return f"{base.__name__} {reason}"
     return (
-        f"{cls.__name__} is no video pipeline that is streamed: these are {', '.join(VIDEO_PIPELINES)}. StreamFlow(pipe) "
+        f"{cls.__name__} is no video pipeline that is streamed: these are {', '.join(streamed)}. StreamFlow(pipe) "
         f"streams images"
     )
