@@ -227,6 +227,33 @@ def test_the_pipeline_is_left_as_it_was(pipes):
     assert pipe.scheduler.timesteps is not timesteps or len(timesteps) == 2
 
 
+def test_streams_of_one_pipe_in_turn_are_each_what_they_are_alone(pipes):
+    pipe = pipes("helios")
+    calls = [{}, {"prompt_embeds": embeds(4), "image": random(1, 3, 16, 16)}]
+    alone = [list(stream_of(pipe, "pt", **call).chunks(3)) for call in calls]
+    streams = [stream_of(pipe, "pt", **call) for call in calls]
+    for k in range(3):
+        for stream, own in zip(streams, alone, strict=True):
+            chunk = stream()
+            assert torch.equal(chunk.latents, own[k].latents) and torch.equal(chunk.images, own[k].images)
+
+
+def test_parts_that_are_replaced_act_at_the_next_prepare(pipes):
+    pipe, other = copy.copy(pipes("helios")), pipes("helios", ffn_dim=48)
+    plain = latents(stream_of(pipe), 2)
+    stream = stream_of(pipe)
+    drawn = latents(stream, 1)
+    vars(pipe).update(transformer=other.transformer, vae=other.vae)
+    assert equal(drawn + latents(stream, 1), plain)
+    stream.prepare(seed=SEED, **SMALL)
+    assert equal(latents(stream, 1), latents(stream_of(other), 1))
+    for name in ("transformer", "vae", "scheduler"):
+        vars(pipe)[name] = None
+        with pytest.raises(ValueError, match=f"this HeliosPipeline has no {name}: assign pipe.{name} first"):
+            stream.prepare(**SMALL)
+        vars(pipe)[name] = getattr(other, name)
+
+
 # -- without end -----------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +581,9 @@ BAD = [
     ({"image": random(1, 3, 16, 16) * torch.nan}, ValueError, "image holds NaN"),
     ({"image": random(1, 3, 16, 16), "video": random(1, 40, 3, 16, 16)}, ValueError, "simultaneously"),
     ({"image_latents": random(1, 16, 1, 2, 2)}, ValueError, "fake_image_latents belong together"),
+    ({"video_latents": random(1, 16, 9, 4, 2)}, ValueError, r"tensor \[1, 16, T, 2, 2\], not \[1, 16, 9, 4, 2\]"),
+    ({"video_latents": [1]}, ValueError, r"video_latents is a tensor \[1, 16, T, 2, 2\], not list"),
+    ({"video_latents": random(1, 16, 9, 2, 2) * torch.nan}, ValueError, "video_latents holds NaN"),
     ({"video": random(1, 8, 3, 16, 16)}, ValueError, "video has 8 frames, and a chunk is 9"),
     ({"seed": 1.5}, TypeError, "seed must be an integer"),
     ({"seed": -2}, ValueError, "seed must be an integer from 0"),

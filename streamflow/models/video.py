@@ -86,7 +86,7 @@ class VideoAdapter(ABC):
 
     fps: frames a second that the model was made for. changeable: the arguments that may change from chunk to chunk, of those
     that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
-    call, by name.
+    call, by name. vae: what decodes.
 
     Raises:
         ValueError: where made, for a pipeline that is offloaded, or whose network has a cache.
@@ -98,6 +98,9 @@ class VideoAdapter(ABC):
 
     def __init__(self, pipe: Pipeline) -> None:
         check_placement(pipe)
+        for name in ("transformer", "vae", "scheduler"):
+            if getattr(pipe, name, None) is None:
+                raise ValueError(f"this {type(pipe).__name__} has no {name}: assign pipe.{name} first")
         if getattr(base_network(pipe.transformer), "is_cache_enabled", False):
             raise ValueError(
                 f"this {type(pipe.transformer).__name__} has a cache (enable_cache) that depends on the steps of the chunk "
@@ -106,6 +109,7 @@ class VideoAdapter(ABC):
         self.pipe = pipe
         self.device: torch.device = pipe._execution_device
         self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.vae = pipe.vae
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
         vars(self._view).update(
@@ -160,7 +164,7 @@ class VideoAdapter(ABC):
     @computing
     def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
         """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
-        return self.pipe.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
+        return self.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
 
     def length(self, plan: VideoPlan) -> int | None:
         """How many chunks can be drawn; None: without end."""
@@ -201,7 +205,8 @@ class VideoAdapter(ABC):
         if to_encode and (missing := missing_text_parts(self.pipe)):
             raise cannot_encode(self.pipe, missing)
         embeds = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, device=self.device)
-        return dict(zip(TEXTS[2:4], embeds, strict=True))
+        on_device = (None if one is None else one.to(self.device) for one in embeds)
+        return dict(zip(TEXTS[2:4], on_device, strict=True))
 
     def _check_embeds(self, call: Arguments) -> None:
         width = base_network(self.pipe.transformer).config.text_dim
@@ -222,9 +227,9 @@ def _own(value: Any) -> Any:
 
 
 def _same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return one == other
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def _check_numbers(call: Arguments) -> None:

@@ -57,7 +57,8 @@ class VideoStream:
     pipeline stays usable and unchanged.
 
     A chunk counts once it is decoded and finite. Where something raises before that, the stream stays as it was before the
-    chunk, and the next call draws the same chunk again.
+    chunk, and the next call draws the same chunk again. Several streams of one pipe are drawn in one thread, in turn, since
+    its VAE keeps what it is decoding.
 
     Args:
         pipe: a diffusers pipeline of `streamflow.models.VIDEO_PIPELINES`, on its device, in its dtype.
@@ -76,7 +77,8 @@ class VideoStream:
             raise ValueError(f"fps must be above 0, not {fps}")
         self.pipe: Any = pipe
         self.output_type = output_type
-        self.fps = float(fps or video_adapter_for(pipe).fps)
+        own = video_adapter_for(pipe).fps
+        self.fps = float(own if fps is None else fps)
         self._drawing = threading.Lock()  # held while a chunk is drawn, and by what would disturb it
         self._updating = threading.Lock()  # held while an update is checked and encoded; taken after `_drawing`
         self._slot = threading.Lock()  # of what the next chunk takes; taken after both

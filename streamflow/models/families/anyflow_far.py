@@ -158,8 +158,7 @@ class AnyFlowFAR(VideoAdapter):
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """As the pipeline's call ends: in the VAE's dtype and scale."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype)
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        mean, std = (torch.tensor(one).view(shape).to(latents) for one in (vae.config.latents_mean, vae.config.latents_std))
+        config, latents = self.vae.config, latents.to(self.vae.dtype)
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean, std = (torch.tensor(one).view(shape).to(latents) for one in (config.latents_mean, config.latents_std))
         return latents / (1.0 / std) + mean

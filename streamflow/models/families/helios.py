@@ -46,6 +46,7 @@ class Helios(VideoAdapter):
         given = call["image_latents"] is not None, call["fake_image_latents"] is not None
         if call["image"] is None and call["add_noise_to_image_latents"] and any(given) and not all(given):
             raise ValueError("image_latents and fake_image_latents belong together: pass image=, or both of them")
+        self._check_latents(call)
         self._check_images(call)
         if "pyramid_num_inference_steps_list" in call:
             self._check_pyramid(call)
@@ -72,6 +73,20 @@ class Helios(VideoAdapter):
 
     def _with_defaults(self, call: Arguments) -> dict[str, Any]:
         return {name: one.default for name, one in self.parameters.items()} | dict(call)
+
+    def _check_latents(self, call: Arguments) -> None:
+        factor = self.pipe.vae_scale_factor_spatial
+        height, width = call["height"] // factor, call["width"] // factor
+        for name, frames in (("image_latents", 1), ("fake_image_latents", 1), ("video_latents", None)):
+            latents = call[name]
+            if latents is None:
+                continue
+            shape = [1, self.pipe.transformer.config.in_channels, frames or "T", height, width]
+            found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            if not isinstance(found, list) or len(found) != 5 or found != [*shape[:2], frames or found[2], *shape[3:]]:
+                raise ValueError(f"{name} is a tensor {shape}, not {found}".replace("'", ""))
+            if not torch.isfinite(latents).all():
+                raise ValueError(f"{name} holds NaN or infinite values")
 
     def _check_images(self, call: Arguments) -> None:
         """Have the pipeline's own processor read the image or the video, which the first chunk reads again."""
