@@ -178,7 +178,10 @@ def test_a_video_of_anyflow_ends_with_the_networks_positions(pipes):
     with pytest.raises(RuntimeError, match="the video has ended after 2 chunks"):
         stream()
     stream.reset()
-    assert len(list(stream.chunks())) == 2
+    stream.update(**GUIDED)
+    assert len(list(stream.chunks(1))) == 1
+    stream.update(guidance_scale=1.0)
+    assert len(list(stream.chunks())) == 1
 
 
 def test_half_precision_equals_the_pipeline_too(pipes):
@@ -564,6 +567,7 @@ BAD = [
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps"),
     ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
     ({"guidance_scale": "3"}, TypeError, "guidance_scale must be a number"),
+    ({"guidance_scale": None}, TypeError, "guidance_scale must be a number, not None"),
     ({"prompt": "a cat"}, ValueError, "pass prompt or prompt_embeds, not both"),
     ({"prompt_embeds": None}, ValueError, "Provide either"),
     ({"prompt_embeds": None, "prompt": ["a cat", "a dog"]}, ValueError, "prompt is one text"),

@@ -205,8 +205,8 @@ class VideoAdapter(ABC):
         if to_encode and (missing := missing_text_parts(self.pipe)):
             raise cannot_encode(self.pipe, missing)
         embeds = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, device=self.device)
-        on_device = (None if one is None else one.to(self.device) for one in embeds)
-        return dict(zip(TEXTS[2:4], on_device, strict=True))
+        used = embeds if guided else (embeds[0], None)  # AnyFlow's call fails on negative embeddings without guidance
+        return {name: None if one is None else one.to(self.device) for name, one in zip(TEXTS[2:4], used, strict=True)}
 
     def _check_embeds(self, call: Arguments) -> None:
         width = base_network(self.pipe.transformer).config.text_dim
@@ -234,6 +234,8 @@ def _same(one: object, other: object) -> bool:
 
 def _check_numbers(call: Arguments) -> None:
     check_number("guidance_scale", call["guidance_scale"])
+    if call["guidance_scale"] is None:
+        raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
     for name in ("height", "width", "num_inference_steps", "num_latent_frames_per_chunk"):
         if name in call:
             whole_number(name, call[name], 1, wrong_type=TypeError)

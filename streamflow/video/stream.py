@@ -52,13 +52,14 @@ class VideoStream:
             show(frame.image)
 
     Chunk k equals chunk k of the pipeline's own call with the same arguments and generator, of any length above k. What is
-    carried from chunk to chunk has a constant size. One thread draws. `update` and `update_prompt` may be called from any
-    thread, and act at the next chunk; `prepare`, `reset`, `flush` and `close` wait for the chunk that is being drawn. The
-    pipeline stays usable and unchanged.
+    carried from chunk to chunk has a constant size; AnyFlow's grows, and its videos have an end.
+
+    One thread draws. `update` and `update_prompt` may be called from any thread, and act at the next chunk; `prepare`,
+    `reset`, `flush` and `close` wait for the chunk that is being drawn. The pipeline stays unchanged, and may be called
+    between two chunks. Several streams of one pipe are drawn in one thread, in turn, since its VAE keeps what it is decoding.
 
     A chunk counts once it is decoded and finite. Where something raises before that, the stream stays as it was before the
-    chunk, and the next call draws the same chunk again. Several streams of one pipe are drawn in one thread, in turn, since
-    its VAE keeps what it is decoding.
+    chunk, and the next call draws the same chunk again.
 
     Args:
         pipe: a diffusers pipeline of `streamflow.models.VIDEO_PIPELINES`, on its device, in its dtype.
