@@ -56,7 +56,7 @@ class VideoStream:
 
     One thread draws. `update` and `update_prompt` may be called from any thread, and act at the next chunk; `prepare`,
     `reset`, `flush` and `close` wait for the chunk that is being drawn. The pipeline stays unchanged, and may be called
-    between two chunks. Several streams of one pipe are drawn in one thread, in turn, since its VAE keeps what it is decoding.
+    between two chunks. Several streams of one pipe are drawn in one thread, in turn, since its VAE keeps what it decodes.
 
     A chunk counts once it is decoded and finite. Where something raises before that, the stream stays as it was before the
     chunk, and the next call draws the same chunk again.
