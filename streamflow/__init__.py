@@ -14,22 +14,25 @@ from streamflow._version import __version__
 if TYPE_CHECKING:
     from streamflow.app.wrapper_config import create_wrapper_from_config, load_config
     from streamflow.pipeline import StreamFlow
+    from streamflow.video import VideoStream
     from streamflow.wrapper import StreamFlowWrapper
 
 check_environment()
 
-__all__ = ["StreamFlow", "StreamFlowWrapper", "__version__", "create_wrapper_from_config", "load_config"]
+__all__ = ["StreamFlow", "StreamFlowWrapper", "VideoStream", "__version__", "create_wrapper_from_config", "load_config"]
 
 _MODULES = {
     "StreamFlow": "streamflow.pipeline",
     "StreamFlowWrapper": "streamflow.wrapper",
+    "VideoStream": "streamflow.video",
     "create_wrapper_from_config": "streamflow.app.wrapper_config",
     "load_config": "streamflow.app.wrapper_config",
 }
 
 
 _ENTRIES = (
-    "acceleration app benchmark conditioning flow image_filter image_utils io live models parallel pipeline stream wrapper"
+    "acceleration app benchmark conditioning flow image_filter image_utils io live models parallel pipeline stream video "
+    "wrapper"
 ).split()
 
 

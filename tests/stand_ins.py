@@ -34,6 +34,7 @@ NOT_RUN = {
     "tensorrt": "engines run on RTX cards only",
     "quantize": "fp8 needs a GPU; tests/test_gpu_quantize.py",
     "midi": "needs a controller; tests/test_control.py plays its messages",
+    "video-model": "the networks are large; tests/test_video.py makes these calls with small ones",
     "redux": "tests/test_image_prompts.py does it with a small prior",
 }
 FAMILY_OF = {

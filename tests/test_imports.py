@@ -34,7 +34,7 @@ ROWS = (
     ("acceleration",),
     ("parallel",),
     ("live",),
-    ("pipeline",),
+    ("pipeline", "video"),
     ("wrapper", "benchmark"),
     ("app",),
     ("",),

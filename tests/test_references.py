@@ -388,6 +388,15 @@ def test_tokens_that_do_not_change_keep_their_keys_and_values(pipes, monkeypatch
     assert torch.equal(near[0], exact[0]), "the first frame is computed whole"
 
 
+def test_compiled_blocks_are_not_compiled_anew_for_every_reuse(pipes):
+    images = [moved(k, 2) for k in range(12)]
+    plain = with_reuse(pipes, 0.0, images)
+    stream = CACHED.stream(pipes, steps=2, size=(128, 128))
+    stream.update(reference_reuse=0.0)
+    stream.accelerate("compile", backend="eager", cuda_graph=False)
+    assert relative_error(torch.cat(drawn(stream, images)), torch.cat(plain)) <= 1e-4
+
+
 def test_kept_keys_are_forgotten_where_the_network_changes(pipes, monkeypatch):
     from streamflow.models.families import flux2_kv
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from streamflow.models.adapter import FlowAdapter
     from streamflow.models.image_prompts import ImagePromptRule
     from streamflow.models.protocols import Pipeline
+    from streamflow.models.video import VideoAdapter
 
 FAMILIES: dict[str, str | type[FlowAdapter]] = {
     "sd3": "streamflow.models.families.sd3:StableDiffusion3",
@@ -67,6 +68,13 @@ _NAMES = {
 }
 PIPELINES = {f"{name}Pipeline": family for family, names in _NAMES.items() for name in names.split()}
 
+# The adapters of the video pipelines that `streamflow.VideoStream` draws chunk after chunk.
+VIDEO_PIPELINES: dict[str, str] = {
+    "AnyFlowFARPipeline": "streamflow.models.families.anyflow_far:AnyFlowFAR",
+    "HeliosPipeline": "streamflow.models.families.helios:Helios",
+    "HeliosPyramidPipeline": "streamflow.models.families.helios:Helios",
+}
+
 # Diffusion pipelines by the start of their class's name: the family of the rectified network, and published models.
 RECTIFIED = {
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
@@ -92,6 +100,17 @@ def adapter_for(pipe: Pipeline, family: str | None = None) -> FlowAdapter:
             message names the family to pass if its weights are rectified.
     """
     return adapter_class(family or _family_of(pipe))(pipe)
+
+
+def video_adapter_for(pipe: Pipeline) -> VideoAdapter:
+    """The adapter of a loaded video pipeline, by the names of the pipeline's class and its bases. ValueError for any other
+    pipeline, with the reason or with the known ones; ImportError: diffusers is too old for this one."""
+    known = next((VIDEO_PIPELINES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in VIDEO_PIPELINES), None)
+    if known is None:
+        from streamflow.models.video_kinds import why_not
+
+        raise ValueError(why_not(type(pipe), VIDEO_PIPELINES))
+    return _named(known)(pipe)
 
 
 def _family_of(pipe: Pipeline) -> str:

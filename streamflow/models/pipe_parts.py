@@ -14,7 +14,10 @@ from torch import nn
 from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 
 QUANTIZED = "quantized_to"  # the attribute of layers whose plain weights were dropped when they were quantised: the kind
-TEXT_PACKAGES = {"PRXPipeline": "ftfy"}  # packages that a pipeline's module uses for prompts, where they are installed
+# Packages that a pipeline's module uses for prompts, where they are installed.
+TEXT_PACKAGES: dict[str, str] = dict.fromkeys(
+    ("AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "PRXPipeline"), "ftfy"
+)
 
 
 def base_view(pipe: Pipeline, network: nn.Module, factor: int) -> SimpleNamespace:

@@ -21,8 +21,12 @@ SWAPS_ATTENTION = (
 NO_IMAGE = "prepares or enlarges latents and draws nothing"
 NO_LATENTS = "takes no latents, or scales those it is given, so that frames cannot be given their noise"
 TEXT = "writes text"
+CHUNKS = "draws videos, chunk after chunk: streamflow.VideoStream(pipe) streams it"
 # Reasons that no signature shows.
 EXCEPTIONS = {
+    "AnyFlowFAR": CHUNKS,
+    "Helios": CHUNKS,
+    "HeliosPyramid": CHUNKS,
     "Diffusion": "is the base of all pipelines: pass one that draws",
     "Cosmos2TextToImage": NO_LATENTS,
     "DiffusionGemma": TEXT,

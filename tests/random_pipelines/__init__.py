@@ -67,6 +67,10 @@ MAKERS = {
     "ovis": "random_pipelines.fallback:ovis",
     "sana-dpm": "random_pipelines.fallback:sana_dpm",
     "sana-unipc": "random_pipelines.fallback:sana_unipc",
+    "anyflow-far": "random_pipelines.video:anyflow_far",
+    "helios": "random_pipelines.video:helios",
+    "helios-pyramid": "random_pipelines.video:helios_pyramid",
+    "helios-distilled": "random_pipelines.video:helios_distilled",
 }
 
 

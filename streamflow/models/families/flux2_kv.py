@@ -126,7 +126,8 @@ def with_new_tokens(network: Network, tokens: Tensor, ids: Tensor, kv: Tensor, c
     for i, layer in enumerate((*cache.double_block_caches, *cache.single_block_caches)):
         layer.store(kv[:, i, 0][:, rest], kv[:, i, 1][:, rest])
     none = torch.zeros(1, 0, base.config.joint_attention_dim, device=tokens.device, dtype=tokens.dtype)
-    with _Projections(base) as seen:
+    # Compiled blocks would be compiled anew for the hooks of every call.
+    with torch.compiler.set_stance("force_eager"), _Projections(base) as seen:
         network(
             hidden_states=tokens[:, changed],
             timestep=torch.zeros(1, device=tokens.device, dtype=tokens.dtype),

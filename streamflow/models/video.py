@@ -1,0 +1,241 @@
+"""Video pipelines that draw chunk after chunk, as `streamflow.video` uses them.
+
+A chunk is a call of the pipeline itself: it is given what the chunks before have left, and it stops before it decodes. So
+every argument acts as in the pipeline's own call, and no line of the pipeline is written again here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from streamflow._grad_mode import computing
+from streamflow._validation import check_number, whole_number
+from streamflow.models.causal_codec import Memory
+from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
+from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
+
+# Arguments of a pipeline's call that are the stream's own, with the reason.
+REFUSED = {
+    "num_frames": "a stream has no end: take as many chunks as you need",
+    "num_videos_per_prompt": "a stream draws one video",
+    "output_type": "pass it to VideoStream(pipe, output_type=...)",
+    "return_dict": "a stream gives chunks and frames",
+    "latents": "the noise comes from seed= or generator=",
+    "callback_on_step_end": "the stream reads the pipeline's tensors with it",
+    "callback_on_step_end_tensor_inputs": "the stream reads the pipeline's tensors with it",
+}
+TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What the chunks so far leave to the next one. chunks: how many they are. tensors: by the names of the arguments of the
+    pipeline's call that take them. memory: of a VAE that decodes every chunk after the one before."""
+
+    chunks: int = 0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A chunk that is not decoded. latents: `[1, C, T, h, w]` as the network draws them. scaled: the same as the VAE takes
+    them. images: how many images it decodes to. history: what it leaves to the next chunk."""
+
+    latents: Tensor
+    scaled: Tensor
+    images: int
+    history: History
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPlan:
+    """A checked request. given: its arguments, in memory of their own. call: those of the pipeline's call, with embeddings
+    in the place of texts."""
+
+    given: Arguments
+    call: Arguments
+
+
+class Undecoded:
+    """In the place of a VAE: it encodes as the VAE does, and keeps what it is given to decode."""
+
+    def __init__(self, vae: VAE) -> None:
+        self._vae = vae
+        self.latents: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        """Keep the latents, and return them."""
+        self.latents = latents
+        return (latents,)
+
+
+class VideoAdapter(ABC):
+    """A loaded video pipeline, called for one chunk at a time. The pipeline stays usable and unchanged.
+
+    fps: frames a second that the model was made for. changeable: the arguments that may change from chunk to chunk, of those
+    that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
+    call, by name. vae: what decodes.
+
+    Raises:
+        ValueError: where made, for a pipeline that is offloaded, or whose network has a cache.
+    """
+
+    fps: ClassVar[float]
+    changeable: ClassVar[frozenset[str]]
+    read: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, pipe: Pipeline) -> None:
+        check_placement(pipe)
+        for name in ("transformer", "vae", "scheduler"):
+            if getattr(pipe, name, None) is None:
+                raise ValueError(f"this {type(pipe).__name__} has no {name}: assign pipe.{name} first")
+        if getattr(base_network(pipe.transformer), "is_cache_enabled", False):
+            raise ValueError(
+                f"this {type(pipe.transformer).__name__} has a cache (enable_cache) that depends on the steps of the chunk "
+                f"before: call its disable_cache()"
+            )
+        self.pipe = pipe
+        self.device: torch.device = pipe._execution_device
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.vae = pipe.vae
+        self._vae = Undecoded(pipe.vae)
+        self._view = copy.copy(pipe)
+        vars(self._view).update(
+            vae=self._vae,
+            scheduler=copy.deepcopy(pipe.scheduler),
+            check_inputs=lambda *_, **__: None,  # `plan` has called the pipeline's own
+            maybe_free_model_hooks=lambda: None,
+            _callback_tensor_inputs=list(self.read),
+            _progress_bar_config={"disable": True},
+        )
+
+    @abstractmethod
+    def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
+        """Draw the chunk that follows these chunks."""
+
+    @abstractmethod
+    def check(self, call: Arguments) -> None:
+        """Raise ValueError for what this family cannot stream. `call` has all arguments of the pipeline's call."""
+
+    @computing
+    def plan(self, given: Arguments, last: VideoPlan | None = None) -> VideoPlan:
+        """Check a request and encode its texts, unless they are those of `last`.
+
+        Raises:
+            TypeError, ValueError: for what the pipeline's call or a stream does not take.
+        """
+        own = {name: _own(value) for name, value in given.items()}
+        kind = type(self.pipe).__name__
+        for name in own:
+            if name in REFUSED:
+                raise ValueError(f"{name} is no argument of a video stream: {REFUSED[name]}")
+            if name not in self.parameters:
+                taken = sorted(self.parameters.keys() - REFUSED.keys() - {"self", "generator"})
+                raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
+        call = {name: one.default for name, one in self.parameters.items() if name != "self"} | own
+        _check_numbers(call)
+        for name in TEXTS[:2]:
+            if call[name] is not None and call[f"{name}_embeds"] is not None:
+                raise ValueError(f"pass {name} or {name}_embeds, not both")
+        self.pipe.check_inputs(**{name: call[name] for name in inspect.signature(self.pipe.check_inputs).parameters})
+        for name in TEXTS[:2]:
+            if call[name] is not None and not isinstance(call[name], str):
+                raise ValueError(f"{name} is one text, since a stream draws one video, not {call[name]!r}")
+        self._check_embeds(call)
+        self.check(call)
+        if last is not None and all(_same(given.get(name), last.given.get(name)) for name in (*TEXTS, "guidance_scale")):
+            texts = {name: last.call[name] for name in TEXTS[2:4]}
+        else:
+            texts = self._encode(call)
+        return VideoPlan(own, {name: value for name, value in own.items() if name not in TEXTS} | texts)
+
+    @computing
+    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
+        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
+        return self.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
+
+    def length(self, plan: VideoPlan) -> int | None:
+        """How many chunks can be drawn; None: without end."""
+        return None
+
+    def convert(self, video: Tensor, output_type: str) -> Any:
+        """What `decode` returns as the pipeline's `output_type`, without the dimension of videos."""
+        return self.pipe.video_processor.postprocess_video(video, output_type)[0]
+
+    def scaled(self) -> Tensor:
+        """The latents that the last call of the pipeline would have decoded."""
+        latents, self._vae.latents = self._vae.latents, None
+        assert latents is not None, "the pipeline's call has decoded nothing"
+        return latents
+
+    def _call(self, call: Arguments, generator: torch.Generator) -> tuple[Tensor, Call]:
+        """Call the pipeline. Returns its latents, and its local variables of the names in `read`."""
+        found: Call = {}
+
+        def keep(_: object, step: int, timestep: Tensor, tensors: Call) -> Call:
+            found.update(tensors)
+            return {}
+
+        latents = self._view(
+            **call,
+            generator=generator,
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=list(self.read),
+        )[0]
+        return latents, found
+
+    def _encode(self, call: Arguments) -> Call:
+        guided = call["guidance_scale"] > 1
+        texts = {name: call[name] for name in TEXTS}
+        to_encode = texts["prompt"] is not None or (guided and texts["negative_prompt_embeds"] is None)
+        if to_encode and (missing := missing_text_parts(self.pipe)):
+            raise cannot_encode(self.pipe, missing)
+        embeds = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, device=self.device)
+        used = embeds if guided else (embeds[0], None)  # AnyFlow's call fails on negative embeddings without guidance
+        return {name: None if one is None else one.to(self.device) for name, one in zip(TEXTS[2:4], used, strict=True)}
+
+    def _check_embeds(self, call: Arguments) -> None:
+        width = base_network(self.pipe.transformer).config.text_dim
+        for name in TEXTS[2:4]:
+            embeds = call[name]
+            if embeds is None:
+                continue
+            if not isinstance(embeds, Tensor):
+                raise TypeError(f"{name} is a tensor [1, n, {width}], not {type(embeds).__name__}")
+            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+                raise ValueError(f"{name} is [1, n, {width}], since a stream draws one video, not {list(embeds.shape)}")
+            if not torch.isfinite(embeds).all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
+
+
+def _check_numbers(call: Arguments) -> None:
+    check_number("guidance_scale", call["guidance_scale"])
+    if call["guidance_scale"] is None:
+        raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
+    for name in ("height", "width", "num_inference_steps", "num_latent_frames_per_chunk"):
+        if name in call:
+            whole_number(name, call[name], 1, wrong_type=TypeError)

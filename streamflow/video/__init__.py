@@ -1,0 +1,6 @@
+"""Videos without end, chunk after chunk. It knows a video pipeline by its adapter (`streamflow.models.video`) only."""
+
+from streamflow.video.chunks import Chunk, VideoFrame
+from streamflow.video.stream import VideoStream
+
+__all__ = ["Chunk", "VideoFrame", "VideoStream"]
