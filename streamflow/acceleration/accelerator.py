@@ -47,7 +47,8 @@ class Accelerator:
 
     @property
     def kind(self) -> str:
-        """The kind in force: "none", "cuda-graph", "compile", "tensorrt" or "onnxruntime"."""
+        """The kind in force: "none", "cuda-graph", "compile", "tensorrt", "onnxruntime" or
+        "openvino"."""
         return self._model.acceleration[0]
 
     @computing
@@ -55,7 +56,8 @@ class Accelerator:
         """Make the network and the VAE faster; the images stay the same within the kind's bound.
 
         kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile, with a CUDA graph on
-            top on CUDA; "tensorrt" builds engines; "onnxruntime" is for a CPU; "auto" is "compile" on CUDA, else "none".
+            top on CUDA; "tensorrt" builds engines; "onnxruntime" and "openvino" are for a CPU; "auto" is "compile" on
+            CUDA, else "none".
         options: those of the kind, the fields of `streamflow.acceleration.<kind>.Options`.
 
         Called before `prepare`, it takes effect there, since shapes are known only then. How long each part took to start
