@@ -48,6 +48,7 @@ EXTRAS_REQUIRE = {
         *ONNX,
     ],
     "onnxruntime": ONNX,
+    "openvino": [*ONNX[:2], "openvino>=2025.0,<2027"],
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.54,<1", "websockets>=13", "prometheus-client>=0.20,<1"],
     "video": ["av>=14"],
     # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).

@@ -37,7 +37,7 @@ from streamflow._command_line import Parser, at_least  # noqa: E402
 from streamflow.image_utils import numpy_to_pil, postprocess_image, pt_to_numpy  # noqa: E402
 from streamflow.models.loading import DTYPES, default_device, prompt_defaults  # noqa: E402
 
-KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime")
+KINDS = ("none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime", "openvino")
 # How far apart two orders of the same sums may be, ||a - b|| / ||b|| of the worst image.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -226,7 +226,7 @@ def report(a: argparse.Namespace, rounds: list[tuple[Run, Run]], reference: str)
     plain, streamed = rounds[-1]
     error = max(relative_error(s.images, p.images) for p, s in rounds)
     difference = max((s.images - p.images).abs().max().item() for p, s in rounds)
-    tolerance = TOLERANCE[DTYPES[a.dtype]]
+    tolerance = TOLERANCE[torch.bfloat16 if a.accelerate == "openvino" else DTYPES[a.dtype]]
     intervals = sorted(seconds for _, run in rounds for seconds in run.intervals)
     result = {
         "command": " ".join(["python", *sys.argv]),

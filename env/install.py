@@ -32,7 +32,8 @@ STAMP = "streamflow-install.json"
 EXTRAS = {
     "tensorrt-rtx": "TensorRT for RTX (Linux and Windows; GeForce and RTX cards)",
     "tensorrt": "TensorRT (Linux and Windows; its build fetches the libraries from NVIDIA)",
-    "onnxruntime": "onnxruntime, the quickest on a CPU",
+    "onnxruntime": "onnxruntime, for a CPU",
+    "openvino": "OpenVINO, the quickest on a CPU that computes in bfloat16",
     "web": "the page and its server",
     "video": "video files",
     "live": "cameras, screens, windows, NDI and recordings",

@@ -28,7 +28,7 @@ PLATFORMS = {
     "macOS 14 arm64": "aarch64-apple-darwin",
 }
 EXTRAS = (
-    *("tensorrt-rtx", "tensorrt", "onnxruntime", "quantize", "bench", "ray"),
+    *("tensorrt-rtx", "tensorrt", "onnxruntime", "openvino", "quantize", "bench", "ray"),
     *("web", "video", "live", "control", "docs", "dev"),
 )
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")

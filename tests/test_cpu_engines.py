@@ -11,7 +11,7 @@ from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow import StreamFlow
-from streamflow.acceleration import Part
+from streamflow.acceleration import Part, openvino
 from streamflow.acceleration.onnxruntime import NEEDS, Options, Sessions
 
 pytestmark = [
@@ -117,3 +117,36 @@ def test_adapters_are_followed(stream):
     assert torch.allclose(sessions(**inputs), styled, atol=1e-4)
     stream.unet.fuse_lora()
     assert torch.allclose(sessions(**inputs), styled, atol=1e-4)
+
+
+def test_openvino_refuses_what_it_cannot_do(monkeypatch):
+    with pytest.raises(ValueError, match="unknown precision 'f16': choose one of bf16, f32"):
+        openvino.Options("f16")
+    with pytest.raises(RuntimeError, match="openvino is for CPUs here and this pipe is on cuda:0"):
+        openvino.Options().for_device(torch.device("cuda", 0))
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None if name == "openvino" else name)
+    with pytest.raises(ImportError, match=r"needs openvino: pip install 'streamflow-rf\[openvino\]'"):
+        openvino.Options().for_device(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_openvino_draws_the_same_until_it_is_undone(stream):
+    core = pytest.importorskip("openvino", reason="needs OpenVINO, pip install 'streamflow-rf[openvino]'").Core()
+    before = drawn(stream)
+    stream.accelerate("openvino", precision="f32")
+    assert (drawn(stream) - before).abs().max() <= 2 / 255
+    sessions = stream.velocity
+    stream.update(t_index_list=[0, 2])
+    drawn(stream)
+    assert stream.velocity is sessions and sessions.kept == 2, "every number of rows has a session"
+    stream.update(t_index_list=[0, 1, 2, 3])
+    drawn(stream)
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" in able:
+        stream.accelerate("openvino")
+        assert 0 < (drawn(stream) - before).square().mean() < 1e-4  # 40 dB
+    else:
+        with pytest.raises(RuntimeError, match="does not compute in bf16.*precision='f32'"):
+            stream.accelerate("openvino")
+    stream.accelerate("none")
+    assert torch.equal(drawn(stream), before)

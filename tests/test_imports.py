@@ -46,6 +46,7 @@ OWNERS = {
     "tensorrt": ("acceleration",),
     "onnx": ("acceleration",),
     "onnxruntime": ("acceleration",),
+    "openvino": ("acceleration",),
     "polygraphy": ("acceleration",),
     "torchao": ("acceleration",),
 }

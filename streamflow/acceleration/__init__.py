@@ -112,6 +112,7 @@ KINDS = {
     "compile": "streamflow.acceleration.compile",
     "tensorrt": "streamflow.acceleration.tensorrt",
     "onnxruntime": "streamflow.acceleration.onnxruntime",
+    "openvino": "streamflow.acceleration.openvino",
     "max": "streamflow.acceleration.preset",
 }
 

@@ -52,7 +52,8 @@ class Accelerator:
 
     @property
     def kind(self) -> str:
-        """The kind in force: "none", "cuda-graph", "compile", "tensorrt" or "onnxruntime". "max" before `prepare`."""
+        """The kind in force: "none", "cuda-graph", "compile", "tensorrt", "onnxruntime" or "openvino". "max" before
+        `prepare`."""
         return self._model.acceleration[0]
 
     @computing
@@ -60,8 +61,9 @@ class Accelerator:
         """Make the network and the VAE faster; the images stay the same within the kind's bound.
 
         kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile, with a CUDA graph on
-            top on CUDA; "tensorrt" builds engines; "onnxruntime" is for a CPU; "auto" is "compile" on CUDA, else "none";
-            "max" measures which of these (without TensorRT) is fastest for this model, and takes minutes to start.
+            top on CUDA; "tensorrt" builds engines; "onnxruntime" and "openvino" are for a CPU; "auto" is "compile" on
+            CUDA, else "none"; "max" measures which of these (without TensorRT) is fastest for this model, and takes
+            minutes to start.
         options: those of the kind, the fields of `streamflow.acceleration.<kind>.Options`.
 
         Called before `prepare`, it takes effect there, since shapes are known only then. How long each part took to start

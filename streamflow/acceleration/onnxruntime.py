@@ -7,11 +7,12 @@ import dataclasses
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from streamflow.acceleration.watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
+Run = Callable[[Mapping[str, Tensor]], Tensor]  # a session: inputs by name to the output
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,18 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
     is not float32."""
     for part in parts:
         check_exportable(part)
-        dtype = next(iter(part.inputs.values())).dtype
-        if dtype != torch.float32:
-            raise ValueError(
-                f"accelerate('onnxruntime') is for float32 and the {part.name} takes {dtype}: "
-                f"pipe.to(dtype=torch.float32), or use accelerate('compile')"
-            )
+        check_float32(part, "onnxruntime")
     return Accelerated({part.name: Sessions(part, options) for part in parts})
+
+
+def check_float32(part: Part, kind: str) -> None:
+    """ValueError for a part of another dtype."""
+    dtype = next(iter(part.inputs.values())).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"accelerate({kind!r}) is for float32 and the {part.name} takes {dtype}: "
+            f"pipe.to(dtype=torch.float32), or use accelerate('compile')"
+        )
 
 
 class Sessions(nn.Module):
@@ -74,11 +81,11 @@ class Sessions(nn.Module):
         ExportError: the module cannot be written as ONNX.
     """
 
-    def __init__(self, part: Part, options: Options):
+    def __init__(self, part: Part, options: Any):
         super().__init__()
         self._part, self._options = part, options
         self._watch = WeightWatch(part.module)
-        self._sessions: OrderedDict[tuple, Session] = OrderedDict()
+        self._sessions: OrderedDict[tuple, Run] = OrderedDict()
 
     @property
     def kept(self) -> int:
@@ -103,14 +110,18 @@ class Sessions(nn.Module):
         shared = self._part.shared
         return tuple((name, t.dtype, tuple(t.shape if name in shared else t.shape[1:])) for name, t in inputs.items())
 
-    def _start(self, key: tuple, inputs: Mapping[str, Tensor]) -> Session:
+    def _session(self, path: Path, inputs: Mapping[str, Tensor]) -> Run:
+        """The session of an ONNX file for these inputs."""
+        return Session(path, self._options)
+
+    def _start(self, key: tuple, inputs: Mapping[str, Tensor]) -> Run:
         while self.kept >= self._options.limit:
             self._sessions.popitem(last=False)
         began = time.perf_counter()
         part = dataclasses.replace(self._part, inputs=dict(inputs))
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            self._sessions[key] = session = Session(export(part, Path(folder)), self._options)
-        logger.info("%s: onnxruntime session of %s in %.1f s", part.name, key, time.perf_counter() - began)
+            self._sessions[key] = session = self._session(export(part, Path(folder)), inputs)
+        logger.info("%s: session of %s in %.1f s", part.name, key, time.perf_counter() - began)
         return session
 
 

@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 class Acceleration(Section):
     """How the network and the VAE are made faster."""
 
-    kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime", "max"] = Field(
+    kind: Literal["none", "auto", "cuda-graph", "compile", "tensorrt", "onnxruntime", "openvino", "max"] = Field(
         default="auto",
         description="kind of acceleration; auto is compile with a CUDA graph on a GPU, else none; max measures the fastest",
     )
