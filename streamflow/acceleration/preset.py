@@ -35,7 +35,7 @@ GAIN = 1.01  # the least ratio by which an option, or a kind, must be faster tha
 
 KINDS: dict[str, tuple[tuple[str, Arguments], ...]] = {
     "cuda": (("cuda-graph", {}), ("compile", {})),
-    "cpu": (("compile", {}), ("onnxruntime", {})),
+    "cpu": (("compile", {}), ("onnxruntime", {}), ("openvino", {})),
 }
 OPTIONS: dict[str, dict[str, tuple[object, ...]]] = {
     "cuda": {
