@@ -209,6 +209,7 @@ def main() -> None:
                 flush=True,
             )
         result["sets"][name] = rows
+        a.output.write_text(json.dumps(result, indent=1) + "\n")  # what follows may fail or run out of time
         if name in REUSE:
             result.setdefault("reference_reuse", {})[name] = reuse_errors(REUSE[name], device, a.accelerate)
             for row in result["reference_reuse"][name]:
@@ -217,7 +218,7 @@ def main() -> None:
                     f"relative error {row['relative_error']:.2g}",
                     flush=True,
                 )
-        a.output.write_text(json.dumps(result, indent=1) + "\n")  # a later set may run out of time
+            a.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {a.output}")
 
 
