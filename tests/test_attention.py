@@ -124,7 +124,7 @@ def processors(module) -> list:
     return [p for p in map(processor_of, module.modules()) if p is not None]
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", *map(slow, ("instaflow", "flux2-klein", "qwenimage", "zimage"))])
+@pytest.mark.parametrize("family", ["sd3", *map(slow, ("flux", "instaflow", "flux2-klein", "qwenimage", "zimage"))])
 def test_a_kernel_takes_the_place_of_torchs_attention_also_compiled(family, stream_of, kernels):
     part, graphs = stream_of(family).parts().velocity, []
     before, plain = trace(part.module), part.call()

@@ -36,6 +36,7 @@ OPTIONS = {
     "--device": ("cpu",),
     "--dtype": ("bfloat16",),
     "--devices": ("[cpu, cpu]",),
+    "--offload-text-encoders": ("true",),
     "--split": ("frames", "--devices", "[cpu, cpu]"),
     "--mode": ("img2img", *RESTYLED),
     "--prompt": ("[[a red apple, 0.6], [a fox, 0.4]]",),
@@ -77,6 +78,7 @@ OPTIONS = {
     "--control.keys": ("{{x: panic}}",),
 }
 REFUSED = {
+    "--offload-text-encoders": "the device is cpu",
     "--frame-buffer-size": "draws frame by frame",
     "--control.midi": "MIDI",
     "--references": "takes no reference images",

@@ -116,6 +116,7 @@ def test_the_trial_draws_as_the_stream_does(options):
         assert torch.equal(image, stream.decode_image(x0))
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_by_what_was_chosen(ways, caplog):
     ways(EAGER, ("cuda-graph", {}))
     stream, twin = make_stream(), make_stream()

@@ -47,6 +47,7 @@ def drawn(stream) -> torch.Tensor:
     return streamed(stream, noises(stream, 2))
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_placed_network_draws_what_a_quantised_one_draws():
     plain, stream = stream_of(random_pipeline("sd3", **DEEP)), stream_of(random_pipeline("sd3", **DEEP))

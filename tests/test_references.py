@@ -388,6 +388,7 @@ def test_tokens_that_do_not_change_keep_their_keys_and_values(pipes, monkeypatch
     assert torch.equal(near[0], exact[0]), "the first frame is computed whole"
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_not_compiled_anew_for_every_reuse(pipes):
     images = [moved(k, 2) for k in range(12)]
     plain = with_reuse(pipes, 0.0, images)

@@ -69,6 +69,7 @@ def test_a_stream_that_is_not_prepared_is_refused():
         spread(StreamFlow(random_pipeline("sd3"), range(4), width=32, height=32), ["cpu", "cpu"])
 
 
+@pytest.mark.slow
 def test_the_wrapper_chooses_at_its_first_preparation():
     options = {
         "mode": "txt2img",
