@@ -57,13 +57,15 @@ class InterleavedVelocity(NetworkCopies):
         for stream in here.values():
             for one in before.values():
                 stream.wait_stream(one)
-        with ExitStack() as stack:
-            for stream in here.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            yield
-        if joined:
-            for one, stream in here.items():
-                before[one].wait_stream(stream)
+        try:
+            with ExitStack() as stack:
+                for stream in here.values():
+                    stack.enter_context(torch.cuda.stream(stream))
+                yield
+        finally:
+            if joined:
+                for one, stream in here.items():
+                    before[one].wait_stream(stream)
 
     @torch.no_grad()
     def _call(self, index: int, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:

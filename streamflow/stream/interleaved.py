@@ -223,7 +223,8 @@ class Interleaved(Engine):
                 lane.prompts = plan.prompts
                 done = next(iter(lane.engine.leaving), None)
                 with network.lane(lane.index, self.settings.device, True):
-                    self._count(group, self._home(done))
+                    left = self._home(done)
+                self._count(group, left)
             raise
         lane.prompts = plan.prompts
         return self._count(group, done)
