@@ -233,6 +233,8 @@ class StreamFlowWrapper:
             warmup = whole_number("warmup", warmup, 0)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype such as torch.float16, not {dtype!r}")
+        if target_rate is not None:
+            _check_rate(target_rate, split)
         self._seed, self.warmup, self.skip_diffusion = Planner.seed(seed), warmup, skip_diffusion
         if not isinstance(references, Mapping):
             references = {f"reference_{i}": one for i, one in enumerate(references)}
@@ -275,10 +277,10 @@ class StreamFlowWrapper:
         if acceleration == "tensorrt" and engine_dir is not None:
             options.setdefault("engine_dir", engine_dir)
         self._when_prepared: Callable[[], object] | None = None
+        self.stream.accelerate(acceleration, **options)
         if split == "auto" and devices:
+            self.stream.accelerate("none")  # until it is spread
             self._when_prepared = partial(_denoise_as_measured, self.stream, devices, target_rate, acceleration, options)
-        else:
-            self.stream.accelerate(acceleration, **options)
         self._uses_checker = False
         if safety_checker is not None:
             self.safety_checker, self.feature_extractor = safety_checker
@@ -398,8 +400,8 @@ class StreamFlowWrapper:
         given = prompt, negative_prompt, num_inference_steps, guidance_scale, delta
         self.stream.prepare(*given, **arguments)
         if self._when_prepared is not None:
-            self._when_prepared()
-            self._when_prepared = None
+            spread_now, self._when_prepared = self._when_prepared, None
+            spread_now()
         if self.warmup is None:
             self.warmup = 0 if self.stream.acceleration == "none" else WARM
         if self.warmup:
@@ -738,6 +740,14 @@ def _adapt(stream: StreamFlow, loras: Mapping[str, float]) -> None:
     names = {stream.load_lora(where): weight for where, weight in loras.items()}
     if names:
         stream.set_adapters(names)
+
+
+def _check_rate(target_rate: float, split: str) -> None:
+    from streamflow.parallel.split import check_rate
+
+    if split != "auto":
+        raise ValueError(f"target_rate={target_rate!r} is for split='auto', and split is {split!r}: leave it out")
+    check_rate(target_rate)
 
 
 def _decode_on(stream: StreamFlow, device_ids: Sequence[int | str] | None) -> list[torch.device]:

@@ -375,3 +375,29 @@ def test_what_belongs_to_one_ring_is_refused():
     stream.reset()
     stream.velocity = stream.velocity.source
     assert stream.x_t_latent_buffer is not None
+
+
+def test_a_device_that_works_again_counts_as_working():
+    stream = made(devices=2, steps=2)
+    failing = []
+
+    def fail(number: int):
+        def hook(module, inputs):
+            if failing == [number]:
+                failing.clear()
+                raise RuntimeError("no memory")
+
+        return hook
+
+    for i, one in enumerate(stream.velocity.replicas):
+        one.register_forward_pre_hook(fail(i))
+    plain = drawn(made(steps=2), PICTURES)
+    images = []
+    for k, frame in enumerate(stream.frames(one for one in PICTURES)):
+        images.append(frame.wait().image)
+        if k in (0, 3):
+            failing.append(1 if k == 0 else 0)
+    assert all(map(torch.equal, images, plain))
+    assert not stream._denoiser.engine._failed
+    stream.reset()
+    assert all(map(torch.equal, drawn(stream, PICTURES[:3]), drawn(made(steps=2), PICTURES[:3])))

@@ -25,6 +25,7 @@ LARGE = Costs(4, 250e-3, 66e-3)
         (SMALL, 200, "rows"),  # 233 a second
         (SMALL, 300, "frames"),
         (LARGE, None, "rows"),
+        (Costs(2, 1 / 5.75, 1 / 10), 11, "frames"),  # which alone hold it
         (LARGE, 30, "rows"),  # neither holds it, and frames gain little
         (Costs(2, 1.0, 0.5), None, "rows"),
         (Costs(2, 1.0, 1.0), None, "frames"),
@@ -85,3 +86,28 @@ def test_the_wrapper_chooses_at_its_first_preparation():
         assert isinstance(spread_to, ShardedVelocity) and spread_to.source is plain  # rows hold this rate
         wrapper.prepare("a dog, 3d render", num_inference_steps=2)
         assert wrapper.stream.adapter.velocity is spread_to
+
+
+@pytest.mark.parametrize("rate,error", [(0, ValueError), (-5, ValueError), (float("nan"), ValueError), ("fast", TypeError)])
+def test_a_target_rate_is_a_positive_number(rate, error):
+    with pytest.raises(error, match="target_rate"):
+        spread(prepared(), ["cpu", "cpu"], target_rate=rate)
+
+
+def test_a_stream_with_frames_in_flight_is_refused():
+    stream = prepared()
+    stream.predict_x0_batch(stream.frame_noise(0))
+    with pytest.raises(RuntimeError, match="1 groups of frames are in flight"):
+        spread(stream, ["cpu", "cpu"])
+
+
+@pytest.mark.parametrize(
+    "given,error,says",
+    [
+        ({"split": "rows", "target_rate": 30}, ValueError, "for split='auto'"),
+        ({"split": "auto", "acceleration": "fast"}, ValueError, "unknown acceleration 'fast'"),
+    ],
+)
+def test_the_wrapper_refuses_at_once(given, error, says):
+    with pytest.raises(error, match=says):
+        StreamFlowWrapper("embedded", mode="txt2img", cfg_type="none", device_ids=["cpu", "cpu"], device="cpu", **given)

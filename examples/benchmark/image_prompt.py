@@ -116,7 +116,13 @@ def main() -> None:
             f"{name}: {Spread.of(own).median:.2f} ms a tick, {ratio.median:.3f} times the first "
             f"({ratio.least:.3f} to {ratio.most:.3f})"
         )
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(device), "size": a.size, "steps": a.steps, "ways": rows}
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(device),
+        "size": a.size,
+        "steps": a.steps,
+        "ways": rows,
+    }
     a.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {a.output}")
 

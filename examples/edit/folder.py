@@ -2,7 +2,7 @@
 
     python examples/edit/folder.py --input photos --prompt "the same object as a pencil drawing"
 
-Writes outputs/edited/, under the names of the images. Offline: `--model outputs/klein` of random_klein.py.
+Writes outputs/edited/, a.jpg as a.jpg.png. Offline: `--model outputs/klein` of random_klein.py.
 """
 
 import argparse
@@ -26,9 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     a = p.parse_args(argv)
 
     def opened(path: Path) -> Image.Image:
-        return ImageOps.fit(Image.open(path).convert("RGB"), tuple(a.size))
+        return ImageOps.fit(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), tuple(a.size))
 
     paths = sorted(path for path in a.input.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not paths:
+        p.error(f"{a.input} has no images")
     a.output.mkdir(parents=True, exist_ok=True)
     width, height = a.size
     options = {"cfg_type": "none", "width": width, "height": height, "use_tiny_vae": False, "warmup": 0}
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             wrapper.stream.set_reference("style", opened(a.style))
         wrapper.prepare(a.prompt, num_inference_steps=a.steps)
         for path, frame in zip(paths, wrapper.stream.frames(map(opened, paths)), strict=True):
-            postprocess_image(frame.wait().image[None])[0].save(a.output / f"{path.stem}.png")
+            postprocess_image(frame.wait().image[None])[0].save(a.output / f"{path.name}.png")
     print(f"wrote {len(paths)} images to {a.output}")
     return 0
 

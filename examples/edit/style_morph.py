@@ -27,16 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     p.add_argument("--output", type=Path, default=Path("outputs/style_morph.gif"), help="default: %(default)s")
     a = p.parse_args(argv)
+    if a.frames < 2:
+        p.error(f"--frames must be 2 or more, not {a.frames}")
 
     width, height = a.size
     options = {"cfg_type": "none", "width": width, "height": height, "use_tiny_vae": False, "warmup": 0}
-    photo = ImageOps.fit(Image.open(a.input).convert("RGB"), (width, height))
+    photo = ImageOps.fit(ImageOps.exif_transpose(Image.open(a.input)).convert("RGB"), (width, height))
     with StreamFlowWrapper(a.model, **options) as wrapper:
         wrapper.prepare([(a.prompt, 1.0), (a.to, 0.0)], num_inference_steps=a.steps)
 
         def inputs() -> Iterator[Image.Image]:
             for k in range(a.frames):
-                share = k / max(1, a.frames - 1)
+                share = k / (a.frames - 1)
                 wrapper.stream.update(prompt_weights=[1 - share, share], scope="frame")  # of the frame that enters next
                 yield photo
 

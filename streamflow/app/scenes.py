@@ -29,7 +29,8 @@ def open_scene(settings: Settings) -> StreamFlowWrapper:
     if (needed := weights_on_disk(settings.model)) > free:
         raise MemoryError(_no_room(settings, device, free, f"its files alone have {needed:,}"))
     try:
-        return aside(partial(StreamFlowWrapper.from_settings, settings, target_rate=settings.live.target_fps))
+        rate = {"target_rate": settings.live.target_fps} if settings.split == "auto" else {}
+        return aside(partial(StreamFlowWrapper.from_settings, settings, **rate))
     except torch.OutOfMemoryError as error:
         raise MemoryError(_no_room(settings, device, free, "it took them all")) from error
 

@@ -164,15 +164,20 @@ class WeightSync:
         now = [version_of(t) for t in self._tensors]
         if now == self._versions:
             return
-        for device in {t.device for t in self._tensors} | {t.device for one in self._copies for t in one.parameters()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # no copy may be in use
+        self._wait()  # no copy may be in use
         written = [i for i, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
         for one in self._copies:
             theirs = list(chain(one.parameters(), one.buffers()))
             for i in written:
                 theirs[i].copy_(self._tensors[i])
+        self._wait()
         self._versions = now
+
+    def _wait(self) -> None:
+        """Wait for all GPUs that have a copy."""
+        for device in {t.device for one in (self._source, *self._copies) for t in one.parameters()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
 
 def shard_denoiser(stream: StreamFlow, devices: Devices = "all") -> ShardedVelocity:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from streamflow._grad_mode import computing
+from streamflow._validation import check_number
 from streamflow.parallel.in_turn import interleave
 from streamflow.parallel.replicas import Devices, resolve_devices
 from streamflow.parallel.rows import NetworkCopies, ShardedVelocity, shard_denoiser
@@ -43,10 +44,11 @@ class Costs:
         return {"rows": 1 / self.share, "frames": self.devices / self.whole}
 
     def choose(self, target_rate: float | None = None) -> Split:
-        """Rows where they hold the target rate; otherwise frames where their rate is `GAIN` times that of rows."""
+        """Rows where they hold the target rate, frames where only these do; otherwise frames where their rate is `GAIN`
+        times that of rows."""
         rows, frames = self.rates["rows"], self.rates["frames"]
-        if target_rate is not None and rows >= target_rate:
-            return "rows"
+        if target_rate is not None and max(rows, frames) >= target_rate:
+            return "rows" if rows >= target_rate else "frames"
         return "frames" if frames >= GAIN * rows else "rows"
 
 
@@ -71,7 +73,8 @@ def split_costs(stream: StreamFlow, count: int) -> Costs:
 
 
 def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | None = None) -> Split:
-    """Spread a prepared stream's network over devices by the split that suits it, in place. Returns the split.
+    """Spread a prepared stream's network over devices by the split that suits it, in place, before `accelerate`. Returns the
+    split.
 
     Both costs are measured on the stream's own device, without acceleration, and logged. Rows are taken where they hold the
     target rate, which suits the lower latency; otherwise the faster split. With `feedback`, or in a family that does not
@@ -80,11 +83,15 @@ def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | No
     Args:
         stream: a prepared `StreamFlow` without frames in flight.
         devices: as `shard_denoiser`'s.
-        target_rate: ticks a second to hold; None: as many as possible.
+        target_rate: ticks a second to hold, above 0; None: as many as possible.
 
     Raises:
-        As `shard_denoiser` and `interleave`. RuntimeError: the stream is not prepared.
+        As `shard_denoiser` and `interleave`. RuntimeError: the stream is not prepared, or frames are in flight. ValueError:
+        a target rate that is no positive number.
     """
+    check_rate(target_rate)
+    if behind := stream.calls_behind:
+        raise RuntimeError(f"{behind} groups of frames are in flight: flush() or reset() before spread()")
     count = len(resolve_devices(devices, stream.device))
     if stream.requested().request.feedback or "interleave" in stream.adapter.lacks:
         split: Split = "rows"
@@ -95,6 +102,14 @@ def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | No
         logger.info("split by %s; ticks a second of the plain network on %d devices: %s", split, count, rates)
     (shard_denoiser if split == "rows" else interleave)(stream, devices)
     return split
+
+
+def check_rate(target_rate: float | None) -> None:
+    """ValueError unless this is None or a positive number."""
+    if target_rate is not None:
+        check_number("target_rate", target_rate)
+        if not target_rate > 0:
+            raise ValueError(f"target_rate is images a second, above 0, not {target_rate!r}")
 
 
 @computing

@@ -37,6 +37,7 @@ from streamflow.stream.ring import Done, Engine, Group, Loop, Ring, Rows, Settin
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MOST_COPIES = 16  # prompts whose copies on the devices are kept although no frame in flight has them
 
 
 class Replicas(Protocol):
@@ -117,14 +118,14 @@ class Interleaved(Engine):
         self._make = Ring if batched else Loop
         self._last = len(settings.stages) - 1 if batched else 0  # the stage at which a group leaves its ring
         self.devices, self.depth = tuple(devices), (self._last + 1) * len(devices)
-        self._failed: dict[int, Exception] = {}
+        self._failed: set[int] = set()  # devices that are tried last
         super().__init__(settings, weight)
         self.rows = Rows(settings, 0, self._last + 1)  # on the stream's device, as those of each ring
         self.row_counts, self.first_sigma = (self.rows.count, self.rows.extra), self.rows.sigma[:1]
         self.reset()
 
     def reset(self) -> None:
-        working = [i for i in range(len(self.devices)) if i not in self._failed]
+        working = [i for i in self._numbers if i not in self._failed] or list(self._numbers)
         self._lanes = [_Lane(self._engine_on(working[i % len(working)]), working[i % len(working)]) for i in self._numbers]
         self._pushes = 0
         self._late: deque[_Left | None] = deque()  # what the last N - 1 pushes made leave
@@ -242,6 +243,9 @@ class Interleaved(Engine):
         """Count a push with this group, at which a ring let another one leave. Returns the group that leaves all rings."""
         self._entered, self._pushes = group, self._pushes + 1
         self._late.append(leaving)
+        if len(self._copies) > MOST_COPIES:
+            held = {prompt for lane in self._lanes for prompts in lane.prompts for prompt in prompts}
+            self._copies = WeakKeyDictionary({prompt: own for prompt, own in self._copies.items() if prompt in held})
         oldest = self._pushes - self._last * (len(self._lanes) - 1)  # the push whose changes the oldest rows take next
         self._changes = [one for one in self._changes if one[0] >= oldest]
         self._weights.forget(oldest)
@@ -262,7 +266,7 @@ class Interleaved(Engine):
         for index in sorted(self._numbers, key=lambda i: (i != first, i in self._failed)):
             try:
                 if index != lane.index:
-                    self._move(lane, index)
+                    self._move(lane, index, network)
                 with network.lane(index, self.settings.device, lane.fresh or self.observer is not None):
                     done = self._home(self._step_on(lane, plan, network))
                 lane.fresh = False
@@ -271,19 +275,19 @@ class Interleaved(Engine):
                     raise
                 failed[index] = error
                 continue
-            self._failed |= failed
+            self._failed = (self._failed | failed.keys()) - {index}
             for i, error in failed.items():
                 logger.warning("%s failed, and %s goes on with its frames: %s", self.devices[i], self.devices[index], error)
             return done
         if lane.index != first:
-            self._move(lane, first)
+            self._move(lane, first, network)
         raise failed[first]
 
     def _step_on(self, lane: _Lane, plan: _Plan, network: Replicas) -> Done | None:
         engine, device = lane.engine, self.devices[lane.index]
         lane.taken = lane.interrupted = False
         if self.settings.device.type == "cuda":
-            for tensor in _tensors_of(plan):
+            for tensor in _tensors_of(plan, engine.groups):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
             if len(lane.levels) != len(plan.levels) or any(map(is_not, plan.levels, lane.levels)):
@@ -311,14 +315,15 @@ class Interleaved(Engine):
         lane.interrupted = False
         return x
 
-    def _move(self, lane: _Lane, index: int) -> None:
+    def _move(self, lane: _Lane, index: int, network: Replicas) -> None:
         """Give a ring, with its frames in flight, to another device."""
         for device in (self.devices[lane.index], self.devices[index]):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         other = self._engine_on(index)
-        if isinstance(lane.engine, Ring) and isinstance(other, Ring):
-            other.take(lane.engine)
+        with network.lane(index, self.settings.device, True):
+            if isinstance(lane.engine, Ring) and isinstance(other, Ring):
+                other.take(lane.engine)
         lane.engine, lane.index, lane.levels, lane.fresh = other, index, (), True
 
     def _prompt_on(self, index: int, prompt: Prompt) -> Prompt:
@@ -363,13 +368,14 @@ def _versions(prompt: Prompt) -> list[int | None]:
     return [None if tensor.is_inference() else tensor._version for tensor in _shared(prompt)]
 
 
-def _tensors_of(plan: _Plan) -> Iterator[Tensor]:
-    """The tensors on GPUs that a step reads and its ring does not keep."""
+def _tensors_of(plan: _Plan, groups: Sequence[Group | None]) -> Iterator[Tensor]:
+    """The tensors on GPUs that a step reads and that may have been made outside of its lane. groups: those in flight."""
     group = plan.group
-    given = [] if group is None else [group.x, group.draws, *(one.value for one in group.carried.values())]
+    given = [] if group is None else [group.x, *(one.value for one in group.carried.values())]
+    given += [one.draws for one in (group, *groups) if one is not None and one.draws is not None]
     conds = [cond for prompts in plan.prompts for prompt in prompts for cond in (prompt.cond, prompt.uncond) if cond]
     tensors = chain(given, *((*cond.rows.values(), *cond.shared.values()) for cond in conds))
-    return (tensor for tensor in tensors if tensor is not None and tensor.is_cuda)
+    return (tensor for tensor in tensors if tensor.is_cuda)
 
 
 def _of_stages(levels: Sequence[Stages]) -> Stages:

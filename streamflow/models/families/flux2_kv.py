@@ -3,6 +3,7 @@ steps attend to them (diffusers pipelines/flux2/pipeline_flux2_klein_kv.py, `__c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from streamflow.models.families.flux2 import Flux2, Flux2Velocity
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.protocols import Network
 from streamflow.models.row_by_row import RowByRow
+
+_EAGER = threading.Lock()
 
 
 class Flux2CachedVelocity(Flux2Velocity):
@@ -126,8 +129,8 @@ def with_new_tokens(network: Network, tokens: Tensor, ids: Tensor, kv: Tensor, c
     for i, layer in enumerate((*cache.double_block_caches, *cache.single_block_caches)):
         layer.store(kv[:, i, 0][:, rest], kv[:, i, 1][:, rest])
     none = torch.zeros(1, 0, base.config.joint_attention_dim, device=tokens.device, dtype=tokens.dtype)
-    # Compiled blocks would be compiled anew for the hooks of every call.
-    with torch.compiler.set_stance("force_eager"), _Projections(base) as seen:
+    # Compiled blocks would be compiled anew for the hooks of every call. The stance is the process's.
+    with _EAGER, torch.compiler.set_stance("force_eager"), _Projections(base) as seen:
         network(
             hidden_states=tokens[:, changed],
             timestep=torch.zeros(1, device=tokens.device, dtype=tokens.dtype),
@@ -166,7 +169,11 @@ class _Projections:
         return self
 
     def _record(self, layer: nn.Module, found: dict[nn.Module, Tensor], attention: nn.Module) -> None:
+        thread = threading.get_ident()
+
         def record(module: nn.Module, inputs: object, output: Tensor) -> None:
+            if threading.get_ident() != thread:
+                return  # another stream of this pipe
             assert isinstance(output, Tensor), "a layer of an attention returns one tensor"
             found[attention] = output
 
