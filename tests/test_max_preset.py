@@ -4,13 +4,15 @@ figures, and the frames in flight do not notice."""
 import logging
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import PROMPT, relative_error
 from random_pipelines import random_pipeline
+from torch import nn
 
-from streamflow import StreamFlow
+from streamflow import StreamFlow, acceleration
 from streamflow.acceleration import check_options, preset
 from streamflow.acceleration.preset import Measured, Options, fastest, measure
 
@@ -108,12 +110,37 @@ def make_stream(family="sd3", stages=2, **options):
 )
 def test_the_trial_draws_as_the_stream_does(options):
     stream = make_stream(**options)
-    drawn = list(stream._steps.trial(2))[-2:]
+    *_, first, second, encoded = stream._steps.trial(2)
     generator, frames = torch.Generator().manual_seed(0), stream.frame_bff_size
-    noises = [torch.randn(frames, *stream._model.shape, generator=generator) for _ in range(3)]
+    count = 3 if stream.use_denoising_batch else 2
+    noises = [torch.randn(frames, *stream._model.shape, generator=generator) for _ in range(count)]
     own = [x0 for noise in noises if (x0 := stream.predict_x0_batch(noise)) is not None][:2]
-    for image, x0 in zip(drawn, own, strict=True):
+    for image, x0 in zip((first, second), own, strict=True):
         assert torch.equal(image, stream.decode_image(x0))
+    given = 2 * torch.rand(frames, 3, stream.height, stream.width, generator=generator) - 1
+    assert torch.equal(encoded, stream.decode_image(stream._model.encode(given)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.5])
+def test_an_encoder_that_is_wrong_is_not_chosen(value, ways, monkeypatch):
+    ways(EAGER)
+    stream, made = make_stream(), acceleration.accelerate
+
+    class Wrong(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, images):
+            return self.encoder(images) + value
+
+    def accelerate(kind, parts, options):
+        found = made(kind, parts, options)
+        return replace(found, modules={**found.modules, "encoder": Wrong(found.modules["encoder"])})
+
+    monkeypatch.setattr(stream._accelerator, "_accelerate", accelerate)
+    stream.accelerate("max")
+    assert stream.acceleration == "none" and "less than 40 dB" in stream.acceleration_measured[1].left_out
 
 
 @pytest.mark.slow

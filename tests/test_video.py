@@ -257,6 +257,17 @@ def test_parts_that_are_replaced_act_at_the_next_prepare(pipes):
         vars(pipe)[name] = getattr(other, name)
 
 
+def test_a_network_that_was_moved_is_told(pipes):
+    pipe = copy.deepcopy(pipes("helios"))
+    stream, plain = stream_of(pipe), latents(stream_of(pipe), 2)
+    stream()
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="was on cpu in torch.float32 at prepare.*call prepare\\(\\) anew"):
+        stream()
+    stream.prepare(seed=SEED, **SMALL)
+    assert not equal(latents(stream, 2), plain)
+
+
 # -- without end -----------------------------------------------------------------------------------------------------------
 
 
@@ -589,6 +600,12 @@ BAD = [
     ({"video_latents": [1]}, ValueError, r"video_latents is a tensor \[1, 16, T, 2, 2\], not list"),
     ({"video_latents": random(1, 16, 9, 2, 2) * torch.nan}, ValueError, "video_latents holds NaN"),
     ({"video": random(1, 8, 3, 16, 16)}, ValueError, "video has 8 frames, and a chunk is 9"),
+    ({"sigmas": np.array([])}, ValueError, "sigmas is a list of one number or more"),
+    ({"sigmas": np.array([0.9, np.nan])}, ValueError, "sigmas holds NaN"),
+    ({"attention_kwargs": 5}, TypeError, "attention_kwargs is a mapping or None, not int"),
+    ({"max_sequence_length": 0}, ValueError, "max_sequence_length must be an integer of 1 or more"),
+    ({"add_noise_to_image_latents": "no"}, TypeError, "add_noise_to_image_latents must be True or False"),
+    ({"image_noise_sigma_min": float("nan")}, ValueError, "image_noise_sigma_min must be finite"),
     ({"seed": 1.5}, TypeError, "seed must be an integer"),
     ({"seed": -2}, ValueError, "seed must be an integer from 0"),
     ({"generator": [seeded()]}, TypeError, "generator is one torch.Generator"),
@@ -603,7 +620,8 @@ def test_bad_input_is_refused_with_a_line_and_changes_nothing(given, error, mess
     with pytest.raises(error, match=message) as raised:
         stream.prepare(**{**SMALL, **given})
     assert "\n" not in str(raised.value)
-    changeable = {"num_inference_steps", "sigmas", "guidance_scale", "prompt", "prompt_embeds"}
+    changeable = {"num_inference_steps", "sigmas", "guidance_scale", "prompt", "prompt_embeds", "attention_kwargs"}
+    changeable |= {"max_sequence_length"}
     if given.keys() <= changeable:
         with pytest.raises(error):
             stream.update(**{"prompt_embeds": embeds(), **given})
@@ -660,6 +678,13 @@ def test_anyflow_says_what_it_needs(pipes):
         ({"chunk_partition": [1, 2], "video": random(1, 5, 3, 32, 32)}, "2 latent frames, and whole chunks are 1, 3, 5, 7"),
         ({"video": [1]}, "shape|video is a tensor of one video"),
         ({"video_latents": random(1, 1, 16, 4, 4) * torch.inf}, "video_latents holds NaN"),
+        ({"video_latents": random(1, 1, 8, 4, 4)}, r"\[1, T, 16, 4, 4\], not \[1, 1, 8, 4, 4\]"),
+        ({"video_latents": random(1, 1, 16, 2, 2)}, r"\[1, T, 16, 4, 4\], not \[1, 1, 16, 2, 2\]"),
+        ({"video": random(1, 1, 4, 32, 32)}, r"\[1, T, 3\], not \[1, 1, 4, 32, 32\]"),
+        ({"video_latents": random(1, 3001, 16, 4, 4)}, "no chunk of 1 fits after the 3001 of the video"),
+        ({"chunk_partition": [1000, 1000]}, "no chunk of 1000 fits"),
+        ({"sigmas": []}, "sigmas is a list of one number or more"),
+        ({"timesteps": 5}, "timesteps is a list of one number or more"),
     ):
         with pytest.raises((ValueError, AttributeError), match=message):
             stream.prepare(**call, **given)

@@ -163,7 +163,7 @@ def _draw(ticks: Ticks, device: torch.device) -> tuple[Tensor, float]:
             seconds.append((now := _now(device)) - began)
             drawn.append(images)
             began = now
-        groups = groups or drawn[-FRAMES:]
+        groups = groups or drawn[-FRAMES - 1 :]  # the last ones were encoded and decoded
     return torch.cat(groups).float().clamp(-1, 1), 1e3 * median(seconds)
 
 

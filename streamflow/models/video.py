@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamflow._grad_mode import computing
-from streamflow._validation import check_number, whole_number
+from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.models.causal_codec import Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
@@ -32,6 +33,7 @@ REFUSED = {
     "callback_on_step_end": "the stream reads the pipeline's tensors with it",
     "callback_on_step_end_tensor_inputs": "the stream reads the pipeline's tensors with it",
 }
+PARTS = ("transformer", "vae", "scheduler")
 TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
 
 
@@ -98,7 +100,7 @@ class VideoAdapter(ABC):
 
     def __init__(self, pipe: Pipeline) -> None:
         check_placement(pipe)
-        for name in ("transformer", "vae", "scheduler"):
+        for name in PARTS:
             if getattr(pipe, name, None) is None:
                 raise ValueError(f"this {type(pipe).__name__} has no {name}: assign pipe.{name} first")
         if getattr(base_network(pipe.transformer), "is_cache_enabled", False):
@@ -110,6 +112,7 @@ class VideoAdapter(ABC):
         self.device: torch.device = pipe._execution_device
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         self.vae = pipe.vae
+        self._placed = [(module, (module.device, module.dtype)) for module in (pipe.transformer, pipe.vae)]
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
         vars(self._view).update(
@@ -120,6 +123,16 @@ class VideoAdapter(ABC):
             _callback_tensor_inputs=list(self.read),
             _progress_bar_config={"disable": True},
         )
+
+    def check_placed(self) -> None:
+        """Raise RuntimeError where the network or the VAE was moved since this was made. One that was replaced in the
+        pipeline is no matter: it acts once an adapter is made of the pipeline again."""
+        for module, (device, dtype) in self._placed:
+            if (module.device, module.dtype) != (device, dtype):
+                raise RuntimeError(
+                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {module.device} in "
+                    f"{module.dtype} now: call prepare() anew"
+                )
 
     @abstractmethod
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
@@ -236,6 +249,28 @@ def _check_numbers(call: Arguments) -> None:
     check_number("guidance_scale", call["guidance_scale"])
     if call["guidance_scale"] is None:
         raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
-    for name in ("height", "width", "num_inference_steps", "num_latent_frames_per_chunk"):
+    for name in ("height", "width", "num_inference_steps", "num_latent_frames_per_chunk", "max_sequence_length"):
         if name in call:
             whole_number(name, call[name], 1, wrong_type=TypeError)
+    for name, value in call.items():
+        if name.startswith("add_noise_to_") or name == "use_mean_velocity":
+            check_bool(name, value)
+        elif name.endswith(("_sigma_min", "_sigma_max")):
+            check_number(name, value)
+    for name in ("sigmas", "timesteps"):
+        if call.get(name) is not None:
+            _check_levels(name, call[name])
+    if not isinstance(call.get("attention_kwargs"), Mapping | None):
+        raise TypeError(f"attention_kwargs is a mapping or None, not {type(call['attention_kwargs']).__name__}")
+
+
+def _check_levels(name: str, value: Any) -> None:
+    """TypeError or ValueError unless this is one finite number or more, in one dimension."""
+    try:
+        numbers = np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a list of numbers, not {value!r}") from error
+    if numbers.ndim != 1 or not numbers.size:
+        raise ValueError(f"{name} is a list of one number or more, not {value!r}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} holds NaN or infinite values")

@@ -88,7 +88,8 @@ class Steps:
     def trial(self, groups: int) -> Iterator[Tensor]:
         """The ticks in which an engine of its own draws so many groups of frames from noise, with the modules in force.
         Each yields F images, `[F, 3, height, width]`: of the frames that have left, or of the entering ones while none
-        leaves. The stream's own frames, their numbers and its noise stay as they are."""
+        leaves. The last F images are random ones that were encoded and decoded. The stream's own frames, their numbers and
+        its noise stay as they are."""
         model, (state, engine) = self._model, self._denoiser.drawing()
         own = (Ring if self._denoiser.batched else Loop)(engine.settings, state.weight)
         prompt, generator = state.prompt, torch.Generator().manual_seed(0)
@@ -102,6 +103,10 @@ class Steps:
                 done = own.push(Group(x, (prompt,) * model.frames, (index,) * model.frames, carried), model.velocity)
                 images = model.codec.decode(x if done is None else done.x0)
             yield images
+        given = 2 * torch.rand(model.frames, 3, model.height, model.width, generator=generator) - 1
+        with self._denoiser.ticks:
+            images = model.codec.decode(model.encode(given))
+        yield images
 
     def example(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """What the modules get in a tick: the network's arguments, latents for the decoder, images for the encoder."""

@@ -233,6 +233,7 @@ class VideoStream:
     @computing
     def _draw(self) -> Chunk:
         video, history, began = self._prepared(), self._history, time.perf_counter()
+        video.adapter.check_placed()
         plan, seed = self._take(video)
         before = video.generator.get_state()
         try:
@@ -259,7 +260,7 @@ class VideoStream:
         """What the next chunk is drawn with, and the seed of an update that no chunk has taken."""
         with self._slot:
             most = video.adapter.length(video.plan)
-            if self._history.chunks == most:
+            if most is not None and self._history.chunks >= most:
                 raise RuntimeError(f"the video has ended after {most} chunks, the most that its network has positions for")
             seed, video.new_seed = video.new_seed, None
             video.seed = video.seed if seed is None else seed
@@ -283,7 +284,8 @@ class VideoStream:
                     video = self._prepared()
                     if self._start is not start:
                         raise RuntimeError("prepare() or reset() has ended this loop: begin another one")
-                    if not self._waiting and self._history.chunks == video.adapter.length(video.plan):
+                    most = video.adapter.length(video.plan)
+                    if not self._waiting and most is not None and self._history.chunks >= most:
                         return
                     one = draw()
                 yield one
@@ -302,8 +304,8 @@ class VideoStream:
         if self._drawn_by == threading.get_ident():
             raise RuntimeError("a chunk is being drawn by this thread: only update() and update_prompt() act inside of it")
         with self._drawing:
-            self._drawn_by = threading.get_ident()
             try:
+                self._drawn_by = threading.get_ident()
                 yield
             finally:
                 self._drawn_by = None

@@ -63,8 +63,14 @@ class AnyFlowFAR(VideoAdapter):
             video = call[name]
             if video is None:
                 continue
-            if not isinstance(video, Tensor) or video.ndim != 5 or len(video) != 1:
-                raise ValueError(f"{name} is a tensor of one video, [1, T, C, h, w]")
+            size = tuple(self._size(call).values())
+            shape = [3]
+            if name == "video_latents":
+                factor = self.pipe.vae_scale_factor_spatial
+                shape = [self.pipe.transformer.config.in_channels, *(side // factor for side in size)]
+            found = list(video.shape) if isinstance(video, Tensor) else type(video).__name__
+            if not isinstance(video, Tensor) or video.ndim != 5 or [len(video), *found[2:]][: 1 + len(shape)] != [1, *shape]:
+                raise ValueError(f"{name} is a tensor of one video, [1, T, {', '.join(map(str, shape))}], not {found}")
             if not torch.isfinite(video).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
         if call["video"] is not None:
@@ -72,6 +78,13 @@ class AnyFlowFAR(VideoAdapter):
         if given is not None and self._chunks_of(call, given.shape[1]) is None:
             sizes = ", ".join(map(str, accumulate(self._sizes(call, 4))))
             raise ValueError(f"the video has {given.shape[1]} latent frames, and whole chunks are {sizes}, ... of them")
+        if self._left(call, 0 if given is None else given.shape[1]) < 1:
+            least, most = self._sizes(call, 1)[0], self.pipe.transformer.config.rope_max_seq_len
+            before = f" after the {given.shape[1]} of the video" if given is not None else ""
+            raise ValueError(
+                f"the network has positions for {most} latent frames, and no chunk of {least} fits{before}: pass smaller "
+                f"chunks or a shorter video"
+            )
 
     @computing
     def plan(self, given: Arguments, last: VideoPlan | None = None) -> VideoPlan:
@@ -87,10 +100,13 @@ class AnyFlowFAR(VideoAdapter):
         return replace(plan, call=call)
 
     def length(self, plan: VideoPlan) -> int:
-        first, other = self._sizes(plan.call, 2)
         given = plan.call.get("video_latents")
-        before = 0 if given is None else self._chunks_of(plan.call, given.shape[1]) or 0
-        return 1 + (self.pipe.transformer.config.rope_max_seq_len - first) // other - before
+        return self._left(plan.call, 0 if given is None else given.shape[1])
+
+    def _left(self, call: Arguments, frames: int) -> int:
+        """How many chunks can follow so many latent frames."""
+        first, other = self._sizes(call, 2)
+        return 1 + (self.pipe.transformer.config.rope_max_seq_len - first) // other - (self._chunks_of(call, frames) or 0)
 
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
         call = dict(plan.call)
