@@ -195,3 +195,19 @@ def test_the_command_exports_what_the_embedded_model_compiles(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["entries"] > 1
     assert load(path, "cpu").entries > 1
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (["export", "missing/sd.cache"], "missing is no folder"),
+        (["import", "sd.cache", "--device", "cuda:77"], "--device cuda:77"),
+    ],
+)
+def test_the_commands_check_folder_and_device_first(arguments, says, tmp_path, monkeypatch, capsys):
+    from streamflow.app.commands import engines
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        engines.main(arguments)
+    assert ended.value.code == 2 and says in capsys.readouterr().err

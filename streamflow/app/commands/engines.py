@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamflow._command_line import Parser, say_download
+from streamflow._command_line import Parser, say_download, unusable
 from streamflow._files import Json
 from streamflow.app.commands import options
 
@@ -81,6 +81,8 @@ def export(argv: Sequence[str]) -> int:
     p = options.parser("engines export", about, EXPORT, unused=("similar_image_filter",))
     p.add_argument("file", type=Path, help="the file to write")
     a = p.parse_args(argv)
+    if not a.file.parent.is_dir():
+        p.error(f"{a.file.parent} is no folder: make it before anything is compiled for {a.file.name}")
     settings = options.settings(p, a, acceleration={"kind": "compile"})
     if settings.acceleration.kind not in ("compile", "auto"):
         p.error(f"acceleration {settings.acceleration.kind} compiles nothing by torch.compile: choose compile")
@@ -107,6 +109,8 @@ def import_(argv: Sequence[str]) -> int:
     p.add_argument("--device", help="for which it was made; default: a GPU where there is one")
     p.add_argument("--json", action="store_true", help="print one line of JSON")
     a = p.parse_args(argv)
+    if a.device and (problem := unusable(a.device)):
+        p.error(f"--device {a.device}: {problem}")
     from streamflow.acceleration import compile_cache
     from streamflow.models.loading import default_device
 
