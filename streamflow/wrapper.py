@@ -764,12 +764,12 @@ def _decode_on(stream: StreamFlow, device_ids: Sequence[int | str] | None) -> li
 
 def _denoise_on(stream: StreamFlow, devices: Sequence[torch.device], split: str) -> None:
     """The denoising over these devices by "rows" or "frames"."""
-    from streamflow.parallel import interleave, shard_denoiser
+    from streamflow.parallel.split import SPLITS
 
-    if split not in ("rows", "frames"):
+    if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose 'rows', 'frames' or 'auto'")
     if devices:
-        (shard_denoiser if split == "rows" else interleave)(stream, devices)
+        SPLITS[split](stream, devices)
 
 
 def _denoise_as_measured(

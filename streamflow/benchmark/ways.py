@@ -21,6 +21,7 @@ from streamflow.pipeline import StreamFlow
 
 if TYPE_CHECKING:
     from streamflow.parallel.replicas import Devices
+    from streamflow.parallel.split import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,12 @@ def fastest(subject: Subject, tiny: bool, batched: bool) -> AbstractContextManag
 
 
 @contextmanager
-def spread(subject: Subject, kind: str, split: str | None = None, devices: Devices = "all") -> Iterator[Way]:
+def spread(subject: Subject, kind: str, split: Split | None = None, devices: Devices = "all") -> Iterator[Way]:
     """The stream, accelerated by `kind`, on these devices. split: what they share in denoising, "rows" of every step or
     whole "frames" in turn; each then decodes too. None: the stream's own device denoises, and the others decode."""
-    from streamflow.parallel import interleave, shard_denoiser, shard_vae
+    from streamflow.parallel import shard_vae
     from streamflow.parallel.replicas import resolve_devices
+    from streamflow.parallel.split import SPLITS
 
     with subject.stream(tiny=False) as stream:
         chosen = resolve_devices(devices, stream.device)
@@ -76,7 +78,7 @@ def spread(subject: Subject, kind: str, split: str | None = None, devices: Devic
         with shard_vae(stream.vae, decoders) as vae:
             stream.vae = vae
             if split:
-                (shard_denoiser if split == "rows" else interleave)(stream, chosen)
+                SPLITS[split](stream, chosen)
             stream.accelerate(kind)
             rings = len(chosen) if split == "frames" else 1
             yield Way(

@@ -7,16 +7,15 @@ have the lower latency: an image is S calls old when it leaves, of a share each,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal
-
-import torch
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_number
+from streamflow.acceleration import Part, first_call
+from streamflow.models.protocols import Function
 from streamflow.parallel.in_turn import interleave
 from streamflow.parallel.replicas import Devices, resolve_devices
 from streamflow.parallel.rows import NetworkCopies, ShardedVelocity, shard_denoiser
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Split = Literal["rows", "frames"]
+SPLITS: dict[Split, Function] = {"rows": shard_denoiser, "frames": interleave}
 GAIN = 1.2  # times the rate of rows from which frames in turn are worth their latency
 ROUNDS = 5
 
@@ -52,24 +52,23 @@ class Costs:
         return "frames" if frames >= GAIN * rows else "rows"
 
 
+@computing
 def split_costs(stream: StreamFlow, count: int) -> Costs:
     """The costs of a prepared stream on so many devices, measured on its own by the network without acceleration."""
     plain = stream.adapter.velocity
     network = plain.source if isinstance(plain, NetworkCopies) else plain
     parts = stream.parts()
     assert parts is not None, "the stream is prepared"
-    shared = frozenset(stream.adapter.shared_inputs)
-    pairs = stream.cfg_type == "full"
+    whole = parts.velocity
+    shared, pairs = frozenset(stream.adapter.shared_inputs), stream.cfg_type == "full"
     alone = ShardedVelocity(network, [network] * count, [stream.device] * count, shared, pairs)
-    inputs = dict(parts.velocity.inputs)
-    part = alone.inputs_of(0, inputs)
+    share = replace(whole, inputs=alone.inputs_of(0, whole.inputs))
 
-    def call(given: dict[str, torch.Tensor]) -> Callable[[], object]:
-        x, t, *_ = given.values()
-        named = dict(list(given.items())[2:])
-        return lambda: network(x, t, **named)
+    def seconds(part: Part) -> float:
+        """The median time of a call, after one for warm-up."""
+        return median([first_call(part, partial(part.call, network)) for _ in range(ROUNDS + 1)][1:])
 
-    return Costs(count, _seconds(stream.device, call(inputs)), _seconds(stream.device, call(part)))
+    return Costs(count, seconds(whole), seconds(share))
 
 
 def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | None = None) -> Split:
@@ -100,7 +99,7 @@ def spread(stream: StreamFlow, devices: Devices = "all", target_rate: float | No
         split = costs.choose(target_rate)
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in costs.rates.items())
         logger.info("split by %s; ticks a second of the plain network on %d devices: %s", split, count, rates)
-    (shard_denoiser if split == "rows" else interleave)(stream, devices)
+    SPLITS[split](stream, devices)
     return split
 
 
@@ -110,16 +109,3 @@ def check_rate(target_rate: float | None) -> None:
         check_number("target_rate", target_rate)
         if not target_rate > 0:
             raise ValueError(f"target_rate is images a second, above 0, not {target_rate!r}")
-
-
-@computing
-def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """The median time of a call, after one for warm-up."""
-    taken = []
-    for _ in range(ROUNDS + 1):
-        began = perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(perf_counter() - began)
-    return median(taken[1:])

@@ -18,6 +18,18 @@ from diffusers import (
 
 from random_pipelines import t5, tokenizer
 
+NETWORK = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+
 
 def wan_vae() -> AutoencoderKLWan:
     """A VAE of 8 x 8 pixels and 4 frames a latent."""
@@ -29,15 +41,7 @@ def wan_vae() -> AutoencoderKLWan:
 def _helios_parts(changes: dict[str, Any]) -> dict[str, Any]:
     network = HeliosTransformer3DModel(
         **{
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 32,
-            "freq_dim": 256,
-            "ffn_dim": 32,
-            "num_layers": 2,
+            **NETWORK,
             "rope_dim": (4, 4, 4),
             "has_multi_term_memory_patch": True,
             "guidance_cross_attn": True,
@@ -69,17 +73,9 @@ def anyflow_far(**changes: Any) -> AnyFlowFARPipeline:
     """AnyFlow's causal network. Images are multiples of 32 pixels; a chunk is one latent frame."""
     network = AnyFlowFARTransformer3DModel(
         **{
-            "patch_size": (1, 2, 2),
             "compressed_patch_size": (1, 4, 4),
             "full_chunk_limit": 3,
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 32,
-            "freq_dim": 256,
-            "ffn_dim": 32,
-            "num_layers": 2,
+            **NETWORK,
             "rope_max_seq_len": 32,
             "chunk_partition": (1, 1),
             **changes,
