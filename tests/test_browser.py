@@ -126,14 +126,13 @@ def changes(page, before):
 
 
 def still(page):
-    """The output, once it no longer changes."""
-    last = None
-    for _ in range(40):
-        now = page.evaluate(OUT)
-        if now == last:
-            return now
-        last = now
-        page.wait_for_timeout(700)
+    """The output, once three looks in a row find the same."""
+    seen = []
+    for _ in range(60):
+        seen = [*seen[-2:], page.evaluate(OUT)]
+        if len(seen) == 3 and len(set(seen)) == 1:
+            return seen[0]
+        page.wait_for_timeout(500)
     raise AssertionError("the image does not come to rest")
 
 
@@ -277,14 +276,17 @@ def test_a_style_image_is_chosen_dropped_refused_and_taken_away(tab, editing):
     page, thumbnail = tab(editing.url), "#style-thumbnail"
     live(page)
     page.select_option("#motion", "still")
+    text = still(page)
     page.click("#tab-image")
     page.click("button[data-source=drawing]")
+    changes(page, text)
     plain = still(page)
     assert page.is_visible("#style-panel") and page.is_hidden(thumbnail) and page.is_hidden("#style-remove")
     choose("red.png", png(300, 200, "red"))
     page.wait_for_selector(thumbnail)
     page.wait_for_function("document.getElementById('style-thumbnail').naturalWidth === 64")
-    red = changes(page, plain)
+    changes(page, plain)
+    red = still(page)
     choose("long.png", png(640, 64))
     page.wait_for_selector("#message[data-kind=error]")
     assert "reference of 640x64 pixels" in page.text_content("#message") and page.is_visible(thumbnail)
