@@ -43,7 +43,7 @@ from streamflow.acceleration.quantize import quantize, require
 from streamflow.benchmark.full_size import Size, full_size, prompt_arguments
 from streamflow.benchmark.machine import clocks, compile_cache, machine
 from streamflow.benchmark.measure import FAILURES, cause, clean, memory
-from streamflow.benchmark.report import rounded
+from streamflow.benchmark.report import rounded, write_json
 from streamflow.benchmark.timing import Call, Spread, ticks_within, timed
 from streamflow.models.loading import default_device
 
@@ -212,9 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         result["sets"][name] = rounded(found)
         print(f"| {name} | ms a call | times the first | error |", "|---|---|---|---|", sep="\n")
         print(*(row(way, f) for way, f in result["sets"][name]["ways"].items()), sep="\n", flush=True)
-        if a.output:
-            a.output.parent.mkdir(parents=True, exist_ok=True)
-            a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(result, a.output)
     print(json.dumps(result, allow_nan=False))
     return 0
 

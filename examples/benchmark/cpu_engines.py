@@ -40,6 +40,7 @@ from streamflow import StreamFlow, models, pretrained  # noqa: E402
 from streamflow.acceleration import Part, bind_arguments  # noqa: E402
 from streamflow.acceleration.compile import channels_last  # noqa: E402
 from streamflow.acceleration.onnx_export import export  # noqa: E402
+from streamflow.benchmark.report import write_json  # noqa: E402
 
 Modules = Mapping[str, nn.Module]
 
@@ -300,9 +301,7 @@ def main() -> int:
     result = {"command": " ".join(["python", *sys.argv]), "cpu": platform.processor() or platform.machine()}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": "float32"}
     result |= {"stages": a.stages, "rounds": a.rounds, "calls": a.calls, "engines": found}
-    if a.output:
-        a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.write_text(json.dumps(result) + "\n")
+    write_json(result, a.output)
     print(json.dumps(result))
     return 0
 

@@ -28,7 +28,6 @@ Needs matplotlib: pip install "streamflow-rf[bench]".
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
@@ -46,7 +45,7 @@ from streamflow import StreamFlow
 from streamflow._command_line import at_least, quiet_libraries
 from streamflow.benchmark.machine import machine
 from streamflow.benchmark.plot import SERIES, figure, style
-from streamflow.benchmark.report import rounded
+from streamflow.benchmark.report import rounded, write_json
 from streamflow.models.loading import load
 from streamflow.samples import IMAGE
 
@@ -176,8 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             "runs": rows,
         }
     )
-    a.output.parent.mkdir(parents=True, exist_ok=True)
-    a.output.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(result, a.output)
     draw(result, a.output.with_suffix(".png"))
     print(f"wrote {a.output} and {a.output.with_suffix('.png')}")
     return 0

@@ -7,7 +7,6 @@ python examples/benchmark/edit.py --output edit.json
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from diffusers import (
 from streamflow import StreamFlow
 from streamflow.benchmark.full_size import SIZES, Size, full_size, prompt_arguments
 from streamflow.benchmark.machine import machine
+from streamflow.benchmark.report import write_json
 from streamflow.benchmark.timing import Call, Spread, latencies, ticks_within, timed
 from streamflow.models.loading import default_device
 
@@ -209,7 +209,7 @@ def main() -> None:
                 flush=True,
             )
         result["sets"][name] = rows
-        a.output.write_text(json.dumps(result, indent=1) + "\n")  # what follows may fail or run out of time
+        write_json(result, a.output)  # what follows may fail or run out of time
         if name in REUSE:
             result.setdefault("reference_reuse", {})[name] = reuse_errors(REUSE[name], device, a.accelerate)
             for row in result["reference_reuse"][name]:
@@ -218,7 +218,7 @@ def main() -> None:
                     f"relative error {row['relative_error']:.2g}",
                     flush=True,
                 )
-            a.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(result, a.output)
     print(f"wrote {a.output}")
 
 

@@ -27,7 +27,7 @@ from streamflow import StreamFlow
 from streamflow._command_line import at_least
 from streamflow.benchmark.machine import clocks, machine
 from streamflow.benchmark.measure import warm
-from streamflow.benchmark.report import ratio, rounded
+from streamflow.benchmark.report import ratio, rounded, write_json
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.timing import Spread, timed
@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         set_embeddings(subject.pipe, subject.arguments)
     about = {"command": " ".join(["python", *sys.argv]), "model": a.model, "size": size, "steps": a.steps}
     result = rounded({**about, "machine": machine(subject.device), **measure(subject)})
-    if a.output:
-        a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(result, a.output)
     print(json.dumps(result, allow_nan=False))
     return 0
 

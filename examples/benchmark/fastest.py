@@ -28,7 +28,7 @@ from streamflow._command_line import above, at_least
 from streamflow.benchmark.full_size import full_size, prompt_arguments
 from streamflow.benchmark.machine import clocks, machine
 from streamflow.benchmark.measure import clean, memory
-from streamflow.benchmark.report import ratio, rounded
+from streamflow.benchmark.report import ratio, rounded, write_json
 from streamflow.benchmark.timing import Spread, ticks_within, timed
 from streamflow.models.loading import default_device
 
@@ -103,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     for size in a.sizes:
         for way in a.ways:
             result["sizes"].setdefault(str(size), {})[way] = rounded(compare(a.model, size, WAYS[way], a))
-            if a.output:
-                a.output.parent.mkdir(parents=True, exist_ok=True)
-                a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(result, a.output)
     print(json.dumps(result, allow_nan=False))
     return 0
 

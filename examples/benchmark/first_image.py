@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         found = {kind: [in_new_process(a, kind, cache) for _ in range(a.starts)] for kind in a.kinds}
     command = " ".join(["python examples/benchmark/first_image.py", *(argv or sys.argv[1:])])
     result = {"command": command, "model": a.model, "machine": about(a.device), "starts": found}
-    if a.output:
-        a.output.write_text(json.dumps(result, indent=1) + "\n")
+    from streamflow.benchmark.report import write_json
+
+    write_json(result, a.output)
     print(json.dumps(result))
     return 0
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from streamflow._command_line import above, at_least
 from streamflow.benchmark.machine import clocks, compile_cache, machine
 from streamflow.benchmark.measure import FAILURES, cause, clean, differences, memory, warm
-from streamflow.benchmark.report import ratio, rounded
+from streamflow.benchmark.report import ratio, rounded, write_json
 from streamflow.benchmark.settings import Settings, chosen
 from streamflow.benchmark.subject import COMPARED, Subject, load
 from streamflow.benchmark.timing import Spread, timed, wait
@@ -193,8 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         a.output.parent.mkdir(parents=True, exist_ok=True)
     for found in measure_all(subject, a.vae == "tiny", a.variants, {"backend": a.backend}):
         result = rounded({**about, "variants": found})
-        if a.output:
-            a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(result, a.output)
     print(table(found), json.dumps(result, allow_nan=False), sep="\n")
     return 0
 

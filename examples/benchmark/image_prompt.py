@@ -7,7 +7,6 @@ python examples/benchmark/image_prompt.py --output image_prompt.json
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from streamflow import StreamFlow
 from streamflow.benchmark.full_size import full_size, prompt_arguments
 from streamflow.benchmark.machine import machine
+from streamflow.benchmark.report import write_json
 from streamflow.benchmark.timing import Call, Spread, ticks_within, timed
 from streamflow.conditioning.image_prompt import ImageEmbeds
 from streamflow.models.loading import default_device
@@ -123,7 +123,7 @@ def main() -> None:
         "steps": a.steps,
         "ways": rows,
     }
-    a.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, a.output)
     print(f"wrote {a.output}")
 
 

@@ -45,6 +45,7 @@ from streamflow import StreamFlow  # noqa: E402
 from streamflow.acceleration.memory import place  # noqa: E402
 from streamflow.benchmark.full_size import full_size_tiny_vae  # noqa: E402
 from streamflow.benchmark.machine import machine  # noqa: E402
+from streamflow.benchmark.report import write_json  # noqa: E402
 from streamflow.benchmark.timing import Spread, timed, wait  # noqa: E402
 from streamflow.models.loading import default_device  # noqa: E402
 
@@ -317,8 +318,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = in_new_process(a, model, way)
                 print(row, file=sys.stderr, flush=True)
                 result["rows"].append(row)
-                if a.output:
-                    a.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_json(result, a.output)
     print(table(result["rows"]), json.dumps(result), sep="\n")
     return 1 if all("failed" in row for row in result["rows"]) else 0
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from streamflow import StreamFlow, models
 from streamflow.benchmark.full_size import full_size, prompt_arguments
+from streamflow.benchmark.report import write_json
 from streamflow.conditioning.prompt import stack
 from streamflow.models.loading import default_device
 
@@ -124,11 +125,8 @@ def main() -> int:
     name = torch.cuda.get_device_name() if a.device == "cuda" else platform.processor() or platform.machine()
     result = {"command": " ".join(["python", *sys.argv]), "device": name, "torch": torch.__version__, "dtype": str(dtype)}
     result |= {"threads": torch.get_num_threads(), "by_cfg_type": found, "memory": held}
-    text = json.dumps(result)
-    if a.output:
-        a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.write_text(text + "\n")
-    print(text)
+    write_json(result, a.output)
+    print(json.dumps(result))
     return 0
 
 

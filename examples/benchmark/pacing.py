@@ -27,7 +27,7 @@ from streamflow._command_line import above
 from streamflow.app.config import Settings
 from streamflow.app.scenes import aside, open_scene
 from streamflow.benchmark.machine import machine
-from streamflow.benchmark.report import rounded
+from streamflow.benchmark.report import rounded, write_json
 from streamflow.io import TimedImage
 from streamflow.live.latency_modes import percentile
 from streamflow.wrapper import StreamFlowWrapper
@@ -177,11 +177,9 @@ def main(argv: list[str] | None = None) -> int:
                 **(switch(wrapper, other, rate, 60 * a.minutes) if a.switch else play(wrapper.stream, rate, 60 * a.minutes)),
             }
         )
-    if a.output:
-        a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if not a.switch:
-            draw(result, a.output.with_suffix(".png"))
+    write_json(result, a.output)
+    if a.output and not a.switch:
+        draw(result, a.output.with_suffix(".png"))
     print(json.dumps({name: value for name, value in result.items() if name != "each_ms"}, allow_nan=False))
     return 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamflow import StreamFlow
 from streamflow.benchmark.measure import FAILURES, cause
-from streamflow.benchmark.report import ratio, rounded
+from streamflow.benchmark.report import ratio, rounded, write_json
 from streamflow.benchmark.settings import Settings
 from streamflow.benchmark.subject import Subject, load
 from streamflow.benchmark.timing import Spread, wait
@@ -121,12 +121,7 @@ class Run:
     def write(self) -> None:
         """All that there is, and the scaling model of it; the file is never half written."""
         self.found["scaling_model"] = scaling_model.compare(self.found["parts"])
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.part")
-        beside.write_text(json.dumps(rounded(self.found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        write_json(self.found, self.path)
 
     # -- the clock ------------------------------------------------------------------------------------------------------
 

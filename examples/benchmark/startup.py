@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from streamflow.benchmark.machine import machine
+    from streamflow.benchmark.report import write_json
 
     command = " ".join(["python examples/benchmark/startup.py", *(argv or sys.argv[1:])])
     result: dict[str, Any] = {
@@ -124,8 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for model in a.models:
             result["models"][model] = measure(a, model, Path(folder))
-            if a.output:
-                a.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(result, a.output)
     print(json.dumps(result))
     return 0
 

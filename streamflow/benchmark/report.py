@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from streamflow._files import Json
+from streamflow._files import Json, replacing
 from streamflow.benchmark.settings import SWEEPS
 from streamflow.benchmark.ways import CHAIN, SAME_VAE
 
@@ -175,10 +175,18 @@ def rounded(value: Json) -> Json:
     return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
+def write_json(result: Json, path: Path | None) -> None:
+    """Write the result with its floats rounded, whole or not at all; its folder is made. Nothing where path is None."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, mode=0o644, durable=False) as file:
+        file.write(f"{json.dumps(rounded(result), indent=1, allow_nan=False)}\n".encode())
+
+
 def write(result: Json, folder: Path, name: str) -> list[Path]:
     """Write the JSON and the table. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(result, paths[0])
     paths[1].write_text(table(result) + "\n", encoding="utf-8")
     return paths
