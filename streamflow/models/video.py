@@ -44,7 +44,7 @@ class History:
 
     chunks: int = 0
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    memory: Memory = ()
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, eq=False)
