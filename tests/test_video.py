@@ -23,7 +23,6 @@ from random_pipelines.video import wan_vae
 from streamflow import StreamFlow, VideoStream
 from streamflow.io import TimedImage
 from streamflow.models import VIDEO_PIPELINES
-from streamflow.models.causal_codec import CausalCodec
 from streamflow.models.video_kinds import REASONS
 
 ROOT = Path(__file__).parents[1]
@@ -703,24 +702,6 @@ def test_a_network_with_a_cache_is_refused(pipes):
             VideoStream(pipe)
     finally:
         pipe.transformer.disable_cache()
-
-
-@pytest.mark.parametrize("patch_size", [None, 2])
-def test_a_causal_vae_decodes_in_parts_what_it_decodes_as_a_whole(patch_size):
-    torch.manual_seed(0)
-    config = dict(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
-    if patch_size:
-        config |= {"patch_size": patch_size, "in_channels": 12, "out_channels": 12, "is_residual": True}
-    vae = diffusers.AutoencoderKLWan(**config).eval()
-    z = torch.randn(1, 16, 7, 2, 2)
-    with torch.no_grad():
-        whole = vae.decode(z, return_dict=False)[0]
-    codec, memory, parts = CausalCodec(vae), (), []
-    for part in z.split([1, 2, 4], dim=2):
-        images, memory = codec.decode(part, memory)
-        parts.append(images)
-    assert [part.shape[2] for part in parts] == [1, 8, 16]
-    assert (torch.cat(parts, dim=2) - whole).abs().max() < 3e-7
 
 
 # -- every video pipeline of diffusers -------------------------------------------------------------------------------------

@@ -1,44 +1,154 @@
-"""A causal video VAE, decoded part after part: what its convolutions keep of one part is handed to the next."""
+"""Causal video VAEs, encoded and decoded part after part: what the layers keep of one part is handed to the next."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
 
-Memory = tuple[Any, ...]  # what each convolution keeps: a tensor, or a mark of the first frames; empty before the first part
+KINDS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
+GROUP = 4  # images that these VAEs encode at once, after the first image of a video
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What a codec keeps of a video, for the part that follows. It belongs to the caller. No codec writes into it, so a
+    video can be continued from the same memory more than once.
+
+    network: the encoder or decoder that made it. size: the number of videos, the height and the width of a part. dtype and
+    device: of a part. kept: what each layer keeps.
+    """
+
+    network: nn.Module
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    kept: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, network: nn.Module, part: Tensor, kept: tuple[Any, ...]) -> Memory:
+        """The memory of this network after this part, `[n, channels, T, h, w]`."""
+        return cls(network, (len(part), *part.shape[3:]), part.dtype, part.device, kept)
+
+
+def take_part(
+    network: nn.Module, part: Tensor, channels: int, dtype: torch.dtype, memory: Memory | None
+) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """A part of a video in this dtype, and what the layers of the network have kept for it (None before the first part).
+
+    Raises:
+        TypeError, ValueError: the part is not `[n, channels, T, h, w]`, or the memory is not of this network or not of such
+            parts.
+    """
+    name = type(network).__name__
+    if not isinstance(part, Tensor) or not part.is_floating_point():
+        raise TypeError(f"{name} takes a floating-point tensor, not {getattr(part, 'dtype', type(part).__name__)}")
+    if part.ndim != 5 or part.shape[1] != channels or 0 in part.shape:
+        raise ValueError(f"{name} takes [n, {channels}, T, height, width], not {list(part.shape)}")
+    part = part.to(dtype)
+    if memory is None:
+        return part, None
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory is the Memory of the part before, or None for a first part, not {type(memory).__name__}")
+    if memory.network is not network:
+        raise ValueError(
+            f"this memory is of another network ({type(memory.network).__name__}): pass the one that the same method of the "
+            f"same codec returned with the part before"
+        )
+    new = Memory.of(network, part, memory.kept)
+    if (memory.size, memory.dtype, memory.device) != (new.size, new.dtype, new.device):
+        before, now = (f"{list(one.size)} in {one.dtype} on {one.device}" for one in (memory, new))
+        raise ValueError(f"this memory is of parts [n, height, width] = {before}, and this part is {now}")
+    return part, memory.kept
 
 
 class CausalCodec:
-    """The decoder of an `AutoencoderKLWan`.
+    """The encoder and the decoder of an `AutoencoderKLWan` or an `AutoencoderKLQwenImage`, for videos in parts.
 
-    A video that is decoded in parts equals the same video decoded at once; `post_quant_conv` alone may round differently on
-    fewer frames, by about 2e-7. The memory belongs to the caller, so one VAE decodes any number of videos.
+        codec, memory = CausalCodec(pipe.vae), None
+        for part in parts:
+            images, memory = codec.decode(part, memory)
+
+    A video in parts gives what the VAE gives for the whole video. The encoder and the decoder are equal to the bit. The
+    VAE's convolution of 1 x 1 x 1 at the latents (`quant_conv`, `post_quant_conv`) may round differently for another number
+    of frames, by 2e-7 in float32. One VAE can process any number of videos in turn: each has a memory of its own.
+
+    Latents are in the VAE's own scale: without `latents_mean` and `latents_std`.
 
     Raises:
-        ValueError: where made, for a VAE with tiling, whose tiles would each need a memory.
+        TypeError: a VAE of another class. ValueError: tiling is enabled, here or in a later call, since each tile would need
+            a memory.
     """
 
     def __init__(self, vae: Any) -> None:
-        if vae.use_tiling:
-            raise ValueError("a VAE with tiling decodes whole videos only: call pipe.vae.disable_tiling()")
+        names = {cls.__name__ for cls in type(vae).__mro__}
+        if names.isdisjoint(KINDS):
+            raise TypeError(f"a CausalCodec is made of an {' or an '.join(KINDS)}, not of {type(vae).__name__}")
         self._vae = vae
-        self._convolutions = sum(isinstance(module, nn.Conv3d) for module in vae.decoder.modules())
+        self._patch = vae.config.get("patch_size")
+        self._first = {"first_chunk": True} if "AutoencoderKLWan" in names else {}  # what its decoder takes
+        self._check_tiling()
 
     @computing
-    def decode(self, latents: Tensor, memory: Memory = ()) -> tuple[Tensor, Memory]:
-        """Decode the latents `[n, C, T, h, w]` that follow those of this memory, to images `[n, 3, T', H, W]` in [-1, 1].
-        The first latent of a video is one image, any other four."""
-        kept = list(memory) if memory else [None] * self._convolutions
-        images = []
-        for k, frame in enumerate(self._vae.post_quant_conv(latents).split(1, dim=2)):
-            first = not memory and k == 0
-            images.append(self._vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=first))
+    def encode(self, images: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Encode the images `[n, 3, T, H, W]` in [-1, 1] that follow those of this memory.
+
+        The first image of a video is one latent, and so are four others. So a first part has 1, 5, 9, ... images, and any
+        other a multiple of four. memory: None for a first part.
+
+        Returns the modes of the latents, `[n, C, T', h, w]`, and the memory for the next part.
+
+        Raises:
+            TypeError, ValueError: the images or the memory do not fit, with the numbers.
+        """
+        self._check_tiling()
+        encoder = self._vae.encoder
+        channels = encoder.conv_in.in_channels // (self._patch or 1) ** 2
+        images, kept = take_part(encoder, images, channels, self._vae.dtype, memory)
+        first, count = int(kept is None), images.shape[2]
+        if (count - first) % GROUP:
+            expected = "1, 5, 9, ... in the first part" if first else "a multiple of 4 after the first part"
+            raise ValueError(f"the number of images is {expected} of a video, not {count}")
+        x = images if self._patch is None else patchify(images, self._patch)
+        new, moments = _list(kept, encoder), []
+        for group in x.split([1] * first + [GROUP] * (count // GROUP), dim=2):
+            moments.append(encoder(group, feat_cache=new, feat_idx=[0]))
+        latents = self._vae.quant_conv(torch.cat(moments, dim=2)).chunk(2, dim=1)[0]
+        return latents, Memory.of(encoder, images, tuple(new))
+
+    @computing
+    def decode(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Decode the latents `[n, C, T, h, w]` that follow those of this memory.
+
+        The first latent of a video is one image, any other four. memory: None for a first part.
+
+        Returns images `[n, 3, T', H, W]` in [-1, 1], and the memory for the next part.
+
+        Raises:
+            TypeError, ValueError: the latents or the memory do not fit, with the numbers.
+        """
+        self._check_tiling()
+        decoder = self._vae.decoder
+        latents, kept = take_part(decoder, latents, self._vae.config.z_dim, self._vae.dtype, memory)
+        new, images = _list(kept, decoder), []
+        for k, latent in enumerate(self._vae.post_quant_conv(latents).split(1, dim=2)):
+            first = self._first if kept is None and k == 0 else {}
+            images.append(decoder(latent, feat_cache=new, feat_idx=[0], **first))
         video = torch.cat(images, dim=2)
-        if self._vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=self._vae.config.patch_size)
-        return video.clamp(-1.0, 1.0), tuple(kept)
+        if self._patch is not None:
+            video = unpatchify(video, self._patch)
+        return video.clamp(-1.0, 1.0), Memory.of(decoder, latents, tuple(new))
+
+    def _check_tiling(self) -> None:
+        if self._vae.use_tiling:
+            raise ValueError("a VAE with tiling processes whole videos only: call pipe.vae.disable_tiling()")
+
+
+def _list(kept: tuple[Any, ...] | None, network: nn.Module) -> list[Any]:
+    """A list of what each layer has kept, for the network to replace its entries."""
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in network.modules()) if kept is None else list(kept)

@@ -6,7 +6,7 @@ in `tiny_vae`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,18 +94,34 @@ class Upstream:
     def read(self, folder: Path) -> AutoencoderTiny:
         """The model with the weights in this folder."""
         vae = self.make()
-        weights = {self.rename(i, key): value for i, file in enumerate(self.files) for key, value in _read(folder / file)}
+        files = [read_weights(folder / file) for file in self.files]
+        weights = {self.rename(i, key): value for i, one in enumerate(files) for key, value in one.items()}
         statistics = {key: value for key, value in vae.state_dict().items() if key.startswith("bn.")}
         vae.load_state_dict({**statistics, **weights})
         return vae
 
 
-def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def read_weights(file: Path) -> Mapping[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of one of torch, on the CPU.
 
-        return load_file(file).items()
-    return torch.load(file, map_location="cpu", weights_only=True).items()
+    Raises:
+        OSError: there is no such file. ValueError: it has anything else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch has no common class of errors for the bytes of another file
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{file} is no file of weights: {reason}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise ValueError(f"{file} holds other things than tensors by name")
+    return weights
 
 
 def _sequential(file: int, key: str) -> str:

@@ -22,6 +22,7 @@ from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.models.causal_codec import Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
+from streamflow.models.tiny_video import TinyVideoDecoder
 
 # Arguments of a pipeline's call that are the stream's own, with the reason.
 REFUSED = {
@@ -44,7 +45,7 @@ class History:
 
     chunks: int = 0
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    memory: Memory = ()
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class VideoAdapter(ABC):
 
     fps: frames a second that the model was made for. changeable: the arguments that may change from chunk to chunk, of those
     that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
-    call, by name. vae: what decodes.
+    call, by name. vae: the pipeline's. tiny: what decodes in its place, or None.
 
     Raises:
         ValueError: where made, for a pipeline that is offloaded, or whose network has a cache.
@@ -112,6 +113,7 @@ class VideoAdapter(ABC):
         self.device: torch.device = pipe._execution_device
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         self.vae = pipe.vae
+        self.tiny: TinyVideoDecoder | None = None
         self._placed = [(module, (module.device, module.dtype)) for module in (pipe.transformer, pipe.vae)]
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
@@ -133,6 +135,23 @@ class VideoAdapter(ABC):
                     f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {module.device} in "
                     f"{module.dtype} now: call prepare() anew"
                 )
+
+    def use_tiny_vae(self, tiny: TinyVideoDecoder) -> None:
+        """Decode with this one in the place of the pipeline's VAE. TypeError or ValueError where it does not fit."""
+        if not isinstance(tiny, TinyVideoDecoder):
+            raise TypeError(f"the VAE is the pipe's own or a TinyVideoDecoder, not {type(tiny).__name__}")
+        pipe, device = self.pipe, next(tiny.parameters()).device
+        found = tiny.latent_channels, tiny.pixels, tiny.frames
+        needed = pipe.vae.config.z_dim, pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        if found != needed:
+            own, other = ("{} channels, {} pixels and {} frames".format(*one) for one in (needed, found))
+            raise ValueError(
+                f"a latent of this {type(pipe).__name__} has {own}, and one of the tiny VAE {other}: load the file that was "
+                f"made for the pipe's VAE"
+            )
+        if device != self.device:
+            raise ValueError(f"the tiny VAE is on {device} and the pipe on {self.device}: call use_tiny_vae() again")
+        self.tiny = tiny
 
     @abstractmethod
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
@@ -177,6 +196,8 @@ class VideoAdapter(ABC):
     @computing
     def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
         """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
+        if self.tiny is not None:
+            return self.tiny.decode(drawn.latents)[0], drawn.history
         return self.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
 
     def length(self, plan: VideoPlan) -> int | None:

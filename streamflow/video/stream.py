@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from streamflow._grad_mode import computing
 from streamflow._validation import check_number, is_whole_number, whole_number
 from streamflow.flow.noise import resolve_seeds
 from streamflow.models import video_adapter_for
+from streamflow.models.pipe_parts import base_network
+from streamflow.models.tiny_video import TinyVideoDecoder
 from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.video.chunks import Chunk, VideoFrame
 
@@ -85,6 +88,7 @@ class VideoStream:
         self._slot = threading.Lock()  # of what the next chunk takes; taken after both
         self._drawn_by: int | None = None
         self._video: _Video | None = None
+        self._tiny: TinyVideoDecoder | None = None
         self._closed = False
         self._waiting: deque[VideoFrame] = deque()
         self._restart()
@@ -117,6 +121,8 @@ class VideoStream:
             raise TypeError(f"generator is one torch.Generator, not {type(generator).__name__}")
         seed = _seed(DEFAULT_SEED if seed is None and generator is None else seed)
         adapter = video_adapter_for(self.pipe)
+        if self._tiny is not None:
+            adapter.use_tiny_vae(self._tiny)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         plan = adapter.plan({name: text for name, text in texts.items() if text is not None} | arguments)
         with self._alone(), self._updating:
@@ -171,6 +177,35 @@ class VideoStream:
         video = self._prepared()
         return video.seed if video.new_seed is None else video.new_seed
 
+    @property
+    def vae(self) -> Any:
+        """What decodes from the next `prepare` on: a `TinyVideoDecoder` that was assigned, or `stream.pipe.vae`. ValueError
+        for a decoder of other latents, with the numbers."""
+        self._check_open()
+        return self.pipe.vae if self._tiny is None else self._tiny
+
+    @vae.setter
+    def vae(self, vae: Any) -> None:
+        self._check_open()
+        own = vae is self.pipe.vae
+        if not own:
+            video_adapter_for(self.pipe).use_tiny_vae(vae)
+        self._tiny = None if own else vae
+
+    def use_tiny_vae(self, path: str | Path) -> None:
+        """Decode with a tiny VAE, much faster and a little coarser, from the next `prepare` on. The pipe keeps its own VAE,
+        which encodes what a video goes on from. `stream.vae = stream.pipe.vae` goes back to it.
+
+        path: a file of TAEHV's weights, `.pth` or `.safetensors`, for the latents of the pipe's VAE: `taew2_1` for Wan 2.1's
+            (`streamflow.models.tiny_video`).
+
+        Raises:
+            OSError: there is no such file. ValueError: it has other weights, or is for other latents. Nothing has changed.
+        """
+        self._check_open()
+        network = base_network(self.pipe.transformer)
+        self.vae = TinyVideoDecoder.from_file(path).to(self.pipe._execution_device, network.dtype)
+
     # -- draw -----------------------------------------------------------------------------------------------------------
 
     def __call__(self) -> Chunk:
@@ -219,7 +254,7 @@ class VideoStream:
         """Let go of the pipeline and of what was carried. The stream cannot be used after it. May be called twice."""
         with self._alone(), self._updating:
             self._closed = True
-            self.pipe = self._video = None
+            self.pipe = self._video = self._tiny = None
             self._restart()
 
     def __enter__(self) -> Self:

@@ -136,7 +136,8 @@ class AnyFlowFAR(VideoAdapter):
         return Drawn(own.clone(), self._scaled(own), images, left)
 
     def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        video, memory = self._codec.decode(drawn.scaled, drawn.history.memory)
+        codec, latents = (self._codec, drawn.scaled) if self.tiny is None else (self.tiny, drawn.latents)
+        video, memory = codec.decode(latents, drawn.history.memory)
         return video, replace(drawn.history, memory=memory)
 
     def _until_drawn(self, call: Arguments, index: int, generator: torch.Generator) -> Tensor:
