@@ -286,6 +286,7 @@ def test_a_download_is_announced_with_its_source_and_place():
     assert said("a/cached").startswith("downloading a/cached from http://127.0.0.1:9")
 
 
+@pytest.mark.slow
 def test_a_command_says_what_it_downloads():
     program = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "cache", "HF_HUB_OFFLINE": "0"}

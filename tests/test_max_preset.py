@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPT, relative_error
+from conftest import PROMPT, relative_error, slow
 from random_pipelines import random_pipeline
 from torch import nn
 
@@ -121,7 +121,7 @@ def test_the_trial_draws_as_the_stream_does(options):
     assert torch.equal(encoded, stream.decode_image(stream._model.encode(given)))
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.5])
+@pytest.mark.parametrize("value", [slow(float("nan")), 0.5])
 def test_an_encoder_that_is_wrong_is_not_chosen(value, ways, monkeypatch):
     ways(EAGER)
     stream, made = make_stream(), acceleration.accelerate
