@@ -58,8 +58,8 @@ def stream_of(pipe, output_type: str = "latent", **call) -> VideoStream:
     return stream
 
 
-def latents(stream: VideoStream, chunks: int) -> list[torch.Tensor]:
-    """The latents of the next chunks."""
+def latents(stream: VideoStream, chunks: int | None) -> list[torch.Tensor]:
+    """The latents of the next chunks; None: of all."""
     return [chunk.latents for chunk in stream.chunks(chunks)]
 
 
@@ -692,6 +692,19 @@ def test_anyflow_says_what_it_needs(pipes):
     pipe.vae.enable_tiling()
     with pytest.raises(ValueError, match="disable_tiling"):
         VideoStream(pipe)
+
+
+def test_an_image_of_anyflow_holds_the_patches_of_its_compressed_past(pipes):
+    """Unless the video ends before any chunk is compressed."""
+    call = {"prompt_embeds": embeds(), "num_inference_steps": 1}
+    pipe, short = pipes("anyflow-far"), pipes("anyflow-far", rope_max_seq_len=3)
+    for name in ("height", "width"):
+        size = {"height": 32, "width": 32, name: 16}
+        with pytest.raises(ValueError, match=rf"{name} 16 is 2 latents, and from chunk 3 on .* pass {name}=32 or more"):
+            VideoStream(pipe).prepare(**call, **size)
+        stream = VideoStream(short, output_type="latent")
+        stream.prepare(**call, **size)
+        assert len(latents(stream, None)) == 3
 
 
 def test_a_network_with_a_cache_is_refused(pipes):

@@ -73,6 +73,9 @@ VIDEO_PIPELINES: dict[str, str] = {
     "AnyFlowFARPipeline": "streamflow.models.families.anyflow_far:AnyFlowFAR",
     "HeliosPipeline": "streamflow.models.families.helios:Helios",
     "HeliosPyramidPipeline": "streamflow.models.families.helios:Helios",
+    "SkyReelsV2DiffusionForcingPipeline": "streamflow.models.families.skyreels:SkyReels",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "streamflow.models.families.skyreels:SkyReels",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "streamflow.models.families.skyreels:SkyReels",
 }
 
 # Diffusion pipelines by the start of their class's name: the family of the rectified network, and published models.

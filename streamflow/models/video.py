@@ -1,7 +1,8 @@
 """Video pipelines that draw chunk after chunk, as `streamflow.video` uses them.
 
 A chunk is a call of the pipeline itself: it is given what the chunks before have left, and it stops before it decodes. So
-every argument acts as in the pipeline's own call, and no line of the pipeline is written again here.
+every argument acts as in the pipeline's own call, and no line of the pipeline is written again here. SkyReels is the
+exception: its chunks share calls of the network.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool, check_number, whole_number
-from streamflow.models.causal_codec import Memory
+from streamflow.models.causal_codec import CausalCodec, Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
 from streamflow.models.tiny_video import TinyVideoDecoder
@@ -41,11 +42,13 @@ TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds",
 @dataclass(frozen=True, eq=False)
 class History:
     """What the chunks so far leave to the next one. chunks: how many they are. tensors: by the names of the arguments of the
-    pipeline's call that take them. memory: of a VAE that decodes every chunk after the one before."""
+    pipeline's call that take them. memory: of a VAE that decodes every chunk after the one before. carried: what else an
+    adapter carries."""
 
     chunks: int = 0
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Memory | None = None
+    carried: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +156,11 @@ class VideoAdapter(ABC):
             raise ValueError(f"the tiny VAE is on {device} and the pipe on {self.device}: call use_tiny_vae() again")
         self.tiny = tiny
 
+    def defaults(self) -> Call:
+        """The arguments of the pipeline's call as they are where none is given; None for those that it needs."""
+        own = {name: one.default for name, one in self.parameters.items() if name != "self"}
+        return {name: None if value is inspect.Parameter.empty else value for name, value in own.items()}
+
     @abstractmethod
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
         """Draw the chunk that follows these chunks."""
@@ -176,7 +184,7 @@ class VideoAdapter(ABC):
             if name not in self.parameters:
                 taken = sorted(self.parameters.keys() - REFUSED.keys() - {"self", "generator"})
                 raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
-        call = {name: one.default for name, one in self.parameters.items() if name != "self"} | own
+        call = self.defaults() | own
         _check_numbers(call)
         for name in TEXTS[:2]:
             if call[name] is not None and call[f"{name}_embeds"] is not None:
@@ -256,6 +264,39 @@ class VideoAdapter(ABC):
                 raise ValueError(f"{name} holds NaN or infinite values")
 
 
+class CausallyDecoded(VideoAdapter):
+    """A pipeline that decodes its whole video at once, with a causal VAE: here chunk after chunk, from what the VAE's layers
+    keep of the chunks before.
+
+    Raises:
+        TypeError, ValueError: where made, for another VAE, or one with tiling.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        super().__init__(pipe)
+        self._codec = CausalCodec(pipe.vae)
+
+    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
+        codec, latents = (self._codec, drawn.scaled) if self.tiny is None else (self.tiny, drawn.latents)
+        video, memory = codec.decode(latents, drawn.history.memory)
+        return video, replace(drawn.history, memory=memory)
+
+    def in_scale_of_vae(self, latents: Tensor) -> Tensor:
+        """As the pipeline's call ends: in the VAE's dtype and scale."""
+        config, latents = self.vae.config, latents.to(self.vae.dtype)
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean, std = (torch.tensor(one).view(shape).to(latents) for one in (config.latents_mean, config.latents_std))
+        return latents / (1.0 / std) + mean
+
+
+def check_pixels(name: str, images: Tensor, count: int) -> None:
+    """Raise ValueError unless these are the finite pixels of one video."""
+    if count != 1:
+        raise ValueError(f"{name}: a stream draws one video, and these are {count} of them")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
 def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
@@ -270,7 +311,8 @@ def _check_numbers(call: Arguments) -> None:
     check_number("guidance_scale", call["guidance_scale"])
     if call["guidance_scale"] is None:
         raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
-    for name in ("height", "width", "num_inference_steps", "num_latent_frames_per_chunk", "max_sequence_length"):
+    sizes = "height width num_inference_steps num_latent_frames_per_chunk max_sequence_length base_num_frames"
+    for name in sizes.split():
         if name in call:
             whole_number(name, call[name], 1, wrong_type=TypeError)
     for name, value in call.items():

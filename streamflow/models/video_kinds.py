@@ -21,9 +21,6 @@ REASONS = {
     "its call takes no history": "HunyuanVideoFramepack",
     "draws window after window, but its call takes no history, and decodes the clip at once": "LTXI2VLongMultiPrompt",
     "draws segment after segment along control videos, which its call takes whole": "Cosmos2_5_Transfer WanAnimate",
-    "denoises frames at different noise levels, in a ring along the time axis, which is not built": (
-        "SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo SkyReelsV2DiffusionForcingVideoToVideo"
-    ),
 }
 
 

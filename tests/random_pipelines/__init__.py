@@ -71,6 +71,9 @@ MAKERS = {
     "helios": "random_pipelines.video:helios",
     "helios-pyramid": "random_pipelines.video:helios_pyramid",
     "helios-distilled": "random_pipelines.video:helios_distilled",
+    "skyreels": "random_pipelines.video:skyreels",
+    "skyreels-image": "random_pipelines.video:skyreels_image",
+    "skyreels-video": "random_pipelines.video:skyreels_video",
 }
 
 

@@ -14,6 +14,11 @@ from diffusers import (
     HeliosPyramidPipeline,
     HeliosScheduler,
     HeliosTransformer3DModel,
+    SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
 )
 
 from random_pipelines import t5, tokenizer
@@ -84,3 +89,25 @@ def anyflow_far(**changes: Any) -> AnyFlowFARPipeline:
     scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
     parts = {"tokenizer": tokenizer(), "text_encoder": t5(), "vae": wan_vae(), "transformer": network}
     return AnyFlowFARPipeline(**parts, scheduler=scheduler)
+
+
+def _skyreels_parts(changes: dict[str, Any]) -> dict[str, Any]:
+    network = SkyReelsV2Transformer3DModel(**{**NETWORK, "rope_max_seq_len": 32, **changes})
+    scheduler = UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    parts = {"tokenizer": tokenizer(), "text_encoder": t5(), "vae": wan_vae()}
+    return {**parts, "transformer": network, "scheduler": scheduler}
+
+
+def skyreels(**changes: Any) -> SkyReelsV2DiffusionForcingPipeline:
+    """SkyReels with diffusion forcing. Images are multiples of 16 pixels."""
+    return SkyReelsV2DiffusionForcingPipeline(**_skyreels_parts(changes))
+
+
+def skyreels_image(**changes: Any) -> SkyReelsV2DiffusionForcingImageToVideoPipeline:
+    """The same, from an image."""
+    return SkyReelsV2DiffusionForcingImageToVideoPipeline(**_skyreels_parts(changes))
+
+
+def skyreels_video(**changes: Any) -> SkyReelsV2DiffusionForcingVideoToVideoPipeline:
+    """The same, from a video."""
+    return SkyReelsV2DiffusionForcingVideoToVideoPipeline(**_skyreels_parts(changes))

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from streamflow._grad_mode import computing
 from streamflow._validation import whole_number
-from streamflow.models.causal_codec import CausalCodec
 from streamflow.models.protocols import Arguments, Pipeline
-from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan
+from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan
 
 
 class _ChunkDrawn(Exception):
@@ -25,7 +24,7 @@ class _ChunkDrawn(Exception):
         self.latents = latents
 
 
-class AnyFlowFAR(VideoAdapter):
+class AnyFlowFAR(CausallyDecoded):
     """`AnyFlowFARPipeline`. A video has an end, since the network has positions for `rope_max_seq_len` latent frames, and
     what is carried grows by a chunk each time.
 
@@ -44,7 +43,6 @@ class AnyFlowFAR(VideoAdapter):
 
     def __init__(self, pipe: Pipeline) -> None:
         super().__init__(pipe)
-        self._codec = CausalCodec(pipe.vae)
         self._encode_kv_cache = self._view.encode_kv_cache
 
     def check(self, call: Arguments) -> None:
@@ -85,6 +83,19 @@ class AnyFlowFAR(VideoAdapter):
                 f"the network has positions for {most} latent frames, and no chunk of {least} fits{before}: pass smaller "
                 f"chunks or a shorter video"
             )
+        self._check_compressed(call)
+
+    def _check_compressed(self, call: Arguments) -> None:
+        """The network compresses all chunks but its last ones, by patches that have to fit into an image."""
+        config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        if self._left(call, 0) <= config.full_chunk_limit:
+            return
+        for (name, size), patch in zip(self._size(call).items(), config.compressed_patch_size[1:], strict=True):
+            if size // factor < patch:
+                raise ValueError(
+                    f"{name} {size} is {size // factor} latents, and from chunk {config.full_chunk_limit} on the network "
+                    f"compresses the first chunks by {patch} latents: pass {name}={patch * factor} or more"
+                )
 
     @computing
     def plan(self, given: Arguments, last: VideoPlan | None = None) -> VideoPlan:
@@ -133,12 +144,7 @@ class AnyFlowFAR(VideoAdapter):
         own = drawn[:, first:].permute(0, 2, 1, 3, 4)
         images = own.shape[2] * factor - (factor - 1 if history.chunks == 0 else 0)
         left = replace(history, chunks=history.chunks + 1, tensors={"video_latents": drawn.clone()})
-        return Drawn(own.clone(), self._scaled(own), images, left)
-
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        codec, latents = (self._codec, drawn.scaled) if self.tiny is None else (self.tiny, drawn.latents)
-        video, memory = codec.decode(latents, drawn.history.memory)
-        return video, replace(drawn.history, memory=memory)
+        return Drawn(own.clone(), self.in_scale_of_vae(own), images, left)
 
     def _until_drawn(self, call: Arguments, index: int, generator: torch.Generator) -> Tensor:
         """Call the pipeline until chunk `index` is drawn. Returns the latents up to there, `[1, T, C, h, w]`."""
@@ -172,10 +178,3 @@ class AnyFlowFAR(VideoAdapter):
         if frames < first:
             return 0 if frames == 0 else None
         return None if (frames - first) % other else 1 + (frames - first) // other
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        """As the pipeline's call ends: in the VAE's dtype and scale."""
-        config, latents = self.vae.config, latents.to(self.vae.dtype)
-        shape = (1, config.z_dim, 1, 1, 1)
-        mean, std = (torch.tensor(one).view(shape).to(latents) for one in (config.latents_mean, config.latents_std))
-        return latents / (1.0 / std) + mean

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamflow._validation import check_bool, whole_number
 from streamflow.models.protocols import Arguments
-from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan
+from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan, check_pixels
 
 # A call continues a video where it is given the latents of that video, without more noise on them.
 CONTINUES = {"add_noise_to_image_latents": False, "add_noise_to_video_latents": False, "is_amplify_first_chunk": False}
@@ -93,10 +93,10 @@ class Helios(VideoAdapter):
         size, processor = {"height": call["height"], "width": call["width"]}, self.pipe.video_processor
         if call["image"] is not None:
             image = processor.preprocess(call["image"], **size)
-            _check_pixels("image", image, len(image))
+            check_pixels("image", image, len(image))
         if call["video"] is not None:
             video = processor.preprocess_video(call["video"], **size)
-            _check_pixels("video", video, len(video))
+            check_pixels("video", video, len(video))
             least = (call["num_latent_frames_per_chunk"] - 1) * self.pipe.vae_scale_factor_temporal + 1
             if video.shape[2] < least:
                 raise ValueError(f"video has {video.shape[2]} frames, and a chunk is {least}: pass {least} or more")
@@ -124,10 +124,3 @@ def _check_sizes(name: str, value: object, count: int) -> None:
         raise ValueError(f"{name} is a list of {count} numbers, not {value!r}")
     for one in value:
         whole_number(name, one, 1, "integers", wrong_type=TypeError)
-
-
-def _check_pixels(name: str, images: Tensor, count: int) -> None:
-    if count != 1:
-        raise ValueError(f"{name}: a stream draws one video, and these are {count} of them")
-    if not torch.isfinite(images).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
