@@ -16,6 +16,8 @@ from streamflow.models.tiny_video import TinyVideoDecoder
 CALLS = {
     "helios": {"height": 16, "width": 16, "num_inference_steps": 1, "num_latent_frames_per_chunk": 3, "guidance_scale": 1.0},
     "anyflow-far": {"height": 32, "width": 32, "num_inference_steps": 1, "chunk_partition": [1, 2]},
+    "skyreels": {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "base_num_frames": 9}
+    | {"overlap_history": 5},
 }
 
 
@@ -211,7 +213,7 @@ def test_bad_parts_and_memories_are_refused():
 
 @pytest.mark.parametrize("family", CALLS)
 def test_a_stream_decodes_with_it_as_with_the_pipes_own(family, pipes, tmp_path):
-    """The same latents and number of images. Helios' chunks are each decoded afresh, and AnyFlow's after those before."""
+    """The same latents and number of images. Helios' chunks are each decoded afresh, and the others' after those before."""
     pipe, decoder = pipes(family), small()
     torch.save(decoder.state_dict(), tmp_path / "tiny.pth")
     own, tiny = VideoStream(pipe, output_type="pt"), VideoStream(pipe, output_type="pt")

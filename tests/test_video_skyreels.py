@@ -186,6 +186,20 @@ def test_images_are_of_the_output_type(output_type, pipes):
     assert np.abs(image - pixels[0].permute(1, 2, 0).numpy()).max() <= 0.51 / 255
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_gpu_draws_the_pipelines_blocks_too(cached, pipes):
+    """Kernels differ with the number of tokens, so that kept keys round otherwise."""
+    pipe, call = copy.deepcopy(pipes("skyreels")).to("cuda"), {**GUIDED, "num_inference_steps": 4}
+    given = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in {**SMALL, **call}.items()}
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    drawn = pipe(prompt=None, **given, num_frames=37, generator=generator, output_type="latent").frames
+    found = latents(stream_of(pipe, use_kv_cache=cached, **call), 5)
+    assert found.is_cuda and relative_error(found.transpose(0, 2), drawn.transpose(0, 2)) < (1e-4 if cached else 1e-6)
+
+
 # -- the pipeline is left alone --------------------------------------------------------------------------------------------
 
 
@@ -272,7 +286,7 @@ def test_without_end_memory_and_cost_are_constant(chunks, call, pipes):
     assert all(costs[k] == costs[k - 2] for k in range(5, chunks))
 
 
-@pytest.mark.parametrize(("changed_at", "cached"), [(1, True), slow(1, False), slow(2, True), slow(3, True), slow(3, False)])
+@pytest.mark.parametrize(("changed_at", "cached"), [(2, True), slow(1, True), slow(1, False), slow(3, True), slow(3, False)])
 def test_a_prompt_that_changes_acts_on_the_next_steps_of_all_blocks(changed_at, cached, pipes):
     """As in the pipeline, whose callback changes the prompt after the same step. Blocks that are given stay."""
     pipe, ends = pipes("skyreels"), iter(range(10**6))
