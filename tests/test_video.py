@@ -287,7 +287,7 @@ def test_without_end_memory_is_constant_and_frames_are_numbered_without_gap(chun
 
 def carried(stream: VideoStream) -> dict[str, torch.Tensor]:
     """The tensors that the stream carries to the next chunk."""
-    return dict(stream._history.tensors)
+    return dict(stream._video.state.position.history.tensors)
 
 
 @pytest.mark.parametrize("changed_at", [1, 3])
@@ -329,7 +329,9 @@ def test_texts_are_encoded_by_the_pipeline(pipes, monkeypatch):
     assert asked == ["blur", "blur", "blur", "noise"], "a new schedule encodes no text"
     assert len(latents(stream, 1)) == 1
     stream.update(prompt_embeds=embeds())
-    assert stream._video.plan.given["negative_prompt"] == "noise" and "prompt" not in stream._video.plan.given
+    assert (
+        stream._video.request.plan.given["negative_prompt"] == "noise" and "prompt" not in stream._video.request.plan.given
+    )
     monkeypatch.delattr(pipeline_helios, "ftfy")
     for change in (lambda: stream.prepare("a pear", **call), lambda: stream.update_prompt("a pear")):
         with pytest.raises(ValueError, match="cannot encode a prompt without the package ftfy"):

@@ -34,6 +34,7 @@ class Part:
     free_size: the last two dimensions of the first input are a height and a width that may change.
     exportable: the module takes and returns tensors only.
     capturable: the module does not synchronise with its device, so that a CUDA graph can capture it.
+    compilable: torch.compile takes seconds for it, and not minutes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Part:
     free_size: bool = False
     exportable: bool = True
     capturable: bool = True
+    compilable: bool = True
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:
@@ -54,11 +56,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The three modules of a model."""
+    """The three modules of a model. names: of those that are accelerated, which are what iteration gives."""
 
     velocity: Part
     decoder: Part
     encoder: Part
+    names: tuple[str, ...] = ("velocity", "decoder", "encoder")
 
     @classmethod
     def of(cls, adapter: FlowAdapter, codec: Codec, inputs: Mapping[str, Tensor], latents: Tensor, images: Tensor) -> Parts:
@@ -82,7 +85,7 @@ class Parts:
         return cls(velocity, decoder, Part("encoder", codec.encoder, {"images": images}, free_size=unpacked))
 
     def __iter__(self) -> Iterator[Part]:
-        return iter((self.velocity, self.decoder, self.encoder))
+        return (getattr(self, name) for name in self.names)
 
 
 def bind_arguments(
@@ -147,7 +150,9 @@ def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
     made = beside(parts, import_module(KINDS[kind]).accelerate(parts, options))
     seconds = dict(made.seconds)
     try:
-        for part in (parts.velocity, parts.decoder):
+        for part in parts:
+            if part.name == "encoder":
+                continue
             took = first_call(part, partial(part.call, made.modules[part.name]))
             seconds[part.name] = seconds.get(part.name, 0.0) + took
     except BaseException:

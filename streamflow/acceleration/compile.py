@@ -95,8 +95,10 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
                 undo.callback(channels_last(part.module))
             if part.name == "velocity":
                 modify_network(part, options, undo)
-            compiled, undo_compile = compile_part(part, options)
-            undo.callback(undo_compile)
+            compiled = part.module
+            if part.compilable:
+                compiled, undo_compile = compile_part(part, options)
+                undo.callback(undo_compile)
             modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph and part.capturable else compiled
             if options.cuda_graph and not part.capturable:
                 logger.info("%s: compiled without a CUDA graph: it synchronises with its device in every call", part.name)

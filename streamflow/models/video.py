@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool, check_number, whole_number
@@ -87,12 +87,48 @@ class Undecoded:
         return (latents,)
 
 
+class Redirected(nn.Module):
+    """In the place of a module: it is called as `call`, and all else is the module's own.
+
+    plain: the module. call: a function like it; the module itself at first.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(plain=plain, call=plain)  # no child: the module belongs to the pipeline
+
+    plain: nn.Module
+    call: Callable[..., Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["plain"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+class WholeDecoder(nn.Module):
+    """The decoder of a VAE as a function of tensors: latents `[1, C, T, h, w]` to images `[1, 3, T', H, W]`."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]
+
+
 class VideoAdapter(ABC):
     """A loaded video pipeline, called for one chunk at a time. The pipeline stays usable and unchanged.
 
     fps: frames a second that the model was made for. changeable: the arguments that may change from chunk to chunk, of those
     that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
-    call, by name. vae: the pipeline's. tiny: what decodes in its place, or None.
+    call, by name. vae: the pipeline's. tiny: what decodes in its place, or None. network: what the pipeline calls for its
+    network; assigning `network.call` replaces it for this adapter alone. decoder: the VAE's, of chunks that are decoded by
+    themselves; likewise. lacks: features that streams of this family do not have, with the reason.
 
     Raises:
         ValueError: where made, for a pipeline that is offloaded, or whose network has a cache.
@@ -101,6 +137,7 @@ class VideoAdapter(ABC):
     fps: ClassVar[float]
     changeable: ClassVar[frozenset[str]]
     read: ClassVar[tuple[str, ...]] = ()
+    lacks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, pipe: Pipeline) -> None:
         check_placement(pipe)
@@ -118,9 +155,11 @@ class VideoAdapter(ABC):
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
         self._placed = [(module, (module.device, module.dtype)) for module in (pipe.transformer, pipe.vae)]
+        self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
         vars(self._view).update(
+            transformer=self.network,
             vae=self._vae,
             scheduler=copy.deepcopy(pipe.scheduler),
             check_inputs=lambda *_, **__: None,  # `plan` has called the pipeline's own
@@ -160,6 +199,28 @@ class VideoAdapter(ABC):
         """The arguments of the pipeline's call as they are where none is given; None for those that it needs."""
         own = {name: one.default for name, one in self.parameters.items() if name != "self"}
         return {name: None if value is inspect.Parameter.empty else value for name, value in own.items()}
+
+    def check_offers(self, feature: str) -> None:
+        """Raise NotImplementedError, with the reason, for a feature that a stream of this family does not have."""
+        if feature in self.lacks:
+            raise NotImplementedError(f"{type(self.pipe).__name__} does not offer {feature}: {self.lacks[feature]}")
+
+    @computing
+    def example(self, plan: VideoPlan) -> tuple[Call, Drawn]:
+        """The arguments of the last call of the network in a first chunk, and that chunk, drawn by a network that returns
+        zeros. The network itself is not called."""
+        found: Call = {}
+
+        def record(**given: Any) -> tuple[Tensor]:
+            found.update(given)
+            return (torch.zeros_like(given["hidden_states"]),)
+
+        before, self.network.call = self.network.call, record
+        try:
+            drawn = self.draw(plan, History(), torch.Generator(self.device).manual_seed(0))
+        finally:
+            self.network.call = before
+        return found, drawn
 
     @abstractmethod
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:
@@ -206,7 +267,7 @@ class VideoAdapter(ABC):
         """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
         if self.tiny is not None:
             return self.tiny.decode(drawn.latents)[0], drawn.history
-        return self.vae.decode(drawn.scaled, return_dict=False)[0], drawn.history
+        return self.decoder(drawn.scaled), drawn.history
 
     def length(self, plan: VideoPlan) -> int | None:
         """How many chunks can be drawn; None: without end."""

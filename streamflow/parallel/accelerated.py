@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -24,16 +24,6 @@ from streamflow.parallel.vae import Sharded
 logger = logging.getLogger(__name__)
 
 SHARDED = (Sharded, NetworkCopies)
-
-
-@dataclass(frozen=True, eq=False)
-class _SomeParts(Parts):
-    """Parts, of which those with these names are accelerated."""
-
-    names: tuple[str, ...] = ()
-
-    def __iter__(self):
-        return (part for part in super().__iter__() if part.name in self.names)
 
 
 def accelerate(kind: str, parts: Parts, options: object) -> Accelerated:
@@ -76,8 +66,7 @@ def _accelerate_copies(
 
 
 def _by_kind(kind: str, parts: Parts, names: tuple[str, ...], options: object) -> Accelerated:
-    some = _SomeParts(parts.velocity, parts.decoder, parts.encoder, names)
-    return import_module(KINDS[kind]).accelerate(some, options)
+    return import_module(KINDS[kind]).accelerate(replace(parts, names=names), options)
 
 
 def _for_device(options: Any, device: torch.device) -> object:

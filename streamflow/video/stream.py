@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
 
-from streamflow._grad_mode import computing
 from streamflow._validation import check_number, is_whole_number, whole_number
 from streamflow.flow.noise import resolve_seeds
 from streamflow.models import video_adapter_for
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.tiny_video import TinyVideoDecoder
 from streamflow.models.video import History, VideoAdapter, VideoPlan
+from streamflow.parallel.replicas import Devices
+from streamflow.video.acceleration import Prepared, VideoModules
 from streamflow.video.chunks import Chunk, VideoFrame
+from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output
+from streamflow.video.drawing import Chunks
+from streamflow.video.state import Position, Request, State, Video
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCOPES = ("now", "frame")
 DEFAULT_SEED = 2
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class _Video:
-    """What is drawn since a call of `prepare`. plan, new_seed: of the next chunk; an update replaces them, and a chunk reads
-    them once. begin: the generator's state before the first chunk."""
-
-    adapter: VideoAdapter
-    plan: VideoPlan
-    generator: torch.Generator
-    begin: torch.Tensor
-    seed: int | None
-    new_seed: int | None = None
-    updates: int = 0
 
 
 class VideoStream:
@@ -57,9 +44,10 @@ class VideoStream:
     Chunk k equals chunk k of the pipeline's own call with the same arguments and generator, of any length above k. What is
     carried from chunk to chunk has a constant size; AnyFlow's grows, and its videos have an end.
 
-    One thread draws. `update` and `update_prompt` may be called from any thread, and act at the next chunk; `prepare`,
-    `reset`, `flush` and `close` wait for the chunk that is being drawn. The pipeline stays unchanged, and may be called
-    between two chunks. Several streams of one pipe are drawn in one thread, in turn, since its VAE keeps what it decodes.
+    One thread draws. `update` and `update_prompt` may be called from any thread, and act at the next chunk that is not
+    begun; `prepare`, `reset`, `flush`, `accelerate` and `close` wait for the chunk that is being drawn. The pipeline stays
+    unchanged, and may be called between two chunks. Several streams of one pipe are drawn in one thread, in turn, since its
+    VAE keeps what it decodes; `VideoViewers` has streams for a thread each.
 
     A chunk counts once it is decoded and finite. Where something raises before that, the stream stays as it was before the
     chunk, and the next call draws the same chunk again.
@@ -67,31 +55,54 @@ class VideoStream:
     Args:
         pipe: a diffusers pipeline of `streamflow.models.VIDEO_PIPELINES`, on its device, in its dtype.
         output_type: of images: "pil", "np" or "pt" (in [0, 1]); "latent" decodes nothing.
-        fps: frames a second, from which frames have their times. None: the model's own.
+        fps: frames a second, from which frames have their times. None: the model's own. With a `postprocess` that changes
+            the number of images, the frames a second of what it returns.
+        decode_on: a device such as "cuda:1", on which a copy of the VAE decodes in a thread of its own while the next chunk
+            is drawn. The stream is then one chunk ahead, from its second chunk on: a call draws chunk k + 1 while chunk k is
+            decoded, and gives chunk k. Tensors of "pt" are on that device.
+        postprocess: a function of the images of a chunk, as `output_type` says, that returns the images that are given in
+            their place; their number may be another one (frame interpolation). It is called in the thread that decodes, and
+            once more with the same chunk where something has raised.
 
     Raises:
-        ValueError: a pipeline that cannot be streamed, with the reason; a bad output_type or fps.
+        ValueError: a pipeline that cannot be streamed, with the reason; a bad output_type, fps or decode_on.
+        TypeError: a `postprocess` that is no function.
     """
 
-    def __init__(self, pipe: Any, *, output_type: str = "pil", fps: float | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        output_type: str = "pil",
+        fps: float | None = None,
+        decode_on: Devices | None = None,
+        postprocess: Callable[[Any], Any] | None = None,
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}: choose one of {', '.join(map(repr, OUTPUT_TYPES))}")
         check_number("fps", fps)
         if fps is not None and fps <= 0:
             raise ValueError(f"fps must be above 0, not {fps}")
+        if postprocess is not None and not callable(postprocess):
+            raise TypeError(f"postprocess is a function of a chunk's images, not {postprocess!r}")
+        for name, value in (("decode_on", decode_on), ("postprocess", postprocess)):
+            if value is not None and output_type == "latent":
+                raise ValueError(f'{name} is for images, and this stream has output_type="latent"')
+        adapter = video_adapter_for(pipe)
         self.pipe: Any = pipe
         self.output_type = output_type
-        own = video_adapter_for(pipe).fps
-        self.fps = float(own if fps is None else fps)
+        self.fps = float(adapter.fps if fps is None else fps)
+        output = Output(output_type, postprocess, rescaled=fps is not None)
+        self._decoding: Decoding = DecodeInPlace(output) if decode_on is None else DecodeElsewhere(output, decode_on)
+        self._chunks = Chunks(self._decoding, self.fps)
+        self._modules = VideoModules(adapter.device)
         self._drawing = threading.Lock()  # held while a chunk is drawn, and by what would disturb it
-        self._updating = threading.Lock()  # held while an update is checked and encoded; taken after `_drawing`
-        self._slot = threading.Lock()  # of what the next chunk takes; taken after both
+        self._updating = threading.Lock()  # held while an update is made; taken after `_drawing`
+        self._encoding = threading.Lock()  # held while the pipeline encodes texts; taken after both
         self._drawn_by: int | None = None
-        self._video: _Video | None = None
+        self._video: Video | None = None
         self._tiny: TinyVideoDecoder | None = None
         self._closed = False
-        self._waiting: deque[VideoFrame] = deque()
-        self._restart()
 
     # -- what is drawn --------------------------------------------------------------------------------------------------
 
@@ -109,12 +120,14 @@ class VideoStream:
         Args:
             prompt, negative_prompt: texts; or `prompt_embeds` and `negative_prompt_embeds` of one video.
             seed: of a generator on the pipe's device. Default 2; -1 stands for a random one, which is logged.
-            generator: draws all noise; used as it is, or seeded with `seed` first where both are given.
+            generator: draws all noise; used as it is, or seeded with `seed` first where both are given. Each chunk goes on
+                from the state that the last one has left it in.
             arguments: others of the pipeline's call: `height`, `width`, `guidance_scale`, ...; `image` or `video` is what
                 the video goes on from, where the pipeline takes it.
 
         Raises:
-            TypeError, ValueError: for what the stream or the pipeline cannot take; then nothing has changed.
+            TypeError, ValueError, MemoryError: for what the stream or the pipeline cannot take; then nothing has changed.
+            Whatever acceleration raises; then the stream is prepared, without acceleration.
         """
         self._check_open()
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -124,17 +137,22 @@ class VideoStream:
         if self._tiny is not None:
             adapter.use_tiny_vae(self._tiny)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        plan = adapter.plan({name: text for name, text in texts.items() if text is not None} | arguments)
+        plan = self._plan(adapter, {name: text for name, text in texts.items() if text is not None} | arguments)
         with self._alone(), self._updating:
             self._check_open()
-            generator = generator or torch.Generator(adapter.device)
+            decoding = self._decoding.prepare(adapter)
+            own = torch.Generator(adapter.device) if generator is None else generator
             if seed is not None:
-                generator.manual_seed(seed)
-            self._video = _Video(adapter, plan, generator, generator.get_state(), seed)
-            self._restart()
+                own.manual_seed(seed)
+            rng = own.get_state()
+            video = Video(adapter, own, rng, Request(plan, seed), State(Position(History(), rng)))
+            try:
+                self._connect(Prepared(adapter, decoding, plan, decodes=self.output_type != "latent"))
+            finally:
+                self._begin(video)
 
     def update(self, *, scope: str = "now", seed: int | None = None, **arguments: Any) -> int:
-        """Change what is drawn from the next chunk on; a chunk that is being drawn stays as it is. From any thread.
+        """Change what is drawn from the next chunk on; a chunk that is begun stays as it is. From any thread.
 
         Args:
             scope: "now" or "frame", as in `StreamFlow.update`; here both mean the next chunk.
@@ -157,13 +175,13 @@ class VideoStream:
                 if name not in changeable:
                     others = ", ".join(sorted(changeable))
                     raise ValueError(f"{name} cannot change from chunk to chunk: call prepare() anew. These can: {others}")
-            given = {name: value for name, value in video.plan.given.items() if name not in _replaced(arguments)}
-            plan = video.adapter.plan(given | arguments, video.plan)
-            with self._slot:
-                video.plan = plan
-                video.new_seed = video.new_seed if seed is None else seed
-                video.updates += 1
-                return video.updates
+            last = video.request
+            given = {name: value for name, value in last.plan.given.items() if name not in _replaced(arguments)}
+            request = replace(last, plan=self._plan(video.adapter, given | arguments, last.plan), updates=last.updates + 1)
+            if seed is not None:
+                request = replace(request, seed=seed, seeded=request.updates)
+            video.request = request
+            return request.updates
 
     def update_prompt(self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **arguments: Any) -> int:
         """Change the prompt from the next chunk on. The negative prompt stays unless a new one is given. Returns the number
@@ -174,8 +192,40 @@ class VideoStream:
     @property
     def seed(self) -> int | None:
         """The seed of what is drawn, or None where a generator was given without one. RuntimeError before `prepare`."""
-        video = self._prepared()
-        return video.seed if video.new_seed is None else video.new_seed
+        return self._prepared().request.seed
+
+    # -- acceleration ---------------------------------------------------------------------------------------------------
+
+    def accelerate(self, kind: str = "auto", **options: object) -> None:
+        """Make the network and the VAE faster, as `StreamFlow.accelerate`, with the same kinds, options and errors.
+
+        kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile of the network, by its
+            repeated blocks where it has them, with a CUDA graph on top on CUDA; "auto" is "compile" on CUDA, else "none";
+            "max" measures which of these is fastest for this model. Video networks are not exported, so "tensorrt",
+            "onnxruntime" and "openvino" are refused.
+        options: those of the kind, such as `quantize="fp8"` (`streamflow.acceleration.<kind>.Options`).
+
+        A VAE that decodes each chunk by itself gets a CUDA graph too, and is not compiled, which would take minutes. Called
+        before `prepare`, it takes effect there. Each shape is compiled or captured in the first call that has it. What was
+        changed in the network is put back by "none" and by `close`.
+
+        Raises:
+            ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. NotImplementedError:
+            the family cannot be accelerated. Whatever compilation raises; then the stream is not accelerated.
+        """
+        with self._alone():
+            self._check_open()
+            self._modules.accelerator.accelerate(kind, **options)
+
+    @property
+    def acceleration(self) -> str:
+        """The kind in force: "none", "cuda-graph" or "compile". "max" before `prepare`."""
+        return self._modules.accelerator.kind
+
+    @property
+    def acceleration_measured(self) -> tuple[Any, ...]:
+        """What `accelerate("max")` has measured (`streamflow.acceleration.preset.Measured`)."""
+        return self._modules.accelerator.measured
 
     @property
     def vae(self) -> Any:
@@ -213,7 +263,7 @@ class VideoStream:
 
         Raises:
             RuntimeError: before `prepare`, after `close`, or where frames of the last chunk wait for `frames`.
-            FloatingPointError: the chunk holds NaN or infinite values.
+            FloatingPointError: the chunk holds NaN or infinite values. Whatever the pipeline raises.
         """
         with self._alone():
             return self._next_chunk()
@@ -232,30 +282,32 @@ class VideoStream:
         return self._loop(self._next_frame, most)
 
     def flush(self) -> list[VideoFrame]:
-        """The frames that were drawn and not yet given by `frames`, in order."""
+        """The frames that were drawn and not yet given, in order; with `decode_on`, also those of the chunk ahead."""
         with self._alone():
-            self._prepared()
-            frames = list(self._waiting)
-            self._waiting.clear()
-            return frames
+            video = self._prepared()
+            frames = video.state.frames
+            if video.state.ahead is not None:
+                frames += self._chunks.finish(video, video.state.ahead, kept=frames)[1]
+            video.state = replace(video.state, frames=())
+            return list(frames)
 
     def reset(self) -> None:
         """Begin anew with what `prepare` and `update` have set: the next chunk is chunk 0, from the seed, or from the state
-        that the generator had at `prepare`. Frames that wait are dropped."""
-        with self._alone(), self._slot:
+        that the generator had at `prepare`. Frames that wait, and a chunk ahead, are dropped."""
+        with self._alone(), self._updating:
             video = self._prepared()
-            if video.new_seed is None and video.seed is None:
-                video.generator.set_state(video.begin)
-            elif video.new_seed is None:
-                video.new_seed = video.seed
-            self._restart()
+            _log_dropped(video)
+            video.state = video.first_state()
 
     def close(self) -> None:
-        """Let go of the pipeline and of what was carried. The stream cannot be used after it. May be called twice."""
+        """Let go of the pipeline and of what was carried, and undo the acceleration. The stream cannot be used after it. May
+        be called twice."""
         with self._alone(), self._updating:
             self._closed = True
-            self.pipe = self._video = self._tiny = None
-            self._restart()
+            self._begin(None)
+            self.pipe = self._tiny = None
+            self._decoding.close()
+            self._modules.close()
 
     def __enter__(self) -> Self:
         return self
@@ -265,73 +317,47 @@ class VideoStream:
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
-    @computing
-    def _draw(self) -> Chunk:
-        video, history, began = self._prepared(), self._history, time.perf_counter()
-        video.adapter.check_placed()
-        plan, seed = self._take(video)
-        before = video.generator.get_state()
-        try:
-            if seed is not None:
-                video.generator.manual_seed(seed)
-            drawn = video.adapter.draw(plan, history, video.generator)
-            _check_finite("latents", drawn.latents, history.chunks)
-            images, left = None, drawn.history
-            if self.output_type != "latent":
-                decoded, left = video.adapter.decode(drawn)
-                _check_finite("images", decoded, history.chunks)
-                images = video.adapter.convert(decoded, self.output_type)
-        except BaseException:
-            video.generator.set_state(before)
-            with self._slot:
-                video.new_seed = seed if video.new_seed is None else video.new_seed
-            raise
-        chunk = Chunk(history.chunks, self._images, images, drawn.latents, self.fps, time.perf_counter() - began)
-        self._history = left
-        self._images += drawn.images
-        return chunk
-
-    def _take(self, video: _Video) -> tuple[VideoPlan, int | None]:
-        """What the next chunk is drawn with, and the seed of an update that no chunk has taken."""
-        with self._slot:
-            most = video.adapter.length(video.plan)
-            if most is not None and self._history.chunks >= most:
-                raise RuntimeError(f"the video has ended after {most} chunks, the most that its network has positions for")
-            seed, video.new_seed = video.new_seed, None
-            video.seed = video.seed if seed is None else seed
-            return video.plan, seed
+    def _next_chunk(self) -> Chunk:
+        video = self._prepared()
+        if frames := video.state.frames:
+            raise RuntimeError(f"{len(frames)} frames of chunk {frames[0].chunk} wait: go on with frames(), or flush() them")
+        return self._chunks.next(video, frames=False)
 
     def _next_frame(self) -> VideoFrame:
-        if not self._waiting:
-            self._waiting.extend(self._draw().frames())
-        return self._waiting.popleft()
+        video = self._prepared()
+        if not video.state.frames:
+            self._chunks.next(video, frames=True)
+        frame, *rest = video.state.frames
+        video.state = replace(video.state, frames=tuple(rest))
+        return frame
 
     def _loop(self, draw: Callable[[], T], most: int | None) -> Iterator[T]:
         """Call `draw` again and again, `most` times or until a call begins anew."""
         if most is not None:
             whole_number("most", most, 0, wrong_type=TypeError)
-        self._prepared()
-        start = self._start
+        start = self._prepared().state.start
 
         def drawn() -> Iterator[T]:
             while True:
                 with self._alone():
                     video = self._prepared()
-                    if self._start is not start:
+                    state = video.state
+                    if state.start is not start:
                         raise RuntimeError("prepare() or reset() has ended this loop: begin another one")
-                    most = video.adapter.length(video.plan)
-                    if not self._waiting and most is not None and self._history.chunks >= most:
+                    if not state.frames and state.ahead is None and state.failed is None and not video.has_more:
                         return
                     one = draw()
                 yield one
 
         return islice(drawn(), most)
 
-    def _next_chunk(self) -> Chunk:
-        if self._waiting:
-            chunk = self._waiting[0].chunk
-            raise RuntimeError(f"{len(self._waiting)} frames of chunk {chunk} wait: go on with frames(), or flush() them")
-        return self._draw()
+    def _plan(self, adapter: VideoAdapter, given: Mapping[str, Any], last: VideoPlan | None = None) -> VideoPlan:
+        with self._encoding:
+            return adapter.plan(given, last)
+
+    def _connect(self, prepared: Prepared) -> None:
+        """Have what was prepared draw and decode with the modules in force."""
+        self._modules.connect(prepared)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -345,16 +371,12 @@ class VideoStream:
             finally:
                 self._drawn_by = None
 
-    def _restart(self) -> None:
-        """Forget the chunks so far."""
-        if self._waiting:
-            logger.info("%d frames of the last chunk are dropped", len(self._waiting))
-            self._waiting.clear()
-        self._start = object()
-        self._history = History()
-        self._images = 0
+    def _begin(self, video: Video | None) -> None:
+        """Draw this one from now on."""
+        _log_dropped(self._video)
+        self._video = video
 
-    def _prepared(self) -> _Video:
+    def _prepared(self) -> Video:
         self._check_open()
         if self._video is None:
             raise RuntimeError("call prepare(prompt, ...) first")
@@ -365,12 +387,11 @@ class VideoStream:
             raise RuntimeError("this video stream is closed: make another one of the pipe")
 
 
-def _check_finite(kind: str, tensor: Tensor, chunk: int) -> None:
-    if not torch.isfinite(tensor).all():
-        raise FloatingPointError(
-            f"the {kind} of chunk {chunk} hold NaN or infinite values. The chunk was dropped, and the next call draws it "
-            f"again: change the prompt, the guidance scale or the seed with update(), or the dtype of the pipe"
-        )
+def _log_dropped(video: Video | None) -> None:
+    if video is not None and video.state.frames:
+        logger.info("%d frames of the last chunk are dropped", len(video.state.frames))
+    if video is not None and video.state.ahead is not None:
+        logger.info("chunk %d, which was drawn ahead, is dropped", video.state.position.history.chunks)
 
 
 def _seed(seed: object) -> int | None:

@@ -36,6 +36,10 @@ class AnyFlowFAR(CausallyDecoded):
     """
 
     fps = 16.0
+    lacks = {
+        "accelerate": "its network writes keys and values into Python dictionaries that grow with the video",
+        "guidance_on": "its network is called once for both prompts",
+    }
     changeable = frozenset(
         "prompt negative_prompt prompt_embeds negative_prompt_embeds max_sequence_length guidance_scale attention_kwargs "
         "num_inference_steps sigmas timesteps use_mean_velocity".split()

@@ -1,0 +1,165 @@
+"""The network and the decoder of a video stream, accelerated as those of images (`streamflow.acceleration`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamflow._grad_mode import computing
+from streamflow.acceleration.accelerator import Accelerator
+from streamflow.models.video import History, VideoAdapter, VideoPlan
+from streamflow.parallel.accelerated import accelerate
+from streamflow.parallel.rows import InputCache
+
+if TYPE_CHECKING:
+    from streamflow.acceleration import Accelerated, Parts
+    from streamflow.models.protocols import Arguments
+
+EXPORTED = ("tensorrt", "onnxruntime", "openvino")
+TRIALS = 3  # chunks that `accelerate("max")` draws: the median leaves out the one that compiles
+
+
+class TensorNetwork(nn.Module):
+    """A network as a function of tensors, by their names. constants: its other arguments. Returns its first output."""
+
+    def __init__(self, network: nn.Module, constants: Arguments) -> None:
+        super().__init__()
+        self.network, self.constants = network, dict(constants)
+
+    def forward(self, **tensors: Tensor) -> Tensor:
+        return self.network(**tensors, **self.constants)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What was prepared last. decoding: the adapter that decodes."""
+
+    adapter: VideoAdapter
+    decoding: VideoAdapter
+    plan: VideoPlan
+    decodes: bool
+
+
+class VideoModules:
+    """Calls the network and the decoder of the adapters that are connected, plain or accelerated. It is what
+    `Accelerator` takes for a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.acceleration: tuple[str, object] = ("none", None)
+        self.accelerated: Accelerated | None = None
+        self.accelerator = Accelerator(self, self._parts, accelerate, self._check, self._ticks)
+        self._prepared: Prepared | None = None
+        self._made_of: tuple[object, ...] = ()
+        self._constants: Arguments = {}
+        self._moved = InputCache(device)
+
+    def use(self, accelerated: Accelerated | None) -> None:
+        """Call these modules, or the plain ones."""
+        self.accelerated = accelerated
+
+    def connect(self, prepared: Prepared) -> None:
+        """Have these adapters call the modules in force. They are accelerated anew where they are other modules, or get
+        inputs of other shapes."""
+        prepared.adapter.network.call = partial(self.call_network, prepared.adapter.network.plain)
+        prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
+        kind = self.acceleration[0]
+        if kind != "none":
+            self._check(kind, None, prepared.adapter)
+        self.device, self._prepared = prepared.adapter.device, prepared
+        if kind != "none" and (self.accelerated is None or self._identity() != self._made_of):
+            self.accelerator.put_back()
+            self.accelerator.rebuild()
+
+    def close(self) -> None:
+        """Undo the acceleration, and let go of the modules."""
+        self.accelerator.put_back()
+        self.acceleration, self._prepared = ("none", None), None
+
+    def call_network(self, plain: nn.Module, **given: Any) -> Any:
+        """The outputs of the network. ValueError for an argument that is no tensor and has changed since the network was
+        accelerated."""
+        if self.accelerated is None:
+            return plain(**given)
+        tensors, constants = _split(given)
+        if changed := [name for name, value in constants.items() if self._constants.get(name) != value]:
+            name = changed[0]
+            raise ValueError(
+                f"the network was accelerated with {name}={self._constants.get(name)!r}, and this chunk has "
+                f"{name}={constants[name]!r}: call accelerate() again"
+            )
+        return (self.accelerated.modules["velocity"](**self._on_device(tensors)),)
+
+    def call_decoder(self, plain: nn.Module, latents: Tensor) -> Tensor:
+        """The images of latents."""
+        modules = {} if self.accelerated is None else self.accelerated.modules
+        return modules.get("decoder", plain)(latents)
+
+    def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Positions come from the CPU, and a CUDA graph could not copy them. They are copied once a chunk."""
+        return {n: one if one.device == self.device else self._moved.get(one, None) for n, one in tensors.items()}
+
+    def _check(self, kind: str, options: object, adapter: VideoAdapter | None = None) -> None:
+        if kind == "none":
+            return
+        adapter = adapter or (self._prepared and self._prepared.adapter)
+        if adapter is not None:
+            adapter.check_offers("accelerate")
+        if kind in EXPORTED:
+            from streamflow.acceleration.errors import NotExportable
+
+            problem = "the networks of video pipelines are not exported"
+            raise NotExportable(
+                "velocity", "before export", problem, "use accelerate('cuda-graph') or accelerate('compile')"
+            )
+
+    def _parts(self) -> Parts | None:
+        from streamflow.acceleration import Part, Parts
+
+        if self._prepared is None:
+            return None
+        adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        given, drawn = adapter.example(self._prepared.plan)
+        tensors, self._constants = _split(given)
+        self._made_of = self._identity(given)
+        network = TensorNetwork(adapter.network.plain, self._constants)
+        velocity = Part("velocity", network, self._on_device(tensors), positional=0, exportable=False)
+        place = decoding.vae.device
+        if not self._prepared.decodes or not _decodes_alone(decoding) or place.type != self.device.type:
+            return Parts(velocity, velocity, velocity, names=("velocity",))
+        latents = {"latents": drawn.scaled.to(place)}
+        decoder = Part("decoder", decoding.decoder.plain, latents, exportable=False, compilable=False)
+        return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
+
+    def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
+        """What the parts are made of: the modules, and the network's arguments, tensors by their shape and dtype."""
+        assert self._prepared is not None, "connect was called"
+        adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        tensors, constants = _split(given or adapter.example(self._prepared.plan)[0])
+        shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
+        return adapter.network.plain, decoding.vae, decoding.tiny, constants, shapes
+
+    @computing
+    def _ticks(self, groups: int) -> Iterator[Tensor]:
+        """A first chunk, drawn several times with the modules in force, whatever `groups` is: `[n, 3, H, W]` in [-1, 1]."""
+        assert self._prepared is not None, "max is measured once shapes are known"
+        adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        for _ in range(TRIALS):
+            drawn = adapter.draw(self._prepared.plan, History(), torch.Generator(self.device).manual_seed(0))
+            yield decoding.decode(drawn)[0][0].transpose(0, 1)
+
+
+def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arguments that are tensors, and the others."""
+    tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
+    return tensors, {name: one for name, one in given.items() if name not in tensors}
+
+
+def _decodes_alone(adapter: VideoAdapter) -> bool:
+    """Whether the VAE decodes a chunk, without a memory of the chunks before."""
+    return adapter.tiny is None and type(adapter).decode is VideoAdapter.decode

@@ -1,0 +1,464 @@
+"""What makes a video stream fast leaves its chunks as they are: acceleration, decoding beside drawing, viewers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error, slow
+from diffusers import AutoencoderKLWan
+from random_pipelines import random_pipeline
+from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hooked, latents, random, stream_of
+
+from streamflow import VideoStream
+from streamflow.acceleration.errors import NotExportable
+from streamflow.models.tiny_video import TinyVideoDecoder
+
+REGIONAL = {"num_layers": 4, "ffn_dim": 8192}  # most of the weights lie in repeated blocks
+LARGE = {"num_attention_heads": 4, "attention_head_dim": 128, "rope_dim": (44, 42, 42), "ffn_dim": 4096}  # to quantise
+GPUS = torch.cuda.device_count()
+NEEDS_CUDA = pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device, and torch sees none")
+EAGER = {"backend": "eager"}  # torch.compile without inductor: it traces and guards, and compiles in no time
+
+
+def state_of(pipe) -> dict[str, torch.Tensor]:
+    """Copies of the weights of the network and the VAE, with the memory format of each."""
+    parts = ("transformer", "vae")
+    return {f"{p}.{n}": t.clone() for p in parts for n, t in getattr(pipe, p).state_dict().items()}
+
+
+# -- acceleration ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regional", [True, False])
+def test_a_compiled_network_draws_the_same_chunks(regional, pipes):
+    """Whatever comes: two prompts, another number of steps, a prompt of another length."""
+    pipe = pipes("helios", **(REGIONAL if regional else {}))
+    before = state_of(pipe)
+    plain, stream = stream_of(pipe, **GUIDED), stream_of(pipe, **GUIDED)
+    assert stream.acceleration == "none"
+    expected = latents(plain, 1)
+    stream.accelerate("compile", **EAGER)
+    assert stream.acceleration == "compile"
+    drawn = latents(stream, 1)
+    for change in ({"num_inference_steps": 1}, {"prompt_embeds": embeds(4)[:, :9]}):
+        plain.update(**change)
+        stream.update(**change)
+        expected += latents(plain, 1)
+        drawn += latents(stream, 1)
+    assert max(relative_error(one, own) for one, own in zip(drawn, expected, strict=True)) < 1e-5
+    compiled = [block for block in pipe.transformer.blocks if block._compiled_call_impl is not None]
+    assert len(compiled) == (4 if regional else 0)
+    stream.close()
+    assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+    after = state_of(pipe)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_too(pipes):
+    stream, plain = stream_of(pipes("helios")), stream_of(pipes("helios"))
+    stream.accelerate("compile")
+    for own, one in zip(latents(plain, 2), latents(stream, 2), strict=True):
+        assert 0 < relative_error(one, own) < 1e-5, "equal to the bit: was it compiled?"
+
+
+@pytest.mark.slow
+def test_acceleration_is_counted_in_calls_of_the_compiled_network(pipes):
+    """A pyramid has three sizes: one graph each, and a chunk compiles nothing that a chunk before has compiled."""
+    pipe, graphs = pipes("helios-distilled"), []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    stream, plain = VideoStream(pipe, output_type="pt"), VideoStream(pipe, output_type="pt")
+    for one in (stream, plain):
+        one.prepare(seed=SEED, **PYRAMID)
+    stream.accelerate("compile", backend=backend)
+    for size in (1, 3, 3, 3):
+        if size > 1:
+            chunk, own = stream(), plain()
+            assert relative_error(chunk.latents, own.latents) < 1e-5 and relative_error(chunk.images, own.images) < 1e-4
+        assert len(graphs) == size
+
+
+@pytest.mark.slow
+def test_acceleration_before_prepare_takes_effect_there_and_lasts(pipes):
+    pipe, calls = pipes("helios"), []
+
+    def backend(graph, inputs):
+        def call(*arguments):
+            calls.append(len(calls))
+            return graph.forward(*arguments)
+
+        return call
+
+    stream = VideoStream(pipe, output_type="latent")
+    stream.accelerate("compile", backend=backend)
+    assert stream.acceleration == "compile" and not calls
+    stream.prepare(seed=SEED, **SMALL)
+    assert len(calls) == 1, "the warm-up"
+    plain = latents(stream_of(pipe), 2)
+    assert relative_error(torch.cat(latents(stream, 2)), torch.cat(plain)) < 1e-5 and len(calls) == 1 + 2 * 2
+    module = stream._modules.accelerated
+    stream.prepare(seed=SEED, **SMALL)
+    assert stream._modules.accelerated is module, "the same shapes are not compiled again"
+    stream.prepare(seed=SEED, **{**SMALL, "height": 32})
+    assert stream._modules.accelerated is not module
+    assert stream().latents.shape == (1, 16, 3, 4, 2)
+    done = len(calls)
+    stream.accelerate("none")
+    stream()
+    assert stream.acceleration == "none" and len(calls) == done
+
+
+def test_bad_acceleration_is_refused_and_changes_nothing(pipes):
+    pipe = pipes("helios")
+    stream, plain = stream_of(pipe), latents(stream_of(pipe), 2)
+    for call, error, message in (
+        (("fast", {}), ValueError, "unknown acceleration 'fast': choose one of none, auto, cuda-graph, compile"),
+        (("compile", {"speed": 2}), TypeError, "accelerate\\('compile'\\) has no option speed; it has cuda_graph"),
+        (("none", {"limit": 2}), TypeError, "takes no options"),
+        (("cuda-graph", {}), RuntimeError, "CUDA graphs need a CUDA device and this pipe is on cpu"),
+        (("compile", {"quantize": "fp4"}), ValueError, "unknown quantize 'fp4': choose one of fp8, fp8-tensor, int8"),
+        (("compile", {"quantize": "fp8"}), RuntimeError, "quantize='fp8' needs a CUDA device"),
+        (("compile", {"mode": "default", "options": {}}), ValueError, "a mode or options"),
+        (("onnxruntime", {}), (NotExportable, ImportError), "not exported|onnxruntime"),
+        (("tensorrt", {}), (NotExportable, ImportError, RuntimeError), "exported|CUDA|TensorRT"),
+        (("compile", {"regional": True}), ValueError, "no repeated blocks"),
+    ):
+        with pytest.raises(error, match=message):
+            stream.accelerate(call[0], **call[1])
+        assert stream.acceleration == "none"
+    assert equal(latents(stream, 2), plain)
+    anyflow = VideoStream(pipes("anyflow-far"))
+    with pytest.raises(NotImplementedError, match="AnyFlowFARPipeline does not offer accelerate: .* dictionaries"):
+        anyflow.prepare(prompt_embeds=embeds(), height=32, width=32, num_inference_steps=1)
+        anyflow.accelerate("compile")
+    stream.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        stream.accelerate("none")
+
+
+def test_what_is_bound_into_the_network_cannot_change(pipes):
+    pipe = pipes("helios", **REGIONAL)
+    stream, plain = stream_of(pipe), stream_of(pipe)
+    stream.accelerate("compile", **EAGER)
+    drawn = latents(stream, 1)
+    stream.update(attention_kwargs={"scale": 0.5})
+    with pytest.raises(ValueError, match="accelerated with attention_kwargs=None, and this chunk has .*scale.*accelerate"):
+        stream()
+    stream.update(attention_kwargs=None)
+    drawn += latents(stream, 1)
+    assert relative_error(torch.cat(drawn), torch.cat(latents(plain, 2))) < 1e-5
+    stream.close()
+
+
+@pytest.mark.slow
+def test_max_measures_what_can_run(pipes):
+    stream = stream_of(pipes("helios"), "pt")
+    plain = latents(stream_of(pipes("helios"), "pt"), 1)
+    stream.accelerate("max")
+    found = {one.kind: one for one in stream.acceleration_measured}
+    assert found["none"].tick_ms > 0 and found["openvino"].left_out and found["onnxruntime"].left_out
+    assert stream.acceleration in ("none", "compile")
+    assert relative_error(stream().latents, plain[0]) < 1e-4
+
+
+@pytest.mark.slow
+def test_int8_is_the_networks_own_quantised(pipes):
+    """Its matrices are quantised while the stream is accelerated, and are the same parameters again after it."""
+    pytest.importorskip("torchao")
+    pipe = pipes("helios", num_layers=4, **LARGE)
+    call = {"height": 64, "width": 64}
+    weights = dict(pipe.transformer.named_parameters())
+    own, stream = latents(stream_of(pipe, **call), 1), stream_of(pipe, **call)
+    stream.accelerate("compile", quantize="int8", **EAGER)
+    quantised = [name for name, one in pipe.transformer.named_parameters() if one is not weights[name]]
+    assert any("ffn" in name for name in quantised)
+    assert 1e-5 < relative_error(stream().latents, own[0]) < 0.1
+    stream.close()
+    assert all(one is weights[name] for name, one in pipe.transformer.named_parameters())
+    assert equal(latents(stream_of(pipe, **call), 1), own)
+
+
+@pytest.fixture
+def cuda_pipe(full_float32):
+    """A small pipeline on the GPU."""
+    return lambda family="helios", dtype=torch.bfloat16, **changes: random_pipeline(family, **changes).to("cuda", dtype)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("family", ["helios", "helios-distilled"])
+def test_a_cuda_graph_draws_the_same_bits(family, cuda_pipe):
+    """Network and VAE, over changes of the prompt and the steps; each shape is captured once."""
+    pipe, call = cuda_pipe(family), SMALL if family == "helios" else PYRAMID
+    chunks = []
+    for kind in ("none", "cuda-graph"):
+        stream = VideoStream(pipe, output_type="pt")
+        stream.accelerate(kind)
+        stream.prepare(seed=SEED, **call)
+        chunks.append(list(stream.chunks(3)))
+        stream.update(prompt_embeds=embeds(5))
+        chunks[-1] += stream.chunks(1)
+        if kind == "cuda-graph":
+            modules = stream._modules.accelerated.modules
+            assert modules["velocity"].captured == (1 if family == "helios" else 3) and modules["decoder"].captured == 1
+        stream.close()
+    assert same(*chunks)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_fp8_and_compile_on_a_gpu(cuda_pipe):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    pytest.importorskip("torchao")
+    pipe, call = cuda_pipe(num_layers=4, **LARGE), {"height": 128, "width": 128}
+    plain = latents(stream_of(pipe, **call), 2)
+    stream = stream_of(pipe, **call)
+    for options in ({}, {"quantize": "fp8"}):
+        stream.accelerate("compile", **options)
+        stream.reset()
+        assert 0 < relative_error(torch.cat(latents(stream, 2)), torch.cat(plain)) < (0.1 if options else 0.03)
+    stream.close()
+    assert equal(latents(stream_of(pipe, **call), 2), plain)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize(
+    "device",
+    ["cuda:0", pytest.param("cuda:1", marks=[pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")])],
+)
+@pytest.mark.parametrize("kind", ["none", "cuda-graph"])
+def test_a_gpu_decodes_while_the_next_chunk_is_drawn(kind, device, cuda_pipe):
+    pipe = cuda_pipe()
+    plain = list(stream_of(pipe, "pt").chunks(4))
+    stream = ahead_of(pipe, decode_on=device)
+    stream.accelerate(kind)
+    chunks = list(stream.chunks(4))
+    assert all(chunk.images.device == torch.device(device) for chunk in chunks)
+    for chunk, own in zip(chunks, plain, strict=True):
+        assert torch.equal(chunk.latents, own.latents) and torch.equal(chunk.images.cpu(), own.images.cpu())
+    stream.close()
+
+
+# -- decoding while the next chunk is drawn --------------------------------------------------------------------------------
+
+
+def ahead_of(pipe, output_type: str = "pt", decode_on="cpu", **call) -> VideoStream:
+    """A prepared stream that decodes in a thread of its own."""
+    stream = VideoStream(pipe, output_type=output_type, decode_on=decode_on)
+    stream.prepare(seed=SEED, **{**SMALL, **call})
+    return stream
+
+
+def same(chunks, others) -> bool:
+    """Whether these are the same chunks to the bit, with the same numbers."""
+    pairs = list(zip(chunks, others, strict=True))
+    return all(
+        one.id == other.id
+        and one.first_frame == other.first_frame
+        and torch.equal(one.latents, other.latents)
+        and torch.equal(torch.as_tensor(one.images), torch.as_tensor(other.images))
+        for one, other in pairs
+    )
+
+
+@contextmanager
+def decoding(act):
+    """Inside, `act` is called with the number of each decode by any VAE, from 0, before it begins."""
+    numbers, plain = itertools.count(), AutoencoderKLWan.decode
+
+    def decode(self, z, return_dict=True):
+        act(next(numbers))
+        return plain(self, z, return_dict)
+
+    AutoencoderKLWan.decode = decode
+    try:
+        yield
+    finally:
+        AutoencoderKLWan.decode = plain
+
+
+def test_a_chunk_is_decoded_while_the_next_one_is_drawn(pipes):
+    """The decode of chunk k waits here until the network has been called for chunk k + 1, from the second chunk on."""
+    pipe, drawing = pipes("helios"), [threading.Event() for _ in range(5)]
+    expected = list(stream_of(pipe, "pt").chunks(3))
+    calls = itertools.count()
+
+    def network(number):
+        drawing[next(calls) // SMALL["num_inference_steps"]].set()
+
+    def decode(number):
+        assert threading.current_thread() is not threading.main_thread()
+        if number < 3:
+            assert drawing[number + (number > 0)].wait(60), "the next chunk is not drawn meanwhile"
+
+    stream = ahead_of(pipe)
+    with hooked(pipe, network), decoding(decode):
+        chunks = list(stream.chunks(3))
+    assert same(chunks, expected)
+    assert stream._video.chunks == 4 and not drawing[4].is_set(), "it is one chunk ahead"
+    stream.close()
+
+
+@pytest.mark.parametrize("output_type", ["pil", slow("np")])
+def test_frames_of_a_stream_ahead_are_those_of_another(output_type, pipes):
+    pipe = pipes("helios", torch.bfloat16)
+    expected = [frame for frame, _ in zip(stream_of(pipe, output_type).frames(), range(25), strict=False)]
+    stream, taken = ahead_of(pipe, output_type), []
+    for stop in (0, 9, 13):
+        for frame in stream.frames():
+            taken.append(frame)
+            if frame.id == stop:
+                break
+    with pytest.raises(RuntimeError, match="4 frames of chunk 1 wait"):
+        stream()
+    taken += stream.flush()
+    assert stream.flush() == [] and len(taken) == 3 * FRAMES, "the chunk ahead is flushed too"
+    assert [(one.id, one.time, one.chunk) for one in taken[:25]] == [(one.id, one.time, one.chunk) for one in expected]
+    assert all(np.array_equal(one.image, other.image) for one, other in zip(taken, expected, strict=False))
+    assert stream().id == 3
+
+
+ERRORS = {"network": ZeroDivisionError, "nan": FloatingPointError, "decoder": MemoryError, "interrupt": KeyboardInterrupt}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_comes_with_its_own_chunk_and_nothing_is_lost(kind, pipes):
+    """Chunk 2 fails once, while it is drawn or while it is decoded. An interrupt is raised at once."""
+    pipe, failing = pipes("helios"), [True]
+    expected = list(stream_of(pipe, "pt").chunks(5))
+    stream, chunks, errors = ahead_of(pipe), [], []
+
+    def fail():
+        if failing:
+            failing.clear()
+            raise ERRORS[kind]
+
+    def network(number):
+        if number == 2 * SMALL["num_inference_steps"] + 1:
+            if kind == "nan":
+                return float("nan")
+            if kind != "decoder":
+                fail()
+        return None
+
+    def decode(number):
+        if number == 2 and kind == "decoder":
+            fail()
+
+    with hooked(pipe, network), decoding(decode):
+        while len(chunks) < 5:
+            try:
+                chunks.append(stream())
+            except ERRORS[kind]:
+                errors.append(len(chunks))
+    assert errors == [1 if kind == "interrupt" else 2]
+    assert same(chunks, expected)
+    stream.close()
+
+
+def test_an_update_of_a_stream_ahead_acts_at_the_next_chunk_that_is_not_begun(pipes):
+    pipe = pipes("helios")
+    plain = stream_of(pipe, "pt")
+    expected = list(plain.chunks(3))
+    plain.update(prompt_embeds=embeds(5), seed=9)
+    expected += plain.chunks(2)
+    stream = ahead_of(pipe)
+    chunks = [stream(), stream()]  # chunk 2 is drawn
+    assert stream.update(prompt_embeds=embeds(5), seed=9) == 1 and stream.seed == 9
+    chunks += stream.chunks(3)
+    assert same(chunks, expected)
+    for begin_anew in (stream.reset, lambda: stream.prepare(seed=9, **{**SMALL, "prompt_embeds": embeds(5)})):
+        begin_anew()
+        again = list(stream.chunks(2))
+        other = stream_of(pipe, "pt", prompt_embeds=embeds(5))
+        other.update(seed=9)
+        assert same(again, other.chunks(2))
+    stream.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        stream()
+
+
+def test_a_copy_of_the_vae_decodes(pipes):
+    """As it was at `prepare`; the pipeline's own stays where it is, and encodes."""
+    pipe = copy.copy(pipes("helios"))
+    vars(pipe)["vae"] = copy.deepcopy(pipe.vae)
+    call = {"image": random(1, 3, 16, 16)}
+    expected = list(stream_of(pipe, "pt", **call).chunks(3))
+    stream = ahead_of(pipe, **call)
+    chunks = [stream()]
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(1)
+    chunks += stream.chunks(2)
+    assert same(chunks, expected)
+    stream.prepare(seed=SEED, **{**SMALL, **call})
+    assert not torch.equal(stream().images, expected[0].images)
+    stream.close()
+
+
+def test_a_video_with_an_end_has_no_chunk_ahead_of_it(pipes):
+    """And a VAE with a memory decodes each chunk after the one before."""
+    pipe = pipes("anyflow-far", rope_max_seq_len=5)
+    call = {"prompt_embeds": embeds(), "height": 32, "width": 32, "num_inference_steps": 1, "chunk_partition": (1, 2)}
+    videos = []
+    for options in ({}, {"decode_on": "cpu"}):
+        stream = VideoStream(pipe, output_type="pt", **options)
+        stream.prepare(seed=SEED, **call)
+        videos.append(list(stream.chunks()))
+        stream.close()
+    assert len(videos[0]) == 3 and same(*videos)
+
+
+def test_bad_places_to_decode(pipes):
+    pipe = pipes("helios")
+    for given, error, message in (
+        ("mps", ValueError, "not supported: choose 'cpu' or 'cuda:0'"),
+        ("gpu one", ValueError, "unknown device"),
+        ("cuda:99", ValueError, "does not exist: torch sees"),
+        (["cpu", "cpu"], ValueError, "decode_on is one device"),
+        ([], ValueError, "devices is empty"),
+        (1.5, TypeError, "float|device"),
+    ):
+        with pytest.raises(error, match=message):
+            VideoStream(pipe, decode_on=given)
+    with pytest.raises(ValueError, match='decode_on is for images, and this stream has output_type="latent"'):
+        VideoStream(pipe, output_type="latent", decode_on="cpu")
+
+
+@pytest.mark.slow
+def test_memory_of_a_stream_ahead_is_constant(pipes):
+    stream = ahead_of(pipes("helios"), num_inference_steps=1)
+    sizes = set()
+    for chunk in stream.chunks(100):
+        state = stream._video.state
+        kept = [
+            *state.position.history.tensors.values(),
+            *(state.ahead.left.history.tensors.values() if state.ahead else ()),
+        ]
+        sizes.add((chunk.id > 0, len(kept), sum(one.untyped_storage().nbytes() for one in kept)))
+    assert len(sizes) == 2
+    stream.close()
+
+
+def test_a_tiny_vae_decodes_on_another_device_too(pipes):
+    torch.manual_seed(0)
+    pipe, tiny, chunks = pipes("helios"), TinyVideoDecoder(widths=(12, 8, 6, 4)).eval(), []
+    for decode_on in (None, "cpu"):
+        stream = VideoStream(pipe, output_type="pt", decode_on=decode_on)
+        stream.vae = tiny
+        stream.prepare(seed=SEED, **SMALL)
+        chunks.append(list(stream.chunks(3)))
+        stream.close()
+    assert same(*chunks)
