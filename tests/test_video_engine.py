@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hook
 from streamflow import VideoStream
 from streamflow.acceleration.errors import NotExportable
 from streamflow.models.tiny_video import TinyVideoDecoder
+from streamflow.video import Chunk, VideoViewers, drawing
+from streamflow.video.viewers import Meeting
 
 REGIONAL = {"num_layers": 4, "ffn_dim": 8192}  # most of the weights lie in repeated blocks
 LARGE = {"num_attention_heads": 4, "attention_head_dim": 128, "rope_dim": (44, 42, 42), "ffn_dim": 4096}  # to quantise
@@ -462,3 +465,368 @@ def test_a_tiny_vae_decodes_on_another_device_too(pipes):
         chunks.append(list(stream.chunks(3)))
         stream.close()
     assert same(*chunks)
+
+
+# -- several viewers of one model ------------------------------------------------------------------------------------------
+
+VIEWERS = [
+    {"seed": 1, "prompt_embeds": embeds(1)},
+    {"seed": 2, "prompt_embeds": embeds(2), "num_inference_steps": 3},
+    {"seed": 3, "prompt_embeds": embeds(3), "image": random(1, 3, 16, 16), **GUIDED},
+]
+
+
+def viewers_of(pipe, calls=VIEWERS, batch: bool = True) -> tuple[VideoViewers, list[VideoStream]]:
+    viewers = VideoViewers(pipe, batch=batch)
+    streams = [viewers.add(output_type="pt") for _ in calls]
+    for stream, call in zip(streams, calls, strict=True):
+        stream.prepare(**{**SMALL, **call})
+    return viewers, streams
+
+
+def alone(pipe, calls=VIEWERS, chunks: int = 3) -> list[list[Chunk]]:
+    """The chunks of each call, of a stream by itself."""
+    drawn = []
+    for call in calls:
+        stream = VideoStream(pipe, output_type="pt")
+        stream.prepare(**{**SMALL, **call})
+        drawn.append(list(stream.chunks(chunks)))
+    return drawn
+
+
+def at_once(*acts) -> list:
+    """What these functions return or raise, each called in a thread of its own. None may wait for ever."""
+    found: list = [None] * len(acts)
+
+    def run(k):
+        try:
+            found[k] = acts[k]()
+        except BaseException as error:
+            found[k] = error
+
+    threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a viewer waits for ever"
+    return found
+
+
+def draw(stream, chunks: int = 3):
+    return lambda: list(stream.chunks(chunks))
+
+
+@contextmanager
+def called(pipe, act=lambda rows: None):
+    """Inside, the rows of each call of the network are listed, and `act` is called with them."""
+    rows = []
+
+    def hook(module, arguments, given):
+        rows.append(len(given["hidden_states"]))
+        act(rows[-1])
+
+    handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def test_viewers_row_by_row_are_each_what_they_are_alone(pipes):
+    pipe = pipes("helios")
+    viewers, streams = viewers_of(pipe, batch=False)
+    with called(pipe) as rows:
+        drawn = at_once(*map(draw, streams))
+    assert set(rows) == {1}
+    for chunks, own in zip(drawn, alone(pipe), strict=True):
+        assert same(chunks, own)
+    viewers.close()
+
+
+def test_viewers_in_a_batch_differ_by_its_rounding(pipes):
+    """Within 4 times the network's own difference between a row in a batch and alone, in each step that is taken."""
+    pipe, calls = pipes("helios"), [{**one, "num_inference_steps": 2, "guidance_scale": 1.0} for one in VIEWERS]
+    inputs = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, __, given: inputs.append(given), with_kwargs=True)
+    own = alone(pipe, calls)
+    handle.remove()
+    first = inputs[:: 3 * 2]
+    assert len(first) == 3
+    with torch.no_grad():
+        rows = torch.cat([pipe.transformer(**one)[0] for one in first])
+        names = [name for name, one in first[0].items() if isinstance(one, torch.Tensor)]
+        together = {**first[0], **{name: torch.cat([one[name] for one in first]) for name in names}}
+        noise = relative_error(pipe.transformer(**together)[0], rows)
+    viewers, streams = viewers_of(pipe, calls)
+    with called(pipe) as rows:
+        drawn = at_once(*map(draw, streams))
+    assert max(rows) > 1 and sum(rows) == 3 * 3 * 2
+    steps = 0
+    for k in range(3):
+        steps += 2
+        error = max(relative_error(chunks[k].latents, one[k].latents) for chunks, one in zip(drawn, own, strict=True))
+        assert error <= 4 * noise * steps
+    viewers.close()
+
+
+def test_viewers_of_different_sizes_share_no_batch(pipes):
+    pipe, calls = (
+        pipes("helios"),
+        [VIEWERS[0], {**VIEWERS[0], "height": 32}, {**VIEWERS[0], "prompt_embeds": embeds(1)[:, :9]}],
+    )
+    viewers, streams = viewers_of(pipe, calls)
+    with called(pipe) as rows:
+        drawn = at_once(*map(draw, streams))
+    assert set(rows) == {1}
+    assert all(map(same, drawn, alone(pipe, calls)))
+    viewers.close()
+
+
+def test_a_viewer_that_joins_raises_or_leaves_disturbs_no_other(pipes):
+    pipe, calls = pipes("helios"), [VIEWERS[0], VIEWERS[1], VIEWERS[0]]
+    own = alone(pipe, calls)
+    viewers, (first, second, third) = viewers_of(pipe, calls, batch=True)
+    joined = threading.Event()
+    scheduler = second._video.adapter._view.scheduler
+    plain, failing = scheduler.step, iter([False] * 4 + [True])
+
+    def step(*arguments, **named):
+        if next(failing, False):
+            raise ConnectionError("the second viewer is gone")
+        return plain(*arguments, **named)
+
+    scheduler.step = step
+
+    def leaving():
+        with pytest.raises(ConnectionError):
+            for chunk in second.chunks():
+                assert chunk.id == 0
+                joined.set()
+        again = list(second.chunks(1))
+        second.close()
+        return again
+
+    def joining():
+        assert joined.wait(60)
+        return draw(third)()
+
+    drawn = at_once(draw(first), leaving, joining)
+    assert [len(one) for one in drawn] == [3, 1, 3] and drawn[1][0].id == 1
+    for chunks, one in zip(drawn, (own[0], own[1][1:2], own[2]), strict=True):
+        assert max(relative_error(a.latents, b.latents) for a, b in zip(chunks, one, strict=True)) < 1e-5
+    assert viewers.viewers == (first, third)
+    viewers.close()
+    viewers.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        viewers.add()
+    with pytest.raises(RuntimeError, match="closed"):
+        first()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_batch_that_fails_is_computed_by_its_rows(error, pipes, caplog):
+    """An error of a batch is no viewer's own. An interrupt is that of the thread that computes."""
+    pipe, calls = pipes("helios"), [VIEWERS[0]] * 3
+    own = alone(pipe, calls[:1])[0]
+    viewers, streams = viewers_of(pipe, calls)
+    failing = [True]
+
+    def act(rows):
+        if rows > 1 and (error is MemoryError or failing):
+            failing.clear()
+            raise error
+
+    with called(pipe, act) as rows:
+        drawn = at_once(*map(draw, streams))
+    assert max(rows) > 1, "no batch has failed"
+    interrupted = [one for one in drawn if isinstance(one, KeyboardInterrupt)]
+    assert len(interrupted) == (error is KeyboardInterrupt)
+    assert ("computed by itself" in caplog.text) == (error is MemoryError)
+    for chunks in drawn:
+        if chunks not in interrupted:
+            assert max(relative_error(a.latents, b.latents) for a, b in zip(chunks, own, strict=True)) < 1e-5
+    for stream in streams:  # what was interrupted is drawn again
+        given = stream._video.chunks
+        for chunk, one in zip(draw(stream, 3 - given)(), own[given:], strict=True):
+            assert chunk.id == one.id and relative_error(chunk.latents, one.latents) < 1e-5
+    viewers.close()
+
+
+def test_an_error_of_one_viewers_rows_is_its_own(pipes):
+    """Rows that do not fit the network raise for their viewer alone."""
+    meeting = Meeting(lambda hidden_states, scale: (hidden_states / scale.double().log().isfinite(),), batch=True)
+
+    def call(value, scale):
+        def act():
+            with meeting.inside():
+                return [meeting(hidden_states=torch.full((1, 2), value), scale=scale)[0] for _ in range(3)]
+
+        return act
+
+    drawn = at_once(call(1.0, torch.ones(1)), call(2.0, torch.ones(2)), call(3.0, "none"), call(4.0, torch.ones(1)))
+    assert isinstance(drawn[2], AttributeError)
+    for k, value in ((0, 1.0), (1, 2.0), (3, 4.0)):
+        assert all(float(one.max()) == value for one in drawn[k])
+
+
+@pytest.mark.slow
+def test_viewers_under_many_threads_never_wait_for_ever(pipes):
+    """Some join, some leave, some fail, some are interrupted, at random, a thousand times."""
+    random_numbers = np.random.default_rng(0)
+    plan = random_numbers.integers(0, 100, size=(8, 60))
+    meeting = Meeting(lambda hidden_states: (hidden_states * 2,), batch=True)
+
+    def viewer(k):
+        def act():
+            done = 0
+            for chance in plan[k]:
+                try:
+                    with meeting.inside():
+                        for step in range(3):
+                            value = torch.tensor([float(k), step])[None]
+                            assert torch.equal(meeting(hidden_states=value)[0], value * 2)
+                            if chance < 10:
+                                raise (KeyboardInterrupt if chance < 5 else ZeroDivisionError)
+                except (ZeroDivisionError, KeyboardInterrupt):
+                    pass
+                done += 1
+            return done
+
+        return act
+
+    assert at_once(*map(viewer, range(8))) == [60] * 8
+
+
+@pytest.mark.slow
+def test_viewers_are_accelerated_together(pipes):
+    pipe = pipes("helios", **REGIONAL)
+    own = alone(pipe, VIEWERS[:2])
+    viewers, streams = viewers_of(pipe, VIEWERS[:2])
+    with pytest.raises(RuntimeError, match="call accelerate\\('compile'\\) of their VideoViewers"):
+        streams[0].accelerate("compile")
+    viewers.accelerate("compile", **EAGER)
+    assert viewers.acceleration == streams[1].acceleration == "compile"
+    assert any(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    for chunks, one in zip(at_once(*map(draw, streams)), own, strict=True):
+        assert max(relative_error(a.latents, b.latents) for a, b in zip(chunks, one, strict=True)) < 1e-5
+    streams[0].close()
+    assert viewers.acceleration == "compile" and streams[1]().id == 3
+    viewers.close()
+    assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+
+
+def test_viewers_of_what_cannot_be_shared(pipes):
+    with pytest.raises(TypeError, match="batch must be True or False"):
+        VideoViewers(pipes("helios"), batch=1)
+    with pytest.raises(ValueError, match="no video pipeline"):
+        VideoViewers(pipes("sd3"))
+
+
+@pytest.mark.slow
+def test_viewers_of_a_network_with_keys_and_values_share_no_batch(pipes):
+    pipe = pipes("anyflow-far")
+    call = {"prompt_embeds": embeds(), "height": 32, "width": 32, "num_inference_steps": 1}
+    own = []
+    for seed in (1, 2):
+        stream = VideoStream(pipe, output_type="pt")
+        stream.prepare(seed=seed, **call)
+        own.append(list(stream.chunks(3)))
+    viewers = VideoViewers(pipe)
+    streams = [viewers.add(output_type="pt") for _ in own]
+    for seed, stream in enumerate(streams, 1):
+        stream.prepare(seed=seed, **call)
+    assert all(map(same, at_once(*map(draw, streams)), own))
+
+
+# -- images that a user's function makes, and interrupts ------------------------------------------------------------------
+
+
+def doubled(images):
+    """Each image, and the mean of it and the next one, as an interpolation would give."""
+    between = [(images[k] + images[min(k + 1, len(images) - 1)]) / 2 for k in range(len(images))]
+    return torch.stack([one for pair in zip(images, between, strict=True) for one in pair])
+
+
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+def test_postprocess_makes_other_images_of_a_chunk(decode_on, pipes):
+    """Numbers and times have no gap, and the rate is that of what is given."""
+    pipe, took = pipes("helios"), []
+
+    def process(images):
+        took.append(threading.get_ident())
+        return doubled(images)
+
+    plain = torch.cat([chunk.images for chunk in stream_of(pipe, "pt").chunks(2)])
+    stream = VideoStream(pipe, output_type="pt", fps=48, postprocess=process, decode_on=decode_on)
+    stream.prepare(seed=SEED, **SMALL)
+    frames = list(stream.frames(2 * 2 * FRAMES))
+    assert [frame.id for frame in frames] == list(range(4 * FRAMES))
+    assert [frame.time for frame in frames] == [k / 48 for k in range(4 * FRAMES)]
+    assert torch.equal(torch.stack([frame.image for frame in frames[::2]]), plain)
+    assert [frame.chunk for frame in frames] == [0] * 2 * FRAMES + [1] * 2 * FRAMES
+    assert (threading.get_ident() in took) == (decode_on is None)
+    stream.flush()
+    assert stream().first_frame == 2 * FRAMES * (2 if decode_on is None else 3)
+    stream.close()
+
+
+def test_bad_postprocess_is_an_error_of_its_chunk(pipes):
+    pipe = pipes("helios")
+    for result, fps, error, message in (
+        (doubled, None, ValueError, "postprocess makes 18 images of 9: pass VideoStream\\(fps=...\\)"),
+        (lambda images: [], 24, ValueError, "postprocess has returned no image for a chunk of 9"),
+        (lambda images: None, 24, TypeError, "returns the images of a chunk, .* not None"),
+        (lambda images: 1 / 0, 24, ZeroDivisionError, "division"),
+    ):
+        stream = VideoStream(pipe, output_type="pt", postprocess=result, fps=fps)
+        stream.prepare(seed=SEED, **SMALL)
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                stream()
+        assert stream._video.chunks == 0
+    with pytest.raises(TypeError, match="postprocess is a function"):
+        VideoStream(pipe, postprocess=2)
+    with pytest.raises(ValueError, match="postprocess is for images"):
+        VideoStream(pipe, output_type="latent", postprocess=doubled)
+
+
+@contextmanager
+def interrupted(number: int):
+    """Inside, KeyboardInterrupt is raised before the line of this number that the module of drawing executes, from 0."""
+    lines = itertools.count()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != drawing.__file__:
+            return None
+        if event == "line" and next(lines) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("decode_on", [None, slow("cpu")])
+def test_an_interrupt_at_any_line_loses_no_frame_and_doubles_none(decode_on, pipes):
+    pipe = pipes("helios")
+    stream = VideoStream(pipe, output_type="pt", decode_on=decode_on)
+    stream.prepare(seed=SEED, **{**SMALL, "num_inference_steps": 1})
+    frames, interrupts, done = [], 0, False
+    while not done:
+        try:
+            with interrupted(interrupts):
+                frames += stream.frames(1)
+            done = True
+        except KeyboardInterrupt:
+            interrupts += 1
+        frames += stream.frames(len(stream._video.state.frames))
+    assert interrupts > 20
+    plain = [frame for frame, _ in zip(stream_of(pipe, "pt", num_inference_steps=1).frames(), frames, strict=False)]
+    assert [frame.id for frame in frames] == list(range(len(frames)))
+    assert all(torch.equal(one.image, own.image) for one, own in zip(frames, plain, strict=True))
+    stream.close()

@@ -215,11 +215,9 @@ class VideoAdapter(ABC):
             found.update(given)
             return (torch.zeros_like(given["hidden_states"]),)
 
-        before, self.network.call = self.network.call, record
-        try:
-            drawn = self.draw(plan, History(), torch.Generator(self.device).manual_seed(0))
-        finally:
-            self.network.call = before
+        probe = type(self)(self.pipe)  # this one may be drawing
+        probe.network.call = record
+        drawn = probe.draw(plan, History(), torch.Generator(self.device).manual_seed(0))
         return found, drawn
 
     @abstractmethod

@@ -2,5 +2,6 @@
 
 from streamflow.video.chunks import Chunk, VideoFrame
 from streamflow.video.stream import VideoStream
+from streamflow.video.viewers import VideoViewers
 
-__all__ = ["Chunk", "VideoFrame", "VideoStream"]
+__all__ = ["Chunk", "VideoFrame", "VideoStream", "VideoViewers"]

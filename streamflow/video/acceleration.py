@@ -63,16 +63,16 @@ class VideoModules:
         """Call these modules, or the plain ones."""
         self.accelerated = accelerated
 
-    def connect(self, prepared: Prepared) -> None:
-        """Have these adapters call the modules in force. They are accelerated anew where they are other modules, or get
-        inputs of other shapes."""
+    def connect(self, prepared: Prepared, anew: bool = True) -> None:
+        """Have these adapters call the modules in force. anew: accelerate again where they are other modules, or get inputs
+        of other shapes, and not only where nothing is accelerated yet."""
         prepared.adapter.network.call = partial(self.call_network, prepared.adapter.network.plain)
         prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
         kind = self.acceleration[0]
         if kind != "none":
             self._check(kind, None, prepared.adapter)
         self.device, self._prepared = prepared.adapter.device, prepared
-        if kind != "none" and (self.accelerated is None or self._identity() != self._made_of):
+        if kind != "none" and (self.accelerated is None or (anew and self._identity() != self._made_of)):
             self.accelerator.put_back()
             self.accelerator.rebuild()
 

@@ -307,7 +307,7 @@ class VideoStream:
             self._begin(None)
             self.pipe = self._tiny = None
             self._decoding.close()
-            self._modules.close()
+            self._disconnect()
 
     def __enter__(self) -> Self:
         return self
@@ -358,6 +358,10 @@ class VideoStream:
     def _connect(self, prepared: Prepared) -> None:
         """Have what was prepared draw and decode with the modules in force."""
         self._modules.connect(prepared)
+
+    def _disconnect(self) -> None:
+        """Undo the acceleration."""
+        self._modules.close()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
