@@ -14,7 +14,8 @@ from streamflow._grad_mode import computing
 from streamflow.acceleration.accelerator import Accelerator
 from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.parallel.accelerated import accelerate
-from streamflow.parallel.rows import InputCache
+from streamflow.parallel.replicas import replicate
+from streamflow.parallel.rows import InputCache, ShardedVelocity
 
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated, Parts
@@ -25,14 +26,14 @@ TRIALS = 3  # chunks that `accelerate("max")` draws: the median leaves out the o
 
 
 class TensorNetwork(nn.Module):
-    """A network as a function of tensors, by their names. constants: its other arguments. Returns its first output."""
+    """A network as a function of tensors. constants: its other arguments. Returns its first output."""
 
     def __init__(self, network: nn.Module, constants: Arguments) -> None:
         super().__init__()
         self.network, self.constants = network, dict(constants)
 
-    def forward(self, **tensors: Tensor) -> Tensor:
-        return self.network(**tensors, **self.constants)[0]
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **tensors: Tensor) -> Tensor:
+        return self.network(hidden_states=hidden_states, timestep=timestep, **tensors, **self.constants)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,9 @@ class Prepared:
 
 class VideoModules:
     """Calls the network and the decoder of the adapters that are connected, plain or accelerated. It is what
-    `Accelerator` takes for a model."""
+    `Accelerator` takes for a model. other: a second device, with a copy of the network, that computes half of its rows."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, other: torch.device | None = None) -> None:
         self.device = device
         self.acceleration: tuple[str, object] = ("none", None)
         self.accelerated: Accelerated | None = None
@@ -58,6 +59,13 @@ class VideoModules:
         self._made_of: tuple[object, ...] = ()
         self._constants: Arguments = {}
         self._moved = InputCache(device)
+        self._other = other
+        self._sharded: ShardedVelocity | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a second device computes half of the rows."""
+        return self._sharded is not None
 
     def use(self, accelerated: Accelerated | None) -> None:
         """Call these modules, or the plain ones."""
@@ -72,6 +80,7 @@ class VideoModules:
         if kind != "none":
             self._check(kind, None, prepared.adapter)
         self.device, self._prepared = prepared.adapter.device, prepared
+        self._copy_network(prepared)
         if kind != "none" and (self.accelerated is None or (anew and self._identity() != self._made_of)):
             self.accelerator.put_back()
             self.accelerator.rebuild()
@@ -79,26 +88,41 @@ class VideoModules:
     def close(self) -> None:
         """Undo the acceleration, and let go of the modules."""
         self.accelerator.put_back()
-        self.acceleration, self._prepared = ("none", None), None
+        self.acceleration, self._prepared, self._sharded = ("none", None), None, None
 
     def call_network(self, plain: nn.Module, **given: Any) -> Any:
         """The outputs of the network. ValueError for an argument that is no tensor and has changed since the network was
         accelerated."""
-        if self.accelerated is None:
+        module = self._sharded if self.accelerated is None else self.accelerated.modules["velocity"]
+        if module is None:
             return plain(**given)
         tensors, constants = _split(given)
         if changed := [name for name, value in constants.items() if self._constants.get(name) != value]:
             name = changed[0]
             raise ValueError(
-                f"the network was accelerated with {name}={self._constants.get(name)!r}, and this chunk has "
-                f"{name}={constants[name]!r}: call accelerate() again"
+                f"the network was accelerated or copied with {name}={self._constants.get(name)!r}, and this chunk has "
+                f"{name}={constants[name]!r}: call accelerate() or prepare() again"
             )
-        return (self.accelerated.modules["velocity"](**self._on_device(tensors)),)
+        own = self._on_device(tensors)
+        return (module(own.pop("hidden_states"), own.pop("timestep"), **own),)
 
     def call_decoder(self, plain: nn.Module, latents: Tensor) -> Tensor:
         """The images of latents."""
         modules = {} if self.accelerated is None else self.accelerated.modules
         return modules.get("decoder", plain)(latents)
+
+    def _copy_network(self, prepared: Prepared) -> None:
+        """Copy the network to the second device, unless it is what was copied last."""
+        if self._other is None:
+            return
+        tensors, constants = _split(prepared.adapter.example(prepared.plan)[0])
+        network = prepared.adapter.network.plain
+        if self._sharded is not None and self._sharded.source.network is network and self._constants == constants:
+            return
+        self._sharded, own = None, TensorNetwork(network, constants)
+        copied = replicate(own, (self._other,))[0]
+        self._sharded = ShardedVelocity(own, [own, copied], (self.device, self._other))
+        self._constants = constants
 
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions come from the CPU, and a CUDA graph could not copy them. They are copied once a chunk."""
@@ -127,8 +151,8 @@ class VideoModules:
         given, drawn = adapter.example(self._prepared.plan)
         tensors, self._constants = _split(given)
         self._made_of = self._identity(given)
-        network = TensorNetwork(adapter.network.plain, self._constants)
-        velocity = Part("velocity", network, self._on_device(tensors), positional=0, exportable=False)
+        network = self._sharded or TensorNetwork(adapter.network.plain, self._constants)
+        velocity = Part("velocity", network, self._on_device(tensors), positional=2, exportable=False)
         place = decoding.vae.device
         if not self._prepared.decodes or not _decodes_alone(decoding) or place.type != self.device.type:
             return Parts(velocity, velocity, velocity, names=("velocity",))
@@ -142,7 +166,7 @@ class VideoModules:
         adapter, decoding = self._prepared.adapter, self._prepared.decoding
         tensors, constants = _split(given or adapter.example(self._prepared.plan)[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
-        return adapter.network.plain, decoding.vae, decoding.tiny, constants, shapes
+        return adapter.network.plain, self._sharded, decoding.vae, decoding.tiny, constants, shapes
 
     @computing
     def _ticks(self, groups: int) -> Iterator[Tensor]:

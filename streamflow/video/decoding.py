@@ -70,6 +70,14 @@ def check_finite(kind: str, tensor: Tensor, chunk: int) -> None:
         )
 
 
+def one_device(name: str, given: Devices) -> torch.device:
+    """The device of a setting. TypeError, ValueError: it is no device, is missing, or is more than one."""
+    found = resolve_devices(given, torch.device("cpu"))
+    if len(found) != 1:
+        raise ValueError(f"{name} is one device, not {given!r}")
+    return found[0]
+
+
 class Decoding(Protocol):
     """Where chunks are decoded. ahead: whether the next chunk is drawn meanwhile."""
 
@@ -120,9 +128,7 @@ class DecodeElsewhere:
 
     def __init__(self, output: Output, device: Devices) -> None:
         self._output = output
-        self.devices = resolve_devices(device, torch.device("cpu"))
-        if len(self.devices) != 1:
-            raise ValueError(f"decode_on is one device, since a chunk is decoded after the one before, not {device!r}")
+        self.devices = (one_device("decode_on", device),)
         self._pool = Pool(self.devices, depth=2)
         self._adapter: VideoAdapter | None = None
         self._copied: tuple[WeightWatch, nn.Module] | None = None

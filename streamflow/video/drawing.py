@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from streamflow._grad_mode import computing
+from streamflow.models.video import VideoPlan
 from streamflow.video.chunks import Chunk, VideoFrame
 from streamflow.video.decoding import Decoding, check_finite
 from streamflow.video.state import Begun, Position, State, Video
@@ -17,10 +18,10 @@ class Chunks:
     """Draws the next chunk of a video. decoding: where chunks are decoded. fps: from which frames have their times.
 
     A video goes on by one assignment of its state, once a chunk is decoded and finite. network: makes a context in which
-    the network may be called.
+    the network may be called for a plan.
     """
 
-    network: Callable[[], AbstractContextManager[object]] = nullcontext
+    network: Callable[[VideoPlan], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, decoding: Decoding, fps: float) -> None:
         self._decoding, self._fps = decoding, fps
@@ -58,7 +59,7 @@ class Chunks:
             video.generator.set_state(start.rng)
             if request.seed is not None and request.seeded > start.seeded:
                 video.generator.manual_seed(request.seed)
-            with self.network():
+            with self.network(request.plan):
                 drawn = adapter.draw(request.plan, start.history, video.generator)
             check_finite("latents", drawn.latents, start.history.chunks)
         except BaseException:

@@ -22,8 +22,9 @@ from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.parallel.replicas import Devices
 from streamflow.video.acceleration import Prepared, VideoModules
 from streamflow.video.chunks import Chunk, VideoFrame
-from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output
+from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output, one_device
 from streamflow.video.drawing import Chunks
+from streamflow.video.guidance import PairedCalls
 from streamflow.video.state import Position, Request, State, Video
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,15 @@ class VideoStream:
         decode_on: a device such as "cuda:1", on which a copy of the VAE decodes in a thread of its own while the next chunk
             is drawn. The stream is then one chunk ahead, from its second chunk on: a call draws chunk k + 1 while chunk k is
             decoded, and gives chunk k. Tensors of "pt" are on that device.
+        guidance_on: a device such as "cuda:1", which has a copy of the network. In each step of a chunk with guidance it
+            computes one of the two calls of the network, at the same time as the pipe's own device computes the other.
         postprocess: a function of the images of a chunk, as `output_type` says, that returns the images that are given in
             their place; their number may be another one (frame interpolation). It is called in the thread that decodes, and
             once more with the same chunk where something has raised.
 
     Raises:
-        ValueError: a pipeline that cannot be streamed, with the reason; a bad output_type, fps or decode_on.
-        TypeError: a `postprocess` that is no function.
+        ValueError: a pipeline that cannot be streamed, with the reason; a bad output_type, fps or device.
+        TypeError: a `postprocess` that is no function. NotImplementedError: guidance_on for a network that is called once.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class VideoStream:
         output_type: str = "pil",
         fps: float | None = None,
         decode_on: Devices | None = None,
+        guidance_on: Devices | None = None,
         postprocess: Callable[[Any], Any] | None = None,
     ) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -95,7 +99,9 @@ class VideoStream:
         output = Output(output_type, postprocess, rescaled=fps is not None)
         self._decoding: Decoding = DecodeInPlace(output) if decode_on is None else DecodeElsewhere(output, decode_on)
         self._chunks = Chunks(self._decoding, self.fps)
-        self._modules = VideoModules(adapter.device)
+        if guidance_on is not None:
+            adapter.check_offers("guidance_on")
+        self._modules = VideoModules(adapter.device, None if guidance_on is None else one_device("guidance_on", guidance_on))
         self._drawing = threading.Lock()  # held while a chunk is drawn, and by what would disturb it
         self._updating = threading.Lock()  # held while an update is made; taken after `_drawing`
         self._encoding = threading.Lock()  # held while the pipeline encodes texts; taken after both
@@ -358,6 +364,9 @@ class VideoStream:
     def _connect(self, prepared: Prepared) -> None:
         """Have what was prepared draw and decode with the modules in force."""
         self._modules.connect(prepared)
+        if self._modules.sharded:
+            paired = PairedCalls(prepared.adapter.network.call, prepared.adapter)
+            prepared.adapter.network.call, self._chunks.network = paired, paired.inside
 
     def _disconnect(self) -> None:
         """Undo the acceleration."""

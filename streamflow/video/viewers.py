@@ -45,7 +45,7 @@ class Meeting:
         self._leader: _Call | None = None
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self, _: object = None) -> Iterator[None]:
         """Around a chunk: the network waits for this thread's calls."""
         token = object()
         try:
@@ -243,6 +243,8 @@ class _Viewer(VideoStream):
     """A stream whose network is that of all viewers."""
 
     def __init__(self, owner: VideoViewers, pipe: Any, **options: Any) -> None:
+        if "guidance_on" in options:
+            raise TypeError("guidance_on is for a stream alone: viewers share one network, on one device")
         own = copy.copy(pipe)
         vars(own)["vae"] = copy.copy(pipe.vae)  # the same weights; what it keeps while it works is its own
         super().__init__(own, **options)
