@@ -725,6 +725,10 @@ def test_viewers_are_accelerated_together(pipes):
 
 
 def test_viewers_of_what_cannot_be_shared(pipes):
+    with pytest.raises(
+        NotImplementedError, match="does not offer viewers: the attention of its network is set from outside"
+    ):
+        VideoViewers(pipes("skyreels"))
     with pytest.raises(TypeError, match="batch must be True or False"):
         VideoViewers(pipes("helios"), batch=1)
     with pytest.raises(ValueError, match="no video pipeline"):
@@ -892,3 +896,18 @@ def test_guidance_on_is_refused_where_it_cannot_be(pipes):
         VideoStream(pipes("helios"), guidance_on=["cpu", "cpu"])
     with pytest.raises(TypeError, match="guidance_on is for a stream alone"):
         VideoViewers(pipes("helios")).add(guidance_on="cpu")
+
+
+@pytest.mark.slow
+def test_a_video_that_goes_on_from_images_is_decoded_elsewhere(pipes):
+    """Its first chunk has the given images before its own, and its VAE a memory."""
+    call = {**SMALL, "base_num_frames": 21, "overlap_history": 5, "causal_block_size": 2, "ar_step": 1}
+    call = {**{name: one for name, one in call.items() if name != "num_latent_frames_per_chunk"}}
+    call |= {"video": random(1, 13, 3, 16, 16)}
+    chunks = []
+    for decode_on in (None, "cpu"):
+        stream = VideoStream(pipes("skyreels-video"), output_type="pt", decode_on=decode_on)
+        stream.prepare(seed=SEED, **call)
+        chunks.append(list(stream.chunks(4)))
+        stream.close()
+    assert same(*chunks)

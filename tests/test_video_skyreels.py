@@ -278,7 +278,9 @@ def test_without_end_memory_and_cost_are_constant(chunks, call, pipes):
     with recorded(pipe) as calls:
         for chunk in stream.chunks(chunks):
             ids += [frame.id for frame in chunk.frames()]
-            sizes.append(sorted((*one.shape, one.untyped_storage().nbytes()) for one in tensors(stream._history)))
+            sizes.append(
+                sorted((*one.shape, one.untyped_storage().nbytes()) for one in tensors(stream._video.state.position.history))
+            )
             costs.append(list(calls))
             calls.clear()
     assert ids == list(range(chunks * 2 * SHIFT - 3))
@@ -426,11 +428,11 @@ BAD = [
 @pytest.mark.parametrize(("family", "given", "message"), BAD)
 def test_bad_input_is_refused_with_a_line_and_changes_nothing(family, given, message, pipes):
     stream = stream_of(pipes(family), **{"skyreels": {}, "skyreels-image": IMAGE, "skyreels-video": VIDEO}[family])
-    video, history = stream._video, stream._history
+    video, history = stream._video, stream._video.state.position.history
     with pytest.raises((TypeError, ValueError), match=message) as raised:
         stream.prepare(**{**SMALL, **given})
     assert "\n" not in str(raised.value)
-    assert stream._video is video and stream._history is history
+    assert stream._video is video and video.state.position.history is history
 
 
 def test_what_cannot_change_from_chunk_to_chunk(pipes):

@@ -187,9 +187,9 @@ class VideoViewers:
         adapter = video_adapter_for(pipe)
         adapter.check_offers("viewers")
         self._pipe = copy.copy(pipe)
-        self.modules = VideoModules(adapter.device)
-        self.meeting = Meeting(partial(self.modules.call_network, pipe.transformer), batch)
-        self.encoding = threading.Lock()
+        self._modules = VideoModules(adapter.device)
+        self._meeting = Meeting(partial(self._modules.call_network, pipe.transformer), batch)
+        self._encoding = threading.Lock()
         self._viewers: list[_Viewer] = []
         self._closed = False
 
@@ -212,20 +212,20 @@ class VideoViewers:
         with ExitStack() as stack:
             for viewer in self._viewers:
                 stack.enter_context(viewer._alone())
-            with self.meeting.computing:
-                self.modules.accelerator.accelerate(kind, **options)
+            with self._meeting.computing:
+                self._modules.accelerator.accelerate(kind, **options)
 
     @property
     def acceleration(self) -> str:
         """As `VideoStream.acceleration`."""
-        return self.modules.accelerator.kind
+        return self._modules.accelerator.kind
 
     def close(self) -> None:
         """Close all viewers, and undo the acceleration. May be called twice."""
         self._closed = True
         for viewer in self.viewers:
             viewer.close()
-        self.modules.close()
+        self._modules.close()
 
     def __enter__(self) -> Self:
         return self
@@ -233,7 +233,7 @@ class VideoViewers:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def remove(self, viewer: _Viewer) -> None:
+    def _remove(self, viewer: _Viewer) -> None:
         """Forget a viewer that is closed."""
         if viewer in self._viewers:
             self._viewers.remove(viewer)
@@ -248,17 +248,17 @@ class _Viewer(VideoStream):
         own = copy.copy(pipe)
         vars(own)["vae"] = copy.copy(pipe.vae)  # the same weights; what it keeps while it works is its own
         super().__init__(own, **options)
-        self._owner, self._modules, self._encoding = owner, owner.modules, owner.encoding
-        self._chunks.network = owner.meeting.inside
+        self._owner, self._modules, self._encoding = owner, owner._modules, owner._encoding
+        self._chunks.network = owner._meeting.inside
 
     def accelerate(self, kind: str = "auto", **options: object) -> None:
         """RuntimeError: all viewers have one network."""
         raise RuntimeError(f"all viewers have one network: call accelerate({kind!r}) of their VideoViewers")
 
     def _connect(self, prepared: Prepared) -> None:
-        with self._owner.meeting.computing:
+        with self._owner._meeting.computing:
             self._modules.connect(replace(prepared, decodes=False), anew=False)
-        prepared.adapter.network.call = self._owner.meeting
+        prepared.adapter.network.call = self._owner._meeting
 
     def _disconnect(self) -> None:
-        self._owner.remove(self)
+        self._owner._remove(self)

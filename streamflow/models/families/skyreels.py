@@ -81,6 +81,10 @@ class SkyReels(CausallyDecoded):
     """
 
     fps = 24.0
+    lacks = dict.fromkeys(
+        ("accelerate", "guidance_on", "viewers"),
+        "the attention of its network is set from outside for the blocks of each chunk",
+    )
     changeable = frozenset(
         "prompt negative_prompt prompt_embeds negative_prompt_embeds max_sequence_length guidance_scale".split()
     )
@@ -216,7 +220,7 @@ class SkyReels(CausallyDecoded):
     def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
         video, history = super().decode(drawn)
         before = drawn.history.carried.video
-        return video if before is None else torch.cat([before, video.to(before.dtype)], dim=2), history
+        return video if before is None else torch.cat([before.to(video.device), video.to(before.dtype)], dim=2), history
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
