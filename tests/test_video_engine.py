@@ -159,7 +159,7 @@ def test_what_is_bound_into_the_network_cannot_change(pipes):
     stream.accelerate("compile", **EAGER)
     drawn = latents(stream, 1)
     stream.update(attention_kwargs={"scale": 0.5})
-    with pytest.raises(ValueError, match="accelerated with attention_kwargs=None, and this chunk has .*scale.*accelerate"):
+    with pytest.raises(ValueError, match="with attention_kwargs=None, and this chunk has .*scale.* pass it to prepare"):
         stream()
     stream.update(attention_kwargs=None)
     drawn += latents(stream, 1)
@@ -445,6 +445,20 @@ def test_bad_places_to_decode(pipes):
             VideoStream(pipe, decode_on=given)
     with pytest.raises(ValueError, match='decode_on is for images, and this stream has output_type="latent"'):
         VideoStream(pipe, output_type="latent", decode_on="cpu")
+
+
+@pytest.mark.slow
+def test_a_stream_ahead_is_accelerated_between_two_chunks(pipes):
+    pipe = pipes("helios", **REGIONAL)
+    expected = list(stream_of(pipe, "pt").chunks(6))
+    stream, chunks = ahead_of(pipe), []
+    for kind, options in (("none", {}), ("compile", EAGER), ("none", {})):
+        stream.accelerate(kind, **options)
+        chunks += stream.chunks(2)
+    for chunk, own in zip(chunks, expected, strict=True):
+        assert chunk.id == own.id and relative_error(chunk.latents, own.latents) < 1e-5
+        assert relative_error(chunk.images, own.images) < 1e-4
+    stream.close()
 
 
 @pytest.mark.slow

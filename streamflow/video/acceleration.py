@@ -101,7 +101,7 @@ class VideoModules:
             name = changed[0]
             raise ValueError(
                 f"the network was accelerated or copied with {name}={self._constants.get(name)!r}, and this chunk has "
-                f"{name}={constants[name]!r}: call accelerate() or prepare() again"
+                f"{name}={constants[name]!r}: pass it to prepare()"
             )
         own = self._on_device(tensors)
         return (module(own.pop("hidden_states"), own.pop("timestep"), **own),)

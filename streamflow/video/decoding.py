@@ -91,6 +91,10 @@ class Decoding(Protocol):
         """Begin to decode a chunk. memory: what the VAE has kept of the chunk before."""
         ...
 
+    def wait(self) -> None:
+        """Return once nothing is being decoded."""
+        ...
+
     def close(self) -> None:
         """End its threads."""
         ...
@@ -115,6 +119,9 @@ class DecodeInPlace:
         assert self._adapter is not None, "prepare was called"
         fetch = partial(self._output.decode, self._adapter, begun.drawn, memory)
         return replace(begun, fetch=fetch)
+
+    def wait(self) -> None:
+        """Nothing is decoded in another thread."""
 
     def close(self) -> None:
         """Let go of the adapter."""
@@ -166,6 +173,10 @@ class DecodeElsewhere:
                 raise (error.__cause__ or error) from None  # there is one device, so its error is the reason
 
         return replace(begun, fetch=fetch)
+
+    def wait(self) -> None:
+        """Wait for the decode that runs."""
+        self._pool.submit([lambda: None], ()).result()
 
     def close(self) -> None:
         """Wait for the decode that runs, and end the thread."""

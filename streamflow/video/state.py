@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamflow._validation import is_whole_number
+from streamflow.flow.noise import resolve_seeds
 from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan
 from streamflow.video.chunks import VideoFrame
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +100,29 @@ class Video:
         """Whether another chunk can be drawn."""
         return self.most is None or self.chunks < self.most
 
+    def log_dropped(self) -> None:
+        """Log what is drawn and will not be given."""
+        if self.state.frames:
+            logger.info("%d frames of the last chunk are dropped", len(self.state.frames))
+        if self.state.ahead is not None:
+            logger.info("chunk %d, which was drawn ahead, is dropped", self.state.position.history.chunks)
+
     def first_state(self) -> State:
         """Before the first chunk, with what is set now."""
         seed, generator = self.request.seed, self.generator
         rng = self.begin if seed is None else generator.manual_seed(seed).get_state()
         return State(Position(History(), rng, self.request.seeded))
+
+
+def resolve_seed(seed: object) -> int | None:
+    """A seed as an integer, -1 as a random one. TypeError for anything else."""
+    if seed is not None and not is_whole_number(seed):
+        raise TypeError(f"seed must be an integer, not {seed!r}")
+    return resolve_seeds(seed)
+
+
+def replaced(arguments: Mapping[str, Any]) -> set[str]:
+    """The arguments that are left out once these are given: a text replaces its embeddings, and the other way round."""
+    pairs = {"prompt": "prompt_embeds", "negative_prompt": "negative_prompt_embeds"}
+    pairs |= {embeds: text for text, embeds in pairs.items()}
+    return {pairs[name] for name in arguments if name in pairs}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from streamflow._validation import check_number, is_whole_number, whole_number
-from streamflow.flow.noise import resolve_seeds
+from streamflow._validation import check_number, whole_number
 from streamflow.models import video_adapter_for
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.tiny_video import TinyVideoDecoder
@@ -25,9 +23,8 @@ from streamflow.video.chunks import Chunk, VideoFrame
 from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output, one_device
 from streamflow.video.drawing import Chunks
 from streamflow.video.guidance import PairedCalls
-from streamflow.video.state import Position, Request, State, Video
+from streamflow.video.state import Position, Request, State, Video, replaced, resolve_seed
 
-logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCOPES = ("now", "frame")
 DEFAULT_SEED = 2
@@ -138,7 +135,7 @@ class VideoStream:
         self._check_open()
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is one torch.Generator, not {type(generator).__name__}")
-        seed = _seed(DEFAULT_SEED if seed is None and generator is None else seed)
+        seed = resolve_seed(DEFAULT_SEED if seed is None and generator is None else seed)
         adapter = video_adapter_for(self.pipe)
         if self._tiny is not None:
             adapter.use_tiny_vae(self._tiny)
@@ -146,6 +143,7 @@ class VideoStream:
         plan = self._plan(adapter, {name: text for name, text in texts.items() if text is not None} | arguments)
         with self._alone(), self._updating:
             self._check_open()
+            self._decoding.wait()
             decoding = self._decoding.prepare(adapter)
             own = torch.Generator(adapter.device) if generator is None else generator
             if seed is not None:
@@ -173,7 +171,7 @@ class VideoStream:
         """
         if scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(map(repr, SCOPES))}")
-        seed = _seed(seed)
+        seed = resolve_seed(seed)
         with self._updating:
             video = self._prepared()
             changeable = video.adapter.changeable & video.adapter.parameters.keys()
@@ -182,7 +180,7 @@ class VideoStream:
                     others = ", ".join(sorted(changeable))
                     raise ValueError(f"{name} cannot change from chunk to chunk: call prepare() anew. These can: {others}")
             last = video.request
-            given = {name: value for name, value in last.plan.given.items() if name not in _replaced(arguments)}
+            given = {name: value for name, value in last.plan.given.items() if name not in replaced(arguments)}
             request = replace(last, plan=self._plan(video.adapter, given | arguments, last.plan), updates=last.updates + 1)
             if seed is not None:
                 request = replace(request, seed=seed, seeded=request.updates)
@@ -221,6 +219,7 @@ class VideoStream:
         """
         with self._alone():
             self._check_open()
+            self._decoding.wait()
             self._modules.accelerator.accelerate(kind, **options)
 
     @property
@@ -302,7 +301,7 @@ class VideoStream:
         that the generator had at `prepare`. Frames that wait, and a chunk ahead, are dropped."""
         with self._alone(), self._updating:
             video = self._prepared()
-            _log_dropped(video)
+            video.log_dropped()
             video.state = video.first_state()
 
     def close(self) -> None:
@@ -386,7 +385,8 @@ class VideoStream:
 
     def _begin(self, video: Video | None) -> None:
         """Draw this one from now on."""
-        _log_dropped(self._video)
+        if self._video is not None:
+            self._video.log_dropped()
         self._video = video
 
     def _prepared(self) -> Video:
@@ -398,24 +398,3 @@ class VideoStream:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this video stream is closed: make another one of the pipe")
-
-
-def _log_dropped(video: Video | None) -> None:
-    if video is not None and video.state.frames:
-        logger.info("%d frames of the last chunk are dropped", len(video.state.frames))
-    if video is not None and video.state.ahead is not None:
-        logger.info("chunk %d, which was drawn ahead, is dropped", video.state.position.history.chunks)
-
-
-def _seed(seed: object) -> int | None:
-    """A seed as an integer, -1 as a random one. TypeError for anything else."""
-    if seed is not None and not is_whole_number(seed):
-        raise TypeError(f"seed must be an integer, not {seed!r}")
-    return resolve_seeds(seed)
-
-
-def _replaced(arguments: Mapping[str, Any]) -> set[str]:
-    """The arguments that are left out once these are given: a text replaces its embeddings, and the other way round."""
-    pairs = {"prompt": "prompt_embeds", "negative_prompt": "negative_prompt_embeds"}
-    pairs |= {embeds: text for text, embeds in pairs.items()}
-    return {pairs[name] for name in arguments if name in pairs}
