@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ from streamflow.flow.noise import resolve_seeds
 from streamflow.models import video_adapter_for
 from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.video.chunks import Chunk, VideoFrame
+
+if TYPE_CHECKING:
+    from streamflow.io import Sink
+    from streamflow.live.remote import Controls
+    from streamflow.live.video import VideoLive
 
 logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -203,6 +208,26 @@ class VideoStream:
             frames = list(self._waiting)
             self._waiting.clear()
             return frames
+
+    def live(
+        self,
+        sinks: str | Sink | Sequence[str | Sink],
+        *,
+        target_fps: float | None = None,
+        on_error: str = "hold",
+        controls: Controls | None = None,
+    ) -> VideoLive:
+        """Show the video in sinks, its frames at even intervals. Begins at once, in threads of its own, and returns.
+
+            with stream.live(["window", "record:out.mp4"]) as show:
+                stream.update_prompt("a lighthouse on a calm morning")
+                print(show.wait())  # its Statistics, when the window was closed
+
+        `streamflow.live.video.VideoLive` describes the arguments and errors.
+        """
+        from streamflow.live.video import VideoLive
+
+        return VideoLive(self, sinks, target_fps=target_fps, on_error=on_error, controls=controls)
 
     def reset(self) -> None:
         """Begin anew with what `prepare` and `update` have set: the next chunk is chunk 0, from the seed, or from the state
