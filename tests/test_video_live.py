@@ -10,7 +10,7 @@ from test_live import Kept, distinct, until
 from test_video import FRAMES, embeds, hooked, stream_of
 
 from streamflow import VideoStream
-from streamflow.live.remote import Control, open_control
+from streamflow.live.remote import Control, Mapping, open_control
 from streamflow.live.video import ChunkQueue
 
 FAST = 100.0  # frames a second
@@ -158,6 +158,22 @@ def test_frames_that_a_loop_has_left_come_first(pipe):
         show.stop()
     assert same(taken, own(pipe, 4))
     check_shown(kept, own(pipe, 4 + show.statistics.shown)[4:], show)
+
+
+@pytest.mark.slow
+def test_a_knob_acts_at_the_next_chunk_and_what_a_video_has_not_is_dropped(pipe, caplog):
+    stream, kept = stream_of(pipe, "np"), Kept()
+    with open_control(Control(), stream.update) as controls:
+        for field in ("seed", "delta"):
+            controls._knobs.add(Mapping(address=f"osc:/{field}", field=field, range=(0, 10)))
+        with stream.live(kept, target_fps=FAST, controls=controls) as show:
+            until(lambda: show.statistics.drawn)
+            for field in ("seed", "delta"):
+                controls.receive(f"osc:/{field}", 0.7)
+            until(lambda: stream.seed == 7)
+            until(lambda: "delta = 7.0 is refused and dropped" in caplog.text)
+            show.stop()
+    assert show.statistics.errors == 0
 
 
 @pytest.mark.slow
