@@ -92,7 +92,7 @@ def _is_hub_id(model: str) -> bool:
 
 def is_video(model: str) -> bool:
     """Whether a model is a video pipeline that `streamflow.VideoStream` draws, by its model_index.json. Of a hub id no more
-    than that is downloaded. OSError: diffusers cannot load it. False for what `load` refuses."""
+    than that is downloaded. False for what `load` cannot load, which raises why."""
     path = Path(model).expanduser()
     if path.exists() or not _is_hub_id(model):
         index = path / "model_index.json"
@@ -101,7 +101,10 @@ def is_video(model: str) -> bool:
         from diffusers import DiffusionPipeline
 
         load_config: Function = DiffusionPipeline.load_config
-        parts = load_config(model)
+        try:
+            parts = load_config(model)
+        except OSError:
+            return False
     return parts.get("_class_name") in models.VIDEO_PIPELINES
 
 
