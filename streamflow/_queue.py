@@ -61,6 +61,12 @@ class BoundedQueue(Generic[T]):
             self._changed.notify_all()
             return self._items.popleft() if self._items else None
 
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait until the queue is not full, at most `timeout` seconds. Return whether `put` would queue an item at once."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self.depth, timeout)
+            return not self._closed and len(self._items) < self.depth
+
     def close(self) -> None:
         """Queue nothing more, and wake whoever waits. What is queued can still be taken."""
         with self._changed:

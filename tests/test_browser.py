@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
 COMMAND = "import sys; from streamflow.app.cli import main; sys.exit(main(sys.argv[1:]))"
+HELIOS = "import types; from diffusers.pipelines.helios import pipeline_helios as helios; "
+HELIOS += "helios.ftfy = types.SimpleNamespace(fix_text=str); "  # in the place of the package ftfy
 SETTINGS = ["--num-inference-steps", "1", "--cfg-type", "none", "--server.max-viewers", "2"]
 GUIDED = ["--num-inference-steps", "1", "--server.max-viewers", "1"]
 OUT = "document.getElementById('output').toDataURL()"
@@ -44,14 +46,14 @@ document.addEventListener("DOMContentLoaded", () => {
 class Serving:
     """A server process, at the same port each time it is started."""
 
-    def __init__(self, port, settings=SETTINGS):
-        self.port, self.settings = port, settings
+    def __init__(self, port, settings=SETTINGS, command=COMMAND):
+        self.port, self.settings, self.command = port, settings, command
 
     def start(self):
         arguments = ["serve", "--port", str(self.port), "--json", "--device", "cpu", *self.settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", self.command, *arguments], stdout=subprocess.PIPE, text=True, env=environment
         )
         self.url = json.loads(self.process.stdout.readline())["url"]
         self.port = int(self.url.rpartition(":")[2])
@@ -500,3 +502,28 @@ def test_errors_are_said_in_words(tab, state, words):
     page = tab(before=lambda page: page.route("**/session?page=true", lambda route: route.fulfill(**answer)))
     page.wait_for_function("words => document.getElementById('veil-title').textContent === words", arg=words)
     assert page.is_disabled("#prompt") and page.is_disabled("#tab-image")
+
+
+def test_a_video_is_one_for_all_tabs_and_each_changes_its_prompt(tab, tmp_path_factory):
+    from random_pipelines import random_pipeline
+
+    folder = tmp_path_factory.mktemp("video")
+    random_pipeline("helios").save_pretrained(folder)
+    size = ["--width", "32", "--height", "32", "--prompt", "a fox", "--steps", "1"]
+    settings = ["--model", str(folder), *size, "--video.arguments", "{num_latent_frames_per_chunk: 3}"]
+    one = Serving(0, settings, HELIOS + COMMAND).start()
+    try:
+        pages = [tab(one.url), tab(one.url, PHONE)]
+        for page in pages:
+            live(page)
+            assert page.input_value("#prompt") == "a fox" and page.is_visible("#guidance")
+            for hidden in ("#tab-image", "#motion", "#steps", "#other", "#blend", "#ring"):
+                assert page.is_hidden(hidden)
+            changes(page, page.evaluate(OUT))
+        pages[0].fill("#prompt", "a lighthouse")
+        pages[1].wait_for_function("() => document.getElementById('prompt').value === 'a lighthouse'")
+        pages[1].reload()
+        live(pages[1])
+        assert pages[1].input_value("#prompt") == "a lighthouse"
+    finally:
+        one.kill()

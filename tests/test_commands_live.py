@@ -8,11 +8,15 @@ import signal
 import threading
 import time
 from functools import reduce
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import slow
+from diffusers.pipelines.helios import pipeline_helios
 from PIL import Image
+from random_pipelines import random_pipeline
+from test_io import record
 
 from streamflow.app import config, scenes
 from streamflow.app.commands import live
@@ -22,6 +26,7 @@ from streamflow.pretrained import embedded
 QUICK = ["--json", "--warmup", "0", "--acceleration.kind", "none", "--num-inference-steps", "2"]
 BRIEF = ["--live.target-fps", "20", "--seconds", "0.1"]
 FULL, RESTYLED, OSC = ("--cfg-type", "full"), ("--in", "{folder}"), ("--control.osc", "127.0.0.1:0")
+VIDEO = ("--model", "{video_model}", "--width", "64", "--height", "64")
 # Each option of `streamflow live --help`: its value, and the options that it needs. {...}: a file of the fixture `files`.
 OPTIONS = {
     "--config": ("{settings}",),
@@ -64,6 +69,9 @@ OPTIONS = {
     "--similar-image-filter.threshold": ("0.9", *RESTYLED),
     "--similar-image-filter.max-skip-frame": ("3", *RESTYLED),
     "--warmup": ("1",),
+    "--video.image": ("{style}", *VIDEO),
+    "--video.video": ("{clip}", *VIDEO),
+    "--video.arguments": ("{{keep_first_frame: true}}", *VIDEO),
     "--live.source": ("{folder}",),
     "--live.sinks": ('["null", "{drawn}/"]',),
     "--live.target-fps": ("15",),
@@ -222,12 +230,16 @@ def files(tmp_path_factory):
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     type(pipe).save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
     names = {"folder": "in", "style": "in/0.png", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
+    random_pipeline("helios").save_pretrained(folder / "helios")
+    record(folder / "clip.mp4", 40)
+    names |= {"video_model": "helios", "clip": "clip.mp4"}
     return {"model": embedded()} | {name: str(folder / file) for name, file in names.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_the_help_is_in_force_or_refused_in_one_line(option, files, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline_helios, "ftfy", SimpleNamespace(fix_text=str), raising=False)
     played, play = [], live.play
 
     def spy(settings, *rest, **named):

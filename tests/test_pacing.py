@@ -46,6 +46,19 @@ def test_multiples_that_went_by_are_left_out_and_the_clock_stays_in_step():
     assert pacer.skipped == 2 and pacer.shown == 7
 
 
+def test_a_new_period_acts_from_the_next_image_on_and_is_kept_exactly():
+    clock, shown = SimulatedClock(), []
+    pacer = Pacer(1.0, clock)
+
+    def show(number):
+        shown.append(clock.now())
+        pacer.period = {3: 0.25, 7: 2.0}.get(len(shown), pacer.period)
+
+    pacer.run(iter(range(99)).__next__, show, lambda: len(shown) < 9)
+    assert shown == pytest.approx([0, 1, 2, 2.25, 2.5, 2.75, 3.0, 5.0, 7.0])
+    assert pacer.repeated == pacer.skipped == 0
+
+
 @pytest.mark.parametrize("period", [0, -1, float("inf"), float("nan")])
 def test_a_period_is_a_positive_time(period):
     with pytest.raises(ValueError, match="positive number of seconds"):

@@ -32,6 +32,15 @@ def test_a_queue_that_blocks_keeps_order_and_makes_who_puts_wait():
     assert not thread.is_alive() and put[:3] == [True] * 3 and len(put) == 5 and box.dropped == 0
 
 
+def test_room_is_waited_for():
+    box = BoundedQueue(1, block=True)
+    assert box.wait_for_room(0) and box.put(1) and not box.wait_for_room(0)
+    threading.Timer(0.05, box.take).start()
+    assert box.wait_for_room(5)
+    box.close()
+    assert not box.wait_for_room(5)
+
+
 def test_get_waits_until_something_is_queued_or_the_queue_is_closed():
     box = BoundedQueue(1, block=False)
     with pytest.raises(TimeoutError, match="within 0 s"):

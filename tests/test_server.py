@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,9 @@ connect = pytest.importorskip("websockets.sync.client", reason="the page needs t
 
 import httpx  # noqa: E402
 import uvicorn  # noqa: E402
+from diffusers.pipelines.helios import pipeline_helios  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
+from random_pipelines import random_pipeline  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
 from streamflow.app import config  # noqa: E402
@@ -602,3 +605,114 @@ def test_sigterm_ends_it_within_five_seconds_and_tls_is_served(tmp_path):
                 assert process.wait(10) == 0  # five on a machine that does nothing else
         finally:
             process.kill()
+
+
+# -- a video model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "helios"
+    random_pipeline("helios").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def showing(video_model, monkeypatch):
+    monkeypatch.setattr(pipeline_helios, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    arguments = {"num_latent_frames_per_chunk": 3}
+    given = {"model": video_model, "prompt": "a fox", "width": 32, "height": 32, "cfg_type": "full"}
+    running = Running(given={**given, "video": config.VideoModel(arguments=arguments)}, max_viewers=3)
+    yield running
+    running.close()
+
+
+@pytest.mark.slow
+def test_all_viewers_see_one_video_and_one_changes_it_for_all(showing):
+    with showing.viewer() as one, showing.viewer() as two:
+        welcome = heard(one, "welcome")[0]
+        assert (
+            welcome["limits"]["video"] and welcome["settings"]["prompt"] == "a fox" and welcome["settings"]["guidance"] == 1
+        )
+        assert (welcome["width"], welcome["height"]) == (32, 32) and heard(two, "welcome")
+        seen = {}, {}
+        for _ in range(20):
+            for ws, frames in zip((one, two), seen, strict=True):
+                said, data = heard(ws, "image")
+                frames[said["frame"]] = data
+        both = seen[0].keys() & seen[1].keys()
+        assert len(both) > 5 and all(seen[0][frame] == seen[1][frame] for frame in both)
+        assert sorted(seen[0]) == list(seen[0])
+        put(one, prompt="a lighthouse", seed=5)
+        followed = heard(two, "settings")[0]
+        assert followed["shared"] and (followed["settings"]["prompt"], followed["settings"]["seed"]) == ("a lighthouse", 5)
+        stream = showing.service.worker.slots["model"][0].stream
+        assert stream.seed == 5
+        with showing.viewer() as late:
+            assert heard(late, "welcome")[0]["settings"]["prompt"] == "a lighthouse" and heard(late, "image")
+    gone(showing.service)
+
+
+@pytest.mark.slow
+def test_what_a_shared_video_does_not_take_is_reported_and_taken_back(showing):
+    with showing.viewer() as ws:
+        for fields in ({"mode": "image"}, {"steps": 3}, {"other": "a dog", "blend": 0.5}):
+            put(ws, **fields)
+            assert (
+                "a video that all viewers share takes prompt, negative, guidance, seed only"
+                in heard(ws, "error")[0]["message"]
+            )
+            assert heard(ws, "settings")[0]["settings"] == showing.service.request.model_dump()
+        assert heard(ws, "image") and showing.service.worker.restarts == 0
+        put(ws, guidance=3.0)
+        put(ws, running=False)
+    gone(showing.service)
+    show = next(one for one in threading.enumerate() if one.name == "streamflow live drawing")
+    drawn = show.drawn
+    time.sleep(0.5)
+    assert show.drawn <= drawn + 18, "no viewer watches, and the video pauses"
+
+
+@pytest.mark.slow
+def test_a_change_that_fails_leaves_the_video_and_an_error_of_the_thread_opens_it_again(showing, monkeypatch):
+    worker = showing.service.worker
+    with showing.viewer() as ws:
+        heard(ws, "image")
+        stream = worker.slots["model"][0].stream
+        real = stream.update
+
+        def failing(**changes):
+            stream.update = real
+            raise MemoryError("secret words")
+
+        stream.update = failing
+        put(ws, prompt="secret words")
+        assert heard(ws, "error")[0]["message"] == "the change failed (MemoryError)"
+        assert heard(ws, "settings")[0]["settings"]["prompt"] == "a fox" and heard(ws, "image")
+        put(ws, prompt="a lighthouse")
+
+        def ended(*_):
+            del worker._apply
+            raise SystemExit
+
+        while worker.request.prompt != "a lighthouse":
+            time.sleep(0.01)
+        worker._apply = ended
+        put(ws, seed=9)
+        while worker.restarts == 0 or not worker.ready.is_set() or worker.request.seed != 9:
+            heard(ws, "image") if worker.ready.is_set() else time.sleep(0.01)
+        assert heard(ws, "image") and worker.slots["model"][0].stream is not stream
+        assert worker.slots["model"][0].stream.seed == 9 and worker.request.prompt == "a lighthouse"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server": Server(models={"other": "embedded"})}, "server.models: a video model does not use it"),
+        ({"references": ("a.png",)}, "references: a video model does not use it"),
+        ({"model": "embedded", "video": config.VideoModel(image="a.png")}, "video.image: embedded is no video model"),
+    ],
+)
+def test_settings_that_a_video_has_not_are_refused(changes, message, video_model):
+    with pytest.raises(ValueError, match=message):
+        Service(Settings(**{"model": video_model, **changes}), tokens.Tokens())

@@ -13,7 +13,7 @@ from streamflow.app.signals import INTERRUPTED, stop_signals
 COMMANDS = {
     "txt2img": ("streamflow.app.commands.txt2img", "draw images from a prompt"),
     "img2img": ("streamflow.app.commands.img2img", "restyle images"),
-    "video": ("streamflow.app.commands.video", "restyle a video file, with its times and its sound"),
+    "video": ("streamflow.app.commands.video", "restyle a video file with its sound, or draw one with a video model"),
     "morph": ("streamflow.app.commands.morph", "draw the way from one prompt to the next"),
     "live": ("streamflow.app.commands.live", "restyle a camera, a screen or a file live, or draw from a prompt"),
     "serve": ("streamflow.app.commands.serve", "serve the page: text and images, live, in a browser"),

@@ -53,6 +53,16 @@ class SimilarImages(Section):
     max_skip_frame: int = Field(default=10, ge=0, description="at most so many in a row")
 
 
+class VideoModel(Section):
+    """What a video model draws."""
+
+    image: str | None = Field(default=None, description="image file that the video goes on from, where the model takes one")
+    video: str | None = Field(default=None, description="video file that it goes on from, where the model takes one")
+    arguments: Json = Field(
+        default={}, description="more arguments of the pipeline's call: {pyramid_num_inference_steps_list: [2, 2, 2]}"
+    )
+
+
 class Settings(Section):
     """A model, what it draws, and how. The names are those of `StreamFlow` and `prepare` where these have them."""
 
@@ -108,6 +118,7 @@ class Settings(Section):
         ge=0,
         description="images drawn and thrown away at the start; empty: 10 if something is accelerated, else 0",
     )
+    video: VideoModel = Field(default=VideoModel(), description=VideoModel.__doc__)
     live: LiveSettings = Field(default=LiveSettings(), description=LiveSettings.__doc__)
     control: Control = Field(default=Control(), description=Control.__doc__)
     server: Server = Field(default=Server(), description=Server.__doc__)

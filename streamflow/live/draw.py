@@ -1,6 +1,6 @@
 """Live drawing: images go through a scene's stream, tick by tick, in the mode that holds the target rate.
 
-Knows streams by their calls, modes and feeds; no sink and no output clock.
+Knows streams by their calls, modes and feeds; no sink and no output clock. `DrawingThread` is what it shares with videos.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -38,6 +38,20 @@ class Drawn:
 
     pixels: np.ndarray
     entered: float
+
+
+class Outbox(Protocol):
+    """Finished images on their way to the clock's thread. dropped: images that are never shown."""
+
+    @property
+    def dropped(self) -> int:
+        """How many."""
+        ...
+
+    def take(self) -> Drawn | None:
+        """Remove the next image without waiting; None where there is none."""
+
+    def __len__(self) -> int: ...
 
 
 class Scene:
@@ -104,36 +118,112 @@ class Scene:
         self.tick(image)
 
 
-class Drawing(Thread):
-    """Takes images from a feed (None: draws from noise) and puts the results into an outbox, until it is stopped, the
-    source ends, or an error is raised that is not held.
+class DrawingThread(Thread):
+    """Draws turn after turn until it is stopped, there is nothing more to draw, or an error is raised that is not held.
 
-    hold: an error of the stream is logged once a message and the drawing goes on, after a pause; the last image stays.
-    `error` is what ended it otherwise.
+    close: of the queue that it draws into. hold: an error of the stream is logged once a message and the drawing goes on,
+    after a pause; the last image stays. `error` is what ended it otherwise.
     """
 
-    def __init__(
-        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Controls | None = None
-    ) -> None:
+    def __init__(self, close: Callable[[], object], hold: bool, controls: Controls | None = None) -> None:
         super().__init__(self._draw_all, "streamflow live drawing")
-        self.scene, self.feed, self.outbox, self.hold, self.controls = scene, feed, outbox, hold, controls
+        self.hold, self.controls = hold, controls
         self.drawn = self.errors = 0
         self.error: BaseException | None = None
         self.latencies: deque[float] = deque(maxlen=LATENCIES)
-        self.newest: TimedImage | None = None
         self.mode_name = ""
-        self.last: Drawn | None = None
-        self._feed_error: Exception | None = None
-        self._next: tuple[Scene, float, Flag] | None = None
-        self._fade: tuple[np.ndarray, float, float] | None = None
+        self._close = close
         self._ending = threading.Event()
         self._logged: set[str] = set()
         self._backoff = Backoff()
 
     def stop(self) -> None:
-        """End after the current tick."""
+        """End after what is being drawn."""
         self._ending.set()
-        self.outbox.close()
+        self._close()
+
+    def _draw_all(self) -> None:
+        try:
+            while not self._ending.is_set() and self._goes_on():
+                self._turn()
+            self._finish()
+        except BaseException as error:  # raised by whoever waits for the end
+            self.error = error
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        if self._backoff.left:
+            self._ending.wait(min(self._backoff.left, PATIENCE))
+            return
+        try:
+            if not self._paused():
+                self._draw()
+        except Exception as error:
+            if not self._may_hold(error):
+                raise
+            self._hold_error(error)
+
+    @property
+    def not_finite(self) -> int:
+        """How many images, or chunks of a video, had NaN or infinite values."""
+        raise NotImplementedError
+
+    def _goes_on(self) -> bool:
+        """Whether there is more to draw."""
+        raise NotImplementedError
+
+    def _draw(self) -> None:
+        """Draw once, if there is something to draw now."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Draw what is left when nothing more comes."""
+
+    def _may_hold(self, error: Exception) -> bool:
+        return self.hold
+
+    def _paused(self) -> bool:
+        """Apply the knobs. Return whether a key has paused the drawing."""
+        if self.controls is None:
+            return False
+        self.controls.tick(time.monotonic())
+        if self.controls.keys.paused:
+            self._ending.wait(PATIENCE)
+        return self.controls.keys.paused
+
+    def _hold_error(self, error: Exception) -> None:
+        self.errors += 1
+        message = describe(error)
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.warning("drawing failed, the last image stays, and it goes on: %s", message)
+        self._backoff.failed()
+
+    def latency(self, share: float) -> float | None:
+        """Seconds from capture to showing that this share of the last images did not exceed."""
+        kept = list(self.latencies)
+        return percentile(kept, share) if kept else None
+
+
+class Drawing(DrawingThread):
+    """Takes images from a feed (None: draws from noise) and puts the results into an outbox, until the source ends."""
+
+    def __init__(
+        self, scene: Scene, feed: Feed | None, outbox: BoundedQueue[Drawn], hold: bool, controls: Controls | None = None
+    ) -> None:
+        super().__init__(outbox.close, hold, controls)
+        self.scene, self.feed, self.outbox = scene, feed, outbox
+        self.newest: TimedImage | None = None
+        self.last: Drawn | None = None
+        self._feed_error: Exception | None = None
+        self._next: tuple[Scene, float, Flag] | None = None
+        self._fade: tuple[np.ndarray, float, float] | None = None
+
+    @property
+    def not_finite(self) -> int:
+        """Images with NaN or infinite values, of the stream that draws now."""
+        return self.scene.stream.not_finite
 
     def switch(self, scene: Scene, crossfade: float) -> Flag:
         """Draw this scene from the next tick on. Return a flag that is set then."""
@@ -141,16 +231,12 @@ class Drawing(Thread):
         self._next = scene, crossfade, taken
         return taken
 
-    def _draw_all(self) -> None:
-        try:
-            while not self._ending.is_set() and not (self.feed is not None and self.feed.ended):
-                self._turn()
-            if self.scene.takes_images and self.newest is not None:
-                self._drain(self.newest)
-        except BaseException as error:  # raised by whoever waits for the end
-            self.error = error
-        finally:
-            self.outbox.close()
+    def _goes_on(self) -> bool:
+        return self.feed is None or not self.feed.ended
+
+    def _finish(self) -> None:
+        if self.scene.takes_images and self.newest is not None:
+            self._drain(self.newest)
 
     def _drain(self, newest: TimedImage) -> None:
         """Finish the images that entered before the source ended. An error is held, `ATTEMPTS` times at most."""
@@ -170,25 +256,10 @@ class Drawing(Thread):
 
     def _turn(self) -> None:
         self._take_scene()
-        if self._backoff.left:
-            self._ending.wait(min(self._backoff.left, PATIENCE))
-            return
-        try:
-            if not self._paused():
-                self._draw()
-        except Exception as error:
-            if not self.hold or error is self._feed_error:
-                raise
-            self._hold_error(error)
+        super()._turn()
 
-    def _paused(self) -> bool:
-        """Apply the knobs. Return whether a key has paused the drawing."""
-        if self.controls is None:
-            return False
-        self.controls.tick(time.monotonic())
-        if self.controls.keys.paused:
-            self._ending.wait(PATIENCE)
-        return self.controls.keys.paused
+    def _may_hold(self, error: Exception) -> bool:
+        return self.hold and error is not self._feed_error
 
     def _next_image(self, feed: Feed, timeout: float) -> TimedImage | None:
         """As `Feed.next`; what that raises, the feed itself does not hold, so it ends the drawing."""
@@ -233,14 +304,6 @@ class Drawing(Thread):
         self.newest = new or self.newest
         return new is not None or not (mode.waits or feed.ended)
 
-    def _hold_error(self, error: Exception) -> None:
-        self.errors += 1
-        message = describe(error)
-        if message not in self._logged:
-            self._logged.add(message)
-            logger.warning("drawing failed, the last image stays, and it goes on: %s", message)
-        self._backoff.failed()
-
     def _take_scene(self) -> None:
         if self._next is None:
             return
@@ -259,8 +322,3 @@ class Drawing(Thread):
             self._fade = None
             return pixels
         return (old + share * (pixels.astype(np.float32) - old)).round().astype(np.uint8)
-
-    def latency(self, share: float) -> float | None:
-        """Seconds from capture to showing that this share of the last images did not exceed."""
-        kept = list(self.latencies)
-        return percentile(kept, share) if kept else None

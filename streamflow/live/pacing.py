@@ -20,9 +20,10 @@ T = TypeVar("T")
 class Pacer(Generic[T]):
     """Shows an image at start + k periods, k = 0, 1, 2, ..., so that nothing drifts; the first one starts the clock.
 
-    period: seconds. Where nothing new is there in time, the last one is shown again (`repeated`); the image that was
-    waited for is then `late`. Multiples that went by while `show` or the machine took its time are left out and counted in
-    `skipped`: they are not made up for. `intervals`: seconds from one showing to the next, the last 100,000.
+    period: seconds. A new one may be assigned from any thread; it acts from the next image on. Where nothing new is there in
+    time, the last image is shown again (`repeated`), and the one that was waited for is then `late`. Multiples that went by
+    while `show` or the machine took its time are left out and counted in `skipped`: they are not made up for. `intervals`:
+    seconds from one showing to the next, the last 100,000.
     """
 
     def __init__(self, period: float, clock: Clock) -> None:
@@ -41,10 +42,12 @@ class Pacer(Generic[T]):
             return
         start = before = self.clock.now()
         show(last)
-        self.shown, slot, missed = self.shown + 1, 0, False
+        self.shown, slot, missed, period = self.shown + 1, 0, False, self.period
         while going():
-            slot = self._next(start, slot)
-            self.clock.sleep_until(start + slot * self.period)
+            if period != self.period:
+                start, slot, period = start + slot * period, 0, self.period
+            slot = self._next(start, slot, period)
+            self.clock.sleep_until(start + slot * period)
             new = take()
             self.repeated += new is None
             self.late += missed and new is not None
@@ -56,8 +59,8 @@ class Pacer(Generic[T]):
             self.intervals.append(now - before)
             before = now
 
-    def _next(self, start: float, slot: int) -> int:
+    def _next(self, start: float, slot: int, period: float) -> int:
         """The next multiple that is not over yet."""
-        reached = math.floor((self.clock.now() - start) / self.period + 1e-9)
+        reached = math.floor((self.clock.now() - start) / period + 1e-9)
         self.skipped += max(0, reached - slot - 1)
         return max(slot + 1, reached)

@@ -19,7 +19,7 @@ import PIL.Image
 from streamflow._queue import BoundedQueue
 from streamflow._threads import Thread
 from streamflow.io import Sink, SinkLost, Source, TimedImage, Writing, open_sink, open_source
-from streamflow.live.draw import Drawing, Drawn, Scene
+from streamflow.live.draw import Drawing, DrawingThread, Drawn, Outbox, Scene
 from streamflow.live.feed import SILENCE, Backoff, Feed, describe
 from streamflow.live.latency_modes import Clock, ModeChooser, RealClock
 from streamflow.live.pacing import Pacer
@@ -213,7 +213,154 @@ class Sinks:
             raise found[0]
 
 
-class Live:
+class Show:
+    """Plays until nothing more is drawn, the last sink is gone, or `stop`. In a `with`, it ends with the block.
+
+    drawing: the thread that draws. outbox: what it draws into. feed: what it draws from. sinks: one or several addresses or
+    objects. hold: as `Live`'s on_error. rate: images a second.
+    """
+
+    def __init__(
+        self,
+        drawing: DrawingThread,
+        outbox: Outbox,
+        feed: Feed | None,
+        sinks: Sequence[Sink],
+        hold: bool,
+        rate: float,
+        controls: Controls | None,
+        clock: Clock | None,
+    ) -> None:
+        self._began, self._ended_at = time.monotonic(), None
+        self._pacer: Pacer[Drawn] = Pacer(1 / rate, clock or RealClock())
+        self._drawing, self._outbox, self._feed = drawing, outbox, feed
+        self._sinks = Sinks(sinks, hold, None if controls is None else controls.keys)
+        self._stopped = False
+        self._shown: Drawn | None = None
+        self._error: BaseException | None = None
+        self._clock_thread = Thread(self._pace, "streamflow live clock")
+        self._drawing.start()
+        self._clock_thread.start()
+        atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
+
+    @property
+    def running(self) -> bool:
+        """Whether the show has not ended."""
+        return self._clock_thread.is_alive()
+
+    @property
+    def intervals(self) -> list[float]:
+        """Seconds from one showing to the next, the last 100,000."""
+        return list(self._pacer.intervals)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The counters up to now, or up to the end."""
+        p, d, feed = self._pacer, self._drawing, self._feed
+        return Statistics(
+            seconds=(self._ended_at or time.monotonic()) - self._began,
+            mode=d.mode_name,
+            shown=p.shown,
+            repeated=p.repeated,
+            late=p.late,
+            skipped=p.skipped,
+            drawn=d.drawn,
+            dropped_in=feed.dropped if feed else 0,
+            dropped_out=self._outbox.dropped,
+            dropped_by_sinks=self._sinks.dropped,
+            losses=feed.losses if feed else 0,
+            errors=d.errors,
+            not_finite=d.not_finite,
+            latency_p50=d.latency(0.5),
+            latency_p95=d.latency(0.95),
+        )
+
+    def stop(self) -> None:
+        """End the show after what is being drawn, and close the sinks, whose files are then complete."""
+        self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> Statistics:
+        """Wait until the show ends, at most `timeout` seconds. Raises the error that ended it, if there was one."""
+        self._clock_thread.join(timeout)
+        if self._error is not None and not self._clock_thread.is_alive():
+            error, self._error = self._error, None
+            raise error
+        return self.statistics
+
+    def _at_exit(self) -> None:
+        self._stopped = True
+        self._clock_thread.join(2 * ENDING)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    # -- the clock's thread -----------------------------------------------------------------------------------------------
+
+    def _pace(self) -> None:
+        try:
+            self._pacer.run(self._take, self._show, self._going)
+        except BaseException as error:  # raised by wait()
+            self._error = error
+        finally:
+            self._close()
+
+    def _take(self) -> Drawn | None:
+        return self._outbox.take()
+
+    def _show(self, drawn: Drawn) -> None:
+        if drawn is not self._shown:
+            self._drawing.latencies.append(time.monotonic() - drawn.entered)
+            self._shown = drawn
+        self._sinks.show(drawn.pixels)
+
+    def _going(self) -> bool:
+        if self._stopped or self._sinks.ended:
+            return False
+        return self._drawing.is_alive() or len(self._outbox) > 0
+
+    def _close(self) -> None:
+        """In order: drawing, capture, sinks. The first error of all is kept."""
+        self._drawing.stop()
+        self._drawing.join(ENDING)
+        found = [self._error, self._drawing.error, self._sinks.error]
+        if self._drawing.is_alive():
+            found.append(
+                TimeoutError(f"the drawing thread has not ended within {ENDING:g} s: a call of the stream does not return")
+            )
+        for part in (self._feed, self._sinks):
+            try:
+                if part is not None:
+                    part.close()
+            except BaseException as error:  # of a source or sink, whatever it is
+                found.append(error)
+        atexit.unregister(self._at_exit)
+        self._ended_at = time.monotonic()
+        self._error = next((error for error in found if error is not None), None)
+
+
+def check_show(target_fps: float, **choices: str) -> None:
+    """Raise ValueError for a rate that is none, or a choice that `LiveSettings` does not have."""
+    for name, value in choices.items():
+        known = get_args(LiveSettings.model_fields[name].annotation)
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:
+        raise ValueError(f"target_fps must be images a second, above 0 and below 10,000, not {target_fps!r}")
+
+
+def all_sinks(sinks: str | Sink | Sequence[str | Sink]) -> list[Sink]:
+    """The sinks as objects, those of addresses made but not opened. ValueError: an unknown address, or no sink."""
+    many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
+    if not many:
+        raise ValueError("there is no sink: give at least one, such as 'window' or 'record:out.mp4'")
+    return [open_sink(one) if isinstance(one, str) else one for one in many]
+
+
+class Live(Show):
     """Runs from when it is made until the source ends, the last sink is gone, or `stop`. `StreamFlow.live` makes one. In a
     `with`, it ends with the block.
 
@@ -249,34 +396,17 @@ class Live:
         controls: Controls | None = None,
         clock: Clock | None = None,
     ) -> None:
-        for name, value in {"policy": policy, "mode": mode, "on_error": on_error}.items():
-            known = get_args(LiveSettings.model_fields[name].annotation)
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-        if isinstance(target_fps, bool) or not isinstance(target_fps, (int, float)) or not 0 < target_fps < 1e4:
-            raise ValueError(f"target_fps must be images a second, above 0 and below 10,000, not {target_fps!r}")
+        check_show(target_fps, policy=policy, mode=mode, on_error=on_error)
         opened = open_source(source) if isinstance(source, str) else source
-        many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
-        if not many:
-            raise ValueError("there is no sink: give at least one, such as 'window' or 'record:out.mp4'")
-        outs = [open_sink(one) if isinstance(one, str) else one for one in many]
+        outs = all_sinks(sinks)
         self._mode, self._rate, hold = mode, float(target_fps), on_error == "hold"
         self._has_source = opened is not None
         scene = self._scene(stream)
-        self._began, self._ended_at = time.monotonic(), None
-        self._pacer: Pacer[Drawn] = Pacer(1 / self._rate, clock or RealClock())
         newest = self._has_source and policy == "newest"
-        self._outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
-        self._feed = Feed(opened, policy, hold) if opened is not None else None
-        self._sinks = Sinks(outs, hold, None if controls is None else controls.keys)
-        self._drawing = Drawing(scene, self._feed, self._outbox, hold, controls)
-        self._stopped = False
-        self._shown: Drawn | None = None
-        self._error: BaseException | None = None
-        self._clock_thread = Thread(self._pace, "streamflow live clock")
-        self._drawing.start()
-        self._clock_thread.start()
-        atexit.register(self._at_exit)  # a thread that computes while the interpreter ends would abort the process
+        outbox: BoundedQueue[Drawn] = BoundedQueue(1 if newest else 2, block=not newest)
+        feed = Feed(opened, policy, hold) if opened is not None else None
+        self._images = Drawing(scene, feed, outbox, hold, controls)
+        super().__init__(self._images, outbox, feed, outs, hold, self._rate, controls, clock)
 
     def _scene(self, stream: StreamFlow) -> Scene:
         return Scene(stream, self._has_source, self._mode, ModeChooser(self._rate))
@@ -284,41 +414,9 @@ class Live:
     # -- while it runs ----------------------------------------------------------------------------------------------------
 
     @property
-    def running(self) -> bool:
-        """Whether the show has not ended."""
-        return self._clock_thread.is_alive()
-
-    @property
     def stream(self) -> StreamFlow:
         """The stream that draws now."""
-        return self._drawing.scene.stream
-
-    @property
-    def intervals(self) -> list[float]:
-        """Seconds from one showing to the next, the last 100,000."""
-        return list(self._pacer.intervals)
-
-    @property
-    def statistics(self) -> Statistics:
-        """The counters up to now, or up to the end."""
-        p, d, feed = self._pacer, self._drawing, self._feed
-        return Statistics(
-            seconds=(self._ended_at or time.monotonic()) - self._began,
-            mode=d.mode_name,
-            shown=p.shown,
-            repeated=p.repeated,
-            late=p.late,
-            skipped=p.skipped,
-            drawn=d.drawn,
-            dropped_in=feed.dropped if feed else 0,
-            dropped_out=self._outbox.dropped,
-            dropped_by_sinks=self._sinks.dropped,
-            losses=feed.losses if feed else 0,
-            errors=d.errors,
-            not_finite=self.stream.not_finite,
-            latency_p50=d.latency(0.5),
-            latency_p95=d.latency(0.95),
-        )
+        return self._images.scene.stream
 
     def warm(self, stream: StreamFlow) -> Scene:
         """Another stream, prepared, made ready in the caller's thread while this one plays: its first ticks are done and
@@ -327,7 +425,7 @@ class Live:
         image = None
         if self._has_source:
             black = np.zeros((stream.height, stream.width, 3), np.uint8)
-            image = self._drawing.newest or TimedImage(black, time.monotonic())
+            image = self._images.newest or TimedImage(black, time.monotonic())
             scene.mode(image)
         scene.fill(image)
         return scene
@@ -340,74 +438,11 @@ class Live:
         """
         if not 0 <= crossfade < 1e4:
             raise ValueError(f"crossfade must be seconds, 0 or more, not {crossfade!r}")
-        before = self._drawing.scene
-        if self._has_source and self._drawing.newest is not None:
-            scene.fill(self._drawing.newest)
-        taken = self._drawing.switch(scene, crossfade)
+        before = self._images.scene
+        if self._has_source and self._images.newest is not None:
+            scene.fill(self._images.newest)
+        taken = self._images.switch(scene, crossfade)
         while not taken.wait(0.05):
-            if not self._drawing.is_alive():
+            if not self._images.is_alive():
                 raise RuntimeError("it has ended, and the scene was not shown")
         return before.stream
-
-    def stop(self) -> None:
-        """End the show after the current tick, and close the sinks, whose files are then complete."""
-        self._stopped = True  # no lock is taken here, so that Ctrl-C in this method cannot leave one held
-        self.wait()
-
-    def wait(self, timeout: float | None = None) -> Statistics:
-        """Wait until the show ends, at most `timeout` seconds. Raises the error that ended it, if there was one."""
-        self._clock_thread.join(timeout)
-        if self._error is not None and not self._clock_thread.is_alive():
-            error, self._error = self._error, None
-            raise error
-        return self.statistics
-
-    def _at_exit(self) -> None:
-        self._stopped = True
-        self._clock_thread.join(2 * ENDING)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    # -- the clock's thread -----------------------------------------------------------------------------------------------
-
-    def _pace(self) -> None:
-        try:
-            self._pacer.run(self._outbox.take, self._show, self._going)
-        except BaseException as error:  # raised by wait()
-            self._error = error
-        finally:
-            self._close()
-
-    def _show(self, drawn: Drawn) -> None:
-        if drawn is not self._shown:
-            self._drawing.latencies.append(time.monotonic() - drawn.entered)
-            self._shown = drawn
-        self._sinks.show(drawn.pixels)
-
-    def _going(self) -> bool:
-        if self._stopped or self._sinks.ended:
-            return False
-        return self._drawing.is_alive() or len(self._outbox) > 0
-
-    def _close(self) -> None:
-        """In order: drawing, capture, sinks. The first error of all is kept."""
-        self._drawing.stop()
-        self._drawing.join(ENDING)
-        found = [self._error, self._drawing.error, self._sinks.error]
-        if self._drawing.is_alive():
-            found.append(
-                TimeoutError(f"the drawing thread has not ended within {ENDING:g} s: a call of the stream does not return")
-            )
-        for part in (self._feed, self._sinks):
-            try:
-                if part is not None:
-                    part.close()
-            except BaseException as error:  # of a source or sink, whatever it is
-                found.append(error)
-        atexit.unregister(self._at_exit)
-        self._ended_at = time.monotonic()
-        self._error = next((error for error in found if error is not None), None)

@@ -35,7 +35,7 @@ def load(
     model: str = "embedded",
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     family: str | None = None,
     **kwargs: object,
 ) -> Pipeline:
@@ -45,7 +45,7 @@ def load(
         model: "embedded" (the model that is part of the package), a hub id such as
             "stabilityai/stable-diffusion-3.5-medium", a folder in diffusers' format, or a single `.safetensors` file.
         device: the device of the pipeline; None: the CPU.
-        dtype: of all weights; None: diffusers' own choice.
+        dtype: of all weights, or by the names of the parts and "default" for the others; None: diffusers' own choice.
         family: of a single file, a key of `streamflow.models.FAMILIES`.
         kwargs: more arguments of diffusers' `from_pretrained` or `from_single_file`.
 
@@ -76,12 +76,36 @@ def _open(model: str, family: str | None, options: Call) -> Pipeline:
         return _single_file(path, family, options)
     if path.is_dir():
         return from_pretrained(path, **{**_left_out(path), **options})
-    if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".safetensors" or model.count("/") != 1:
+    if not _is_hub_id(model):
         raise FileNotFoundError(
             f"there is no file or folder {model}: pass 'embedded', a hub id such as "
             f"'stabilityai/stable-diffusion-3.5-medium', a folder or a .safetensors file"
         )
     return from_pretrained(model, **options)
+
+
+def _is_hub_id(model: str) -> bool:
+    path = Path(model)
+    a_path = path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".safetensors"
+    return not a_path and model.count("/") == 1
+
+
+def is_video(model: str) -> bool:
+    """Whether a model is a video pipeline that `streamflow.VideoStream` draws, by its model_index.json. Of a hub id no more
+    than that is downloaded. False for what `load` cannot load, which raises why."""
+    path = Path(model).expanduser()
+    if path.exists() or not _is_hub_id(model):
+        index = path / "model_index.json"
+        parts = read_json(read_text(index)) if index.is_file() else {}
+    else:
+        from diffusers import DiffusionPipeline
+
+        load_config: Function = DiffusionPipeline.load_config
+        try:
+            parts = load_config(model)
+        except OSError:
+            return False
+    return parts.get("_class_name") in models.VIDEO_PIPELINES
 
 
 def _left_out(folder: Path) -> dict[str, None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -24,6 +24,11 @@ from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, 
 from streamflow.video.drawing import Chunks
 from streamflow.video.guidance import PairedCalls
 from streamflow.video.state import Position, Request, State, Video, replaced, resolve_seed
+
+if TYPE_CHECKING:
+    from streamflow.io import Sink
+    from streamflow.live.remote import Controls
+    from streamflow.live.video import VideoLive
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCOPES = ("now", "frame")
@@ -295,6 +300,26 @@ class VideoStream:
                 frames += self._chunks.finish(video, video.state.ahead, kept=frames)[1]
             video.state = replace(video.state, frames=())
             return list(frames)
+
+    def live(
+        self,
+        sinks: str | Sink | Sequence[str | Sink],
+        *,
+        target_fps: float | None = None,
+        on_error: str = "hold",
+        controls: Controls | None = None,
+    ) -> VideoLive:
+        """Show the video in sinks, its frames at even intervals. Begins at once, in threads of its own, and returns.
+
+            with stream.live(["window", "record:out.mp4"]) as show:
+                stream.update_prompt("a lighthouse on a calm morning")
+                print(show.wait())  # its Statistics, when the window was closed
+
+        `streamflow.live.video.VideoLive` describes the arguments and errors.
+        """
+        from streamflow.live.video import VideoLive
+
+        return VideoLive(self, sinks, target_fps=target_fps, on_error=on_error, controls=controls)
 
     def reset(self) -> None:
         """Begin anew with what `prepare` and `update` have set: the next chunk is chunk 0, from the seed, or from the state

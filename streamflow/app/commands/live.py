@@ -1,4 +1,4 @@
-"""`streamflow live`: a source restyled live, or a prompt drawn without end."""
+"""`streamflow live`: a source restyled live, a prompt drawn without end, or a video model shown as it draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from streamflow._command_line import Parser, above, say_download
 from streamflow._files import Json
-from streamflow._threads import freeze_loaded
+from streamflow._threads import aside, freeze_loaded
 from streamflow.app import config
 from streamflow.app.commands import options
 from streamflow.app.config import Settings
@@ -26,8 +26,9 @@ from streamflow.app.signals import Stop, stop_signals
 
 if TYPE_CHECKING:
     from streamflow.app.scenes import Scenes
+    from streamflow.app.video_model import VideoScenes
     from streamflow.live.remote.keys import Keys
-    from streamflow.live.show import Live, Statistics
+    from streamflow.live.show import Show, Statistics
 
 logger = logging.getLogger("streamflow.live")
 EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
@@ -37,8 +38,11 @@ PERIOD = 0.2  # seconds between two looks at keys and figures
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the source ended, the window was closed, or by SIGINT or SIGTERM; 1 for what failed; 2 for
     arguments."""
-    description = "Restyles a camera, a screen or a file live; without --in, draws from the prompt."
-    p = options.parser("live", description, EXAMPLE, "live", "control", unused=())
+    description = (
+        "Restyles a camera, a screen or a file live; without --in, draws from the prompt. A video model (--model) draws a "
+        "video without end, at its own rate unless --live.target-fps is given."
+    )
+    p = options.parser("live", description, EXAMPLE, "video", "live", "control", unused=())
     p.add_argument("--in", dest="live.source", metavar="SOURCE", help="short for --live.source")
     p.add_argument("--out", action="append", metavar="SINK", help="where to, may be given several times (default: window)")
     p.add_argument("--record", metavar="FILE", help="and into this .mp4 or .mkv")
@@ -67,11 +71,14 @@ def _run(p: Parser, a: argparse.Namespace, stop: Stop) -> int:
 def play(
     settings: Settings, stop: Stop, seconds: float | None = None, learn: str | None = None, quiet: bool = False
 ) -> Json:
-    """Play until the source ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the statistics,
-    what was learned, and the files and folders that were written."""
+    """Play until the source or the video ends, the last sink is gone, a signal arrives, or `seconds` have passed. Return the
+    statistics, what was learned, and the files and folders that were written."""
     from streamflow.app.scenes import Scenes, open_scene
+    from streamflow.app.video_model import VideoScenes, check_images, check_live, open_video
     from streamflow.io import open_sink, open_source
     from streamflow.live.remote import open_control
+    from streamflow.models.loading import is_video
+    from streamflow.wrapper import StreamFlowWrapper
 
     s, shows = settings.live, []
     if (settings.mode == "img2img") != bool(s.source):
@@ -80,7 +87,7 @@ def play(
     source, sinks = open_source(s.source) if s.source else None, [open_sink(one) for one in s.sinks]
 
     def update(**changes: Any) -> None:
-        (shows[-1] if shows else wrapper).stream.update(**changes)
+        (shows[-1].stream if shows else stream).update(**changes)
 
     weights = [] if isinstance(settings.prompt, str) else [weight for _, weight in settings.prompt]
     with ExitStack() as opened:
@@ -92,16 +99,28 @@ def play(
                 setattr(sink, "on_key", controls.keys.press)  # noqa: B010 - of windows only, no part of the protocol
         for one in dict.fromkeys(one.model for one in (settings, *others)):
             say_download(one)
-        wrapper = open_scene(settings)
+        if is_video(settings.model):
+            check_live(settings, others, learn)
+            playing = stream = aside(open_video, settings)
+        else:
+            check_images(settings, *others)
+            playing = open_scene(settings)
+            stream = playing.stream
         with opened.pop_all() as closing:
-            closing.callback(wrapper.close)
+            closing.callback(playing.close)
             freeze_loaded()
             closing.callback(gc.unfreeze)
             stop.remember()  # files are open from here on
-            passed = s.model_dump(include={"target_fps", "policy", "mode", "on_error"})
-            show = wrapper.stream.live(source, sinks, **passed, controls=controls)
+            if isinstance(playing, StreamFlowWrapper):
+                passed = s.model_dump(include={"target_fps", "policy", "mode", "on_error"})
+                show = playing.stream.live(source, sinks, **passed, controls=controls)
+                scenes = Scenes(show, playing, (settings, *others))
+            else:
+                rate = s.target_fps if "target_fps" in s.model_fields_set else None
+                show = playing.live(sinks, target_fps=rate, on_error=s.on_error, controls=controls)
+                scenes = VideoScenes(playing, (settings, *others))
             shows.append(show)
-            scenes = closing.enter_context(Scenes(show, wrapper, (settings, *others)))
+            closing.enter_context(scenes)
             closing.enter_context(show)  # ends before its scenes are closed
             _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet, stop)
             show.stop()
@@ -115,7 +134,15 @@ def play(
         return result
 
 
-def _watch(show: Live, scenes: Scenes, keys: Keys, crossfade: float, seconds: float | None, quiet: bool, stop: Stop) -> None:
+def _watch(
+    show: Show,
+    scenes: Scenes | VideoScenes,
+    keys: Keys,
+    crossfade: float,
+    seconds: float | None,
+    quiet: bool,
+    stop: Stop,
+) -> None:
     """Report, prepare scenes and change them, until it ends."""
     end = float("inf")
     with tqdm(unit="image", disable=quiet) as bar:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from streamflow.image_utils import Images
 
-SECTIONS = ("live", "control", "server")  # read by some commands only; a file may hold them all
+SECTIONS = ("video", "live", "control", "server")  # read by some commands only; a file may hold them all
 GROUPS = {  # the settings that `--help` shows
     "image": ("prompt", "strength", "seed", "width", "height"),
     "model": ("model", "device"),
@@ -32,7 +32,8 @@ GROUPS = {  # the settings that `--help` shows
     "live": ("live.target_fps",),
 }
 WRONG = (ValueError, TypeError, ImportError, NotImplementedError)  # of arguments: exit code 2
-ERRORS = (*WRONG, OSError, MemoryError, RuntimeError)  # that end a command in one line; the rest with exit code 1
+# Errors that end a command in one line; those that are not of arguments with exit code 1.
+ERRORS = (*WRONG, OSError, MemoryError, RuntimeError, FloatingPointError)
 SHORT = {
     "num_inference_steps": "--steps",
     "acceleration.kind": "--accelerate",

@@ -7,9 +7,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamflow._command_line import say_download
 from streamflow._threads import freeze_loaded
@@ -19,7 +19,6 @@ from streamflow.app.signals import Stop, stop_signals
 
 if TYPE_CHECKING:
     from streamflow.app.config import Settings
-    from streamflow.app.server.slot import Slot
 
 EXAMPLE = "streamflow serve --port 7860 --server.max-viewers 2"
 END_WITHIN = 0.5  # seconds for threads that still compute after the server has waited for them
@@ -29,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 after SIGTERM or SIGINT; 1 where it cannot bind; 2 for invalid settings."""
     p = options.parser(
         "serve",
-        "Serves the page: text and images restyled live, for several viewers.",
+        "Serves the page: text and images restyled live, for several viewers. With a video model (--model), all "
+        "viewers see one video, and change its prompt.",
         EXAMPLE,
+        "video",
         "server",
         unused=("mode", *UNUSED),
         defaults={"cfg_type": "full"},
@@ -61,15 +62,15 @@ def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:
 
         from streamflow.app.server.app import Service, create_app
         from streamflow.app.server.connections import Connections, Listener, uvicorn_config
-        from streamflow.app.server.slot import open_slots
+        from streamflow.app.server.video import open_model
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'streamflow-rf[web]'") from error
     from streamflow.app.server import tokens
 
-    def opened(settings: Settings, progress: Callable[[str, int, int], None]) -> dict[str, list[Slot]]:
+    def opened(settings: Settings, progress: Callable[[str, int, int], None]) -> Mapping[str, list[Any]]:
         gc.unfreeze()  # after an error in the model's thread: what was loaded before is collected first
         gc.collect()
-        slots = open_slots(settings, progress)
+        slots = open_model(settings, progress)
         freeze_loaded()
         return slots
 

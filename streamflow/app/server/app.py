@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,13 +20,17 @@ from pydantic import ValidationError
 from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
+from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
 from streamflow.app.server.settings import UNUSED
-from streamflow.app.server.slot import LOADING, about_models, first_request, open_slots, takes_negative
+from streamflow.app.server.slot import LOADING, about_models, first_request, takes_negative
 from streamflow.app.server.tokens import Holder, Tokens
+from streamflow.app.server.video import VideoWorker, check_settings, open_model
 from streamflow.app.server.worker import Worker
+from streamflow.app.video_model import check_images
+from streamflow.models.loading import is_video
 
 FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js", "source.js", "link.js")}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -38,10 +43,12 @@ STOP_WITHIN = 2.0  # seconds for the current turn when the server ends
 class Service:
     """All parts of one server."""
 
-    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_slots):
+    def __init__(self, settings: Settings, tokens: Tokens, opened: Callable = open_model):
         check_binding(settings.server, tokens)
         if unused := [name for name in UNUSED if getattr(settings, name) != Settings.model_fields[name].default]:
             raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
+        self.video = is_video(settings.model)
+        (check_settings if self.video else check_images)(settings)
         try:
             first_request(settings)
         except ValidationError as error:
@@ -49,7 +56,8 @@ class Service:
             raise ValueError(f"the page cannot show these settings: {wrong}") from None
         self.settings, self.server, self.tokens = settings, settings.server, tokens
         self.metrics = Metrics()
-        self.worker = Worker(lambda: opened(settings, self._note_progress), self.metrics)
+        opening = partial(opened, settings, self._note_progress)
+        self.worker = VideoWorker(opening, self.metrics, settings) if self.video else Worker(opening, self.metrics)
         self._began = time.monotonic()
         self._opening: Json = {"state": LOADING, "done": 0, "of": 1}
         self.refusals = Refusals(self.metrics)
@@ -65,6 +73,11 @@ class Service:
         gauge("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss)
         if torch.cuda.is_available():
             gauge("cuda_memory_bytes", "of tensors on the GPU", torch.cuda.memory_allocated)
+
+    @property
+    def request(self) -> DrawRequest:
+        """What a new viewer starts with."""
+        return self.worker.request if isinstance(self.worker, VideoWorker) else first_request(self.settings)
 
     @property
     def state(self) -> str:
@@ -224,7 +237,7 @@ def _sockets(app: FastAPI, service: Service) -> None:
 def _welcome(service: Service, holder: Holder) -> Viewer:
     """A new viewer, with its `welcome` message queued."""
     worker, server = service.worker, service.server
-    request = first_request(service.settings)
+    request = service.request
     viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
     width, height = worker.size
     limits = {
@@ -232,6 +245,7 @@ def _welcome(service: Service, holder: Holder) -> Viewer:
         "max_fps": server.max_fps,
         "guided": service.settings.cfg_type != "none",
         "negative": takes_negative(service.settings),
+        "video": service.video,
     }
     shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}
     about = about_models(service.settings)

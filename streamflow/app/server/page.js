@@ -117,8 +117,9 @@ function welcome({ settings: first, models, about: notes, limits, styled: names,
     drawn = false;
   }
   for (const one of all("fieldset, [role=tab]")) one.disabled = false;
+  document.body.dataset.model = limits.video ? "video" : "images";
   show(first);
-  show(known);
+  if (!limits.video) show(known); // a video is drawn for all viewers, as it is
   keep();
 }
 
@@ -307,7 +308,12 @@ function record() {
 const link = new Link(settings, {
   welcome,
   image,
-  settings: () => message(""),
+  settings: (answer) => {
+    message("");
+    if (!answer.shared) return; // of a video, another viewer's change
+    show(answer.settings);
+    keep();
+  },
   error: (answer) => message(answer.message),
   style: (_, blob) => {
     message("");

@@ -84,15 +84,19 @@ class Viewer:
 
     # -- the model's thread, with the worker's lock held -----------------------------------------------------------------
 
-    def due(self, now: float) -> bool:
-        """Whether an image can be drawn for it now."""
+    def ready(self) -> bool:
+        """Whether an image can be sent to it now."""
         if self.gone or not self.request.running or self._out is not None or self.unacknowledged >= WINDOW:
             return False
+        return all(pace.wait() == 0 for pace in self._paces)
+
+    def due(self, now: float) -> bool:
+        """Whether an image can be drawn for it now."""
         if self.request.mode == "image" and self.image is None:
             return False
         if self.slot is not None and self.slot.settled(self.request, self.style):
             return False
-        return all(pace.wait() == 0 for pace in self._paces)
+        return self.ready()
 
     def take(self) -> tuple[DrawRequest, Style | None, Images | None, float | None, float | None]:
         """The request, its style image and its input image, the input image's arrival and the viewer's own clock then."""
@@ -103,6 +107,17 @@ class Viewer:
         assert self.image is not None, "an image waits, or the viewer is not due"
         (image, entered, stamp), self.image = self.image, None
         return self.request, self.style, image, entered, stamp
+
+    def show(self, drawn: Drawn) -> None:
+        """Queue an image that was drawn for all viewers."""
+        for pace in self._paces:
+            pace.take()
+        self.put(drawn)
+
+    def follow(self, request: DrawRequest) -> None:
+        """Take over what is drawn for all viewers, and show it on the page."""
+        self.request = request.model_copy(update={"running": self.request.running})
+        self.post(type="settings", settings=self.request.model_dump(), number=None, shared=True)
 
     def put(self, drawn: Drawn) -> None:
         """Queue a finished image."""

@@ -8,19 +8,19 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamflow._threads import Thread
 from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import DrawRequest
 from streamflow.app.server.metrics import Metrics
-from streamflow.app.server.slot import Slot
 
 if TYPE_CHECKING:
     from streamflow.app.server.session import Viewer
+    from streamflow.app.server.slot import Slot
     from streamflow.image_utils import Images
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Worker(Thread):
     second time the thread ends, and its viewers get an error message.
     """
 
-    def __init__(self, open_slots: Callable[[], dict[str, list[Slot]]], metrics: Metrics):
+    def __init__(self, open_slots: Callable[[], Mapping[str, list[Any]]], metrics: Metrics):
         super().__init__(self._work, "model")
         self._open, self._metrics = open_slots, metrics
         self._changed = threading.Condition()
@@ -60,7 +60,7 @@ class Worker(Thread):
         self.ready = threading.Event()
         self.failed: BaseException | None = None
         self.restarts = 0
-        self.slots: dict[str, list[Slot]] = {}
+        self.slots: dict[str, list[Any]] = {}  # by model: each a `Slot`, or of a video the `Channel`
         self.models: tuple[str, ...] = ()
         self.size = (0, 0)
         self.style_checks: dict[str, CheckSize | None] = {}  # by model, `Slot.check_style`
@@ -100,7 +100,7 @@ class Worker(Thread):
 
     def _open_all(self) -> bool:
         try:
-            self.slots = self._open()
+            self.slots = dict(self._open())
         except Exception as error:  # the server goes on, and its health says so
             logger.exception("the model cannot be opened")
             self.failed = error
@@ -114,8 +114,7 @@ class Worker(Thread):
     def _give_turns(self) -> bool:
         """Give turns until `stop` (True), or until an error (False), after which no viewer has a slot."""
         try:
-            while (turn := self._next()) is not None:
-                self._turn(turn)
+            self._work_on()
             return True
         except BaseException as error:  # SystemExit of a library too: the other viewers need this thread
             log_failure("the model's thread has ended", error)
@@ -125,6 +124,11 @@ class Worker(Thread):
             for client in self._clients:
                 client.slot = None
         return False
+
+    def _work_on(self) -> None:
+        """Give turns until `stop`."""
+        while (turn := self._next()) is not None:
+            self._turn(turn)
 
     def _next(self) -> Turn | None:
         """The turn of the due viewer with the least used time; None when it is over."""
