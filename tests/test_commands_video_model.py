@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diffusers.pipelines.anyflow import pipeline_anyflow_far
 from diffusers.pipelines.helios import pipeline_helios
 from PIL import Image
@@ -19,11 +20,12 @@ from streamflow.app import config
 from streamflow.app.commands import live, video
 from streamflow.app.commands.video import SECONDS
 from streamflow.app.config import Settings
-from streamflow.app.video_model import VideoScenes, arguments_of, check_live
+from streamflow.app.video_model import VideoScenes, arguments_of, check_live, open_video
 from streamflow.image_utils import cropped
 from streamflow.io import TimedImage, open_source
 from streamflow.io.recorder import Recorder
 from streamflow.models.loading import is_video
+from streamflow.models.tiny_video import TinyVideoDecoder
 
 FRAMES = 9
 SHORT = "{num_latent_frames_per_chunk: 3}"
@@ -141,10 +143,33 @@ def test_an_interrupted_video_keeps_what_is_drawn(folder, capsys, monkeypatch):
     assert found["interrupted"] and not found["ended"] and len(all_of(open_source("out.mp4"))) == found["frames"]
 
 
+@pytest.mark.slow
+def test_it_is_accelerated_and_decoded_as_the_settings_say(folder):
+    torch.save(TinyVideoDecoder().state_dict(), "tiny.pth")
+    given = {
+        "model": folder("helios"),
+        "device": "cpu",
+        "width": 32,
+        "height": 32,
+        "num_inference_steps": 1,
+        "prompt": "a fox",
+    }
+    given |= {"video": {"arguments": {"num_latent_frames_per_chunk": 3}}, "tiny_vae": "tiny.pth", "devices": ["cpu"]}
+    with (
+        open_video(config.parse({**given, "acceleration": {"kind": "compile"}})) as fast,
+        open_video(config.parse(given)) as own,
+    ):
+        assert fast.acceleration == "compile" and own.acceleration == "none" and isinstance(own.vae, TinyVideoDecoder)
+        assert np.allclose(fast().images, own().images, atol=1e-4)
+
+
 REFUSED = [
     (video, ["--in", "a.mp4"], "--in: a video model restyles no video"),
     (video, ["--reference", "a.png", "--t-index-list", "[0]"], "--reference: a video model does not use it"),
-    (video, ["--accelerate", "tensorrt"], "--accelerate: a video model does not use it"),
+    (video, ["--accelerate", "tensorrt"], "--accelerate: the networks of video models are not exported"),
+    (video, ["--tiny-vae", "true"], "--tiny-vae: a video model takes the path of a file of TAEHV"),
+    (video, ["--tiny-vae", "no.pth"], "no.pth"),
+    (video, ["--devices", "[cpu, cpu]"], "--devices: a video model takes one more device"),
     (video, ["--guidance-scale", "5"], "--guidance-scale: 5 needs guidance, and cfg_type is none"),
     (video, ["--cfg-type", "self"], "--cfg-type: a video model takes none or full"),
     (video, ["--prompt", "[[a, 1], [b, 1]]"], "--prompt: a video model draws one text"),

@@ -18,11 +18,12 @@ from streamflow.image_utils import as_rgb, cropped, open_image
 from streamflow.io.file import FileSource
 from streamflow.models.loading import DTYPES, default_device, default_dtype
 from streamflow.video import VideoStream
+from streamflow.video.acceleration import EXPORTED
 
 # Settings of streams of images, and those of a show of images.
 UNUSED = tuple(
-    "family devices split t_index_list strength delta frame_buffer_size use_denoising_batch do_add_noise tiny_vae "
-    "references loras offload_text_encoders acceleration.options similar_image_filter".split()
+    "family split t_index_list strength delta frame_buffer_size use_denoising_batch do_add_noise references loras "
+    "offload_text_encoders similar_image_filter".split()
 )
 UNUSED_LIVE = tuple("live.source live.policy live.mode live.crossfade".split())
 CHANGEABLE = ("prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "seed")  # from chunk to chunk
@@ -41,9 +42,15 @@ def check_video(settings: Settings, unused: Sequence[str] = ()) -> None:
     """Raise ValueError for settings that a video model does not use, one line for each. unused: more of them."""
     default = Settings()
     wrong = [path for path in (*UNUSED, *unused) if _at(settings, path) != _at(default, path)]
-    if settings.acceleration.kind not in ("auto", "none"):
-        wrong.append("acceleration.kind")
     lines = [f"{path}: a video model does not use it: leave it out" for path in wrong]
+    if settings.acceleration.kind in EXPORTED:
+        lines.append(
+            f"acceleration.kind: the networks of video models are not exported, as {settings.acceleration.kind} needs"
+        )
+    if settings.tiny_vae is True:
+        lines.append("tiny_vae: a video model takes the path of a file of TAEHV, such as taew2_1.pth, not true")
+    if len(settings.devices) > 1:
+        lines.append(f"devices: a video model takes one more device, which decodes, not {len(settings.devices)}")
     if not isinstance(settings.prompt, str):
         lines.append("prompt: a video model draws one text, not several with weights")
     if settings.cfg_type not in ("none", "full"):
@@ -77,7 +84,12 @@ def open_video(settings: Settings, **loading: Any) -> VideoStream:
     device = settings.device or default_device()
     dtype = DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
     pipe = models.load(settings.model, device=device, dtype={"vae": torch.float32, "default": dtype}, **loading)
-    stream = VideoStream(pipe, output_type="np")
+    stream = VideoStream(pipe, output_type="np", decode_on=settings.devices or None)
+    if isinstance(settings.tiny_vae, str):
+        stream.use_tiny_vae(settings.tiny_vae)
+    chosen = settings.acceleration
+    if chosen.kind != "auto" or "accelerate" not in models.video_adapter_for(pipe).lacks:
+        stream.accelerate(chosen.kind, **chosen.options)
     stream.prepare(**arguments_of(settings), **_start(settings, pipe))
     return stream
 
