@@ -37,7 +37,7 @@ ENTRIES = {
     "video",
     "wrapper",
 }
-CALLS, FILES = 45, 10
+CALLS, FILES = 46, 10
 LEFT_OUT = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<lambda>"}
 OPTIONS = ("inpaint", "controlnet", "image_prompt", "lora", "hooks")
 

@@ -256,10 +256,12 @@ class LoadControlNet:
         flow, folder = stream.wrapper.stream, Path(model).expanduser()
         cls = getattr(diffusers, control_rule(flow.adapter).model)  # NotImplementedError where the family has none
         if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
-            raise FileNotFoundError(f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written")
+            raise FileNotFoundError(
+                f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written"
+            )
         with torch.inference_mode(False):
-            net = cls.from_pretrained(folder if folder.is_dir() else model)
-            return (ControlNet(net.to(flow.device, stream.wrapper.dtype), model),)
+            net = cls.from_pretrained(folder if folder.is_dir() else model, torch_dtype=stream.wrapper.dtype)
+            return (ControlNet(net.to(flow.device), model),)
 
 
 class ApplyControlNet:
@@ -421,31 +423,6 @@ class Sample:
         return torch.stack(done), {"samples": torch.cat(latents)}
 
 
-class Decode:
-    """Latents of a sampler as images."""
-
-    DESCRIPTION = "Decodes latents with the VAE of the stream's model."
-    CATEGORY, FUNCTION = CATEGORY, "decode"
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> INPUTS:
-        return {"required": {"stream": (STREAM,), "latents": ("LATENT",)}}
-
-    def decode(self, stream: Stream, latents: dict[str, Tensor]) -> tuple[Tensor]:
-        """The images, one after another. ValueError: latents that are not of this model's VAE."""
-        from streamflow.image_utils import denormalize
-
-        flow, z = stream.wrapper.stream, latents["samples"]
-        vae = flow.adapter.codec(flow.pipe.vae, flow.height, flow.width).decoder.vae
-        channels = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
-        if z.ndim != 4 or z.shape[1] != channels or not len(z):
-            raise ValueError(f"latents are {list(z.shape)}, and the model's VAE decodes [B, {channels}, h, w]")
-        with torch.inference_mode(False), torch.no_grad():
-            images = [vae.decode(one.to(flow.device, vae.dtype), return_dict=False)[0] for one in z.split(1)]
-            return (denormalize(torch.cat(images).float()).movedim(1, -1).cpu(),)
-
-
 def last_written(model: str | None) -> int:
     """When the newest file of a model folder, or a file, was written; 0 for other models, and where the name comes from
     another node."""
@@ -510,7 +487,6 @@ NODES = {
     "StreamFlowLoadControlNet": (LoadControlNet, "Load StreamFlow ControlNet"),
     "StreamFlowApplyControlNet": (ApplyControlNet, "Apply StreamFlow ControlNet"),
     "StreamFlowReference": (AddReference, "StreamFlow Reference"),
-    "StreamFlowDecode": (Decode, "StreamFlow Decode"),
 }
 NODE_CLASS_MAPPINGS = {name: cls for name, (cls, _) in NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         return self.vae.decode(self.unscaled(latents), return_dict=False)[0].clamp(-1.0, 1.0)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """Latents in the pipeline's form to those that the VAE decodes, `[n, channels, h, w]` in its own scale."""
+        """Latents in the pipeline's form to those that the VAE decodes, `[n, channels, h, w]` in its own scale and dtype."""
         z = latents.to(self.vae.dtype)
         if self.unpack is not None:
             z = self.unpack(z)
