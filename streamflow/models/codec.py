@@ -73,11 +73,14 @@ class Decoder(nn.Module):
         self.scaling, self.shift = _factors(vae.config)
 
     def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(self.unscaled(latents), return_dict=False)[0].clamp(-1.0, 1.0)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents in the pipeline's form to those that the VAE decodes, `[n, channels, h, w]` in its own scale and dtype."""
         z = latents.to(self.vae.dtype)
         if self.unpack is not None:
             z = self.unpack(z)
-        z = z / self.scaling + self.shift
-        return self.vae.decode(z, return_dict=False)[0].clamp(-1.0, 1.0)
+        return z / self.scaling + self.shift
 
 
 class Encoder(nn.Module):

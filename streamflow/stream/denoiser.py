@@ -266,19 +266,19 @@ class Denoiser:
             engine = self.engine
             if engine is None:
                 raise self._not_ready()
+            left: Sequence[Done] | None = None  # None: the group has not entered
             try:
                 done = engine.push(group, self._model.velocity)
+                left = () if done is None else (done,)
             except BaseException:
                 if engine.holds(group):  # the step was taken, and what on_step's function raised came after it
-                    self._entered(group, engine.leaving)
+                    left = engine.leaving
                 raise
-            self._entered(group, () if done is None else (done,))
-
-    def _entered(self, group: Group, left: Sequence[Done]) -> None:
-        """Number the frames that have entered, and queue the groups that have left."""
-        self.next_id = max(self.next_id, 1 + max(group.ids, default=-1))
-        for done in left:
-            self.leave(done)
+            finally:
+                if left is not None:
+                    self.next_id = max(self.next_id, 1 + max(group.ids, default=-1))
+                    for one in left:
+                        self.leave(one)
 
     def leave(self, done: Done) -> None:
         """Queue a group that has left the engine."""

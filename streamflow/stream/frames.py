@@ -30,8 +30,15 @@ class Frame:
     id: int
     image: Tensor
     latency_s: float
-    skipped: bool = False
+    skipped: bool
+    _x0: Tensor = field(repr=False)
     _event: torch.cuda.Event | None = field(default=None, repr=False)
+
+    @property
+    def latent(self) -> Tensor:
+        """A copy of the clean latent that the image was decoded from, as the pipeline's `output_type="latent"` gives that of
+        one image, without the dimension of the batch."""
+        return self._x0.clone()
 
     def ready(self) -> bool:
         """Whether the device has finished the image."""
@@ -84,7 +91,7 @@ class Order:
         self._inputs: deque[_Input] = deque()
         self._decoding: deque[tuple[Done, Decode]] = deque()
         self._arrived: deque[Done] = deque()  # decoded, and none of their frames given
-        self._images: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+        self._images: dict[int, tuple[Tensor, Tensor, torch.cuda.Event | None]] = {}
 
     def expect(self, frame_id: int, source: int) -> None:
         """Add an input. Its image is that of frame `source`: the input's own frame, unless it was skipped."""
@@ -111,7 +118,7 @@ class Order:
         while self._decoding and (len(self._decoding) > most or self._decoding[0][1].done()):
             group, decoding = self._decoding[0]
             try:
-                self._arrive(group.ids, decoding.result())
+                self._arrive(group, decoding.result())
             except BaseException as error:  # after the frames that came before; the group stays undecoded
                 failed = error
                 break
@@ -122,19 +129,19 @@ class Order:
                 self._arrived.popleft()
             for old in [i for i in self._images if i < waiting.source]:
                 del self._images[old]
-            image, event = self._images[waiting.source]
+            image, x0, event = self._images[waiting.source]
             if copies or waiting.id != waiting.source:
                 image = image.clone()
                 event = _event(image)
             latency = time.perf_counter() - waiting.since
-            yield Frame(waiting.id, image, latency, waiting.id != waiting.source, event)
+            yield Frame(waiting.id, image, latency, waiting.id != waiting.source, x0, event)
         if failed is not None:
             raise failed
 
-    def _arrive(self, ids: tuple[int, ...], images: Tensor) -> None:
+    def _arrive(self, group: Done, images: Tensor) -> None:
         event = _event(images)
-        for frame_id, image in zip(ids, images, strict=False):
-            self._images[frame_id] = (image, event)
+        for frame_id, image, x0 in zip(group.ids, images, group.x0, strict=False):
+            self._images[frame_id] = (image, x0, event)
 
 
 def _event(images: Tensor) -> torch.cuda.Event | None:

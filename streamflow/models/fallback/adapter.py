@@ -302,6 +302,10 @@ class _Decoder(nn.Module):
             raise ValueError(f"the pipeline draws images {list(images.shape)} when called with the size {list(self._size)}")
         return images
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The latents as they are: how the pipeline brings them to the VAE's scale is part of its decoding."""
+        return latents
+
 
 class _NoEncoder(nn.Module):
     def __init__(self, adapter: Fallback):
