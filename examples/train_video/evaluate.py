@@ -296,9 +296,13 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def main(given: list[str] | None = None) -> None:
+    args = parsed(given)
+    report = evaluate(args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    arguments = parsed()
-    report = evaluate(arguments)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    main()

@@ -180,9 +180,9 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-if __name__ == "__main__":
+def main(given: list[str] | None = None) -> None:
     with worker() as me:
-        run = Run(parsed(), me)
+        run = Run(parsed(given), me)
         run.vae()
         run.prepare()
         run.flow()
@@ -190,3 +190,7 @@ if __name__ == "__main__":
         if me.leads:
             run.write()
         me.barrier()
+
+
+if __name__ == "__main__":
+    main()
