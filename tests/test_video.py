@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 import threading
@@ -23,6 +24,7 @@ from random_pipelines.video import wan_vae
 from streamflow import StreamFlow, VideoStream
 from streamflow.io import TimedImage
 from streamflow.models import VIDEO_PIPELINES
+from streamflow.models.pipe_parts import TEXT_PACKAGES
 from streamflow.models.video_kinds import REASONS
 
 ROOT = Path(__file__).parents[1]
@@ -336,6 +338,13 @@ def test_texts_are_encoded_by_the_pipeline(pipes, monkeypatch):
     for change in (lambda: stream.prepare("a pear", **call), lambda: stream.update_prompt("a pear")):
         with pytest.raises(ValueError, match="cannot encode a prompt without the package ftfy"):
             change()
+
+
+@pytest.mark.parametrize("name", VIDEO_PIPELINES)
+def test_the_package_that_prompts_need_is_known(name):
+    """The pipelines' modules use ftfy whether or not it is installed."""
+    source = inspect.getsource(inspect.getmodule(getattr(diffusers, name)))
+    assert ("ftfy.fix_text(" in source) == (TEXT_PACKAGES.get(name) == "ftfy")
 
 
 def test_more_changes_from_chunk_to_chunk(pipes):

@@ -16,7 +16,16 @@ from streamflow.models.protocols import VAE, Network, Pipeline, Scheduler
 QUANTIZED = "quantized_to"  # the attribute of layers whose plain weights were dropped when they were quantised: the kind
 # Packages that a pipeline's module uses for prompts, where they are installed.
 TEXT_PACKAGES: dict[str, str] = dict.fromkeys(
-    ("AnyFlowFARPipeline", "HeliosPipeline", "HeliosPyramidPipeline", "PRXPipeline"), "ftfy"
+    (
+        "AnyFlowFARPipeline",
+        "HeliosPipeline",
+        "HeliosPyramidPipeline",
+        "PRXPipeline",
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+    ),
+    "ftfy",
 )
 
 
