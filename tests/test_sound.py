@@ -4,16 +4,20 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import slow
 
 from streamflow.app import config
-from streamflow.app.config import ConfigError
+from streamflow.app.config import ConfigError, Settings
 from streamflow.live.remote import Control, Mapping, audio, open_control
+from streamflow.live.remote.knobs import Knobs
 from streamflow.live.remote.midi import MidiClock
 from streamflow.live.remote.sound import SoundAnalysis
 
@@ -202,6 +206,18 @@ def test_mistakes_are_named(wrong, says):
     with pytest.raises(ConfigError) as caught:
         config.parse(wrong, Control)
     assert says in str(caught.value)
+
+
+def test_the_example_of_the_guide_moves_prompt_weights_with_the_beat():
+    guide = (Path(__file__).parents[1] / "docs/guides/live.md").read_text(encoding="utf-8").split("## Sound and beat")[1]
+    settings = config.parse(yaml.safe_load(re.search(r"```yaml\n(.*?)```", guide, re.DOTALL)[1]), Settings)
+    weights, values = [weight for _, weight in settings.prompt], {"audio:beat": 0.0, "audio:high": 0.6}
+    knobs = Knobs(settings.control.mappings, weights)
+    for address, value in values.items():
+        knobs.put(address, value)
+    assert knobs.due(0.0)["prompt_weights"][:2] == [1.0, 2.0]
+    knobs.put("audio:beat", 0.75)
+    assert knobs.due(60.0)["prompt_weights"] == pytest.approx([1.0, 0.5, 0.5])
 
 
 # -- MIDI clock -----------------------------------------------------------------------------------------------------------

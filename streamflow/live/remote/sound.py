@@ -74,11 +74,11 @@ class SoundAnalysis:
     def feed(self, samples: np.ndarray) -> None:
         """Analyse more samples, float `[n]` or `[n, channels]` within [-1, 1], of which the channels' mean counts. Samples
         out of range are clipped, and those that are not finite are 0, which is logged once."""
-        mono = samples.mean(1) if samples.ndim == 2 else samples
-        if not np.isfinite(mono).all() and not self._warned:
+        if not np.isfinite(samples).all() and not self._warned:
             self._warned = True
             logger.warning("the sound has samples that are not finite, which are taken as 0")
-        self._tail = np.concatenate([self._tail, np.nan_to_num(mono, nan=0, posinf=0, neginf=0).clip(-1, 1)])
+        finite = np.nan_to_num(samples, nan=0, posinf=0, neginf=0).clip(-1, 1)
+        self._tail = np.concatenate([self._tail, finite.mean(1) if finite.ndim == 2 else finite])
         while len(self._tail) >= self._size + self.hop:
             self._tail = self._tail[self.hop :]
             self._analyse(self._tail[: self._size])
