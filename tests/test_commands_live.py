@@ -75,7 +75,7 @@ OPTIONS = {
     "--live.scenes": ('["{settings}"]',),
     "--control.osc": ("127.0.0.1:0",),
     "--control.midi": ("no such port",),
-    "--control.sound": ('["audio:{sound}"]', "--control.mappings", "[{{address: 'audio:level', field: seed}}]"),
+    "--control.sound": ('["audio:{folder}/../tone.wav"]', "--control.mappings", "[{{address: 'audio:level', field: seed}}]"),
     "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
     "--control.keys": ("{{x: panic}}",),
 }
@@ -219,22 +219,14 @@ def files(tmp_path_factory):
     (folder / "in").mkdir()
     for k in range(3):
         Image.new("RGB", (128, 128), (60 * k, 90, 200)).save(folder / "in" / f"{k}.png")
+    with wave.open(str(folder / "tone.wav"), "wb") as tone:
+        tone.setparams((1, 2, 8000, 0, "NONE", ""))
+        tone.writeframes(np.int16(2e4 * np.sin(np.arange(8000))).tobytes())
     config.save(config.parse({"prompt": "a fox, 3d render", "warmup": 0}), folder / "b.yaml")
     pipe = load("embedded")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     type(pipe).save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
-    with wave.open(str(folder / "tone.wav"), "wb") as tone:
-        tone.setparams((1, 2, 8000, 0, "NONE", ""))
-        tone.writeframes(np.int16(2e4 * np.sin(np.arange(8000))).tobytes())
-    names = {
-        "sound": "tone.wav",
-        "folder": "in",
-        "style": "in/0.png",
-        "settings": "b.yaml",
-        "lora": "lora",
-        "drawn": "out",
-        "record": "out.mp4",
-    }
+    names = {"folder": "in", "style": "in/0.png", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
     return {"model": embedded()} | {name: str(folder / file) for name, file in names.items()}
 
 
