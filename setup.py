@@ -54,6 +54,8 @@ EXTRAS_REQUIRE = {
     # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).
     "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],
     "control": ["python-osc>=1.8,<2", "mido>=1.3,<2", "python-rtmidi>=1.5,<2"],
+    # Ableton Link (aalink, under the GPL) is named when it is asked for.
+    "audio": ["sounddevice>=0.5,<1", "soundfile>=0.13,<1"],
     "bench": ["matplotlib>=3.8,<4"],
     "ray": ["ray[serve,data]>=2.60,<3"],
     "quantize": ["torchao>=0.18,<0.19"],  # needs torch 2.11

@@ -1,18 +1,23 @@
 """Draw the sheets of images that the guides show, with the embedded model on a CPU.
 
-    python docs/figures.py
+    python docs/figures.py [sound]
 
-Writes guidance.webp, steps.webp, strength.webp and mistakes.webp to docs/static/.
+Writes guidance.webp, steps.webp, strength.webp, mistakes.webp and sound.webp to docs/static/, or the last one alone.
+Needs matplotlib (env/install.py --bench).
 """
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from streamflow import StreamFlowWrapper
+from streamflow.live.remote.sound import SoundAnalysis
 from streamflow.samples import IMAGE
 
 STATIC = Path(__file__).parent / "static"
@@ -41,7 +46,50 @@ def sheet(images: dict[str, Image.Image], name: str) -> None:
     page.save(STATIC / name, quality=88)
 
 
+def drums(bpm: float, seconds: float, rate: int) -> np.ndarray:
+    """A bass drum and a snare in turn, with a hi-hat between, in mono."""
+    t, rng, samples = np.arange(rate) / rate, np.random.default_rng(0), np.zeros(round((seconds + 1) * rate))
+    bass = 0.8 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t / 0.02))) * np.exp(-t / 0.08)
+    snare = 0.3 * rng.standard_normal(len(t)) * np.exp(-t / 0.05)
+    hat = 0.12 * np.diff(rng.standard_normal(len(t) + 1)) * np.exp(-t / 0.015)
+    for k, at in enumerate(np.arange(0.2, seconds, 30 / bpm)):
+        samples[round(at * rate) :][: len(t)] += hat if k % 2 else bass if k % 4 == 0 else snare
+    return samples[: round(seconds * rate)].astype(np.float32)
+
+
+def sound(bpm: float = 110, seconds: float = 7, rate: int = 44100) -> None:
+    """What is found in drums, block by block: onsets over the waveform, bands, and the phase of the beat."""
+    import matplotlib.pyplot as plt
+
+    samples, found, rows = drums(bpm, seconds, rate), SoundAnalysis(rate), []
+    for at in range(0, len(samples), found.hop):
+        found.feed(samples[at : at + found.hop])
+        beat = np.nan if found.tempo is None else found.beat(found.seconds)
+        rows.append((found.seconds, found.low, found.mid, found.high, beat))
+    time, *bands, beat = np.array(rows).T
+    beat[1:][np.diff(beat) < -0.5] = np.nan  # no line from the end of a beat to the next
+    figure, (wave, levels, phase) = plt.subplots(
+        3, sharex=True, figsize=(10, 5.2), height_ratios=(3, 2, 2), layout="constrained"
+    )
+    wave.plot(np.arange(0, len(samples), 20) / rate, samples[::20], color="#8c959f", linewidth=0.6)
+    wave.vlines(found.onsets, -1, 1, color="#cf222e", linewidth=1, label="onsets")
+    wave.set(ylim=(-1, 1), ylabel="samples", xlim=(0, seconds))
+    wave.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    for name, values, color in zip(("low", "mid", "high"), bands, ("#0969da", "#1a7f37", "#bf8700"), strict=True):
+        levels.plot(time, values, color=color, linewidth=1.2, label=name)
+    levels.set(ylim=(0, 1), ylabel="bands")
+    levels.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    phase.plot(time, beat, color="#8250df", linewidth=1.4)
+    phase.set(ylim=(0, 1), ylabel="beat", xlabel=f"seconds; {bpm:g} BPM are played, {found.tempo:.1f} are found at the end")
+    with io.BytesIO() as png:
+        figure.savefig(png, format="png", dpi=110)
+        Image.open(png).convert("RGB").save(STATIC / "sound.webp", quality=88)
+
+
 def main() -> int:
+    sound()
+    if sys.argv[1:] == ["sound"]:
+        return 0
     apple, fox = "a red apple, 3d render", "a fox, 3d render"
     guided = {"negative_prompt": "flat vector", "guidance_scale": 1.2, "image": IMAGE, "strength": 0.75}
     sheet(

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import wave
 from functools import reduce
 from types import SimpleNamespace
 
@@ -82,6 +83,7 @@ OPTIONS = {
     "--live.scenes": ('["{settings}"]',),
     "--control.osc": ("127.0.0.1:0",),
     "--control.midi": ("no such port",),
+    "--control.sound": ('["audio:{folder}/../tone.wav"]', "--control.mappings", "[{{address: 'audio:level', field: seed}}]"),
     "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
     "--control.keys": ("{{x: panic}}",),
 }
@@ -225,6 +227,9 @@ def files(tmp_path_factory):
     (folder / "in").mkdir()
     for k in range(3):
         Image.new("RGB", (128, 128), (60 * k, 90, 200)).save(folder / "in" / f"{k}.png")
+    with wave.open(str(folder / "tone.wav"), "wb") as tone:
+        tone.setparams((1, 2, 8000, 0, "NONE", ""))
+        tone.writeframes(np.int16(2e4 * np.sin(np.arange(8000))).tobytes())
     config.save(config.parse({"prompt": "a fox, 3d render", "warmup": 0}), folder / "b.yaml")
     pipe = load("embedded")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))

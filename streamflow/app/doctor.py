@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -147,6 +148,7 @@ EXTRAS = {
     "video": ("av",),
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),
+    "audio": ("sounddevice", "soundfile"),
     "bench": ("matplotlib",),
 }
 
@@ -157,6 +159,13 @@ def installed_lines(options: Mapping[str, Sequence[str]]) -> list[Line]:
         Line(option, "installed") if have(*needed) else Line(option, "not installed", install_command(option))
         for option, needed in options.items()
     ]
+
+
+def portaudio_lines() -> list[Line]:
+    """That sound devices lack their library, where they do: on Linux, sounddevice does not bring it."""
+    if sys.platform != "linux" or not have("sounddevice") or find_library("portaudio") is not None:
+        return []
+    return [Line("sound devices", "need PortAudio", "sudo apt install libportaudio2")]
 
 
 def accelerations(torch: ModuleType | None) -> list[Line]:
@@ -172,6 +181,7 @@ def accelerations(torch: ModuleType | None) -> list[Line]:
         *(no_tensorrt if sys.platform == "darwin" else installed_lines(TENSORRT)),
         Line("several GPUs", f"available, {gpus} devices" if gpus > 1 else f"needs two CUDA devices, found {gpus}"),
         *installed_lines(EXTRAS),
+        *portaudio_lines(),
     ]
 
 

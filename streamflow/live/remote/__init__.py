@@ -1,4 +1,4 @@
-"""Control of a live stream from outside: OSC, MIDI and keys. (ControlNet is elsewhere: `streamflow.stream.controlnets`.)
+"""Control of a live stream from outside: OSC, MIDI, sound, keys. (ControlNet is elsewhere: `streamflow.stream.controlnets`.)
 
 Knows `update` as a callable; no stream, no window.
 """
@@ -6,14 +6,16 @@ Knows `update` as a callable; no stream, no window.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from streamflow._files import Json
+from streamflow.live.remote.audio import AudioInput
 from streamflow.live.remote.keys import Keys
 from streamflow.live.remote.knobs import Knobs
 from streamflow.live.remote.learn import Learner
+from streamflow.live.remote.link import LinkInput
 from streamflow.live.remote.midi import MidiInput
 from streamflow.live.remote.osc import OscInput
 from streamflow.live.remote.settings import Control, Mapping, socket_of
@@ -32,7 +34,8 @@ class Controls:
     stream_update: `StreamFlow.update` of the stream that draws. weights: of the prompt's texts at the start.
 
     Raises:
-        ImportError: a package is missing, with the command that brings it. OSError: an address or port is not available.
+        ImportError: a package is missing, with the command that brings it. OSError: an address, port, device or file is not
+            available. ValueError: a file is no sound.
     """
 
     def __init__(self, settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> None:
@@ -41,6 +44,7 @@ class Controls:
         self._knobs = Knobs(settings.mappings, weights)
         self._learner: Learner | None = None
         self._refused: set[str] = set()
+        self._senses: list[Callable[[float], dict[str, float]]] = []  # values by address, that are read once a frame
         self.osc_bound: tuple[str, int] | None = None
         with ExitStack() as opened:
             if settings.osc is not None:
@@ -48,8 +52,16 @@ class Controls:
                 opened.callback(osc.close)
                 self.osc_bound = osc.bound
             if settings.midi is not None:
-                opened.callback(MidiInput(settings.midi, self.receive).close)
+                self._keep(opened, MidiInput(settings.midi, self.receive))
+            if (name := settings.sound_of("audio")) is not None:
+                self._keep(opened, AudioInput(name))
+            if settings.sound_of("link") is not None:
+                self._keep(opened, LinkInput())
             self._opened = opened.pop_all()
+
+    def _keep(self, opened: ExitStack, source: MidiInput | AudioInput | LinkInput) -> None:
+        opened.callback(source.close)
+        self._senses.append(source.values)
 
     @property
     def settings(self) -> Control:
@@ -57,8 +69,12 @@ class Controls:
         return self._settings.model_copy(update={"mappings": self._knobs.mappings})
 
     def tick(self, now: float) -> None:
-        """Send what is due, in one update. One that is refused is sent field by field, so that one bad value does not hold
-        up the others; a field that is refused is dropped and logged, once until it is taken again. now: seconds."""
+        """Read sound and beat, and send what is due, in one update. One that is refused is sent field by field, so that one
+        bad value does not hold up the others; a field that is refused is dropped and logged, once until it is taken again.
+        now: seconds of `time.monotonic()`."""
+        for values in self._senses:
+            for address, value in values(now).items():
+                self._knobs.put(address, value)
         fields = self._knobs.due(now)
         error = self._refusal(fields) if fields else None
         if error is None:

@@ -1,9 +1,14 @@
-"""Knobs by MIDI. Knows mido and its backend python-rtmidi; no knob, no field."""
+"""Knobs and clock by MIDI. Knows mido and its backend python-rtmidi; no knob, no field."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from streamflow.io.protocols import need
 
@@ -16,6 +21,8 @@ MESSAGE_KINDS = {
     "note_on": ("note", "note", "velocity"),
     "note_off": ("note", "note", None),
 }
+PULSES = 24  # of the clock in a beat
+PAUSE = 0.25  # seconds without a pulse, after which the clock has stopped
 
 
 def parse_message(message: mido.Message) -> tuple[str, int] | None:
@@ -36,8 +43,45 @@ def find_port(name: str, ports: Sequence[str]) -> str:
     return found[0]
 
 
+class MidiClock:
+    """Tempo and beat of a MIDI clock, by a line through the times of the last 48 pulses, which evens out their jitter."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=2 * PULSES)
+        self._number = -1  # of the last pulse; 0, 24, ... are on a beat
+        self._lock = threading.Lock()
+
+    def take(self, message: mido.Message, now: float) -> None:
+        """Take a message that arrived now, in seconds; those that do not belong to the clock are ignored. The pulse after
+        `start` is on a beat, and `songpos` counts sixteenths. Without either, the first pulse is on a beat."""
+        kind = message.dict()["type"]
+        with self._lock:
+            if kind == "start":
+                self._number = -1
+            elif kind == "songpos":
+                self._number = message.dict()["pos"] * (PULSES // 4) - 1
+            elif kind == "clock":
+                if self._times and now - self._times[-1] > PAUSE:
+                    self._times.clear()
+                self._times.append(now)
+                self._number += 1
+
+    def values(self, now: float) -> dict[str, float]:
+        """Phase in [0, 1) within the beat, and tempo in BPM, by address; nothing before a beat has passed, and while the
+        clock has stopped."""
+        with self._lock:
+            times, number = np.array(self._times), self._number
+        if len(times) < PULSES or now - times[-1] > PAUSE:
+            return {}
+        interval, last = np.polyfit(np.arange(1.0 - len(times), 1.0), times - now, 1)
+        if interval <= 0:
+            return {}
+        beat = (number - last / interval) / PULSES
+        return {"midi:beat": float(beat % 1.0 % 1.0), "midi:tempo": float(60 / (PULSES * interval))}
+
+
 class MidiInput:
-    """Calls `receive("midi:cc:1:74", value)` in the driver's thread.
+    """Calls `receive("midi:cc:1:74", value)` in the driver's thread. `values`: of the clock, where the port sends one.
 
     Raises:
         ImportError: without mido or python-rtmidi. OSError: no such port, or this machine has no MIDI.
@@ -48,7 +92,11 @@ class MidiInput:
             need(module, '"streamflow-rf[control]"')
         import mido
 
+        clock = MidiClock()
+        self.values = clock.values
+
         def take(message: mido.Message) -> None:
+            clock.take(message, time.monotonic())
             if (read := parse_message(message)) is not None:
                 receive(*read)
 

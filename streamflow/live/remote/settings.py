@@ -35,7 +35,11 @@ FIELDS = {
 }
 WEIGHT = re.compile(r"prompt_weights\.(0|[1-9]\d?)")  # by the number of the text
 NUMBER = r"(0|[1-9]\d?|1[01]\d|12[0-7])"
-ADDRESS = re.compile(rf"osc:/[!-~]{{0,254}}|midi:(cc|note):([1-9]|1[0-6]):{NUMBER}")
+ADDRESS = re.compile(
+    rf"osc:/[!-~]{{0,254}}|midi:(cc|note):([1-9]|1[0-6]):{NUMBER}|audio:(level|low|mid|high|onset)|(audio|link|midi):(beat|tempo)"
+)
+TEMPI = ("audio:tempo", "link:tempo", "midi:tempo")
+SOUND = re.compile(r"audio:.+|link:")
 RESERVED = re.compile(r"[#*,?\[\]{}]")  # the pattern characters of OSC
 SOCKET = re.compile(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]*):)?(?P<port>\d{1,5})")
 
@@ -60,11 +64,15 @@ def _default_range(data: Json) -> tuple[float, float]:
 class Mapping(Section):
     """One knob: its values, from one end to the other, move a field from one end of `range` to the other."""
 
-    address: str = Field(description="osc:/some/name; midi:cc:1:74 (channel 1, controller 74); midi:note:1:60 (velocity)")
+    address: str = Field(
+        description="osc:/some/name; midi:cc:1:74 (channel 1, controller 74); midi:note:1:60 (velocity); audio: with level, "
+        "low, mid, high or onset; audio:, link: and midi: (its clock) with beat or tempo"
+    )
     field: str = Field(description="what it changes, such as guidance_scale, seed or prompt_weights.0")
     range: tuple[float, float] = Field(default_factory=_default_range, description="the field's values at the knob's ends")
     source: tuple[float, float] | None = Field(
-        default=None, description="what the knob sends at its ends; empty: 0 to 1 of OSC, 0 to 127 of MIDI"
+        default=None,
+        description="what the knob sends at its ends; empty: 0 to 1, of cc and note 0 to 127, of a tempo 60 to 180",
     )
     smoothing: float = Field(default=0.0, ge=0, description="seconds after which 63 % of a change is done; 0: at once")
 
@@ -74,7 +82,8 @@ class Mapping(Section):
         if not is_address(address):
             raise ValueError(
                 f"{address!r} is no address: write osc:/some/name (without # * , ? [ ] {{ }}), midi:cc:1:74 or "
-                f"midi:note:1:60 (channel 1 to 16, number 0 to 127)"
+                f"midi:note:1:60 (channel 1 to 16, number 0 to 127), audio: with level, low, mid, high, onset, beat or "
+                f"tempo, or beat or tempo of link: or midi:"
             )
         return address
 
@@ -99,8 +108,10 @@ class Mapping(Section):
         return self
 
     def _check_text(self) -> None:
-        if self.address.startswith("midi:"):
-            raise ValueError(f"{self.field} is a text, which MIDI does not send: give it an osc: address")
+        kind, _, _ = self.address.partition(":")
+        if kind != "osc":
+            sender = {"midi": "MIDI", "audio": "sound", "link": "Link"}[kind]
+            raise ValueError(f"{self.field} is a text, which {sender} does not send: give it an osc: address")
         if (self.range, self.source, self.smoothing) != ((0.0, 1.0), None, 0.0):
             raise ValueError(f"{self.field} is a text: leave range, source and smoothing out")
 
@@ -117,11 +128,15 @@ class Mapping(Section):
     @property
     def ends(self) -> tuple[float, float]:
         """The knob's values at its ends."""
-        return self.source or ((0.0, 127.0) if self.address.startswith("midi:") else (0.0, 1.0))
+        if self.source is not None:
+            return self.source
+        if self.address.startswith(("midi:cc:", "midi:note:")):
+            return 0.0, 127.0
+        return (60.0, 180.0) if self.address in TEMPI else (0.0, 1.0)
 
 
 class Control(Section):
-    """Knobs over OSC and MIDI, and keys in the window."""
+    """Knobs over OSC and MIDI, sound and its beat, and keys in the window."""
 
     osc: str | None = Field(
         default=None,
@@ -129,6 +144,10 @@ class Control(Section):
     )
     midi: str | None = Field(
         default=None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI"
+    )
+    sound: tuple[str, ...] = Field(
+        default=(),
+        description="audio:default, audio:NAME of a device or audio:FILE.wav, and link: (Ableton Link), at most one of each",
     )
     mappings: tuple[Mapping, ...] = Field(
         default=(), description="knobs: [{address: osc:/weight, field: guidance_scale, range: [1, 8], smoothing: 0.2}, ...]"
@@ -145,14 +164,34 @@ class Control(Section):
             socket_of(osc)
         return osc
 
+    @field_validator("sound")
+    @classmethod
+    def _known_sound(cls, sound: tuple[str, ...]) -> tuple[str, ...]:
+        for one in sound:
+            if not SOUND.fullmatch(one):
+                raise ValueError(f"{one!r} is no sound: write audio:default, audio:NAME, audio:FILE.wav or link:")
+        kinds = [one.partition(":")[0] for one in sound]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"sound has at most one audio: and one link:, not {', '.join(sound)}")
+        return sound
+
+    def sound_of(self, kind: Literal["audio", "link"]) -> str | None:
+        """What follows `audio:` or `link:` in `sound`; None where it is not named."""
+        return next((one.removeprefix(f"{kind}:") for one in self.sound if one.startswith(f"{kind}:")), None)
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         addresses = [one.address for one in self.mappings]
         if twice := sorted({one for one in addresses if addresses.count(one) > 1}):
             raise ValueError(f"a knob changes one field, and there is more than one mapping of {', '.join(twice)}")
-        for kind, given in (("osc", self.osc), ("midi", self.midi)):
+        for kind, given, missing in (
+            ("osc", self.osc, "osc is empty"),
+            ("midi", self.midi, "midi is empty"),
+            ("audio", self.sound_of("audio"), "sound has no audio:"),
+            ("link", self.sound_of("link"), "sound has no link:"),
+        ):
             if given is None and (unserved := [one for one in addresses if one.startswith(f"{kind}:")]):
-                raise ValueError(f"{kind} is empty, and mappings need it: {', '.join(unserved)}")
+                raise ValueError(f"{missing}, and mappings need it: {', '.join(unserved)}")
         return self
 
 
