@@ -49,6 +49,10 @@ class Conditioner(Protocol):
         """The prompt with the tensors that the condition adds to that of a frame, for acceleration."""
         ...
 
+    def begin(self, entries: Sequence[Any], images: Tensor | None) -> None:
+        """Start what may run beside the encoding of a group's images, given one entry a row; `join` follows. images: as
+        `Start.images`."""
+
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:
         """The group with the condition, given one entry a row."""
         ...
