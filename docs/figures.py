@@ -2,7 +2,7 @@
 
     python docs/figures.py
 
-Writes guidance.webp, steps.webp, strength.webp and mistakes.webp to docs/static/.
+Writes guidance.webp, steps.webp, strength.webp, mistakes.webp and control-images.webp to docs/static/.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from streamflow import StreamFlowWrapper
+from streamflow.conditioning.control_makers import ControlMaker
 from streamflow.samples import IMAGE
 
 STATIC = Path(__file__).parent / "static"
@@ -39,6 +40,12 @@ def sheet(images: dict[str, Image.Image], name: str) -> None:
         pen.rectangle((x - 1, y - 1, x + SIZE, y + SIZE), outline="#d0d7de")
         pen.multiline_text((x, y + SIZE + 3), caption, fill="#222222", font=font)
     page.save(STATIC / name, quality=88)
+
+
+def control_images() -> None:
+    """An image and what the makers without a model make of it."""
+    image = Image.open(IMAGE).convert("RGB")
+    sheet({"the input": image, **{name: ControlMaker(name)(image) for name in ("canny", "lineart")}}, "control-images.webp")
 
 
 def main() -> int:
@@ -71,6 +78,7 @@ def main() -> int:
         },
         "mistakes.webp",
     )
+    control_images()
     return 0
 
 

@@ -38,6 +38,7 @@ EXTRAS = {
     "video": "video files",
     "live": "cameras, screens, windows, NDI and recordings",
     "control": "knobs by OSC and MIDI",
+    "control-images": "control images made from the camera's (OpenCV)",
     "bench": "plots of the benchmark",
     "ray": "Ray: several machines with failover, many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",

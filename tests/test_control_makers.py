@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import MappingProxyType
 
@@ -12,7 +13,9 @@ import torch
 from conftest import PROMPT
 from random_pipelines.control import random_control
 
-from streamflow import StreamFlow
+from streamflow import StreamFlow, StreamFlowWrapper
+from streamflow.app import config
+from streamflow.app.server.settings import UNUSED
 from streamflow.conditioning import control_makers
 from streamflow.conditioning.control_makers import ControlMaker, as_maker
 from streamflow.image_utils import uint8_pixels
@@ -47,8 +50,9 @@ def drawn(stream: StreamFlow, images, controls) -> torch.Tensor:
     return torch.stack([frame.image for frame in stream.frames(inputs)])
 
 
-@pytest.mark.parametrize("family", ["sd3", pytest.param("instaflow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize(
+    "family, frames", [("sd3", 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("sd3", 1), ("instaflow", 2)))]
+)
 def test_frames_have_the_bits_of_those_whose_control_images_are_made_beforehand(family, frames, stream_of, picture):
     pictures = [picture(k) for k in range(5)]
     stream = stream_of(family, frame_buffer_size=frames)
@@ -64,7 +68,7 @@ def test_frames_have_the_bits_of_those_whose_control_images_are_made_beforehand(
     assert torch.equal(torch.stack([frame.image for frame in stream.frames(pictures)]), made)
 
 
-@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("frames", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_calls_with_several_frames_and_several_nets(frames, stream_of, picture):
     made, given = stream_of(frame_buffer_size=frames), stream_of(frame_buffer_size=frames)
     for stream in (made, given):
@@ -85,7 +89,8 @@ def test_images_of_another_size_and_a_sequential_stream(stream_of, picture):
     as_seen = PIL.Image.fromarray(uint8_pixels(stream.preprocess(image))[0])
     seen = []
     assert torch.equal(
-        stream(image, control=lambda one: seen.append(one) or inverted(one)), stream(image, control={"edges": inverted(as_seen)})
+        stream(image, control=lambda one: seen.append(one) or inverted(one)),
+        stream(image, control={"edges": inverted(as_seen)}),
     )
     assert seen[0].size == (stream.width, stream.height) and seen[0].mode == "RGB"
 
@@ -150,22 +155,25 @@ def test_an_error_of_a_maker_loses_no_frame(stream_of, picture):
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_frames_that_have_entered_stay_where_a_maker_ends_the_loop(stream_of, picture):
-    whole = stream_of(maker=inverted)
-    latents = []
-    for k in range(2):
-        whole._denoiser.tick(whole._inputs.group((k,), whole._inputs.read(picture(k), {}).conditions, whole.preprocess(picture(k))))
-    latents = whole.flush()
     stream = stream_of(maker=inverted)
 
-    def images():
+    def images(last):
         yield picture(0)
         yield picture(1)
-        yield Input(picture(2), control=lambda image: 1 / 0)
+        yield last()
 
-    with pytest.raises(ZeroDivisionError):
-        list(stream.frames(images()))
-    assert all(torch.equal(a, b) for a, b in zip(stream.flush(), latents, strict=True)) and len(latents) == 2
+    def flushed(last):
+        with pytest.raises(ZeroDivisionError):
+            list(stream.frames(images(last)))
+        latents = stream.flush()
+        stream.prepare(PROMPT, num_inference_steps=STEPS, **CASES["sd3"])
+        return torch.stack(latents)
+
+    expected = flushed(lambda: 1 / 0)
+    assert len(expected) == 2
+    assert torch.equal(flushed(lambda: Input(picture(2), control=lambda image: 1 / 0)), expected)
 
 
 def test_what_cannot_be_is_refused_and_nothing_has_changed(stream_of, picture, monkeypatch):
@@ -175,13 +183,15 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(stream_of, picture, m
     def without(call):
         with monkeypatch.context() as patched:
             for name in missing:
-                patched.setitem(__import__("sys").modules, name, None)
+                patched.setitem(sys.modules, name, None)
             control_makers._named.cache_clear()
             return call()
 
     refused = {
         "no control maker is named 'cany': choose one of canny, lineart, depth": lambda: stream(picture(), control="cany"),
-        "'depth' needs a model, .*ControlMaker\\('depth', model='depth-": lambda: stream(picture(), control={"edges": "depth"}),
+        "'depth' needs a model, .*ControlMaker\\('depth', model='depth-": lambda: stream(
+            picture(), control={"edges": "depth"}
+        ),
         "'pose' needs a model": lambda: stream.set_control_maker("edges", "pose"),
         "'canny' needs no model, and 'x' was": lambda: ControlMaker("canny", "x"),
         r"pip install 'streamflow-rf\[control-images\]'": lambda: without(lambda: stream(picture(), control="canny")),
@@ -196,6 +206,7 @@ def test_what_cannot_be_is_refused_and_nothing_has_changed(stream_of, picture, m
         "no control maker is named 'x'": lambda: stream.add_control("more", random_control(stream.unet), maker="x"),
     }
     expected = stream(picture(), control={"edges": inverted(picture())})
+    stream.reset()
     for message, call in refused.items():
         with pytest.raises((TypeError, ValueError, ImportError), match=message):
             call()
@@ -221,7 +232,7 @@ class TestOpenCV:
     def opencv(self):
         self.cv2 = pytest.importorskip("cv2")
 
-    @pytest.mark.parametrize("name", ["canny", "lineart"])
+    @pytest.mark.parametrize("name", ["canny", pytest.param("lineart", marks=pytest.mark.slow)])
     def test_a_name_in_the_place_of_an_image(self, name, stream_of):
         image = PIL.Image.open(IMAGE).convert("RGB").resize((64, 64))
         stream = stream_of()
@@ -240,7 +251,7 @@ class TestOpenCV:
         assert pixels[25, 18:24].max() > 200 and pixels[:, :10].max() < 20 and pixels[:, 50:].max() < 20
 
 
-def _random_depth_model(folder, kind: str) -> str:
+def random_depth_model(folder) -> str:
     from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
     torch.manual_seed(0)
@@ -263,7 +274,7 @@ def _random_depth_model(folder, kind: str) -> str:
 
 
 def test_depth_by_a_model_of_transformers(tmp_path, stream_of, picture):
-    maker = ControlMaker("depth", _random_depth_model(tmp_path, "dpt"), device="cpu")
+    maker = ControlMaker("depth", random_depth_model(tmp_path), device="cpu")
     made = maker(picture())
     assert made.size == picture().size and made.mode == "RGB" and len(np.unique(np.asarray(made))) > 8
     assert not np.array_equal(np.asarray(made), np.asarray(maker(picture(5))))
@@ -273,3 +284,80 @@ def test_depth_by_a_model_of_transformers(tmp_path, stream_of, picture):
     assert torch.equal(stream(picture(), control=maker), expected)
     with pytest.raises(OSError):
         ControlMaker("depth", str(tmp_path / "nothing"))
+
+
+@pytest.mark.slow
+def test_soft_edges_by_a_model_of_controlnet_aux(tmp_path, picture):
+    hed = pytest.importorskip("controlnet_aux.hed", exc_type=ImportError)
+    torch.manual_seed(0)
+    torch.save(hed.ControlNetHED_Apache2().state_dict(), tmp_path / "ControlNetHED.pth")
+    maker = ControlMaker("soft-edge", str(tmp_path), device="cpu")
+    made = maker(picture(0, (64, 48)))
+    assert made.size == (64, 48) and made.mode == "RGB"
+    assert not np.array_equal(np.asarray(made), np.asarray(maker(picture(5, (64, 48)))))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"control_net": "owner/name"}, "control net, 'owner/name', needs a control maker such as 'canny'"),
+        ({"control_maker_model": "owner/name"}, "a model of a control maker, 'owner/name', needs a control maker"),
+        ({"control_maker": inverted, "mode": "txt2img"}, "mode 'txt2img' has none: choose mode 'img2img'"),
+        ({"control_maker": "cany"}, "no control maker is named 'cany'"),
+        ({"control_maker": inverted, "control_maker_model": "x"}, "for a control maker that is given by its name"),
+    ],
+)
+def test_the_wrapper_refuses_before_it_loads(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StreamFlowWrapper("no/model", **arguments)
+
+
+@pytest.mark.slow
+def test_the_wrapper_loads_a_net_with_its_maker(tmp_path):
+    image = PIL.Image.open(IMAGE).convert("RGB").resize((128, 128))
+    prepare = {"prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5}
+    plain = StreamFlowWrapper("embedded", acceleration="none", output_type="latent", prepare=prepare)
+    net = random_control(plain.stream.unet)
+    net.save_pretrained(tmp_path)
+    plain.stream.add_control("control", net, 0.5)
+    expected = plain.stream(image, control={"control": inverted(image)})
+    named = {"control_net": str(tmp_path), "control_scale": 0.5, "acceleration": "none", "output_type": "latent"}
+    with StreamFlowWrapper("embedded", control_maker=inverted, prepare=prepare, **named) as wrapper:
+        assert torch.equal(wrapper(image), expected[0]) and wrapper.stream.controls == {"control": 0.5}
+    with pytest.raises(ValueError, match="one control net, and there are none: give the control net"):
+        StreamFlowWrapper("embedded", control_maker=inverted)
+    with pytest.raises(OSError):
+        StreamFlowWrapper("embedded", control_maker=inverted, control_net=str(tmp_path / "nothing"))
+
+
+@pytest.mark.slow
+def test_live_draws_with_control_images_of_its_source(tmp_path, stream_of, picture):
+    """The recorded images are those of calls with the images given by hand."""
+    (tmp_path / "in").mkdir()
+    pictures = [picture(k) for k in range(4)]
+    for k, one in enumerate(pictures):
+        one.save(tmp_path / "in" / f"{k}.png")
+    stream = stream_of(use_denoising_batch=False)
+    size = stream.width, stream.height
+    assert pictures[0].size == size
+    expected = [uint8_pixels(stream(one, control={"edges": inverted(one)}))[0] for one in pictures]
+    stream.reset()
+    stream.set_control_maker("edges", inverted)
+    with stream.live(
+        str(tmp_path / "in"), f"folder:{tmp_path}/out", policy="every", mode="sequential", target_fps=100
+    ) as show:
+        assert show.wait().errors == 0
+    shown = [np.asarray(PIL.Image.open(one)) for one in sorted((tmp_path / "out").glob("*.png"))]
+    for one in expected:
+        assert any(np.array_equal(one, other) for other in shown)
+
+
+def test_settings_of_a_control_net_reach_the_wrapper_and_the_page_refuses_them(tmp_path):
+    given = {
+        "mode": "img2img",
+        "controlnet": {"net": "owner/net", "maker": "depth", "maker_model": "owner/depth", "scale": 0.5},
+    }
+    arguments = config.parse(given).wrapper_arguments()
+    names = ("control_net", "control_maker", "control_maker_model", "control_scale")
+    assert [arguments[name] for name in names] == ["owner/net", "depth", "owner/depth", 0.5]
+    assert "controlnet" in UNUSED

@@ -147,6 +147,7 @@ EXTRAS = {
     "video": ("av",),
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),
+    "control-images": ("opencv-python-headless",),
     "bench": ("matplotlib",),
 }
 

@@ -16,6 +16,7 @@ from streamflow.io.protocols import need
 
 CANNY = 100, 200  # the thresholds with which Canny control nets are trained
 BLUR = 3.0  # pixels: what is darker than its surroundings of about this size belongs to a line
+FLOOR, GAIN = 8, 4.0  # of lines, in 255ths: noise below the floor is no line, and faint lines are made bright
 Load = Callable[[str, torch.device], Maker]  # of a model on a device
 
 
@@ -31,7 +32,8 @@ def _lineart() -> Maker:
 
     def make(image: PIL.Image.Image) -> PIL.Image.Image:
         gray = np.asarray(image.convert("L"))
-        return PIL.Image.fromarray(255 - cv2.divide(gray, cv2.GaussianBlur(gray, (0, 0), BLUR), scale=255))
+        darker = 255 - cv2.divide(gray, cv2.GaussianBlur(gray, (0, 0), BLUR), scale=255)
+        return PIL.Image.fromarray(cv2.multiply(cv2.subtract(darker, FLOOR), GAIN))
 
     return make
 

@@ -35,7 +35,7 @@ class Conditioner(Protocol):
     active: bool
     uses_image: bool
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[Any]:
+    def read(self, given: Any, images: Tensor | None, positions: range) -> Sequence[Any]:
         """Read a call's argument for some frames. Returns one entry a frame, None for a frame without the condition. images:
         `[n, 3, H, W]` in [-1, 1], the frames' own; None for frames that start from noise. positions: the frames' rows,
         counted from the first row of a group. Raises TypeError or ValueError, and changes nothing."""

@@ -231,7 +231,7 @@ class ControlNets(Conditioner):
         given, count = self._by_name(given), len(positions)
         self._check_names(list(given))
         own = {} if images is None else self.makers  # a frame without an image brings its control images
-        sources = {name: own.get(name) if given.get(name) is None else given[name] for name in self.scales}
+        sources: dict[str, Any] = {name: own.get(name) if given.get(name) is None else given[name] for name in self.scales}
         missing = [name for name, one in sources.items() if one is None]
         if missing:
             names = ", ".join(map(repr, missing))
@@ -241,15 +241,18 @@ class ControlNets(Conditioner):
             )
         if not self.scales:
             return [None] * count
-        made = {name: as_maker(one) for name, one in sources.items()}
-        if images is None and any(made.values()):
-            name = next(name for name, maker in made.items() if maker)
+        makers = {name: maker for name, one in sources.items() if (maker := as_maker(one))}
+        if makers and images is None:
+            name = next(iter(makers))
             raise ValueError(
                 f"the image of control {name!r} is to be made from the frame's own image, and a frame that is drawn from "
                 f"noise has none: pass control={{{name!r}: image}}, or draw from an image, stream(image)"
             )
-        unmade = Unmade({name: made[name] or self._images(name, one, count) for name, one in sources.items()}, count)
-        return [UnmadeImages(unmade, i) for i in range(count)] if unmade.makers else self._encoded(unmade.sources)
+        by_net = {name: self._images(name, one, count) for name, one in sources.items() if name not in makers}
+        if not makers:
+            return self._encoded(by_net)
+        unmade = Unmade({name: makers.get(name) or by_net[name] for name in self.scales}, count)
+        return [UnmadeImages(unmade, i) for i in range(count)]
 
     def _by_name(self, given: object) -> Mapping[str, Any]:
         """What `control=` gives each net; a maker alone is that of the only net."""
