@@ -286,6 +286,16 @@ def test_depth_by_a_model_of_transformers(tmp_path, stream_of, picture):
         ControlMaker("depth", str(tmp_path / "nothing"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+def test_depth_on_a_cuda_stream_of_its_own(tmp_path, picture):
+    host, device = (ControlMaker("depth", random_depth_model(tmp_path), device=one) for one in ("cpu", "cuda"))
+    for k in range(3):
+        difference = np.asarray(host(picture(k))).astype(int) - np.asarray(device(picture(k)))
+        assert np.abs(difference).max() <= 3
+    assert device._side != torch.cuda.current_stream()
+
+
 @pytest.mark.slow
 def test_soft_edges_by_a_model_of_controlnet_aux(tmp_path, picture):
     hed = pytest.importorskip("controlnet_aux.hed", exc_type=ImportError)

@@ -93,7 +93,8 @@ class ControlMaker:
         load, example = WITH_MODEL[name]
         if not model:
             raise ValueError(
-                f"control maker {name!r} needs a model, a hub id or a folder: pass ControlMaker({name!r}, model={example!r})"
+                f"control maker {name!r} needs a model, a hub id or a folder: pass ControlMaker({name!r}, "
+                f"model={example!r}), control_maker_model= of the wrapper, or --controlnet.maker-model"
             )
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._make = load(model, where)

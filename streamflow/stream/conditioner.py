@@ -1,4 +1,4 @@
-"""The protocol of conditions of frames besides their prompt. To add a condition, write a class of this protocol and add it
+"""The protocol of conditions of frames besides their prompt. To add a condition, write a subclass and add it
 to `Inputs.conditioners` in `StreamFlow`."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Conditioner(Protocol):
 
     def begin(self, entries: Sequence[Any], images: Tensor | None) -> None:
         """Start what may run beside the encoding of a group's images, given one entry a row; `join` follows. images: as
-        `Start.images`."""
+        `Start.images`. By default it does nothing."""
 
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:
         """The group with the condition, given one entry a row."""
