@@ -53,6 +53,8 @@ EXTRAS_REQUIRE = {
     "video": ["av>=14"],
     # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).
     "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],
+    # Control images by OpenCV (controlnet-aux, which detects poses and soft edges, is named when it is asked for).
+    "control-images": ["opencv-python-headless>=4.10"],
     "control": ["python-osc>=1.8,<2", "mido>=1.3,<2", "python-rtmidi>=1.5,<2"],
     # Ableton Link (aalink, under the GPL) is named when it is asked for.
     "audio": ["sounddevice>=0.5,<1", "soundfile>=0.13,<1"],

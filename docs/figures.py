@@ -2,8 +2,9 @@
 
     python docs/figures.py [sound]
 
-Writes guidance.webp, steps.webp, strength.webp, mistakes.webp and sound.webp to docs/static/, or the last one alone.
-Needs matplotlib (env/install.py --bench).
+Writes guidance.webp, steps.webp, strength.webp, mistakes.webp, control-images.webp and sound.webp to docs/static/, or the
+last one alone.
+Needs matplotlib (env/install.py --bench) and OpenCV (env/install.py --control-images).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from streamflow import StreamFlowWrapper
+from streamflow.conditioning.control_makers import ControlMaker
 from streamflow.live.remote.sound import SoundAnalysis
 from streamflow.samples import IMAGE
 
@@ -86,6 +88,12 @@ def sound(bpm: float = 110, seconds: float = 7, rate: int = 44100) -> None:
         Image.open(png).convert("RGB").save(STATIC / "sound.webp", quality=88)
 
 
+def control_images() -> None:
+    """An image and what the makers without a model make of it."""
+    image = Image.open(IMAGE).convert("RGB")
+    sheet({"the input": image, **{name: ControlMaker(name)(image) for name in ("canny", "lineart")}}, "control-images.webp")
+
+
 def main() -> int:
     sound()
     if sys.argv[1:] == ["sound"]:
@@ -119,6 +127,7 @@ def main() -> int:
         },
         "mistakes.webp",
     )
+    control_images()
     return 0
 
 

@@ -39,6 +39,7 @@ EXTRAS = {
     "live": "cameras, screens, windows, NDI and recordings",
     "control": "knobs by OSC and MIDI",
     "audio": "sound of devices and files, and its beat, as knobs",
+    "control-images": "control images made from the frames (OpenCV)",
     "bench": "plots of the benchmark",
     "ray": "Ray: several machines with failover, many users or many prompts (0.7 GB)",
     "quantize": "matrices of eight bits (torchao)",

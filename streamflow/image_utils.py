@@ -19,7 +19,10 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 Images = PIL.Image.Image | np.ndarray | Tensor | Sequence[Any]  # one image or several, as `image_tensor` takes them
-ControlArgument = Mapping[str, Images | None]  # by the names of the control nets
+Maker = Callable[[PIL.Image.Image], Any]  # makes a control image of an image
+ControlArgument = (
+    Mapping[str, Images | Maker | str | None] | Maker | str
+)  # by the names of the control nets, or of the only one
 ReferenceArgument = Images | Sequence[Images]  # one reference image or several, each of one frame or of all frames of a call
 Size = tuple[int, int]  # (width, height) in pixels
 Sizes = Callable[

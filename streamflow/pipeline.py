@@ -176,7 +176,8 @@ class StreamFlow(StreamDiffusion):
         Without an image it is `txt2img()`. On an empty ring an image is followed by S - 1 copies of itself, so calls 1 to
         S return the first image and call k > S that of call k - S + 1; `frames` and `flush` leave copies out.
         `mask`: draw the image where it is white and keep it elsewhere, in this call only (`inpaint` describes masks).
-        `control`: for each control net its image, or F of them (`add_control`).
+        `control`: for each control net its image, or F of them (`add_control`), or a maker, which makes it from the frame's
+        own image (`set_control_maker`). A maker alone, `control="canny"`, is that of the only net.
         `reference`: reference images, one or several, each for all frames or F of them. In edit pipelines the image itself
         is the first reference, and the frame starts from noise, `frame_noise(id)`.
         `image_prompt`: a style image for all frames, or F of them, or a blend (`ImagePrompts` lists the forms).
@@ -327,6 +328,7 @@ class StreamFlow(StreamDiffusion):
     inpaint = forwards.method("_inpainting", Inpainting.inpaint)
     add_control = forwards.method("_controlnets", ControlNets.add_control)
     remove_control = forwards.method("_controlnets", ControlNets.remove_control)
+    set_control_maker = forwards.method("_controlnets", ControlNets.set_control_maker)
     set_control_scale = forwards.method("_controlnets", ControlNets.set_control_scale)
     set_reference = forwards.method("_references", References.set_reference)
     set_adapters = forwards.method("_loras", Loras.set_adapters)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from streamflow import models, pretrained
 from streamflow._validation import whole_number
 from streamflow.conditioning.blending import METHODS, parts
-from streamflow.image_utils import Images, as_rgb, open_image, postprocess_image
-from streamflow.models.loading import default_device, default_dtype, prompt_defaults
+from streamflow.conditioning.control_makers import ControlMaker
+from streamflow.image_utils import Images, Maker, as_rgb, open_image, postprocess_image
+from streamflow.models.loading import default_device, default_dtype, load_control, prompt_defaults
 from streamflow.pipeline import StreamFlow
 from streamflow.stream import forwards
 from streamflow.stream.forwards import Attribute
@@ -41,7 +42,8 @@ CHOICES = {"mode": ("img2img", "txt2img"), "output_type": ("pil", "np", "pt", "l
 
 # What livepeer's fork has and StreamFlow does not, by the names of its arguments and methods.
 _CONTROL = (
-    "control nets are diffusers models here: wrapper.stream.add_control(name, model), then stream(image, control={...})"
+    "control nets are diffusers models here: pass control_net= and control_maker=, or call "
+    "wrapper.stream.add_control(name, model), then stream(image, control={...})"
 )
 _CACHED = "cached attention over earlier frames (V2V) is not offered; StreamFlow(..., feedback=...) holds a video still"
 _HOOKS = "images are pre- and postprocessed by the caller, before and after each call"
@@ -148,6 +150,10 @@ class StreamFlowWrapper:
         ipadapter_config: image prompts in livepeer's form, a mapping or several: `ipadapter_model_path` and
             `image_encoder_path` (files and folders, on disk or on the hub), `style_image` (an image or a path), `scale`.
             `use_ipadapter=False` leaves it unused. `stream.image_prompts` has more.
+        control_net: a control net, named "control", that steers every image: hub id or folder of a diffusers model. None:
+            the pipe's own, where a control_maker is given. control_scale: how strongly it acts.
+        control_maker: makes the control images from the images (`StreamFlow.set_control_maker`); in mode "img2img".
+            control_maker_model: of "depth", "soft-edge" and "pose", a hub id or a folder.
         default_strength: of image to image, where neither `t_index_list` nor `prepare` says where frames start; unused where
             the image of a call is a reference.
         not_here: other names that livepeer's fork knows raise NotImplementedError with the reason.
@@ -212,6 +218,10 @@ class StreamFlowWrapper:
         references: Mapping[str, Images | str] | Sequence[Images | str] = (),
         use_ipadapter: bool | None = None,
         ipadapter_config: Arguments | Sequence[Arguments] | None = None,
+        control_net: str | None = None,
+        control_maker: Maker | str | None = None,
+        control_maker_model: str | None = None,
+        control_scale: float = 1.0,
         default_strength: float | None = None,
         offload_text_encoders: bool = False,
         acceleration_options: Arguments | None = None,
@@ -241,6 +251,7 @@ class StreamFlowWrapper:
         references = {name: _opened(one) for name, one in references.items()}
         self.ipadapter_config = _read_ipadapters(use_ipadapter, ipadapter_config)
         self.device = device or default_device()
+        maker = _control_maker(mode, self.device, control_net, control_maker, control_maker_model)
         weights = {"dtype": dtype or default_dtype(self.device), "family": family}
         pipe = _load(model_id_or_path, self.device, weights, offload_text_encoders, acceleration_options or {})
         if like is not None and width is None and height is None:
@@ -266,6 +277,8 @@ class StreamFlowWrapper:
         for name, image in references.items():
             self.stream.set_reference(name, image)
         self._load_ipadapters()
+        if maker is not None:
+            _control(self.stream, control_net, maker, control_scale)
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
         devices = _decode_on(self.stream, device_ids)
@@ -718,6 +731,46 @@ def _opened(image: Images | str) -> Images:
     if isinstance(image, (list, tuple)):
         return [_opened(one) for one in image]
     return image
+
+
+def _control_maker(
+    mode: str, device: str | torch.device, net: str | None, maker: Maker | str | None, model: str | None
+) -> Maker | None:
+    """The maker of control images, its model loaded. ValueError: arguments that do not fit together."""
+    if maker is None and (net or model):
+        raise ValueError(
+            f"{'a control net' if net else 'a model of a control maker'}, {net or model!r}, needs a control maker such as "
+            f"'canny', which makes the control images from the input images. A control net whose images come with each call "
+            f"is added by wrapper.stream.add_control(name, net)"
+        )
+    if maker is not None and mode != "img2img":
+        raise ValueError(
+            f"a control maker makes control images from input images, and mode {mode!r} has none: choose mode 'img2img'"
+        )
+    if not isinstance(maker, str):
+        if model is not None:
+            raise ValueError(
+                f"the model {model!r} is for a control maker that is given by its name, not {maker!r}: leave it out"
+            )
+        return maker
+    return ControlMaker(maker, model, device)
+
+
+def _control(stream: StreamFlow, net: str | None, maker: Maker, scale: float) -> None:
+    """Steer by this control net, or by the one that there is, with images from this maker."""
+    if net is not None:
+        if stream.controls:
+            raise ValueError(f"the pipeline has a control net of its own, and {net!r} was given: leave it out")
+        stream.add_control("control", load_control(net, stream.adapter))
+    if len(stream.controls) != 1:
+        there = ", ".join(stream.controls) or "none"
+        raise ValueError(
+            f"a control maker is for a model with one control net, and there are {there}: give the control net, or call "
+            f"wrapper.stream.set_control_maker(name, maker) for each"
+        )
+    (name,) = stream.controls
+    stream.set_control_maker(name, maker)
+    stream.set_control_scale(name, scale)
 
 
 def _choose_vae(stream: StreamFlow, vae_id: str | None, wanted: bool | None) -> None:

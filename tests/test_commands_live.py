@@ -64,6 +64,12 @@ OPTIONS = {
     "--references": ("['{style}']",),
     "--reference": ("{style}",),
     "--loras": ('{{"{lora}": 0.5}}',),
+    "--controlnet.net": ("{net}", "--controlnet.maker", "canny", *RESTYLED),
+    "--control-net": ("{net}", "--control-maker", "canny", *RESTYLED),
+    "--controlnet.maker": ("lineart", "--control-net", "{net}", *RESTYLED),
+    "--control-maker": ("canny", "--control-net", "{net}", *RESTYLED),
+    "--controlnet.maker-model": ("owner/name", "--control-net", "{net}", "--control-maker", "canny", *RESTYLED),
+    "--controlnet.scale": ("0.5", "--control-net", "{net}", "--control-maker", "canny", *RESTYLED),
     "--acceleration.kind": ("auto",),
     "--accelerate": ("auto",),
     "--acceleration.options": ("{{threads: 1}}", "--acceleration.kind", "onnxruntime"),
@@ -87,12 +93,19 @@ OPTIONS = {
     "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
     "--control.keys": ("{{x: panic}}",),
 }
+OTHER_NAMES = {
+    "--steps": "--num-inference-steps",
+    "--accelerate": "--acceleration.kind",
+    "--control-net": "--controlnet.net",
+    "--control-maker": "--controlnet.maker",
+}
 REFUSED = {
     "--offload-text-encoders": "the device is cpu",
     "--frame-buffer-size": "draws frame by frame",
     "--control.midi": "MIDI",
     "--references": "takes no reference images",
     "--reference": "takes no reference images",
+    "--controlnet.maker-model": "control maker 'canny' needs no model",
 }
 NO_SETTING = ("--config", "--json", "--in", "--out", "--record", "--seconds", "--learn")  # what these do is seen elsewhere
 
@@ -220,6 +233,7 @@ def files(tmp_path_factory):
     """Paths by the names that `OPTIONS` uses."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
+    from random_pipelines.control import random_control
 
     from streamflow.models.loading import load
 
@@ -232,13 +246,14 @@ def files(tmp_path_factory):
         tone.writeframes(np.int16(2e4 * np.sin(np.arange(8000))).tobytes())
     config.save(config.parse({"prompt": "a fox, 3d render", "warmup": 0}), folder / "b.yaml")
     pipe = load("embedded")
+    random_control(pipe.transformer).save_pretrained(folder / "net")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     type(pipe).save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
     names = {"folder": "in", "style": "in/0.png", "settings": "b.yaml", "lora": "lora", "drawn": "out", "record": "out.mp4"}
     random_pipeline("helios").save_pretrained(folder / "helios")
     record(folder / "clip.mp4", 40)
     names |= {"video_model": "helios", "clip": "clip.mp4"}
-    return {"model": embedded()} | {name: str(folder / file) for name, file in names.items()}
+    return {"model": embedded(), "net": str(folder / "net")} | {name: str(folder / file) for name, file in names.items()}
 
 
 @pytest.mark.slow
@@ -263,7 +278,7 @@ def test_an_option_of_the_help_is_in_force_or_refused_in_one_line(option, files,
     assert code == 0 and found["shown"] >= 1 and found["errors"] == 0
     monkeypatch.setattr(live, "play", lambda settings, *rest, **named: played.append(settings) or {})
     live.main([*QUICK, *BRIEF, "--out", "null"])
-    name = {"--steps": "--num-inference-steps", "--accelerate": "--acceleration.kind"}.get(option, option)
+    name = OTHER_NAMES.get(option, option)
     with_it, without = (reduce(_field, name[2:].split("."), settings) for settings in played)
     assert option in NO_SETTING or with_it != without
 

@@ -164,6 +164,7 @@ def test_it_is_accelerated_and_decoded_as_the_settings_say(folder):
 
 
 REFUSED = [
+    (video, ["--control-maker", "canny"], "a video model does not use it"),
     (video, ["--in", "a.mp4"], "--in: a video model restyles no video"),
     (video, ["--reference", "a.png", "--t-index-list", "[0]"], "--reference: a video model does not use it"),
     (video, ["--accelerate", "tensorrt"], "--accelerate: the networks of video models are not exported"),

@@ -53,6 +53,17 @@ class SimilarImages(Section):
     max_skip_frame: int = Field(default=10, ge=0, description="at most so many in a row")
 
 
+class ControlNetSettings(Section):
+    """A control net that steers each image by a control image made from the input image."""
+
+    net: str | None = Field(default=None, description="hub id or folder; empty: the one that the model's pipeline has")
+    maker: str | None = Field(
+        default=None, description="makes the control image: canny, lineart, depth, soft-edge or pose; empty: no control net"
+    )
+    maker_model: str | None = Field(default=None, description="the model of depth, soft-edge and pose: a hub id or a folder")
+    scale: float = Field(default=1.0, description="how strongly the net acts")
+
+
 class VideoModel(Section):
     """What a video model draws."""
 
@@ -108,6 +119,7 @@ class Settings(Section):
         default=(), description="image files that an edit model sees with every image: [style.png, palette.png]"
     )
     loras: dict[str, float] = Field(default={}, description="LoRAs, by hub id or file, and the strength of each")
+    controlnet: ControlNetSettings = Field(default=ControlNetSettings(), description=ControlNetSettings.__doc__)
     offload_text_encoders: bool = Field(
         default=False, description="text encoders stay on the CPU, and run on the GPU layer by layer: less GPU memory"
     )
@@ -152,6 +164,10 @@ class Settings(Section):
             "dtype": None if self.dtype is None else DTYPES[self.dtype],
             "model_id_or_path": self.model,
             "lora_dict": self.loras,
+            "control_net": self.controlnet.net,
+            "control_maker": self.controlnet.maker,
+            "control_maker_model": self.controlnet.maker_model,
+            "control_scale": self.controlnet.scale,
             "vae_id": self.tiny_vae if isinstance(self.tiny_vae, str) else None,
             "use_tiny_vae": bool(self.tiny_vae),
             "acceleration": self.acceleration.kind,

@@ -149,6 +149,7 @@ EXTRAS = {
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),
     "audio": ("sounddevice", "soundfile"),
+    "control-images": ("opencv-python-headless",),
     "bench": ("matplotlib",),
 }
 

@@ -23,7 +23,7 @@ from streamflow.video.acceleration import EXPORTED
 # Settings of streams of images, and those of a show of images.
 UNUSED = tuple(
     "family split t_index_list strength delta frame_buffer_size use_denoising_batch do_add_noise references loras "
-    "offload_text_encoders similar_image_filter".split()
+    "controlnet offload_text_encoders similar_image_filter".split()
 )
 UNUSED_LIVE = tuple("live.source live.policy live.mode live.crossfade".split())
 CHANGEABLE = ("prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "seed")  # from chunk to chunk

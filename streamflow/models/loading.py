@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from streamflow import models, pretrained
 from streamflow._files import read_json, read_text
 from streamflow.models.protocols import Call, Function, Pipeline
+
+if TYPE_CHECKING:
+    from streamflow.models.adapter import FlowAdapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # by the names that settings use
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -57,6 +62,16 @@ def load(
     options: Call = {**kwargs, **({} if dtype is None else {"dtype": dtype})}
     pipe = _open(str(model), family, options)
     return pipe if device is None else pipe.to(device)
+
+
+def load_control(model: str, adapter: FlowAdapter) -> nn.Module:
+    """A control net for this adapter's network, by hub id or folder in diffusers' format, in the network's dtype, on its
+    device. NotImplementedError: diffusers has none for the family. OSError: diffusers cannot load it."""
+    import diffusers
+
+    net = adapter.net
+    kind: Function = getattr(diffusers, models.control_rule(adapter).model).from_pretrained
+    return kind(str(model), torch_dtype=net.dtype).to(net.device)
 
 
 def _open(model: str, family: str | None, options: Call) -> Pipeline:

@@ -1,4 +1,4 @@
-"""The protocol of conditions of frames besides their prompt. To add a condition, write a class of this protocol and add it
+"""The protocol of conditions of frames besides their prompt. To add a condition, write a subclass and add it
 to `Inputs.conditioners` in `StreamFlow`."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Conditioner(Protocol):
     active: bool
     uses_image: bool
 
-    def read(self, given: Any, images: Tensor | None, positions: range) -> list[Any]:
+    def read(self, given: Any, images: Tensor | None, positions: range) -> Sequence[Any]:
         """Read a call's argument for some frames. Returns one entry a frame, None for a frame without the condition. images:
         `[n, 3, H, W]` in [-1, 1], the frames' own; None for frames that start from noise. positions: the frames' rows,
         counted from the first row of a group. Raises TypeError or ValueError, and changes nothing."""
@@ -48,6 +48,10 @@ class Conditioner(Protocol):
     def example(self, prompt: Prompt) -> Prompt:
         """The prompt with the tensors that the condition adds to that of a frame, for acceleration."""
         ...
+
+    def begin(self, entries: Sequence[Any], images: Tensor | None) -> None:
+        """Start what may run beside the encoding of a group's images, given one entry a row; `join` follows. images: as
+        `Start.images`. By default it does nothing."""
 
     def join(self, group: Group, entries: Sequence[Any], start: Start) -> Group:
         """The group with the condition, given one entry a row."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
+from streamflow._threads import Thread
+from streamflow.conditioning.control_makers import as_maker
 from streamflow.conditioning.controlnet import (
     Control,
     ControlRule,
@@ -23,16 +26,17 @@ from streamflow.conditioning.controlnet import (
 )
 from streamflow.conditioning.prompt import Prompt
 from streamflow.flow.schedule import Stages
+from streamflow.image_utils import uint8_pixels
 from streamflow.models import control_rule
 from streamflow.models.protocols import Network
-from streamflow.stream.conditioner import Start
+from streamflow.stream.conditioner import Conditioner, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Group
 
 if TYPE_CHECKING:
-    from streamflow.image_utils import Images
+    from streamflow.image_utils import Images, Maker
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,67 @@ class ControlImages:
     images: Tensor
 
 
-class ControlNets:
+@dataclass(frozen=True, eq=False)
+class Unmade:
+    """Frames that were read together and whose control images, or some of them, are made from their own images. sources: by
+    net, images `[count, 3, H, W]` in [-1, 1] or a maker."""
+
+    sources: Mapping[str, Tensor | Maker]
+    count: int
+
+    @property
+    def makers(self) -> dict[str, Maker]:
+        """The makers, by net."""
+        return {name: one for name, one in self.sources.items() if not isinstance(one, Tensor)}
+
+
+@dataclass(frozen=True, eq=False)
+class UnmadeImages:
+    """The control images of one frame, before they are made: those of frame `index` of these."""
+
+    frames: Unmade
+    index: int
+
+    @property
+    def images(self) -> Tensor | None:
+        """Those that are given, `[1, 3 nets, H, W]` in [-1, 1]; None where all are made."""
+        given = [one[self.index] for one in self.frames.sources.values() if isinstance(one, Tensor)]
+        return torch.cat(given)[None] if given else None
+
+
+Entry = ControlImages | UnmadeImages | None
+Made = dict[str, list[Any]]  # by net, an image a frame
+
+
+class Making(Thread):
+    """Makes the control images of a group in a thread of its own, one after the other. frames: by what was read together,
+    the frames' own images `[3, H, W]` by their index."""
+
+    def __init__(self, frames: Mapping[Unmade, Mapping[int, Tensor]]) -> None:
+        super().__init__(self._make_all, "streamflow control images")
+        self._frames = frames
+        self._made: dict[Unmade, Made] = {}
+        self._error: BaseException | None = None
+        self.start()
+
+    def _make_all(self) -> None:
+        try:
+            for unmade, by_index in self._frames.items():
+                images = uint8_pixels(torch.stack([by_index[i] for i in range(unmade.count)]))
+                pictures = [PIL.Image.fromarray(one) for one in images]
+                self._made[unmade] = {name: [make(one) for one in pictures] for name, make in unmade.makers.items()}
+        except BaseException as error:  # raised in the drawing thread
+            self._error = error
+
+    def result(self) -> Mapping[Unmade, Made]:
+        """Wait for the images. Raises what a maker raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._made
+
+
+class ControlNets(Conditioner):
     """The conditioner of control images. redraw: called when what is drawn has changed."""
 
     name = "control"
@@ -58,6 +122,10 @@ class ControlNets:
         self._levels = torch.zeros(0, 3)  # the table `control_levels`, on the model's device
         self._levels_of: tuple[Stages | None, Mapping[str, float]] = (None, {})
         self.blank: Mapping[str, Tensor] | None = None
+        self.makers: Mapping[str, Maker] = {}  # of frames that bring no image for a net
+        self._making: Making | None = None
+        self._compared: Mapping[str, Maker] = {}  # the makers of the frame that the similarity filter saw last
+        denoiser.on_close.add(self._wait)
 
     @property
     def controls(self) -> dict[str, float]:
@@ -66,7 +134,14 @@ class ControlNets:
 
     @computing
     def add_control(
-        self, name: str, model: nn.Module, scale: float = 1.0, start: float = 0.0, end: float = 1.0, mode: int | None = None
+        self,
+        name: str,
+        model: nn.Module,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        mode: int | None = None,
+        maker: Maker | str | None = None,
     ) -> None:
         """Let a control net steer the frames that enter from now on. Each of them brings an image for it:
         `stream(image, control={name: edges})`, `txt2img(control=...)`, `frames([Input(image, control=...)])`.
@@ -75,6 +150,7 @@ class ControlNets:
         scale: the pipelines' `controlnet_conditioning_scale`. start, end: their `control_guidance_start` and
             `control_guidance_end`, parts of the stages that a frame goes through.
         mode: the control mode of a union net (Flux).
+        maker: as `set_control_maker`'s.
 
         Several nets' residuals are added. Frames in flight finish first with the nets that they have; later calls deliver
         them before anything newer. What is accelerated is accelerated anew. To be called by the thread that draws.
@@ -89,8 +165,10 @@ class ControlNets:
         if name in self.scales:
             raise ValueError(f"there is a control named {name!r}: remove_control({name!r}) first, or choose another name")
         rule.check(item, self._model.adapter.net, items)
+        chosen = self._maker(name, maker)
         rule.ready(item, self._model.adapter.net)
         self._put(Controls(rule, (*items, item)), {**self.scales, name: float(scale)})
+        self._set_maker(name, chosen)
 
     @computing
     def remove_control(self, name: str) -> None:
@@ -101,6 +179,7 @@ class ControlNets:
         left = tuple(item for item in controls.items if item.name != name)
         scales = {one: scale for one, scale in self.scales.items() if one != name}
         self._put(Controls(controls.rule, left) if left else None, scales)
+        self._set_maker(name, None)
 
     def set_control_scale(self, name: str, scale: float) -> None:
         """How strongly a control net acts on all rows, those in flight too, from the next tick on. From any thread.
@@ -113,6 +192,24 @@ class ControlNets:
         with self._lock:
             self._check_names([name])
             self.scales = {**self.scales, name: float(scale)}
+        self._redraw()
+
+    def set_control_maker(self, name: str, maker: Maker | str | None) -> None:
+        """Make the control images of this net, from now on, from the images of the frames: `stream(image)` and
+        `frames(images)` then need none. An image or a maker of a call's `control=` has precedence. None: no longer.
+
+        maker: "canny" or "lineart", a `ControlMaker`, or a function that takes a frame's image (PIL, mode RGB, in the
+            stream's size) and returns its control image. It runs in a thread of its own, for one image at a time, in the
+            order of the frames, beside the encoding of the frame; an error that it raises is the call's, and nothing has
+            entered then. A frame that the similarity filter skips makes none. From any thread.
+
+        Raises:
+            ValueError: an unknown name of a net, or as `ControlMaker`. ImportError: a package is missing. TypeError: neither
+                a name nor a function.
+        """
+        self._model.check_open()
+        self._check_names([name])
+        self._set_maker(name, self._maker(name, maker))
         self._redraw()
 
     def add_pipe_nets(self) -> None:
@@ -129,13 +226,13 @@ class ControlNets:
 
     # -- of frames ------------------------------------------------------------------------------------------------------
 
-    def read(self, given: object, images: Tensor | None, positions: range) -> list[ControlImages | None]:
-        """The control images of each frame; None without control nets."""
-        if given is not None and not isinstance(given, Mapping):
-            raise TypeError(f"control is a mapping of names to images, not {type(given).__name__}")
-        given, count = given or {}, len(positions)
+    def read(self, given: object, images: Tensor | None, positions: range) -> Sequence[Entry]:
+        """The control images of each frame, or how they are made; None without control nets."""
+        given, count = self._by_name(given), len(positions)
         self._check_names(list(given))
-        missing = [name for name in self.scales if given.get(name) is None]
+        own = {} if images is None else self.makers  # a frame without an image brings its control images
+        sources: dict[str, Any] = {name: own.get(name) if given.get(name) is None else given[name] for name in self.scales}
+        missing = [name for name, one in sources.items() if one is None]
         if missing:
             names = ", ".join(map(repr, missing))
             raise ValueError(
@@ -144,28 +241,93 @@ class ControlNets:
             )
         if not self.scales:
             return [None] * count
-        by_net = [self._images(name, given[name], count) for name in self.scales]
-        batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net)]
+        makers = {name: maker for name, one in sources.items() if (maker := as_maker(one))}
+        if makers and images is None:
+            name = next(iter(makers))
+            raise ValueError(
+                f"the image of control {name!r} is to be made from the frame's own image, and a frame that is drawn from "
+                f"noise has none: pass control={{{name!r}: image}}, or draw from an image, stream(image)"
+            )
+        by_net = {name: self._images(name, one, count) for name, one in sources.items() if name not in makers}
+        if not makers:
+            return self._encoded(by_net)
+        unmade = Unmade({name: makers.get(name) or by_net[name] for name in self.scales}, count)
+        return [UnmadeImages(unmade, i) for i in range(count)]
+
+    def _by_name(self, given: object) -> Mapping[str, Any]:
+        """What `control=` gives each net; a maker alone is that of the only net."""
+        if given is None or isinstance(given, Mapping):
+            return given or {}
+        if not isinstance(given, str) and not callable(given):
+            raise TypeError(
+                f"control is a mapping of names to images, or a maker such as 'canny', not {type(given).__name__}: pass "
+                f"control={{{next(iter(self.scales), 'name')!r}: image}}"
+            )
+        if len(self.scales) != 1:
+            names = ", ".join(self.scales) or "none: add_control(name, model) adds one"
+            raise ValueError(
+                f"control={given!r} is for a stream with one control net, and there are {names}: pass "
+                f"control={{name: {given!r}}}"
+            )
+        return dict.fromkeys(self.scales, given)
+
+    def _encoded(self, by_net: Mapping[str, Tensor]) -> list[ControlImages]:
+        """The control images of frames that were read together, by net `[n, 3, H, W]`, encoded, one entry a frame."""
+        batches = [one.split(self._model.frames) for one in map(self._model.upload, by_net.values())]
         rows = [self._inputs(batch) for batch in zip(*batches, strict=True)]
         by_frame = [{name: one[name][i : i + 1] for name in one} for one in rows for i in range(len(one[image_name(0)]))]
-        seen = torch.cat([one.as_subclass(Tensor) for one in by_net], 1)
+        seen = torch.cat([one.as_subclass(Tensor) for one in by_net.values()], 1)
         return [ControlImages(one, seen[i : i + 1]) for i, one in enumerate(by_frame)]
 
-    def compared(self, entries: Sequence[ControlImages | None]) -> Tensor | None:
-        """The control images."""
-        images = [one.images for one in entries if one is not None]
+    def compared(self, entries: Sequence[Entry]) -> Tensor | None:
+        """The control images that the calls bring. Those that are made follow from the frames' own."""
+        makers = {k: v for one in entries if isinstance(one, UnmadeImages) for k, v in one.frames.makers.items()}
+        if makers != self._compared:
+            self._compared = makers
+            self._redraw()  # equal frames differ under another maker
+        images = [one.images for one in entries if one is not None and one.images is not None]
         return torch.cat(images) if images else None
 
-    def join(self, group: Group, entries: Sequence[ControlImages | None], start: Start) -> Group:
+    def begin(self, entries: Sequence[Entry], images: Tensor | None) -> None:
+        """Start making the group's control images."""
+        self._wait()
+        frames: dict[Unmade, dict[int, Tensor]] = {}
+        for row, one in enumerate(entries):
+            if isinstance(one, UnmadeImages):
+                assert images is not None, "only frames with images are read as such"
+                frames.setdefault(one.frames, {})[one.index] = images[row]
+        self._making = Making(frames) if frames else None
+
+    def join(self, group: Group, entries: Sequence[Entry], start: Start) -> Group:
         """The group with its frames' control images in their prompts."""
         names = None if self.blank is None else self.blank.keys()
-        if any((None if one is None else one.rows.keys()) != names for one in entries):
+        if any(_argument_names(one) != names for one in entries):
             raise RuntimeError(
                 "control nets were added or removed while frames of frames() waited for their group to be full: change them "
                 "before the loop, or draw with frame_buffer_size=1"
             )
-        pairs = zip(group.prompts, entries, strict=True)
+        pairs = zip(group.prompts, self._finished(entries), strict=True)
         return replace(group, prompts=tuple(self._prompt(prompt, one and one.rows) for prompt, one in pairs))
+
+    def _finished(self, entries: Sequence[Entry]) -> list[ControlImages | None]:
+        """The entries, with what was made in the place of what was to be made."""
+        made = {} if self._making is None else self._making.result()
+        self._making = None
+        encoded = {unmade: self._encoded(self._read_made(unmade, images)) for unmade, images in made.items()}
+        return [encoded[one.frames][one.index] if isinstance(one, UnmadeImages) else one for one in entries]
+
+    def _read_made(self, unmade: Unmade, made: Made) -> dict[str, Tensor]:
+        """The control images of frames that were read together, by net `[count, 3, H, W]` in [-1, 1]."""
+        return {
+            name: torch.cat([self._images(name, image, 1) for image in made[name]]) if name in made else cast(Tensor, one)
+            for name, one in unmade.sources.items()
+        }
+
+    def _wait(self) -> None:
+        """Wait for images that an error has left unused, since a maker makes one at a time."""
+        if self._making is not None:
+            self._making.join()
+            self._making = None
 
     def example(self, prompt: Prompt) -> Prompt:
         """The prompt with inputs of zeros for the control nets that there are."""
@@ -216,6 +378,21 @@ class ControlNets:
                 raise
         self._redraw()
 
+    def _maker(self, name: str, given: object) -> Maker | None:
+        """The maker that this stands for. TypeError: neither a name nor a function."""
+        maker = as_maker(given)
+        if maker is None and given is not None:
+            raise TypeError(
+                f"the maker of control {name!r} is a name such as 'canny', a ControlMaker or a function of an image, not "
+                f"{type(given).__name__}"
+            )
+        return maker
+
+    def _set_maker(self, name: str, maker: Maker | None) -> None:
+        with self._lock:
+            others = {one: other for one, other in self.makers.items() if one != name}
+            self.makers = others if maker is None else {**others, name: maker}
+
     def _set(self, controls: Controls | None, scales: Mapping[str, float]) -> None:
         model = self._model
         model.adapter.set_controls(controls)
@@ -253,3 +430,10 @@ class ControlNets:
         table = self._controls().levels(stages.timesteps, scales)
         self._levels.copy_(self._model.to_device(table, table.dtype))
         self._levels_of = stages, scales
+
+
+def _argument_names(entry: Entry) -> Iterable[str] | None:
+    """The names of the nets' inputs among the network's arguments."""
+    if isinstance(entry, UnmadeImages):
+        return dict.fromkeys(map(image_name, range(len(entry.frames.sources)))).keys()
+    return None if entry is None else entry.rows.keys()

@@ -24,7 +24,7 @@ from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import uint8_pixels
 from streamflow.models import image_prompt_rule
 from streamflow.models.pipe_parts import has_image_adapters
-from streamflow.stream.conditioner import Start
+from streamflow.stream.conditioner import Conditioner, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
@@ -54,7 +54,7 @@ class Styled:
     scales: Scales
 
 
-class ImagePrompts:
+class ImagePrompts(Conditioner):
     """The image prompts of a stream, `stream.image_prompts`: an image, or several, beside the text. Frames get theirs by
     `stream(image, image_prompt=...)`, `txt2img(image_prompt=...)` and `frames([Input(image, image_prompt=...)])`, or all the
     same one by `set`. What an image prompt may be:

@@ -13,14 +13,14 @@ from streamflow._grad_mode import computing
 from streamflow.conditioning.inpaint import MASK, Region, known_rows, paste_of, put_known, read_mask
 from streamflow.conditioning.prompt import Prompt
 from streamflow.image_utils import Images
-from streamflow.stream.conditioner import Start
+from streamflow.stream.conditioner import Conditioner, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
 from streamflow.stream.ring import Carried, Group
 
 
-class Inpainting:
+class Inpainting(Conditioner):
     """The conditioner of masks. redraw: called when what is drawn has changed."""
 
     name = "mask"

@@ -191,6 +191,8 @@ class Inputs:
         state, engine = denoiser.drawing()
         mode, rule = engine.settings.mode, engine.settings.rule
         fixed = images is not None and state.request.noise == "fixed"
+        for one, entries in conditions:
+            one.begin(entries, images)
         x0, carried = None, {}
         if fixed:
             noise = self.fixed_noise(state.noise)

@@ -21,7 +21,7 @@ from streamflow.models import reference_rule
 from streamflow.models.codec import Codec
 from streamflow.models.row_by_row import RowByRow
 from streamflow.stream.callbacks import weak_call
-from streamflow.stream.conditioner import Start
+from streamflow.stream.conditioner import Conditioner, Start
 from streamflow.stream.denoiser import Denoiser
 from streamflow.stream.inputs import ImageReader
 from streamflow.stream.model import Model
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Key = int | str  # a frame's own reference by its index, one of all frames by its name
 
 
-class References:
+class References(Conditioner):
     """The conditioner of reference images."""
 
     name = "reference"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from streamflow.pipeline import StreamFlow
 
 EXAMPLE = 'streamflow morph "an apple, 3d render" "an orange, 3d render" --output outputs/morph.gif'
-UNUSED = ("mode", "prompt", "strength", "similar_image_filter")
+UNUSED = ("mode", "prompt", "strength", "similar_image_filter", "controlnet")
 BLENDS = ("linear", "slerp")  # `streamflow.conditioning.blending.METHODS`, which imports torch
 VIDEOS = (".mp4", ".mkv")
 

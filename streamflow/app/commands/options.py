@@ -38,6 +38,8 @@ SHORT = {
     "num_inference_steps": "--steps",
     "acceleration.kind": "--accelerate",
     "references": "--reference",
+    "controlnet.net": "--control-net",
+    "controlnet.maker": "--control-maker",
 }  # beside the setting's own name
 
 

@@ -12,7 +12,7 @@ from streamflow.app.commands import options
 from streamflow.pretrained import EXAMPLE_PROMPTS
 
 EXAMPLE = 'streamflow txt2img --prompt "a fox, 3d render" --count 8 --output outputs/fox'
-UNUSED = ("mode", "strength", "similar_image_filter")
+UNUSED = ("mode", "strength", "similar_image_filter", "controlnet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
