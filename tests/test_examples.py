@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples"
 LARGER = {"benchmark_scaling.py", "make_samples.py", "make_teaser.py", "ray_batch.py", "ray_serve.py", "side_by_side.py"}
 LARGER |= {"torchrun_decode.py"}  # tools
-TRAINING = ("train_emoji", "train_edit")
+TRAINING = ("train_emoji", "train_edit", "train_video")
 SHORT = [
     path
     for path in sorted(FOLDER.rglob("*.py"))

@@ -194,7 +194,7 @@ def test_a_text_frame_starts_from_its_own_noise_or_from_latents(made):
         parts.inputs.group_count(4, latents)
 
 
-class Brightness:
+class Brightness(Conditioner):
     """A condition of each frame that the package does not have: a number that brightens the drawn image, which shifts the
     start too and travels with the frame."""
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from streamflow._files import Json
-from streamflow.live.remote.audio import AudioInput
 from streamflow.live.remote.keys import Keys
 from streamflow.live.remote.knobs import Knobs
 from streamflow.live.remote.learn import Learner
@@ -21,6 +20,7 @@ from streamflow.live.remote.osc import OscInput
 from streamflow.live.remote.settings import Control, Mapping, socket_of
 
 if TYPE_CHECKING:
+    from streamflow.live.remote.audio import AudioInput
     from streamflow.models.protocols import Function
 
 __all__ = ["Control", "Controls", "Keys", "Mapping", "open_control"]
@@ -54,6 +54,8 @@ class Controls:
             if settings.midi is not None:
                 self._keep(opened, MidiInput(settings.midi, self.receive))
             if (name := settings.sound_of("audio")) is not None:
+                from streamflow.live.remote.audio import AudioInput
+
                 self._keep(opened, AudioInput(name))
             if settings.sound_of("link") is not None:
                 self._keep(opened, LinkInput())

@@ -6,9 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import linear_regression
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from streamflow.io.protocols import need
 
@@ -70,10 +69,10 @@ class MidiClock:
         """Phase in [0, 1) within the beat, and tempo in BPM, by address; nothing before a beat has passed, and while the
         clock has stopped."""
         with self._lock:
-            times, number = np.array(self._times), self._number
+            times, number = list(self._times), self._number
         if len(times) < PULSES or now - times[-1] > PAUSE:
             return {}
-        interval, last = np.polyfit(np.arange(1.0 - len(times), 1.0), times - now, 1)
+        interval, last = linear_regression(range(1 - len(times), 1), [one - now for one in times])
         if interval <= 0:
             return {}
         beat = (number - last / interval) / PULSES
