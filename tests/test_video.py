@@ -26,6 +26,7 @@ from streamflow.io import TimedImage
 from streamflow.models import VIDEO_PIPELINES
 from streamflow.models.pipe_parts import TEXT_PACKAGES
 from streamflow.models.video_kinds import REASONS
+from streamflow.video import VideoFrame
 
 ROOT = Path(__file__).parents[1]
 FRAMES = 9  # a chunk of the small Helios: 3 latent frames
@@ -208,6 +209,18 @@ def test_images_are_of_the_output_type(output_type, pipes):
         timed = one.timed()
         assert isinstance(timed, TimedImage) and timed.pts == one.time == one.id / 24 and timed.pixels.flags.owndata
     assert np.array_equal(frame.timed().pixels, np.asarray(own[0]) if output_type == "pil" else (own[0] * 255).round())
+
+
+@pytest.mark.parametrize("image", [np.full((2, 2, 3), 254, np.uint8), torch.full((3, 2, 2), 254, dtype=torch.uint8)])
+def test_sinks_get_the_bytes_of_a_postprocess_as_they_are(image):
+    assert (VideoFrame(0, image, 0.0, 0).timed().pixels == 254).all()
+
+
+def test_sinks_get_values_beyond_0_and_1_as_black_and_white():
+    """As cubic interpolation gives them."""
+    for value, expected in ((1.02, 255), (-0.02, 0)):
+        for image in (np.full((2, 2, 3), value), torch.full((3, 2, 2), value, dtype=torch.bfloat16)):
+            assert (VideoFrame(0, image, 0.0, 0).timed().pixels == expected).all()
 
 
 def test_the_pipeline_is_left_as_it_was(pipes):
@@ -533,6 +546,18 @@ def test_prepare_reset_and_close_end_a_loop(pipes, caplog):
         stream()
 
 
+def test_a_generator_of_the_callers_stays_as_it_is(pipes):
+    generator, pipe = seeded(), pipes("helios")
+    stream = VideoStream(pipe, output_type="latent")
+    stream.prepare(generator=generator, **SMALL)
+    torch.randn(5, generator=generator)
+    assert equal(latents(stream, 2), latents(stream_of(pipe), 2))
+    stream.prepare(generator=generator, seed=5, **SMALL)
+    expected = seeded()
+    torch.randn(5, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+
+
 def test_reset_draws_the_same_video_again(pipes):
     pipe = pipes("helios")
     for given in ({"seed": SEED}, {"generator": seeded()}, {"generator": seeded(), "seed": SEED}, {"seed": np.int64(SEED)}):
@@ -610,6 +635,10 @@ BAD = [
     ({"video_latents": [1]}, ValueError, r"video_latents is a tensor \[1, 16, T, 2, 2\], not list"),
     ({"video_latents": random(1, 16, 9, 2, 2) * torch.nan}, ValueError, "video_latents holds NaN"),
     ({"video": random(1, 8, 3, 16, 16)}, ValueError, "video has 8 frames, and a chunk is 9"),
+    ({"video": random(1, 20, 4, 16, 16)}, ValueError, "video has 4 channels, and the VAE takes 3"),
+    ({"video": []}, ValueError, r"video is \[\], and holds no image"),
+    ({"image": PIL.Image.new("RGBA", (16, 16))}, ValueError, "image has 4 channels, and the VAE takes 3: pass RGB"),
+    ({"image": PIL.Image.new("L", (16, 16))}, ValueError, "image has 1 channels"),
     ({"sigmas": np.array([])}, ValueError, "sigmas is a list of one number or more"),
     ({"sigmas": np.array([0.9, np.nan])}, ValueError, "sigmas holds NaN"),
     ({"attention_kwargs": 5}, TypeError, "attention_kwargs is a mapping or None, not int"),

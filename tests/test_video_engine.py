@@ -6,6 +6,7 @@ import copy
 import itertools
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ import torch
 from conftest import relative_error, slow
 from diffusers import AutoencoderKLWan
 from random_pipelines import random_pipeline
-from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hooked, latents, random, stream_of
+from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hooked, latents, random, seeded, stream_of
 
 from streamflow import VideoStream
 from streamflow.acceleration import preset
 from streamflow.acceleration.errors import NotExportable
 from streamflow.models.tiny_video import TinyVideoDecoder
+from streamflow.parallel.pool import DecodeError
 from streamflow.video import Chunk, VideoViewers, drawing
 from streamflow.video.viewers import Meeting
 
@@ -147,6 +149,11 @@ def test_bad_acceleration_is_refused_and_changes_nothing(pipes):
     with pytest.raises(NotImplementedError, match="AnyFlowFARPipeline does not offer accelerate: .* dictionaries"):
         anyflow.prepare(prompt_embeds=embeds(), height=32, width=32, num_inference_steps=1)
         anyflow.accelerate("compile")
+    anyflow = VideoStream(pipes("anyflow-far"))
+    anyflow.accelerate("compile")
+    with pytest.raises(NotImplementedError, match="AnyFlowFARPipeline does not offer accelerate"):
+        anyflow.prepare(prompt_embeds=embeds(), height=32, width=32, num_inference_steps=1)
+    assert anyflow.acceleration == "none" and anyflow.seed == 2
     stream.close()
     with pytest.raises(RuntimeError, match="closed"):
         stream.accelerate("none")
@@ -738,6 +745,36 @@ def test_viewers_are_accelerated_together(pipes):
     assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
 
 
+def test_max_is_measured_for_viewers(pipes, monkeypatch):
+    """Its trials call the network while no viewer does."""
+    monkeypatch.setattr(preset, "KINDS", {"cpu": (("cuda-graph", {}),)})
+    viewers, _ = viewers_of(pipes("helios"), VIEWERS[:1])
+    assert at_once(lambda: viewers.accelerate("max")) == [None] and viewers.acceleration == "none"
+    viewers.close()
+    with pytest.raises(RuntimeError, match="these viewers are closed"):
+        viewers.accelerate("none")
+
+
+def test_one_generator_for_viewers_in_threads(pipes):
+    pipe, generator = pipes("helios"), seeded()
+    viewers = VideoViewers(pipe, batch=False)
+    streams = [viewers.add(output_type="latent") for _ in range(3)]
+    for stream in streams:
+        stream.prepare(generator=generator, **SMALL)
+    plain = latents(stream_of(pipe), 3)
+    assert all(equal([chunk.latents for chunk in chunks], plain) for chunks in at_once(*map(draw, streams)))
+    viewers.close()
+
+
+def test_a_viewer_with_another_network_is_refused(pipes):
+    viewers, (stream,) = viewers_of(pipes("helios"), VIEWERS[:1])
+    stream.pipe.transformer = copy.deepcopy(stream.pipe.transformer)
+    with pytest.raises(RuntimeError, match="one network, and this viewer's pipe has another"):
+        stream.prepare(seed=8, **SMALL)
+    assert stream.seed != 8
+    viewers.close()
+
+
 def test_viewers_of_what_cannot_be_shared(pipes):
     with pytest.raises(
         NotImplementedError, match="does not offer viewers: the attention of its network is set from outside"
@@ -815,6 +852,58 @@ def test_bad_postprocess_is_an_error_of_its_chunk(pipes):
         VideoStream(pipe, postprocess=2)
     with pytest.raises(ValueError, match="postprocess is for images"):
         VideoStream(pipe, output_type="latent", postprocess=doubled)
+
+
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+def test_a_postprocess_may_only_update(decode_on, pipes):
+    refused = []
+
+    def process(images):
+        for call in (stream, stream.reset, stream.flush, stream.close, lambda: stream.prepare(**SMALL)):
+            with pytest.raises(RuntimeError, match="only update"):
+                call()
+        refused.append(stream.update(seed=5))
+        return images
+
+    stream = VideoStream(pipes("helios"), output_type="pt", decode_on=decode_on, postprocess=process)
+    stream.prepare(**SMALL)
+    assert [chunk.id for chunk in at_once(lambda: stream())] == [0] and refused == [1]
+    stream.close()
+
+
+def test_a_postprocess_updates_while_prepare_and_close_wait(pipes):
+    """They wait for the chunk ahead."""
+    decodes, numbers = itertools.count(), []
+
+    def process(images):
+        if next(decodes) % 3 == 2:
+            time.sleep(0.1)
+        numbers.append(stream.update(seed=5))
+        return images
+
+    stream = VideoStream(pipes("helios"), output_type="pt", decode_on="cpu", postprocess=process)
+    stream.prepare(**SMALL)
+    for end in (lambda: stream.prepare(**SMALL), stream.close):
+        assert at_once(lambda end=end: (stream(), stream(), end())[2]) == [None]
+    assert numbers == [1, 2, 3, 1, 2], "the last one is refused, since the stream is closed"
+
+
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+def test_a_postprocess_that_exits_ends_its_chunk(decode_on, pipes):
+    pipe, calls = pipes("helios"), iter(range(10**9))
+
+    def process(images):
+        if next(calls) == 1:
+            sys.exit(3)
+        return images
+
+    stream = VideoStream(pipe, output_type="pt", decode_on=decode_on, postprocess=process)
+    stream.prepare(seed=SEED, **SMALL)
+    drawn = [stream()]
+    (error,) = at_once(stream)
+    assert isinstance(error, SystemExit if decode_on is None else DecodeError) and "3" in str(error)
+    assert same([*drawn, *stream.chunks(1)], list(stream_of(pipe, "pt").chunks(2)))
+    stream.close()
 
 
 @contextmanager
@@ -900,6 +989,29 @@ def test_guidance_on_two_devices_is_accelerated_on_both(pipes):
     assert torch.equal(copied.proj_out.bias, pipe.transformer.proj_out.bias) and not torch.equal(changed[0], plain[0])
     with torch.no_grad():
         pipe.transformer.proj_out.bias.sub_(1)
+    stream.close()
+
+
+def test_guidance_on_copies_a_changed_network_at_prepare():
+    """Its weights are moved, and its adapters change."""
+    from peft import LoraConfig
+
+    pipe, call = random_pipeline("helios"), {**SMALL, **GUIDED}
+    stream = VideoStream(pipe, output_type="latent", guidance_on="cpu")
+
+    def prepared_again() -> bool:
+        stream.prepare(seed=SEED, **call)
+        return equal(latents(stream, 1), latents(stream_of(pipe, **GUIDED), 1))
+
+    assert prepared_again()
+    copied = stream._modules._sharded
+    assert prepared_again() and stream._modules._sharded is copied
+    pipe.to(torch.bfloat16)
+    assert prepared_again()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(RuntimeError, match=r"adapters \(LoRA\) .* call prepare\(\) again"):
+        stream()
+    assert prepared_again()
     stream.close()
 
 

@@ -379,6 +379,26 @@ def test_a_block_that_is_not_finite_is_noticed_while_it_is_denoised(pipes):
     assert torch.equal(latents(stream, 2), plain)
 
 
+@pytest.mark.parametrize("fails_at", [2, slow(4)])
+def test_a_chunk_ahead_of_the_next_window_leaves_kept_keys_as_they_are(fails_at, pipes):
+    """The last chunk of a window fails in its decode, once the next window has begun, and is drawn again."""
+    pipe, decodes = pipes("skyreels"), iter(range(10**9))
+
+    def process(images):
+        if next(decodes) == fails_at:
+            raise MemoryError
+        return images
+
+    stream = VideoStream(pipe, output_type="pt", decode_on="cpu", postprocess=process)
+    stream.prepare(seed=SEED, **{**SMALL, **CACHED})
+    drawn = [stream().latents for _ in range(fails_at)]
+    with pytest.raises(MemoryError):
+        stream()
+    drawn += [stream().latents for _ in range(2)]
+    assert torch.equal(torch.cat(drawn, dim=2), latents(stream_of(pipe, **CACHED), fails_at + 2))
+    stream.close()
+
+
 @pytest.mark.slow
 def test_what_is_returned_is_the_callers(pipes):
     pipe = pipes("skyreels")
@@ -422,6 +442,7 @@ BAD = [
     ("skyreels-video", {}, "goes on from a video: pass video="),
     ("skyreels-video", {"video": random(1, 4, 3, 16, 16)}, "video has 4 frames, and a block is 5"),
     ("skyreels-video", {"video": random(1, 9, 3, 16, 16) * math.inf}, "video holds NaN"),
+    ("skyreels-video", {"video": random(1, 9, 1, 16, 16)}, "video has 1 channels, and the VAE takes 3"),
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -245,6 +245,9 @@ class VideoAdapter(ABC):
                 raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
         call = self.defaults() | own
         _check_numbers(call)
+        for name in ("image", "video"):
+            if isinstance(call.get(name), Sequence) and not call[name]:
+                raise ValueError(f"{name} is {call[name]!r}, and holds no image")
         for name in TEXTS[:2]:
             if call[name] is not None and call[f"{name}_embeds"] is not None:
                 raise ValueError(f"pass {name} or {name}_embeds, not both")
@@ -352,6 +355,8 @@ def check_pixels(name: str, images: Tensor, count: int) -> None:
     """Raise ValueError unless these are the finite pixels of one video."""
     if count != 1:
         raise ValueError(f"{name}: a stream draws one video, and these are {count} of them")
+    if images.shape[1] != 3:
+        raise ValueError(f"{name} has {images.shape[1]} channels, and the VAE takes 3: pass RGB, as by image.convert('RGB')")
     if not torch.isfinite(images).all():
         raise ValueError(f"{name} holds NaN or infinite values")
 

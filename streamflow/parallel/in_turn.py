@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class InterleavedVelocity(NetworkCopies):
     """A network and its copies on devices that take frames in this order. Made by `interleave`."""
 
-    made_by = "interleave"
+    made_by = "interleave(stream, devices)"
 
     def __init__(self, source: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]):
         super().__init__(source, replicas, devices)

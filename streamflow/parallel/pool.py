@@ -68,7 +68,7 @@ class _Job:
     target: torch.device | None
     ready: Events
     pending: Pending = field(default_factory=Pending)
-    causes: dict[int, Exception] = field(default_factory=dict)
+    causes: dict[int, BaseException] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -206,7 +206,7 @@ def _run_next(state: _State, worker: _Worker) -> bool:
         return False
     try:
         value, events = worker.lane.run(job.calls[worker.index], job.args, job.kwargs, job.rows, job.ready, job.target)
-    except Exception as error:  # every error of a device is reported: by a warning, or by the job's result
+    except BaseException as error:  # reported by a warning or by the job's result, also where a job calls sys.exit()
         _retry(state, worker, job, error)
     else:
         _finish(state, job, value, events)
@@ -246,7 +246,7 @@ def _finish(state: _State, job: _Job, value: object, events: Events) -> None:
         logger.warning("%s is dropped, and the other devices do its work: %s. %s", worker.name, worker.cause, left)
 
 
-def _retry(state: _State, worker: _Worker, job: _Job, error: Exception) -> None:
+def _retry(state: _State, worker: _Worker, job: _Job, error: BaseException) -> None:
     """Give the job to a worker that has not failed at it. If all have, the job fails."""
     with state.lock:
         job.causes[worker.index] = error
@@ -269,7 +269,7 @@ def _hand_over(job: _Job, workers: list[_Worker]) -> None:
     chosen.wake.notify()
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

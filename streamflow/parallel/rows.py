@@ -37,7 +37,7 @@ class NetworkCopies(nn.Module):
     Weights of `source` that are written in place are copied to the replicas before the next step, except by writes through
     `.data`, which torch does not count. After a change of its adapters (LoRA), a call raises RuntimeError.
 
-    made_by: the function of this package that makes it.
+    made_by: the call of this package that makes it.
 
     Args:
         source: the module that was copied. It is also the replica of the first device that equals its own.
@@ -72,7 +72,7 @@ class ShardedVelocity(NetworkCopies):
         pairs: the first half of the rows are the negative prompts of the second half. Such a pair stays on one device.
     """
 
-    made_by = "shard_denoiser"
+    made_by = "shard_denoiser(stream, devices)"
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class WeightSync:
         if self._watch.adapters() != self._adapters:
             raise RuntimeError(
                 f"the adapters (LoRA) of this {type(self._source).__name__} have changed since it was copied to other "
-                f"devices: call {self._made_by}(stream, devices) again"
+                f"devices: call {self._made_by} again"
             )
         now = [version_of(t) for t in self._tensors]
         if now == self._versions:

@@ -36,6 +36,12 @@ class TensorNetwork(nn.Module):
         return self.network(hidden_states=hidden_states, timestep=timestep, **tensors, **self.constants)[0]
 
 
+class CopiedNetwork(ShardedVelocity):
+    """A network with a copy on a second device."""
+
+    made_by = "prepare()"
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What was prepared last. decoding: the adapter that decodes."""
@@ -61,6 +67,7 @@ class VideoModules:
         self._moved = InputCache(device)
         self._other = other
         self._sharded: ShardedVelocity | None = None
+        self._copied_of: tuple[object, ...] = ()
 
     @property
     def sharded(self) -> bool:
@@ -78,7 +85,11 @@ class VideoModules:
         prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
         kind = self.acceleration[0]
         if kind != "none":
-            self._check(kind, None, prepared.adapter)
+            try:
+                self._check(kind, None, prepared.adapter)
+            except BaseException:
+                self.acceleration = "none", None
+                raise
         self.device, self._prepared = prepared.adapter.device, prepared
         self._copy_network(prepared)
         if kind != "none" and (self.accelerated is None or (anew and self._identity() != self._made_of)):
@@ -112,17 +123,21 @@ class VideoModules:
         return modules.get("decoder", plain)(latents)
 
     def _copy_network(self, prepared: Prepared) -> None:
-        """Copy the network to the second device, unless it is what was copied last."""
+        """Copy the network to the second device, unless it was copied with the same device, dtype and adapters."""
+        from streamflow.acceleration.watch import Watch
+
         if self._other is None:
             return
         tensors, constants = _split(prepared.adapter.example(prepared.plan)[0])
         network = prepared.adapter.network.plain
-        if self._sharded is not None and self._sharded.source.network is network and self._constants == constants:
+        made_of = network, self.device, network.dtype, Watch(network).adapters(), constants
+        if self._sharded is not None and self._copied_of == made_of:
             return
+        self.accelerator.put_back()
         self._sharded, own = None, TensorNetwork(network, constants)
         copied = replicate(own, (self._other,))[0]
-        self._sharded = ShardedVelocity(own, [own, copied], (self.device, self._other))
-        self._constants = constants
+        self._sharded = CopiedNetwork(own, [own, copied], (self.device, self._other))
+        self._constants, self._copied_of = constants, made_of
 
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions come from the CPU, and a CUDA graph could not copy them. They are copied once a chunk."""
@@ -173,8 +188,10 @@ class VideoModules:
         """A first chunk, drawn several times with the modules in force, whatever `groups` is: `[n, 3, H, W]` in [-1, 1]."""
         assert self._prepared is not None, "max is measured once shapes are known"
         adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        probe = type(adapter)(adapter.pipe)  # a viewer's own would wait for other viewers
+        probe.network.call = partial(self.call_network, adapter.network.plain)
         for _ in range(TRIALS):
-            drawn = adapter.draw(self._prepared.plan, History(), torch.Generator(self.device).manual_seed(0))
+            drawn = probe.draw(self._prepared.plan, History(), torch.Generator(self.device).manual_seed(0))
             yield decoding.decode(drawn)[0][0].transpose(0, 1)
 
 

@@ -47,7 +47,7 @@ class VideoFrame:
         """The same as what sinks take (`streamflow.io`)."""
         pixels = self.image
         if isinstance(pixels, Tensor):
-            pixels = pixels.permute(1, 2, 0).float().cpu().numpy()
-        if isinstance(pixels, np.ndarray):
-            pixels = (pixels * 255).round().astype(np.uint8)
+            pixels = (pixels.float() if pixels.is_floating_point() else pixels).permute(1, 2, 0).cpu().numpy()
+        if isinstance(pixels, np.ndarray) and pixels.dtype != np.uint8:  # those of a postprocess may be bytes
+            pixels = (pixels.clip(0, 1) * 255).round()
         return TimedImage(np.array(pixels, np.uint8), time.monotonic(), self.time)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -95,6 +96,10 @@ class Decoding(Protocol):
         """Return once nothing is being decoded."""
         ...
 
+    def in_own_thread(self) -> bool:
+        """Whether the caller is a thread of its own, which decodes."""
+        ...
+
     def close(self) -> None:
         """End its threads."""
         ...
@@ -123,6 +128,10 @@ class DecodeInPlace:
     def wait(self) -> None:
         """Nothing is decoded in another thread."""
 
+    def in_own_thread(self) -> bool:
+        """It has no thread."""
+        return False
+
     def close(self) -> None:
         """Let go of the adapter."""
         self._adapter = None
@@ -139,6 +148,7 @@ class DecodeElsewhere:
         self._pool = Pool(self.devices, depth=2)
         self._adapter: VideoAdapter | None = None
         self._copied: tuple[WeightWatch, nn.Module] | None = None
+        self._thread: int | None = None
 
     def prepare(self, adapter: VideoAdapter) -> VideoAdapter:
         """Copy what decodes, unless it is what was copied last. Raises as `streamflow.parallel.replicas.replicate`."""
@@ -162,6 +172,7 @@ class DecodeElsewhere:
         assert adapter is not None, "prepare was called"
 
         def decode(latents: Tensor, scaled: Tensor) -> Decoded:
+            self._thread = threading.get_ident()
             return self._output.decode(adapter, replace(begun.drawn, latents=latents, scaled=scaled), memory)
 
         pending = self._pool.submit([decode], (begun.drawn.latents, begun.drawn.scaled))
@@ -170,13 +181,19 @@ class DecodeElsewhere:
             try:
                 return pending.result()
             except DecodeError as error:
-                raise (error.__cause__ or error) from None  # there is one device, so its error is the reason
+                if isinstance(error.__cause__, Exception):
+                    raise error.__cause__ from None  # there is one device, so its error is the reason
+                raise  # sys.exit() of a postprocess ends the chunk, and not this thread
 
         return replace(begun, fetch=fetch)
 
     def wait(self) -> None:
         """Wait for the decode that runs."""
         self._pool.submit([lambda: None], ()).result()
+
+    def in_own_thread(self) -> bool:
+        """Whether the caller is the thread that decodes."""
+        return self._thread == threading.get_ident()
 
     def close(self) -> None:
         """Wait for the decode that runs, and end the thread."""

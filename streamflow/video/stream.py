@@ -128,8 +128,8 @@ class VideoStream:
         Args:
             prompt, negative_prompt: texts; or `prompt_embeds` and `negative_prompt_embeds` of one video.
             seed: of a generator on the pipe's device. Default 2; -1 stands for a random one, which is logged.
-            generator: draws all noise; used as it is, or seeded with `seed` first where both are given. Each chunk goes on
-                from the state that the last one has left it in.
+            generator: all noise is drawn by a copy of it, in its present state, or seeded with `seed` where both are given.
+                It stays as it is, and may be given to several streams.
             arguments: others of the pipeline's call: `height`, `width`, `guidance_scale`, ...; `image` or `video` is what
                 the video goes on from, where the pipeline takes it.
 
@@ -146,19 +146,22 @@ class VideoStream:
             adapter.use_tiny_vae(self._tiny)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         plan = self._plan(adapter, {name: text for name, text in texts.items() if text is not None} | arguments)
-        with self._alone(), self._updating:
+        with self._alone():
             self._check_open()
-            self._decoding.wait()
-            decoding = self._decoding.prepare(adapter)
-            own = torch.Generator(adapter.device) if generator is None else generator
-            if seed is not None:
-                own.manual_seed(seed)
-            rng = own.get_state()
-            video = Video(adapter, own, rng, Request(plan, seed), State(Position(History(), rng)))
-            try:
-                self._connect(Prepared(adapter, decoding, plan, decodes=self.output_type != "latent"))
-            finally:
-                self._begin(video)
+            self._decoding.wait()  # before `_updating` is held, since a postprocess may call update()
+            with self._updating:
+                decoding = self._decoding.prepare(adapter)
+                own = torch.Generator(adapter.device if generator is None else generator.device)
+                if generator is not None:
+                    own.set_state(generator.get_state())
+                if seed is not None:
+                    own.manual_seed(seed)
+                rng = own.get_state()
+                video = Video(adapter, own, rng, Request(plan, seed), State(Position(History(), rng)))
+                try:
+                    self._connect(Prepared(adapter, decoding, plan, decodes=self.output_type != "latent"))
+                finally:
+                    self._begin(video)
 
     def update(self, *, scope: str = "now", seed: int | None = None, **arguments: Any) -> int:
         """Change what is drawn from the next chunk on; a chunk that is begun stays as it is. From any thread.
@@ -332,12 +335,13 @@ class VideoStream:
     def close(self) -> None:
         """Let go of the pipeline and of what was carried, and undo the acceleration. The stream cannot be used after it. May
         be called twice."""
-        with self._alone(), self._updating:
+        with self._alone():
             self._closed = True
-            self._begin(None)
-            self.pipe = self._tiny = None
-            self._decoding.close()
-            self._disconnect()
+            self._decoding.close()  # before `_updating` is held, since a postprocess may call update()
+            with self._updating:
+                self._begin(None)
+                self.pipe = self._tiny = None
+                self._disconnect()
 
     def __enter__(self) -> Self:
         return self
@@ -398,9 +402,9 @@ class VideoStream:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for the chunk that another thread draws. RuntimeError inside of a chunk that this thread draws."""
-        if self._drawn_by == threading.get_ident():
-            raise RuntimeError("a chunk is being drawn by this thread: only update() and update_prompt() act inside of it")
+        """Wait for the chunk that another thread draws. RuntimeError inside of a chunk that this thread draws or decodes."""
+        if self._drawn_by == threading.get_ident() or self._decoding.in_own_thread():
+            raise RuntimeError("this thread draws or decodes a chunk: only update() and update_prompt() act inside of it")
         with self._drawing:
             try:
                 self._drawn_by = threading.get_ident()

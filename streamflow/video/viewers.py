@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from streamflow._threads import Flag
 from streamflow._validation import check_bool
 from streamflow.models import video_adapter_for
+from streamflow.models.video import VideoAdapter, VideoPlan
 from streamflow.video.acceleration import Prepared, VideoModules
 from streamflow.video.stream import VideoStream
 
@@ -195,8 +196,7 @@ class VideoViewers:
 
     def add(self, **options: Any) -> VideoStream:
         """Another viewer. options: those of `VideoStream`. Closing it lets go of it."""
-        if self._closed:
-            raise RuntimeError("these viewers are closed: make others of the pipe")
+        self._check_open()
         viewer = _Viewer(self, self._pipe, **options)
         self._viewers.append(viewer)
         return viewer
@@ -209,8 +209,9 @@ class VideoViewers:
     def accelerate(self, kind: str = "auto", **options: object) -> None:
         """Make the network faster for all viewers, as `VideoStream.accelerate`; the VAE stays as it is. Waits for the chunks
         that are being drawn. Each number of rows is compiled or captured when it first occurs."""
+        self._check_open()
         with ExitStack() as stack:
-            for viewer in self._viewers:
+            for viewer in self.viewers:
                 stack.enter_context(viewer._alone())
             with self._meeting.computing:
                 self._modules.accelerator.accelerate(kind, **options)
@@ -233,6 +234,10 @@ class VideoViewers:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("these viewers are closed: make others of the pipe")
+
     def _remove(self, viewer: _Viewer) -> None:
         """Forget a viewer that is closed."""
         if viewer in self._viewers:
@@ -254,6 +259,11 @@ class _Viewer(VideoStream):
     def accelerate(self, kind: str = "auto", **options: object) -> None:
         """RuntimeError: all viewers have one network."""
         raise RuntimeError(f"all viewers have one network: call accelerate({kind!r}) of their VideoViewers")
+
+    def _plan(self, adapter: VideoAdapter, given: Mapping[str, Any], last: VideoPlan | None = None) -> VideoPlan:
+        if adapter.network.plain is not self._owner._pipe.transformer:
+            raise RuntimeError("all viewers have one network, and this viewer's pipe has another: make viewers of that pipe")
+        return super()._plan(adapter, given, last)
 
     def _connect(self, prepared: Prepared) -> None:
         with self._owner._meeting.computing:

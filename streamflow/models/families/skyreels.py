@@ -257,7 +257,6 @@ class SkyReels(CausallyDecoded):
         window = _Window(latents, times, [(span[0], span[-1] + 1) for span in spans], ready, video=video)
         if before is not None:
             window.given, window.last = sizes.overlap, before.last
-            window.keys = {name: replace(keys, frames=0) for name, keys in before.keys.items()}
         return window
 
     def _step(self, call: Call, sizes: _Sizes, window: _Window, generator: torch.Generator) -> None:
