@@ -213,6 +213,13 @@ def full_size_tiny_vae(model: str, device: torch.device | str, dtype: torch.dtyp
     return vae
 
 
+def random_module(kind: type[nn.Module], config: Arguments, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """A module of this class with random weights, for inference. The device's random state does not change."""
+    with _making(device, dtype):
+        module = kind(**config)
+    return _for_inference(module, dtype)
+
+
 def prompt_arguments(
     model: str, device: torch.device | str, dtype: torch.dtype | None = None, guided: bool = False
 ) -> dict[str, Tensor]:

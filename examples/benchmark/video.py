@@ -1,0 +1,280 @@
+"""Video models at their true size, with random weights: frames a second and the first frame of a stream, against the
+pipeline's own call in the same run. Memory and drift over a long stream.
+
+python examples/benchmark/video.py --models helios-14b --output video.json
+python examples/benchmark/video.py --models helios-14b --ways compile-fp8 --decode-on cuda:1 --long 200
+python examples/benchmark/video.py --models tiny --device cpu --dtype float32 --ways eager --chunks 2
+
+A round of a stream begins a video anew: its first chunk, then `--chunks` more. The pipeline's call draws as many. The ways
+of a model alternate from round to round. `vae_s` is a decode of a chunk alone, by the plain VAE. With `--long`, the last way
+draws on: the allocated memory after each chunk, and the mean and the standard deviation of its images in [0, 1]. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
+    AutoencoderKLWan,
+    FlowMapEulerDiscreteScheduler,
+    HeliosDMDScheduler,
+    HeliosPyramidPipeline,
+    HeliosTransformer3DModel,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from streamflow import VideoStream
+from streamflow._command_line import at_least
+from streamflow.benchmark.full_size import random_module
+from streamflow.benchmark.machine import clocks, machine
+from streamflow.benchmark.measure import FAILURES, cause, clean, memory
+from streamflow.benchmark.report import rounded, write_json
+from streamflow.benchmark.timing import Spread, timed, wait
+from streamflow.models.loading import DTYPES, default_device
+
+logger = logging.getLogger(__name__)
+WAN_13B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # of the Wan 2.1 1.3B that both networks follow
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "rope_dim": (4, 4, 4)}
+TINY_VAE = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+HELIOS = {"guidance_scale": 1.0, "pyramid_num_inference_steps_list": [2, 2, 2], "is_amplify_first_chunk": True}
+SKYREELS = {"num_inference_steps": 30, "guidance_scale": 1.0, "ar_step": 5, "causal_block_size": 5}
+SKYREELS |= {"base_num_frames": 97, "overlap_history": 17}
+# By name: how a stream is accelerated, and arguments of its `prepare`.
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "eager": ("none", {}, {}),
+    "kept-keys": ("none", {}, {"use_kv_cache": True}),
+    "cuda-graph": ("cuda-graph", {}, {}),
+    "compile": ("compile", {}, {}),
+    "compile-fp8": ("compile", {"quantize": "fp8"}, {}),
+}
+ACCELERATED = ("eager", "compile", "compile-fp8")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A video model. kind, network, vae: the network's class, and the configs. call: arguments of its pipeline's call.
+    frames: images of a chunk after the first. length: arguments of the pipeline's call that draws so many chunks, or a few
+    more. ways: those that are measured unless others are chosen. options: of the pipeline."""
+
+    pipeline: Callable[..., Any]
+    kind: type
+    scheduler: Callable[[], Any]
+    call: Mapping[str, Any]
+    frames: int
+    length: Callable[[int], dict[str, Any]]
+    network: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    ways: tuple[str, ...] = ACCELERATED
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The pipeline with random weights and without text encoders, its VAE in float32."""
+        parts = {
+            "transformer": random_module(self.kind, self.network, device, dtype),
+            "vae": random_module(AutoencoderKLWan, self.vae, device, torch.float32),
+        }
+        pipe = self.pipeline(text_encoder=None, tokenizer=None, scheduler=self.scheduler(), **parts, **self.options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def length_of_anyflow(chunks: int) -> dict[str, Any]:
+    """A latent frame, then three a chunk."""
+    return {"num_frames": 1 + 12 * (chunks - 1), "chunk_partition": [1] + [3] * (chunks - 1)}
+
+
+def length_of_skyreels(chunks: int) -> dict[str, Any]:
+    """Whole windows: five chunks in the first one, four in any other."""
+    return {"num_frames": 97 + 80 * -(-max(0, chunks - 5) // 4)}
+
+
+def scheduler_of_helios() -> Any:
+    return HeliosDMDScheduler(gamma=0.33)  # diffusers' 1/3 is singular on some devices
+
+
+MODELS = {
+    "helios-14b": Model(
+        HeliosPyramidPipeline,
+        HeliosTransformer3DModel,
+        scheduler_of_helios,
+        {**HELIOS, "height": 384, "width": 640},
+        frames=33,
+        length=lambda chunks: {"num_frames": 33 * chunks},
+        options={"is_distilled": True},
+    ),
+    "anyflow-far-1.3b": Model(
+        AnyFlowFARPipeline,
+        AnyFlowFARTransformer3DModel,
+        lambda: FlowMapEulerDiscreteScheduler(shift=5.0),
+        {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 480, "width": 832},
+        frames=12,
+        length=length_of_anyflow,
+        network=WAN_13B,
+        ways=("eager",),
+    ),
+    "skyreels-df-1.3b": Model(
+        SkyReelsV2DiffusionForcingPipeline,
+        SkyReelsV2Transformer3DModel,
+        lambda: UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True, prediction_type="flow_prediction"),
+        {**SKYREELS, "height": 480, "width": 832},
+        frames=20,
+        length=length_of_skyreels,
+        network=WAN_13B,
+        ways=("eager", "kept-keys"),
+    ),
+    "tiny": Model(
+        HeliosPyramidPipeline,
+        HeliosTransformer3DModel,
+        scheduler_of_helios,
+        {**HELIOS, "height": 64, "width": 64, "num_latent_frames_per_chunk": 3},
+        frames=9,
+        length=lambda chunks: {"num_frames": 9 * chunks},
+        network=TINY,
+        vae=TINY_VAE,
+        options={"is_distilled": True},
+    ),
+}
+
+
+class Stream:
+    """A way: a stream of the pipeline, warm. decode_on: a second device."""
+
+    def __init__(self, pipe: Any, model: Model, call: dict[str, Any], way: str, decode_on: str | None) -> None:
+        kind, options, more = WAYS[way]
+        self._call, self._frames = {**call, **more}, model.frames
+        self.stream = VideoStream(pipe, output_type="pt", decode_on=decode_on)
+        self.stream.accelerate(kind, **options)
+        began = time.perf_counter()
+        self.round(2)
+        self.start_s = time.perf_counter() - began
+
+    def round(self, chunks: int) -> dict[str, float]:
+        """A video anew. Seconds until the first chunk is decoded, and frames a second of the chunks after it."""
+        device = self.stream.pipe._execution_device
+        wait(device)
+        began = time.perf_counter()
+        self.stream.prepare(seed=2, **self._call)
+        self.stream()
+        wait(device)
+        first = time.perf_counter()
+        for _ in range(chunks):
+            self.stream()
+        wait(device)
+        return {"first_s": first - began, "frames_per_s": chunks * self._frames / (time.perf_counter() - first)}
+
+    def drift(self, chunks: int) -> dict[str, list[float]]:
+        """Draw on. By chunk: mean and standard deviation of the images, and the allocated memory in MiB."""
+        device = self.stream.pipe._execution_device
+        found: dict[str, list[float]] = {"mean": [], "std": [], "allocated_mib": []}
+        self.stream.prepare(seed=2, **self._call)
+        for chunk in self.stream.chunks(chunks):
+            images = chunk.images.float()
+            found["mean"].append(images.mean().item())
+            found["std"].append(images.std().item())
+            if device.type == "cuda":
+                found["allocated_mib"].append(torch.cuda.memory_allocated(device) / 2**20)
+        return found
+
+
+def own_call(pipe: Any, model: Model, call: dict[str, Any], chunks: int) -> dict[str, float]:
+    """The pipeline's own call of the first chunk and `chunks` more: no frame comes before the last one."""
+    device = pipe._execution_device
+    generator = torch.Generator(device).manual_seed(2)
+    wait(device)
+    began = time.perf_counter()
+    video = pipe(prompt=None, **call, **model.length(chunks + 1), generator=generator, output_type="pt").frames[0]
+    wait(device)
+    seconds = time.perf_counter() - began
+    return {"first_s": seconds, "frames_per_s": len(video) / seconds}
+
+
+def measure(model: Model, a: argparse.Namespace) -> dict[str, Any]:
+    """All ways of a model, in turns."""
+    device = torch.device(a.device)
+    pipe = model.make(device, DTYPES[a.dtype])
+    embeds = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[a.dtype])
+    call = {**model.call, "prompt_embeds": embeds}
+    chunk = _latents(pipe, model, device)
+    found: dict[str, Any] = {"call": dict(model.call), "frames_of_a_chunk": model.frames, "ways": {}}
+    found["vae_s"] = vars(Spread.of(timed(lambda: pipe.vae.decode(chunk, return_dict=False), 3, device).each))
+    rounds: dict[str, list[dict[str, float]]] = {}
+    own_call(pipe, model, call, 1)
+    rounds["pipeline"] = [own_call(pipe, model, call, a.chunks) for _ in range(a.rounds)]
+    last = None
+    for way in a.ways or model.ways:
+        clean(device)
+        if last is not None:
+            last.stream.close()
+        try:
+            last = Stream(pipe, model, call, way, a.decode_on)
+            rounds[way] = [last.round(a.chunks) for _ in range(a.rounds)]
+            found["ways"][way] = {"start_s": last.start_s, "memory_mib": memory(device)}
+        except FAILURES as error:
+            last = None
+            found["ways"][way] = {"failed": cause(error)}
+            logger.info("%s failed: %s", way, found["ways"][way]["failed"])
+    own = Spread.of([one["frames_per_s"] for one in rounds["pipeline"]])
+    for way, each in rounds.items():
+        figures = {name: vars(Spread.of([one[name] for one in each])) for name in each[0]}
+        times = Spread.of([one["frames_per_s"] / own.median for one in each])
+        found["ways"].setdefault(way, {}).update(figures, times_the_pipeline=vars(times))
+        logger.info("%s: %.2f frames/s, %.2f times", way, figures["frames_per_s"]["median"], times.median)
+    if a.long and last is not None:
+        found["long"] = last.drift(a.long)
+    if last is not None:
+        last.stream.close()
+    return found
+
+
+def _latents(pipe: Any, model: Model, device: torch.device) -> Tensor:
+    """Random latents of a chunk, as the VAE decodes them."""
+    frames = -(-model.frames // pipe.vae_scale_factor_temporal)
+    sides = [model.call[name] // pipe.vae_scale_factor_spatial for name in ("height", "width")]
+    return torch.randn(1, pipe.vae.config.z_dim, frames, *sides, device=device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", nargs="+", choices=MODELS, default=["helios-14b"], help="default: helios-14b")
+    p.add_argument("--ways", nargs="+", choices=WAYS, help="default: those that the model can be drawn in")
+    p.add_argument("--decode-on", metavar="DEVICE", help="decode on this device while the next chunk is drawn")
+    p.add_argument("--chunks", type=at_least(1), default=4, help="chunks a round after the first (default: %(default)s)")
+    p.add_argument("--rounds", type=at_least(1), default=3, help="default: %(default)s")
+    p.add_argument("--long", type=at_least(0), default=0, metavar="CHUNKS", help="chunks of the long stream")
+    p.add_argument("--device", default=default_device(), help="default: %(default)s")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default: %(default)s)")
+    p.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here, after each model")
+    a = p.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device(a.device)
+    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "dtype": a.dtype, "decode_on": a.decode_on}
+    result |= {"machine": machine(device), "clocks": clocks(device), "models": {}}
+    for name in a.models:
+        clean(device)
+        try:
+            result["models"][name] = measure(MODELS[name], a)
+        except FAILURES as error:
+            result["models"][name] = {"failed": cause(error)}
+            logger.info("%s failed: %s", name, result["models"][name]["failed"])
+        write_json(result, a.output)
+    print(json.dumps(rounded(result), allow_nan=False))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""examples/benchmark/video.py with small networks: every model is drawn, and the figures are written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def video(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = import_module("video")
+    network = {name: value for name, value in module.TINY.items() if name != "rope_dim"}
+    for name in ("anyflow-far-1.3b", "skyreels-df-1.3b"):
+        model = module.MODELS[name]
+        steps = {"num_inference_steps": 6} if "ar_step" in model.call else {}
+        call = {**model.call, "height": 64, "width": 64, **steps}
+        monkeypatch.setitem(module.MODELS, name, replace(model, network=network, vae=module.TINY_VAE, call=call))
+    return module
+
+
+@pytest.mark.parametrize("model", ["tiny", "anyflow-far-1.3b", "skyreels-df-1.3b"])
+def test_ways_and_the_long_stream_are_written_down(model, video, tmp_path, capsys):
+    path = tmp_path / "new" / "video.json"
+    ways = [one for one in video.MODELS[model].ways if not one.startswith("compile")]
+    options = ["--device", "cpu", "--dtype", "float32", "--chunks", "2", "--rounds", "2", "--long", "3", "--ways", *ways]
+    assert video.main(["--models", model, *options, "--output", str(path)]) == 0
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written == json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = written["models"][model]
+    assert found["ways"].keys() == {"pipeline", *ways} and len(found["long"]["mean"]) == 3
+    for way in found["ways"].values():
+        assert 0 < way["first_s"]["least"] <= way["first_s"]["most"] and way["frames_per_s"]["median"] > 0
+    assert found["ways"]["pipeline"]["times_the_pipeline"]["median"] == 1
+
+
+def test_a_model_that_fails_is_written_down_as_failed(video, monkeypatch, capsys):
+    broken = replace(video.MODELS["tiny"], call={**video.MODELS["tiny"].call, "height": 65})
+    monkeypatch.setitem(video.MODELS, "tiny", broken)
+    assert video.main(["--models", "tiny", "--device", "cpu", "--dtype", "float32", "--ways", "eager"]) == 0
+    assert "65" in json.loads(capsys.readouterr().out.splitlines()[-1])["models"]["tiny"]["failed"]
