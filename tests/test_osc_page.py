@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import pytest
 from test_control_input import extras, send, until  # noqa: F401 - `send` is a fixture
@@ -294,6 +295,21 @@ class LiveShow:
         out, _ = self._process.communicate(timeout=60)
         self.said = json.loads(out.splitlines()[-1])
         assert self._process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_video_stream_has_values_too(pipes, monkeypatch):
+    from diffusers.pipelines.helios import pipeline_helios
+    from test_video import stream_of
+
+    monkeypatch.setattr(pipeline_helios, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    stream = stream_of(pipes("helios"), "np")
+    for changes in ({"prompt": "a lemon", "seed": 7}, {"prompt": "a fox"}, {"seed": 8}):
+        before = live._values(stream)
+        stream.update(**changes)
+        after = live._values(stream)
+        assert all(after[name] == value != before.get(name) for name, value in changes.items())
+    stream.close()
 
 
 @extras

@@ -70,6 +70,7 @@ class Controls:
             if settings.page is not None:
                 self.page = ControlPage(settings, self.osc_bound, self._knobs, present, self._refused)
                 opened.callback(self.page.close)
+                logger.info("the page of controls is at http://127.0.0.1:%d/", self.page.port)
             self._opened = opened.pop_all()
 
     def _keep(self, opened: ExitStack, source: MidiInput | AudioInput | LinkInput) -> None:
