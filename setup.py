@@ -103,6 +103,7 @@ setup(
             "samples/*.png",
             "samples/*.mp4",
             *(f"app/server/*.{kind}" for kind in ("html", "css", "js")),
+            *(f"live/remote/*.{kind}" for kind in ("html", "js")),
         ]
     },
     install_requires=INSTALL_REQUIRES,

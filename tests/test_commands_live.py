@@ -88,6 +88,8 @@ OPTIONS = {
     "--live.crossfade": ("0.1",),
     "--live.scenes": ('["{settings}"]',),
     "--control.osc": ("127.0.0.1:0",),
+    "--control.page": ("0",),
+    "--osc-page": ("0",),
     "--control.midi": ("no such port",),
     "--control.sound": ('["audio:{folder}/../tone.wav"]', "--control.mappings", "[{{address: 'audio:level', field: seed}}]"),
     "--control.mappings": ("[{{address: 'osc:/w', field: seed, range: [1, 8]}}]", *OSC),
@@ -98,6 +100,7 @@ OTHER_NAMES = {
     "--accelerate": "--acceleration.kind",
     "--control-net": "--controlnet.net",
     "--control-maker": "--controlnet.maker",
+    "--osc-page": "--control.page",
 }
 REFUSED = {
     "--offload-text-encoders": "the device is cpu",

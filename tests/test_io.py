@@ -658,9 +658,9 @@ def test_requests_that_are_not_complete_are_limited_in_number(served):
 
 
 def test_a_request_that_drips_in_has_a_deadline(served, monkeypatch):
-    from streamflow.io import mjpeg_server
+    from streamflow.io import local_server
 
-    monkeypatch.setattr(mjpeg_server, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(local_server, "HEAD_SECONDS", 0.5)
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         began = time.monotonic()
         with suppress(OSError):  # it was closed

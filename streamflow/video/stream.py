@@ -206,6 +206,12 @@ class VideoStream:
         """The seed of what is drawn, or None where a generator was given without one. RuntimeError before `prepare`."""
         return self._prepared().request.seed
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that the next chunk is drawn with, without those that have its defaults.
+        RuntimeError before `prepare`."""
+        return dict(self._prepared().request.plan.given)
+
     # -- acceleration ---------------------------------------------------------------------------------------------------
 
     def accelerate(self, kind: str = "auto", **options: object) -> None:

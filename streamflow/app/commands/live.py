@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from streamflow.app.scenes import Scenes
     from streamflow.app.video_model import VideoScenes
     from streamflow.live.remote.keys import Keys
-    from streamflow.live.show import Show, Statistics
+    from streamflow.live.show import Live, Show, Statistics
+    from streamflow.live.video import VideoLive
+    from streamflow.pipeline import StreamFlow
+    from streamflow.video import VideoStream
 
 logger = logging.getLogger("streamflow.live")
 EXAMPLE = 'streamflow live --in camera:0 --out window --record out.mp4 --prompt "a fox, 3d render" --strength 0.6'
@@ -80,7 +83,8 @@ def play(
     from streamflow.models.loading import is_video
     from streamflow.wrapper import StreamFlowWrapper
 
-    s, shows = settings.live, []
+    s = settings.live
+    shows: list[Live | VideoLive] = []
     if (settings.mode == "img2img") != bool(s.source):
         raise ValueError(f"mode is {settings.mode}, and there is {'a' if s.source else 'no'} source: leave one out")
     others = [one.model_copy(update={"mode": settings.mode}) for one in map(config.load, s.scenes)]
@@ -89,9 +93,12 @@ def play(
     def update(**changes: Any) -> None:
         (shows[-1].stream if shows else stream).update(**changes)
 
+    def present() -> Json:
+        return _values(shows[-1].stream) if shows else {}
+
     weights = [] if isinstance(settings.prompt, str) else [weight for _, weight in settings.prompt]
     with ExitStack() as opened:
-        controls = opened.enter_context(open_control(settings.control, update, weights))
+        controls = opened.enter_context(open_control(settings.control, update, weights, present))
         if learn:
             controls.learn(learn)
         for sink in sinks:
@@ -122,6 +129,7 @@ def play(
             shows.append(show)
             closing.enter_context(scenes)
             closing.enter_context(show)  # ends before its scenes are closed
+            closing.callback(controls.close)  # its page reads the stream
             _watch(show, scenes, controls.keys, s.crossfade, seconds, quiet, stop)
             show.stop()
         figures = asdict(show.statistics).items()
@@ -132,6 +140,24 @@ def play(
         if written := [str(path) for sink in sinks if (path := getattr(sink, "path", None)) and Path(path).exists()]:
             result["wrote"] = written
         return result
+
+
+def _values(stream: StreamFlow | VideoStream) -> Json:
+    """What the stream draws with after the last update, by the names of `update`; and each of `prompt_weights`."""
+    from streamflow.conditioning.blending import parts
+    from streamflow.pipeline import StreamFlow
+
+    if not isinstance(stream, StreamFlow):
+        return {**stream.arguments, "seed": stream.seed}
+    now = stream.requested()
+    names = ("prompt", "negative_prompt", "num_inference_steps", "delta", "strength", "feedback", "noise_period")
+    weights = [] if now.request.prompt is None else [weight for _, weight in parts(now.request.prompt)]
+    return {
+        **{name: getattr(now.request, name) for name in names},
+        **{f"prompt_weights.{i}": weight for i, weight in enumerate(weights)},
+        "guidance_scale": now.guidance_scale,
+        "seed": now.noise.seed,
+    }
 
 
 def _watch(

@@ -40,6 +40,7 @@ SHORT = {
     "references": "--reference",
     "controlnet.net": "--control-net",
     "controlnet.maker": "--control-maker",
+    "control.page": "--osc-page",
 }  # beside the setting's own name
 
 

@@ -1,4 +1,4 @@
-"""Control of a live stream from outside: OSC, MIDI, sound, keys. (ControlNet is elsewhere: `streamflow.stream.controlnets`.)
+"""Control of a live stream from outside: OSC, MIDI, sound, keys, a page. (For ControlNet, see `streamflow.stream`.)
 
 Knows `update` as a callable; no stream, no window.
 """
@@ -17,6 +17,7 @@ from streamflow.live.remote.learn import Learner
 from streamflow.live.remote.link import LinkInput
 from streamflow.live.remote.midi import MidiInput
 from streamflow.live.remote.osc import OscInput
+from streamflow.live.remote.page import ControlPage
 from streamflow.live.remote.settings import Control, Mapping, socket_of
 
 if TYPE_CHECKING:
@@ -31,21 +32,30 @@ class Controls:
     """The inputs that the settings name, open from here on, their knobs, and `keys`. Call `tick` once a frame, from the
     thread that draws.
 
-    stream_update: `StreamFlow.update` of the stream that draws. weights: of the prompt's texts at the start.
+    stream_update: `StreamFlow.update` of the stream that draws. weights: of the prompt's texts at the start. present: the
+        values of the stream's fields, for the page; empty while there is no stream.
+    osc_bound: host and port of OSC. page: that of the settings, None where they have none.
 
     Raises:
         ImportError: a package is missing, with the command that brings it. OSError: an address, port, device or file is not
             available. ValueError: a file is no sound.
     """
 
-    def __init__(self, settings: Control, stream_update: Function, weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        settings: Control,
+        stream_update: Function,
+        weights: Sequence[float] = (),
+        present: Callable[[], Json] = dict,
+    ) -> None:
         self.keys = Keys(settings.keys)
         self._settings, self._update = settings, stream_update
         self._knobs = Knobs(settings.mappings, weights)
         self._learner: Learner | None = None
-        self._refused: set[str] = set()
+        self._refused: dict[str, str] = {}  # fields, and why
         self._senses: list[Callable[[float], dict[str, float]]] = []  # values by address, that are read once a frame
         self.osc_bound: tuple[str, int] | None = None
+        self.page: ControlPage | None = None
         with ExitStack() as opened:
             if settings.osc is not None:
                 osc = OscInput(*socket_of(settings.osc), self.receive)
@@ -59,6 +69,10 @@ class Controls:
                 self._keep(opened, AudioInput(name))
             if settings.sound_of("link") is not None:
                 self._keep(opened, LinkInput())
+            if settings.page is not None:
+                self.page = ControlPage(settings, self.osc_bound, self._knobs, present, self._refused)
+                opened.callback(self.page.close)
+                logger.info("the page of controls is at http://127.0.0.1:%d/", self.page.port)
             self._opened = opened.pop_all()
 
     def _keep(self, opened: ExitStack, source: MidiInput | AudioInput | LinkInput) -> None:
@@ -85,7 +99,7 @@ class Controls:
             if len(fields) > 1:
                 error = self._refusal({field: value})
             if error is not None and field not in self._refused:
-                self._refused.add(field)
+                self._refused[field] = str(error)
                 logger.warning("%s = %.200r is refused and dropped: %s", field, value, error)
 
     def _refusal(self, fields: Json) -> Exception | None:
@@ -94,7 +108,8 @@ class Controls:
             self._update(**fields)
         except (TypeError, ValueError, RuntimeError) as error:
             return error
-        self._refused.difference_update(fields)
+        for field in fields:
+            self._refused.pop(field, None)
         return None
 
     def learn(self, field: str, range: tuple[float, float] | None = None, smoothing: float = 0.0) -> Learner:

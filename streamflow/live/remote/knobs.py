@@ -57,19 +57,26 @@ class Knobs:
     def put(self, address: str, *values: object) -> None:
         """Take what a knob sent. An address without a mapping is ignored. A value that the field cannot take is logged,
         once for each address."""
+        try:
+            self.take(address, *values)
+        except ValueError as error:
+            with self._lock:
+                logged = address in self._refused
+                self._refused.add(address)
+            if not logged:
+                logger.warning("%s sent %.200r, which is dropped: %s", address, values, error)
+
+    def take(self, address: str, *values: object) -> bool:
+        """Take what a knob sent. Return whether the address has a mapping. ValueError: its field cannot take the value."""
+        value: object = values[0] if len(values) == 1 else None
         with self._lock:
             mapping = self._mappings.get(address)
             if mapping is None:
-                return
-            value: object = values[0] if len(values) == 1 else None
+                return False
             if accepts(value, mapping.kind):
                 self._targets[mapping.field] = mapping, scaled(mapping, value)
-                return
-            if address in self._refused:
-                return
-            self._refused.add(address)
-        wanted = "one text" if mapping.kind == "text" else "one finite number"
-        logger.warning("%s sent %.200r, and %s takes %s: dropped", address, values, mapping.field, wanted)
+                return True
+        raise ValueError(f"{mapping.field} takes {'one text' if mapping.kind == 'text' else 'one finite number'}")
 
     def due(self, now: float) -> Json:
         """The fields that changed since the last call, as `update` takes them. now: seconds of a monotonic clock."""
@@ -104,6 +111,15 @@ def scaled(mapping: Mapping, value: Value) -> Value:
     (begin, end), (low, high) = mapping.ends, mapping.range
     share = (min(max(value, min(begin, end)), max(begin, end)) - begin) / (end - begin)
     return float(low + share * (high - low)) if share < 1 else float(high)
+
+
+def unscaled(mapping: Mapping, value: object) -> float | None:
+    """The knob's value that `scaled` turns into this one of the field, within its ends; None where it is no number."""
+    if mapping.kind == "text" or not accepts(value, mapping.kind):
+        return None
+    (begin, end), (low, high) = mapping.ends, mapping.range
+    share = (float(value) - low) / (high - low) if high != low else 0.0
+    return begin + min(max(share, 0.0), 1.0) * (end - begin)
 
 
 def smoothed(mapping: Mapping, value: Value | None, target: Value, elapsed: float) -> Value:

@@ -142,6 +142,12 @@ class Control(Section):
         default=None,
         description="address to listen at, such as 127.0.0.1:9000; whoever reaches it changes the fields. Empty: no OSC",
     )
+    page: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port of a page of this machine (127.0.0.1) with every knob, its range and its value. Empty: no page",
+    )
     midi: str | None = Field(
         default=None, min_length=1, description="a MIDI port's name, or a part only it has. Empty: no MIDI"
     )
