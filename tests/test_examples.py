@@ -105,6 +105,7 @@ def runs(there):
 
 NOT_DRAWING = ("benchmark/single.py", "benchmark/multi.py", "optimal-performance/single.py", "vid2vid/main.py")
 NOT_DRAWING += ("webcam/main.py", "screen/main.py", "with_tensorrt.py", "edit/random_klein.py", "edit/webcam.py")
+NOT_DRAWING += ("gradio/app.py",)  # tests/test_gradio.py
 DRAWING = sorted({*NAMES, "make_samples.py", "side_by_side.py"} - set(NOT_DRAWING))
 
 
