@@ -21,7 +21,7 @@ class Restyler:
     def __init__(self, model: str = "embedded", steps: int = 4) -> None:
         self.wrapper = StreamFlowWrapper(model, cfg_type="none", output_type="np")
         self.wrapper.prepare(PROMPT, num_inference_steps=steps, strength=STRENGTH)
-        self.settings, self.visitor = (PROMPT, STRENGTH), ""
+        self.steps, self.settings, self.visitor = steps, (PROMPT, STRENGTH), ""
 
     def __call__(self, visitor: str, frame: np.ndarray, prompt: str, strength: float) -> np.ndarray:
         """A frame of this visitor, uint8 [H, W, 3] in the order blue, green, red, as one of the stream's size."""
@@ -50,7 +50,7 @@ def build_page(restyler: Restyler, seconds: float, fps: float):
         gr.Markdown("# StreamFlow\nYour camera, restyled as you change the prompt and the strength.")
         video = WebRTC(label="Camera", modality="video", height=380, full_screen=False, track_constraints=camera, **turn)
         prompt = gr.Textbox(PROMPT, label="Prompt", max_length=300)
-        strength = gr.Slider(0.25, 1, STRENGTH, step=0.05, label="Strength")
+        strength = gr.Slider(1 / restyler.steps, 1, STRENGTH, step=1 / restyler.steps, label="Strength")
         handler = VideoStreamHandler(restyle, skip_frames=True)
         video.stream(handler, [video, prompt, strength], [video], concurrency_limit=1, time_limit=seconds)
     return page
