@@ -20,6 +20,7 @@ from random_pipelines.image_prompts import clip_encoder, save_adapter
 from test_loras import TARGETS, write_lora
 from transformers import CLIPVisionModelWithProjection
 
+from streamflow.conditioning import control_makers
 from streamflow.io.addresses import SINKS, SOURCES
 from streamflow.models import tiny_vae
 from streamflow.pretrained import embedded
@@ -65,8 +66,8 @@ def stand_in(needs: Iterable[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """A tiny random pipeline of the same class for every model that is not a folder; a LoRA, a control net and an adapter of
-    image prompts."""
+    """A tiny random pipeline of the same class for every model that is not a folder; a LoRA, a control net, an adapter of
+    image prompts, and gray images for those of a depth model."""
     plain, made = DiffusionPipeline.from_pretrained.__func__, {}
 
     def from_pretrained(cls: type, path: str | Path, **options: Any) -> DiffusionPipeline:
@@ -91,6 +92,9 @@ def _hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(CLIPVisionModelWithProjection, "from_pretrained", lambda *a, **k: clip_encoder())
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(tiny_vae, "load", load_tiny)
+    depth = control_makers.WITH_MODEL["depth"][1]
+    gray = (lambda model, device: lambda image: image.convert("L")), depth
+    monkeypatch.setitem(control_makers.WITH_MODEL, "depth", gray)
     model = plain(StableDiffusion3Pipeline, embedded())
     control = random_control(model.transformer)
     monkeypatch.setattr(SD3ControlNetModel, "from_pretrained", lambda *a, **k: control)

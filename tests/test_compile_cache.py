@@ -185,7 +185,7 @@ def test_a_new_process_compiles_nothing_after_it_was_loaded(tmp_path):
     assert again["image"] == first["image"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_exports_what_the_embedded_model_compiles(tmp_path):
     command = [sys.executable, "-c", "from streamflow.app.cli import main; raise SystemExit(main())", "engines", "export"]
     small = ["--steps", "1", "--warmup", "1", "--device", "cpu", "--json", "--width", "64", "--height", "64"]

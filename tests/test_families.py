@@ -347,8 +347,10 @@ def test_a_familys_rule_holds_for_residual_guidance_too(cfg_type, pipes, picture
     assert torch.allclose(weight.guided(v, negative, torch.ones(2)).norm(dim=-1), v.norm(dim=-1), rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.soak if name == "qwenimage-edit" else pytest.mark.slow) for name in FAMILIES],
+)
 def test_residual_guidance_streams_as_the_loop(family, pipes, picture, found):
     pipe = pipes(family)
     for cfg_type in ("self", "initialize"):

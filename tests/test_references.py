@@ -157,8 +157,13 @@ def test_every_family_with_any_number_of_stages(case, steps, frames, pipes, foun
     check_equal(case, pipes, found, n=5, steps=steps, frame_buffer_size=frames)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SEEN_BY_THE_LANGUAGE_MODEL.values(), ids=SEEN_BY_THE_LANGUAGE_MODEL)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name == "qwen-edit-plus-guided" else pytest.mark.soak)
+        for name, case in SEEN_BY_THE_LANGUAGE_MODEL.items()
+    ],
+)
 def test_a_language_model_sees_the_references_of_every_frame(case, pipes, found):
     check_equal(case, pipes, found, n=2, steps=2)
 
