@@ -163,6 +163,14 @@ def test_it_is_accelerated_and_decoded_as_the_settings_say(folder):
         assert np.allclose(fast().images, own().images, atol=1e-4)
 
 
+def test_a_model_that_cannot_be_accelerated_is_drawn_plain_and_said_so(folder, caplog):
+    given = {"model": folder("anyflow-far"), "device": "cpu", "width": 64, "height": 64, "prompt": "a fox"}
+    with caplog.at_level("INFO", "streamflow"), open_video(config.parse(given)) as stream:
+        assert stream.acceleration == "none" and "AnyFlowFARPipeline is drawn without acceleration: " in caplog.text
+    with pytest.raises(NotImplementedError, match="does not offer accelerate"):
+        open_video(config.parse({**given, "acceleration": {"kind": "compile"}}))
+
+
 REFUSED = [
     (video, ["--control-maker", "canny"], "a video model does not use it"),
     (video, ["--in", "a.mp4"], "--in: a video model restyles no video"),

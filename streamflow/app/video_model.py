@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import reduce
 from inspect import signature
@@ -19,6 +20,8 @@ from streamflow.io.file import FileSource
 from streamflow.models.loading import DTYPES, default_device, default_dtype
 from streamflow.video import VideoStream
 from streamflow.video.acceleration import EXPORTED
+
+logger = logging.getLogger(__name__)
 
 # Settings of streams of images, and those of a show of images.
 UNUSED = tuple(
@@ -87,8 +90,10 @@ def open_video(settings: Settings, **loading: Any) -> VideoStream:
     stream = VideoStream(pipe, output_type="np", decode_on=settings.devices or None)
     if isinstance(settings.tiny_vae, str):
         stream.use_tiny_vae(settings.tiny_vae)
-    chosen = settings.acceleration
-    if chosen.kind != "auto" or "accelerate" not in models.video_adapter_for(pipe).lacks:
+    chosen, reason = settings.acceleration, models.video_adapter_for(pipe).lacks.get("accelerate")
+    if chosen.kind == "auto" and reason is not None:
+        logger.info("%s is drawn without acceleration: %s", type(pipe).__name__, reason)
+    else:
         stream.accelerate(chosen.kind, **chosen.options)
     stream.prepare(**arguments_of(settings), **_start(settings, pipe))
     return stream
