@@ -7,7 +7,6 @@ statistics measured here.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from emoji_modules import HERE, ROOT
+from model_folder import write_folder
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -229,25 +229,7 @@ def pipeline(flow: EditFlow, tokenizer: PreTrainedTokenizerFast, vae: Autoencode
     )
 
 
-def set_entries(path: Path, **entries: object) -> None:
-    """Changes entries of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2) + "\n")
-
-
 def write(pipe: Flux2KleinPipeline, folder: Path) -> float:
-    """Writes the pipeline in float16 with its card and licences. Returns its size in MiB.
-
-    Raises:
-        ValueError: it is larger than LIMIT_MIB. The folder is there all the same.
-    """
-    pipe.to(torch.float16).save_pretrained(folder)
-    set_entries(folder / "text_encoder" / "config.json", dtype="float32")  # what a plain from_pretrained gives
-    tokenizer = "PreTrainedTokenizerFast"  # reads the files in transformers 4 too
-    set_entries(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class=tokenizer)
-    set_entries(folder / "model_index.json", tokenizer=["transformers", tokenizer])
-    shutil.copy(HERE / "card.md", folder / "README.md")
-    shutil.copy(EMOJI / "NOTICE", folder / "NOTICE")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-    if size > LIMIT_MIB:
-        raise ValueError(f"{folder} is {size:.2f} MiB and may be {LIMIT_MIB}: choose a smaller Shape in edit_model.py")
-    return size
+    """Writes the pipeline in float16 with its card and licences. Returns its size in MiB. ValueError: it is larger than
+    LIMIT_MIB; the folder is there all the same."""
+    return write_folder(pipe, folder, HERE / "card.md", LIMIT_MIB, "edit_model.py")

@@ -1,4 +1,4 @@
-"""Makes the modules of examples/train_emoji importable: `captions`, `pack` and `training`."""
+"""Makes the modules of examples/train_emoji importable: `captions`, `model_folder`, `pack` and `training`."""
 
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ The text encoder is a UMT5 without layers: its hidden states are the embeddings 
 mean together is left to the transformer. A chunk is 9 images, which a small AutoencoderKLWan encodes as 3 latents.
 """
 
-import json
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from clips import IMAGES, SIZE
 from diffusers import AutoencoderKLWan, HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
-from emoji_folder import HERE, ROOT
+from emoji_folder import HERE
+from model_folder import write_folder
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -307,28 +306,10 @@ def embeddings(pipe: HeliosPipeline, prompts: list[str]) -> torch.Tensor:
     return pipe.text_encoder(ids, mask).last_hidden_state * mask[..., None]
 
 
-def set_entries(path: Path, **entries: object) -> None:
-    """Changes entries of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2) + "\n")
-
-
 def write(pipe: HeliosPipeline, folder: Path) -> float:
-    """Writes the pipeline in float16 with its card and licences. Returns its size in MiB.
-
-    Raises:
-        ValueError: it is larger than LIMIT_MIB. The folder is there all the same.
-    """
-    pipe.to(torch.float16).save_pretrained(folder)
-    set_entries(folder / "text_encoder" / "config.json", dtype="float32")  # what a plain from_pretrained gives
-    tokenizer = "PreTrainedTokenizerFast"  # reads the files in transformers 4 too
-    set_entries(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class=tokenizer)
-    set_entries(folder / "model_index.json", tokenizer=["transformers", tokenizer])
-    shutil.copy(HERE / "card.md", folder / "README.md")
-    shutil.copy(ROOT / "streamflow" / "pretrained" / "emoji" / "NOTICE", folder / "NOTICE")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-    if size > LIMIT_MIB:
-        raise ValueError(f"{folder} is {size:.2f} MiB and may be {LIMIT_MIB}: choose a smaller Shape in video_model.py")
-    return size
+    """Writes the pipeline in float16 with its card and licences. Returns its size in MiB. ValueError: it is larger than
+    LIMIT_MIB; the folder is there all the same."""
+    return write_folder(pipe, folder, HERE / "card.md", LIMIT_MIB, "video_model.py")
 
 
 assert 4 * LATENTS - 3 == IMAGES and GRID * 8 == SIZE

@@ -249,19 +249,16 @@ class LoadControlNet:
         return last_written(model)
 
     def load(self, stream: Stream, model: str) -> tuple[ControlNet]:
-        import diffusers
+        from streamflow.models.loading import load_control
 
-        from streamflow.models import control_rule
-
-        flow, folder = stream.wrapper.stream, Path(model).expanduser()
-        cls = getattr(diffusers, control_rule(flow.adapter).model)  # NotImplementedError where the family has none
+        folder = Path(model).expanduser()
         if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
             raise FileNotFoundError(
                 f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written"
             )
         with torch.inference_mode(False):
-            net = cls.from_pretrained(folder if folder.is_dir() else model, torch_dtype=stream.wrapper.dtype)
-            return (ControlNet(net.to(flow.device), model),)
+            net = load_control(str(folder) if folder.is_dir() else model, stream.wrapper.stream.adapter)
+        return (ControlNet(net, model),)
 
 
 class ApplyControlNet:
