@@ -7,6 +7,7 @@ python examples/benchmark/edit.py --output edit.json
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -194,7 +195,8 @@ def main() -> None:
     p.add_argument("--output", type=Path, default=Path("edit.json"), metavar="FILE", help="default: %(default)s")
     a = p.parse_args()
     device = torch.device(a.device)
-    result: dict[str, Any] = {"machine": machine(device), "sets": {}}
+    command = " ".join(["python", *sys.argv])
+    result: dict[str, Any] = {"command": command, "machine": machine(device), "sets": {}}
     for name in a.sets:
         rows = measure(SETS[name], device, a.accelerate, a.rounds, a.seconds)
         first = rows[0]["images_per_s"]
