@@ -19,7 +19,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from streamflow.benchmark.measure import FAILURES, cause, clean, memory
 from streamflow.benchmark.report import rounded, write_json
 from streamflow.benchmark.timing import Spread, timed, wait
 from streamflow.models.loading import DTYPES, default_device
+from streamflow.models.tiny_video import TinyVideoDecoder
 
 logger = logging.getLogger(__name__)
 WAN_13B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # of the Wan 2.1 1.3B that both networks follow
@@ -54,13 +55,28 @@ TINY_VAE = {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 HELIOS = {"guidance_scale": 1.0, "pyramid_num_inference_steps_list": [2, 2, 2], "is_amplify_first_chunk": True}
 SKYREELS = {"num_inference_steps": 30, "guidance_scale": 1.0, "ar_step": 5, "causal_block_size": 5}
 SKYREELS |= {"base_num_frames": 97, "overlap_history": 17}
-# By name: how a stream is accelerated, and arguments of its `prepare`.
-WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "eager": ("none", {}, {}),
-    "kept-keys": ("none", {}, {"use_kv_cache": True}),
-    "cuda-graph": ("cuda-graph", {}, {}),
-    "compile": ("compile", {}, {}),
-    "compile-fp8": ("compile", {"quantize": "fp8"}, {}),
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a stream is drawn. kind, options: of `accelerate`. call: more arguments of `prepare`. tiny_vae: TAEHV decodes."""
+
+    kind: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+    tiny_vae: bool = False
+
+
+FA3 = Setup("compile", {"quantize": "fp8", "attention": "fa3"})
+WAYS = {
+    "eager": Setup(),
+    "kept-keys": Setup(call={"use_kv_cache": True}),
+    "tiny-vae": Setup(tiny_vae=True),
+    "cuda-graph": Setup("cuda-graph"),
+    "compile": Setup("compile"),
+    "compile-fp8": Setup("compile", {"quantize": "fp8"}),
+    "compile-fp8-fa3": FA3,
+    "compile-fp8-fa3-tiny-vae": replace(FA3, tiny_vae=True),
 }
 ACCELERATED = ("eager", "compile", "compile-fp8")
 
@@ -82,11 +98,11 @@ class Model:
     ways: tuple[str, ...] = ACCELERATED
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The pipeline with random weights and without text encoders, its VAE in float32."""
+    def make(self, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+        """The pipeline with random weights and without text encoders."""
         parts = {
             "transformer": random_module(self.kind, self.network, device, dtype),
-            "vae": random_module(AutoencoderKLWan, self.vae, device, torch.float32),
+            "vae": random_module(AutoencoderKLWan, self.vae, device, vae_dtype),
         }
         pipe = self.pipeline(text_encoder=None, tokenizer=None, scheduler=self.scheduler(), **parts, **self.options)
         pipe.set_progress_bar_config(disable=True)
@@ -155,10 +171,13 @@ class Stream:
     """A way: a stream of the pipeline, warm. decode_on: a second device."""
 
     def __init__(self, pipe: Any, model: Model, call: dict[str, Any], way: str, decode_on: str | None) -> None:
-        kind, options, more = WAYS[way]
-        self._call, self._frames = {**call, **more}, model.frames
+        setup = WAYS[way]
+        self._call, self._frames = {**call, **setup.call}, model.frames
         self.stream = VideoStream(pipe, output_type="pt", decode_on=decode_on)
-        self.stream.accelerate(kind, **options)
+        if setup.tiny_vae:
+            like = pipe.transformer
+            self.stream.vae = random_module(TinyVideoDecoder, {}, like.device, like.dtype)
+        self.stream.accelerate(setup.kind, **setup.options)
         began = time.perf_counter()
         self.round(2)
         self.start_s = time.perf_counter() - began
@@ -206,7 +225,7 @@ def own_call(pipe: Any, model: Model, call: dict[str, Any], chunks: int) -> dict
 def measure(model: Model, a: argparse.Namespace) -> dict[str, Any]:
     """All ways of a model, in turns."""
     device = torch.device(a.device)
-    pipe = model.make(device, DTYPES[a.dtype])
+    pipe = model.make(device, DTYPES[a.dtype], DTYPES[a.vae_dtype])
     embeds = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[a.dtype])
     call = {**model.call, "prompt_embeds": embeds}
     chunk = _latents(pipe, model, device)
@@ -245,7 +264,7 @@ def _latents(pipe: Any, model: Model, device: torch.device) -> Tensor:
     """Random latents of a chunk, as the VAE decodes them."""
     frames = -(-model.frames // pipe.vae_scale_factor_temporal)
     sides = [model.call[name] // pipe.vae_scale_factor_spatial for name in ("height", "width")]
-    return torch.randn(1, pipe.vae.config.z_dim, frames, *sides, device=device)
+    return torch.randn(1, pipe.vae.config.z_dim, frames, *sides, device=device, dtype=pipe.vae.dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,11 +277,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--long", type=at_least(0), default=0, metavar="CHUNKS", help="chunks of the long stream")
     p.add_argument("--device", default=default_device(), help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default: %(default)s)")
+    p.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="of the VAE (default: %(default)s)")
     p.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here, after each model")
     a = p.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(a.device)
-    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "dtype": a.dtype, "decode_on": a.decode_on}
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "dtype": a.dtype,
+        "vae_dtype": a.vae_dtype,
+        "decode_on": a.decode_on,
+    }
     result |= {"machine": machine(device), "clocks": clocks(device), "models": {}}
     for name in a.models:
         clean(device)
