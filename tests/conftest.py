@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from family_table import Found
 from random_pipelines import random_pipeline
 
 from streamflow import StreamFlow
+from streamflow.acceleration import quantize
 from streamflow.app.signals import SIGNALS
 
 PROMPT = "a red apple, 3d render"
 FAMILIES = ("sd3", "flux", "schnell", "instaflow")
+needs_torchao = pytest.mark.skipif(
+    find_spec("torchao") is None, reason='needs torchao: pip install "streamflow-rf[quantize]"'
+)
 
 
 def edit_prompt(text: str) -> str:
@@ -82,6 +87,13 @@ def found(request):
     yield kept
     if request.config.getoption("--families"):
         kept.save(request.config.getoption("--families"))
+
+
+@pytest.fixture
+def small_matrices(monkeypatch):
+    """The bounds of the matrices that are quantised, lowered to the size of small networks."""
+    monkeypatch.setattr(quantize, "FEATURES", 32)
+    monkeypatch.setattr(quantize, "ROWS", 16)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import runpy
-from importlib.util import find_spec
 from pathlib import Path
 from weakref import ref
 
 import pytest
 import torch
-from conftest import noises, relative_error, slow, streamed
+from conftest import needs_torchao, noises, relative_error, slow, streamed
 from random_pipelines import random_pipeline
 from torch import nn
 
@@ -25,16 +24,7 @@ from streamflow.models.pipe_parts import quantized_kinds
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "benchmark" / "memory.py"
 INT8 = {"quantize": "int8", "backend": "eager"}  # dynamo's own tracing, without inductor's minutes
 DEEP = {"num_layers": 4}
-needs_torchao = pytest.mark.skipif(
-    find_spec("torchao") is None, reason='needs torchao: pip install "streamflow-rf[quantize]"'
-)
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """The rule's bounds, lowered to the size of the test's networks."""
-    monkeypatch.setattr(quantizing, "FEATURES", 32)
-    monkeypatch.setattr(quantizing, "ROWS", 16)
+pytestmark = pytest.mark.usefixtures("small_matrices")
 
 
 def stream_of(pipe) -> StreamFlow:

@@ -4,12 +4,11 @@ import json
 import math
 import runpy
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import noises, relative_error, streamed
+from conftest import needs_torchao, noises, relative_error, streamed
 from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
@@ -22,16 +21,7 @@ from streamflow.acceleration.watch import Watch
 
 FURTHER = Path(__file__).resolve().parent.parent / "examples" / "benchmark" / "further.py"
 GRAPHLESS = {"backend": "eager"}  # dynamo's own tracing, without inductor's minutes
-needs_torchao = pytest.mark.skipif(
-    find_spec("torchao") is None, reason='needs torchao: pip install "streamflow-rf[quantize]"'
-)
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """The rule's bounds, brought down to the size of the test's networks."""
-    monkeypatch.setattr(quantizing, "FEATURES", 32)
-    monkeypatch.setattr(quantizing, "ROWS", 16)
+pytestmark = pytest.mark.usefixtures("small_matrices")
 
 
 @pytest.fixture
