@@ -32,7 +32,7 @@ import video_flow  # noqa: E402
 import video_model  # noqa: E402
 from captions import BACKGROUNDS, STYLES  # noqa: E402
 from pack import read_pack  # noqa: E402
-from training import Worker  # noqa: E402
+from training import Muon, Optimizers, Worker  # noqa: E402
 from video_model import CALL, TINY, TOKENS  # noqa: E402
 
 SIZE = 128
@@ -245,6 +245,30 @@ def test_the_shipped_shape_fits():
     flow = video_model.VideoFlow(video_model.SHIPPED, video_model.SHIPPED.words)
     parameters = [*flow.parameters(), *video_model.build_vae(video_model.SHIPPED).parameters()]
     assert 2 * sum(p.numel() for p in parameters) / 2**20 < video_model.LIMIT_MIB - 0.5
+
+
+def test_the_error_of_a_colour_is_larger_than_that_of_stripes():
+    offset = torch.full((1, 3, 2, 32, 32), 0.1)
+    assert video_flow.image_error(offset).item() == pytest.approx(0.4), "of the pixels, and of three sizes of blocks"
+    stripes = offset * (torch.arange(32) % 2 * 2 - 1)
+    assert video_flow.image_error(stripes).item() == pytest.approx(0.3), "of the pixels, and of their differences"
+
+
+def test_muon_takes_a_convolution_as_a_matrix():
+    torch.manual_seed(0)
+    conv, linear = torch.nn.Conv3d(5, 4, 3), torch.nn.Linear(135, 4)
+    before = conv.weight.detach().flatten(1).clone()
+    linear.weight.data.copy_(before)
+    direction = torch.randn(4, 135)
+    for module in (conv, linear):
+        optimizers = Optimizers(module, lambda name: name == "weight")
+        assert isinstance(optimizers.members[1], Muon)
+        optimizers.rate.fill_(0.1)
+        optimizers.differentiate((module.weight.flatten(1) * direction).sum())
+        optimizers.step()
+    assert torch.equal(conv.weight.flatten(1), linear.weight)
+    singular = torch.linalg.svdvals(before - linear.weight)
+    assert singular.min() > 0.5 * singular.max(), "all directions move about as far"
 
 
 # -- a training step -------------------------------------------------------------------------------------------------------

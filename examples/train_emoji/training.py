@@ -188,7 +188,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for the weight matrices of a transformer; equal shapes are handled as one batch.
+    """Momentum made orthogonal, for weight matrices; equal shapes are handled as one batch. The weight of a convolution is
+    a matrix with a row for each output channel.
 
     Scaled to half the root mean square of an AdamW step, so that one learning rate, a tensor, serves both.
     """
@@ -214,8 +215,9 @@ class Muon(torch.optim.Optimizer):
         grads = [member.grad for member in members]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-        update = orthogonalise(torch.stack(ahead)) * (0.5 * max(shape) ** 0.5 * group["lr"])
-        torch._foreach_sub_(members, list(update.unbind()))
+        matrices = torch.stack(ahead).flatten(2)
+        update = orthogonalise(matrices) * (0.5 * max(matrices.shape[1:]) ** 0.5 * group["lr"])
+        torch._foreach_sub_(members, list(update.view(-1, *shape).unbind()))
 
 
 def joined(tensors) -> torch.Tensor:
@@ -237,7 +239,7 @@ class Optimizers:
         self.rate = torch.zeros((), device=self.gradient.device)
         for p, piece in zip(self.parameters, self.gradient.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = piece.view_as(p)
-        matrices = {name for name, p in named.items() if p.ndim == 2 and is_matrix(name)}
+        matrices = {name for name, p in named.items() if p.ndim >= 2 and is_matrix(name)}
         rest = [p for name, p in named.items() if name not in matrices]
         on_gpu = self.gradient.is_cuda
         self.members = [

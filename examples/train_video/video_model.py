@@ -61,8 +61,9 @@ TINY = Shape(heads=2, head=16, rope=(4, 6, 6), layers=2, mlp=64, text=32, latent
 def build_vae(shape: Shape) -> AutoencoderKLWan:
     """8 x 8 pixels and 4 images a latent. Its first level works on 2 x 2 pixels, which makes it light on a CPU.
 
-    Its convolutions begin with the newest image alone, its residual branches are quiet, and there is little noise on its
-    latents. So what an image shows reaches the other end from the first step on, and less of the training is lost.
+    As in the VAE of Wan 2.2, each level has a shortcut, of averaged or repeated channels. The convolutions begin with the
+    newest image alone, the residual branches are quiet, and there is little noise on the latents. So what an image shows
+    reaches the other end from the first step on, and less of the training is lost.
     """
     vae = AutoencoderKLWan(
         base_dim=shape.encoder,
@@ -74,13 +75,15 @@ def build_vae(shape: Shape) -> AutoencoderKLWan:
         in_channels=12,
         out_channels=12,
         patch_size=2,
+        is_residual=True,
         latents_mean=[0.0] * shape.latent,
         latents_std=[1.0] * shape.latent,
     )
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             images = module.kernel_size[0] if isinstance(module, nn.Conv3d) else 1
-            quiet = 0.1 if name == "decoder.conv_out" else 0.3 if name.endswith("conv2") else 1.0
+            branch = name.endswith(("conv2", "resample.1", "time_conv"))
+            quiet = 0.1 if name == "decoder.conv_out" else 0.3 if branch else 1.0
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear").data *= quiet * images**0.5
             nn.init.zeros_(module.bias)
             if images > 1:
