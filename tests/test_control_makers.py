@@ -250,6 +250,11 @@ class TestOpenCV:
         pixels = np.asarray(made).max(-1)
         assert pixels[25, 18:24].max() > 200 and pixels[:, :10].max() < 20 and pixels[:, 50:].max() < 20
 
+    def test_what_is_black_has_no_lines(self):
+        noise = np.random.default_rng(0).integers(0, 4, (48, 64, 3), np.uint8)  # of a camera in the dark
+        for pixels in (0 * noise, noise):
+            assert np.asarray(ControlMaker("lineart")(PIL.Image.fromarray(pixels))).max() < 20
+
 
 def random_depth_model(folder) -> str:
     from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
@@ -336,7 +341,7 @@ def test_the_wrapper_loads_a_net_with_its_maker(tmp_path):
         assert torch.equal(wrapper(image), expected[0]) and wrapper.stream.controls == {"control": 0.5}
     with pytest.raises(ValueError, match="one control net, and there are none: give the control net"):
         StreamFlowWrapper("embedded", control_maker=inverted)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nothing"):
         StreamFlowWrapper("embedded", control_maker=inverted, control_net=str(tmp_path / "nothing"))
 
 

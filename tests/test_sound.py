@@ -260,6 +260,15 @@ def test_a_midi_clock_follows_start_and_song_position_and_stops():
     assert play(23, 5) == {}
     clock.take(Message("songpos", pos=6), 5.4)  # sixteenths
     assert play(31, 10) == pytest.approx({"midi:beat": 0.75, "midi:tempo": 120})
+    clock.take(Message("stop"), 10.7)
+    assert play(5, 10 + 31 / 48) == {}, "a stopped song has no beat, though the clock goes on"
+    clock.take(Message("continue"), 10.75)
+    assert play(1, 10 + 36 / 48) == pytest.approx({"midi:beat": 0.75 + 1 / 24, "midi:tempo": 120})
+    clock.take(Message("stop"), 10.77)
+    clock.take(Message("songpos", pos=5), 10.78)
+    play(11, 10 + 37 / 48)
+    clock.take(Message("continue"), 11)
+    assert play(1, 11) == pytest.approx({"midi:beat": 0.25, "midi:tempo": 120})
     clock = MidiClock()
     for _ in range(30):  # all at once
         clock.take(Message("clock"), 1.0)

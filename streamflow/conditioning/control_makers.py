@@ -17,6 +17,7 @@ from streamflow.io.protocols import need
 CANNY = 100, 200  # the thresholds with which Canny control nets are trained
 BLUR = 3.0  # pixels: what is darker than its surroundings of about this size belongs to a line
 FLOOR, GAIN = 8, 4.0  # of lines, in 255ths: noise below the floor is no line, and faint lines are made bright
+DARK = 32  # added to all pixels, in 255ths: what is black has no lines, and the noise of dark images has few
 Load = Callable[[str, torch.device], Maker]  # of a model on a device
 
 
@@ -31,9 +32,9 @@ def _lineart() -> Maker:
     cv2 = _opencv()
 
     def make(image: PIL.Image.Image) -> PIL.Image.Image:
-        gray = np.asarray(image.convert("L"))
-        darker = 255 - cv2.divide(gray, cv2.GaussianBlur(gray, (0, 0), BLUR), scale=255)
-        return PIL.Image.fromarray(cv2.multiply(cv2.subtract(darker, FLOOR), GAIN))
+        gray = np.asarray(image.convert("L"), np.float32) + DARK
+        darker = 255 * (1 - gray / cv2.GaussianBlur(gray, (0, 0), BLUR))
+        return PIL.Image.fromarray((GAIN * (darker - FLOOR)).clip(0, 255).astype(np.uint8))
 
     return make
 
