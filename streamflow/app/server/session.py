@@ -193,6 +193,7 @@ class Session:
     def __init__(self, socket: WebSocket, viewer: Viewer, service: Service):
         self._socket, self._viewer, self._worker, self._server = socket, viewer, service.worker, service.server
         self._pools, self._metrics, self._refused = service.pools, service.metrics, service.refusals
+        self._control = service.settings.controlnet.maker is not None
         rate = self._server.max_messages_per_second
         self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
@@ -260,7 +261,8 @@ class Session:
         await HANDLERS[message["type"]](self, message)
 
     async def _set(self, message: Json) -> None:
-        new = messages.changed(self._viewer.request, message.get("settings"), self._worker.models, self._server.max_steps)
+        limits = self._worker.models, self._server.max_steps, self._control
+        new = messages.changed(self._viewer.request, message.get("settings"), *limits)
         number = message.get("number")
         if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
             raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
@@ -340,6 +342,9 @@ class Session:
         data = await self._in_pool(self._pools.encode, images.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
+        if drawn.control is not None:
+            control = await self._in_pool(self._pools.encode, images.jpeg, drawn.control)
+            await self._socket.send_bytes(packed({"type": "control"}, control))
         age = time.monotonic() - drawn.entered
         header = {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
         await self._socket.send_bytes(packed({**header, "age_ms": round(1000 * age, 1)}, data))
