@@ -373,10 +373,12 @@ def test_a_device_that_stops_or_fails_is_told_once_and_the_beat_goes_on(monkeypa
 def test_what_cannot_be_opened_is_told_and_nothing_stays_open(tmp_path):
     (tmp_path / "text.wav").write_text("no sound")
     wav(tmp_path / "empty.wav", np.zeros(0, np.float32))
+    wav(tmp_path / "short.wav", np.zeros(9, np.float32))  # it would be read thousands of times a second
     for name, error, says in (
         (tmp_path / "none.wav", FileNotFoundError, "there is no sound file .*none.wav"),
         (tmp_path / "text.wav", ValueError, "text.wav cannot be read as sound: "),
-        (tmp_path / "empty.wav", ValueError, "empty.wav has no samples"),
+        (tmp_path / "empty.wav", ValueError, "empty.wav has 0 samples"),
+        (tmp_path / "short.wav", ValueError, r"short.wav has 9 samples, and \d+ are read at once"),
     ):
         with pytest.raises(error, match=says):
             open_control(Control(sound=(f"audio:{name}",)), print)
