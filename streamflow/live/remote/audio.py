@@ -45,7 +45,8 @@ class FileReader:
     """A sound file at the speed of its sound, again and again. It is not heard.
 
     Raises:
-        ImportError: without soundfile. FileNotFoundError. ValueError: it is no sound file, or shorter than what is read at once.
+        ImportError: without soundfile. FileNotFoundError. ValueError: it is no sound file, or shorter than what is read at
+            once.
     """
 
     latency = 0.0
