@@ -225,14 +225,10 @@ function message(text, kind = "error") {
   $("message").hidden = !text;
 }
 
-async function paint(canvas, blob) {
-  const bitmap = await createImageBitmap(blob);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  bitmap.close();
-}
-
 async function image(header, blob) {
-  await paint($("output"), blob);
+  const bitmap = await createImageBitmap(blob);
+  screen.drawImage(bitmap, 0, 0);
+  bitmap.close();
   link.send({ type: "ack" });
   const now = performance.now();
   shown.push([now, header.stamp === null ? header.age_ms : now - header.stamp]);
@@ -276,6 +272,12 @@ async function feed() {
   }
 }
 
+async function controlImage(_, blob) {
+  const bitmap = await createImageBitmap(blob);
+  $("control").getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+}
+
 // -- saving -----------------------------------------------------------------------------------------------------------
 
 function save(blob, name) {
@@ -316,7 +318,7 @@ function record() {
 const link = new Link(settings, {
   welcome,
   image,
-  control: (_, blob) => paint($("control"), blob),
+  control: controlImage,
   settings: (answer) => {
     message("");
     if (!answer.shared) return; // of a video, another viewer's change

@@ -255,6 +255,11 @@ class Session:
             raise BadMessage("a style image's message is empty")
         self._viewer.offer_style(data)
 
+    async def _control_image(self, drawn: Drawn) -> None:
+        if drawn.control is not None:
+            data = await self._in_pool(self._pools.encode, images.jpeg, drawn.control)
+            await self._socket.send_bytes(packed({"type": "control"}, data))
+
     async def _handle(self, message: Json) -> None:
         if message["type"] not in HANDLERS:
             raise BadMessage(f"type: choose one of {', '.join(HANDLERS)}")
@@ -336,15 +341,13 @@ class Session:
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
+                await self._control_image(drawn)
                 await self._image(drawn)
 
     async def _image(self, drawn: Drawn) -> None:
         data = await self._in_pool(self._pools.encode, images.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
-        if drawn.control is not None:
-            control = await self._in_pool(self._pools.encode, images.jpeg, drawn.control)
-            await self._socket.send_bytes(packed({"type": "control"}, control))
         age = time.monotonic() - drawn.entered
         header = {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
         await self._socket.send_bytes(packed({**header, "age_ms": round(1000 * age, 1)}, data))
