@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from streamflow import models, pretrained
 from streamflow._validation import whole_number
 from streamflow.conditioning.blending import METHODS, parts
-from streamflow.conditioning.control_makers import ControlMaker
+from streamflow.conditioning.control_makers import ControlMaker, check_maker
 from streamflow.image_utils import Images, Maker, as_rgb, open_image, postprocess_image
 from streamflow.models.loading import default_device, default_dtype, load_control, prompt_defaults
 from streamflow.pipeline import StreamFlow
@@ -251,7 +251,7 @@ class StreamFlowWrapper:
         references = {name: _opened(one) for name, one in references.items()}
         self.ipadapter_config = _read_ipadapters(use_ipadapter, ipadapter_config)
         self.device = device or default_device()
-        maker = _control_maker(mode, self.device, control_net, control_maker, control_maker_model)
+        maker = open_maker(mode, self.device, control_net, control_maker, control_maker_model)
         weights = {"dtype": dtype or default_dtype(self.device), "family": family}
         pipe = _load(model_id_or_path, self.device, weights, offload_text_encoders, acceleration_options or {})
         if like is not None and width is None and height is None:
@@ -278,7 +278,7 @@ class StreamFlowWrapper:
             self.stream.set_reference(name, image)
         self._load_ipadapters()
         if maker is not None:
-            _control(self.stream, control_net, maker, control_scale)
+            use_control(self.stream, control_net, maker, control_scale)
         _adapt(self.stream, lora_dict or {})
         _choose_vae(self.stream, vae_id, use_tiny_vae)
         devices = _decode_on(self.stream, device_ids)
@@ -733,10 +733,8 @@ def _opened(image: Images | str) -> Images:
     return image
 
 
-def _control_maker(
-    mode: str, device: str | torch.device, net: str | None, maker: Maker | str | None, model: str | None
-) -> Maker | None:
-    """The maker of control images, its model loaded. ValueError: arguments that do not fit together."""
+def check_control(mode: str, net: str | None, maker: Maker | str | None, model: str | None) -> None:
+    """Raise ValueError for a control net, a maker and a model of the maker that do not fit together or to the mode."""
     if maker is None and (net or model):
         raise ValueError(
             f"{'a control net' if net else 'a model of a control maker'}, {net or model!r}, needs a control maker such as "
@@ -747,21 +745,28 @@ def _control_maker(
         raise ValueError(
             f"a control maker makes control images from input images, and mode {mode!r} has none: choose mode 'img2img'"
         )
-    if not isinstance(maker, str):
-        if model is not None:
-            raise ValueError(
-                f"the model {model!r} is for a control maker that is given by its name, not {maker!r}: leave it out"
-            )
-        return maker
-    return ControlMaker(maker, model, device)
+    if isinstance(maker, str):
+        check_maker(maker, model)
+    elif model is not None:
+        raise ValueError(
+            f"the model {model!r} is for a control maker that is given by its name, not {maker!r}: leave it out"
+        )
 
 
-def _control(stream: StreamFlow, net: str | None, maker: Maker, scale: float) -> None:
+def open_maker(
+    mode: str, device: str | torch.device, net: str | None, maker: Maker | str | None, model: str | None
+) -> Maker | None:
+    """The maker of control images, its model loaded; None without one. Raises as `check_control` and `ControlMaker`."""
+    check_control(mode, net, maker, model)
+    return ControlMaker(maker, model, device) if isinstance(maker, str) else maker
+
+
+def use_control(stream: StreamFlow, net: str | nn.Module | None, maker: Maker, scale: float) -> None:
     """Steer by this control net, or by the one that there is, with images from this maker."""
     if net is not None:
         if stream.controls:
             raise ValueError(f"the pipeline has a control net of its own, and {net!r} was given: leave it out")
-        stream.add_control("control", load_control(net, stream.adapter))
+        stream.add_control("control", load_control(net, stream.adapter) if isinstance(net, str) else net)
     if len(stream.controls) != 1:
         there = ", ".join(stream.controls) or "none"
         raise ValueError(

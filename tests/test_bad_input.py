@@ -194,6 +194,7 @@ SETTINGS = {
     ),
     "prompt is a list of some": ({"prompt": ["a", ("b", 1)]}, TypeError, r"prompt as a list holds pairs .*, not 'a'"),
     "prompt is a number": ({"prompt": 3}, TypeError, "prompt must be a string or a list of .string, weight., not int 3"),
+    "half a character": ({"prompt": [("a", 1), ("b\ud83d", 1)]}, ValueError, r"half of a surrogate pair, '\\ud83d' at 1"),
     "negative prompt": ({"negative_prompt": ["a", "b"]}, TypeError, "negative_prompt as a list .* holds 2 texts"),
     "cfg_type": ({"cfg_type": "cfg"}, ValueError, "unknown cfg_type 'cfg': choose one of 'none', 'full'"),
     "do_add_noise": ({"do_add_noise": 1}, TypeError, "do_add_noise must be True or False, not 1"),

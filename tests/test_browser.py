@@ -27,6 +27,7 @@ HELIOS += "helios.ftfy = types.SimpleNamespace(fix_text=str); "  # in the place 
 SETTINGS = ["--num-inference-steps", "1", "--cfg-type", "none", "--server.max-viewers", "2"]
 GUIDED = ["--num-inference-steps", "1", "--server.max-viewers", "1"]
 OUT = "document.getElementById('output').toDataURL()"
+CONTROL = "document.getElementById('control').toDataURL()"
 IN = "document.getElementById('input').toDataURL()"
 DESKTOP, PHONE = (1366, 768), (390, 844)
 WATCH = """
@@ -504,6 +505,42 @@ def test_errors_are_said_in_words(tab, state, words):
     page = tab(before=lambda page: page.route("**/session?page=true", lambda route: route.fulfill(**answer)))
     page.wait_for_function("words => document.getElementById('veil-title').textContent === words", arg=words)
     assert page.is_disabled("#prompt") and page.is_disabled("#tab-image")
+
+
+def test_control_images_of_the_camera_are_shown_beside_it_where_they_are_wanted(tab, tmp_path_factory):
+    pytest.importorskip("cv2", reason="needs OpenCV")
+    from random_pipelines.control import random_control
+
+    from streamflow.models import load
+
+    folder = tmp_path_factory.mktemp("net")
+    random_control(load("embedded").transformer).save_pretrained(folder)
+    net = ["--control-net", str(folder), "--control-maker", "canny", "--controlnet.scale", "0.1"]
+    one = Serving(0, ["--num-inference-steps", "2", "--cfg-type", "none", "--server.max-viewers", "1", *net]).start()
+    try:
+        page = tab(one.url)
+        page.wait_for_selector("#status[data-state=waiting]")
+        assert page.is_hidden("#tab-text") and page.is_hidden("#control-figure")
+        page.click("button[data-source=camera]")
+        live(page)
+        control = page.evaluate(CONTROL)
+        page.check("#show-control")
+        page.wait_for_function(f"before => {CONTROL} !== before", arg=control)
+        share = """() => {  // of white pixels
+            const { data } = document.getElementById("control").getContext("2d").getImageData(0, 0, 128, 128);
+            return data.filter((value, k) => k % 4 === 0 && value > 200).length / data.length * 4;
+        }"""
+        assert page.is_visible("#control-figure") and 0.001 < page.evaluate(share) < 0.3
+        page.uncheck("#show-control")
+        page.wait_for_selector("#control-figure", state="hidden")
+        for _ in range(2):  # what was on its way has come
+            changes(page, page.evaluate(OUT))
+        last = page.evaluate(CONTROL)
+        for _ in range(2):
+            changes(page, page.evaluate(OUT))
+        assert page.evaluate(CONTROL) == last, "no control image is sent that is not wanted"
+    finally:
+        one.kill()
 
 
 def test_a_video_is_one_for_all_tabs_and_each_changes_its_prompt(tab, tmp_path_factory):

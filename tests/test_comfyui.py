@@ -258,6 +258,7 @@ def test_a_model_is_loaded_once_until_something_of_it_changes(folder_of, tmp_pat
 
     before = cls.IS_CHANGED(**inputs)
     os.utime(Path(inputs["model"]) / "model_index.json", ns=(before + 10**9, before + 10**9))
+    (Path(inputs["model"]) / "link").symlink_to("nowhere")
     assert cls.IS_CHANGED(**inputs) == before + 10**9
     last = weakref.ref(first.wrapper)
     del first, again
@@ -369,6 +370,9 @@ WRONG = {
     "empty": ({"images": images_of(0)}, "images: the batch is empty"),
     "size": ({"images": images_of(2, width=48)}, "images: 48x64 pixels, and the stream draws 64x64"),
     "alpha": ({"images": torch.zeros(2, SIZE, SIZE, 4)}, r"images: \[2, 64, 64, 4\] is no batch of RGB"),
+    "integers": ({"images": torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)}, "images: pixels of torch.uint8"),
+    "no frames": ({"frames": 0}, "frames: 0, and a stream draws at least one"),
+    "negative": ({"text": OWN.Prompts(((0, PEACH),), FOX)}, "the negative prompt needs guidance"),
     "not finite": ({"images": torch.full((1, SIZE, SIZE, 3), torch.nan), "denoise": 0.5}, "NaN"),
     "nothing to keep": ({"denoise": 0.5}, "denoise 0.5 keeps part .* there are none"),
     "references": ({"references": (images_of(1),)}, "takes no reference images"),
@@ -378,7 +382,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_gets_one_line(case, loaded):
     inputs, says = WRONG[case]
-    with pytest.raises((ValueError, NotImplementedError), match=says) as caught:
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=says) as caught:
         sample(loaded(), **inputs)
     assert "\n" not in str(caught.value)
 

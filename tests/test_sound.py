@@ -260,6 +260,15 @@ def test_a_midi_clock_follows_start_and_song_position_and_stops():
     assert play(23, 5) == {}
     clock.take(Message("songpos", pos=6), 5.4)  # sixteenths
     assert play(31, 10) == pytest.approx({"midi:beat": 0.75, "midi:tempo": 120})
+    clock.take(Message("stop"), 10.7)
+    assert play(5, 10 + 31 / 48) == {}, "a stopped song has no beat, though the clock goes on"
+    clock.take(Message("continue"), 10.75)
+    assert play(1, 10 + 36 / 48) == pytest.approx({"midi:beat": 0.75 + 1 / 24, "midi:tempo": 120})
+    clock.take(Message("stop"), 10.77)
+    clock.take(Message("songpos", pos=5), 10.78)
+    play(11, 10 + 37 / 48)
+    clock.take(Message("continue"), 11)
+    assert play(1, 11) == pytest.approx({"midi:beat": 0.25, "midi:tempo": 120})
     clock = MidiClock()
     for _ in range(30):  # all at once
         clock.take(Message("clock"), 1.0)
@@ -364,10 +373,12 @@ def test_a_device_that_stops_or_fails_is_told_once_and_the_beat_goes_on(monkeypa
 def test_what_cannot_be_opened_is_told_and_nothing_stays_open(tmp_path):
     (tmp_path / "text.wav").write_text("no sound")
     wav(tmp_path / "empty.wav", np.zeros(0, np.float32))
+    wav(tmp_path / "short.wav", np.zeros(9, np.float32))  # it would be read thousands of times a second
     for name, error, says in (
         (tmp_path / "none.wav", FileNotFoundError, "there is no sound file .*none.wav"),
         (tmp_path / "text.wav", ValueError, "text.wav cannot be read as sound: "),
-        (tmp_path / "empty.wav", ValueError, "empty.wav has no samples"),
+        (tmp_path / "empty.wav", ValueError, "empty.wav has 0 samples"),
+        (tmp_path / "short.wav", ValueError, r"short.wav has 9 samples, and \d+ are read at once"),
     ):
         with pytest.raises(error, match=says):
             open_control(Control(sound=(f"audio:{name}",)), print)

@@ -161,6 +161,7 @@ def test_a_message_is_the_one_that_python_osc_builds(message, kit):
     [
         (("guidance", 1), ValueError, "begins with '/'"),
         (("/a", float("nan")), ValueError, "finite"),
+        (("/a", 1e300), ValueError, "finite"),
         (("/a", None), TypeError, "numbers and texts, not None"),
         (("/a", True), TypeError, "not True"),
         (("/a", "x\0y"), ValueError, "zero byte"),
@@ -170,6 +171,15 @@ def test_a_message_is_the_one_that_python_osc_builds(message, kit):
 def test_what_osc_does_not_have_is_refused(message, error, says, kit):
     with pytest.raises(error, match=says):
         kit("streamflow_link").encode(*message)
+
+
+def test_what_converts_to_a_float_is_sent_as_one(kit):
+    class Channel:  # of a CHOP, in TouchDesigner
+        def __float__(self):
+            return 0.5
+
+    encode = kit("streamflow_link").encode
+    assert encode("/a", Channel(), np.float32(0.5)) == encode("/a", 0.5, 0.5)
 
 
 # -- the extension ----------------------------------------------------------------------------------------------------------
@@ -189,6 +199,7 @@ def test_knobs_become_parameters_and_parameters_reach_the_stream(kit):
     show = Show(guidance_scale=4.5, seed=25, prompt="a fox")
     with show.open(MAPPINGS) as controls:
         owner = component(kit, Pageport=controls.page.port)
+        own = owner.appendCustomPage("Mine").appendFloat("Knob1", "of the component's owner")[0]
         execute = kit("parameter_callbacks")
         execute.onPulse(owner.par.Refresh)
         knobs = {par.name: (par.label, par.val) for par in owner.customPages[-1].pars}
@@ -197,7 +208,7 @@ def test_knobs_become_parameters_and_parameters_reach_the_stream(kit):
             "Lookseed1": ("/Look/seed_1", 75),
             "Lookseed1x": ("/look-seed1", 0),
             "Hostx": ("/host", 0),
-            "Knob1": ("/1", 0),
+            "Knob1x": ("/1", 0),
             "Prompt": ("/prompt", "a fox"),
         }
         assert (owner.par.Lookseed1.min, owner.par.Lookseed1.max) == (0, 100)
@@ -211,7 +222,8 @@ def test_knobs_become_parameters_and_parameters_reach_the_stream(kit):
         until(lambda: controls.tick(time.monotonic()) or "strength" in show.fields)
         assert show.fields == {"guidance_scale": 1, "seed": 25, "prompt": "été", "strength": 1}
         owner.Refresh()
-        assert [page.name for page in owner.customPages] == ["StreamFlow", "Knobs"] and owner.par.Prompt.val == "été"
+        assert [page.name for page in owner.customPages] == ["StreamFlow", "Mine", "Knobs"] and owner.par.Prompt.val == "été"
+        assert owner.par.Knob1 is own
         owner.Close()
         owner.Send("/guidance", 0.5)
         until(lambda: controls.tick(time.monotonic()) or show.fields["guidance_scale"] == 4.5)

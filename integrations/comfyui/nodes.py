@@ -251,13 +251,8 @@ class LoadControlNet:
     def load(self, stream: Stream, model: str) -> tuple[ControlNet]:
         from streamflow.models.loading import load_control
 
-        folder = Path(model).expanduser()
-        if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
-            raise FileNotFoundError(
-                f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written"
-            )
         with torch.inference_mode(False):
-            net = load_control(str(folder) if folder.is_dir() else model, stream.wrapper.stream.adapter)
+            net = load_control(model, stream.wrapper.stream.adapter)
         return (ControlNet(net, model),)
 
 
@@ -332,7 +327,13 @@ class Sample:
                 "seed": ("INT", seed),
                 "denoise": (
                     "FLOAT",
-                    {"default": 1.0, "max": 1.0, **part, "tooltip": "how much of the images is drawn anew; 1: all of it"},
+                    {
+                        "default": 1.0,
+                        **part,
+                        "min": 0.01,
+                        "max": 1.0,
+                        "tooltip": "how much of the images is drawn anew; 1: all of it",
+                    },
                 ),
                 "cfg": ("FLOAT", {**own, "tooltip": "the weight of guidance; 0: the model's own"}),
                 "noise": (NOISE, {"tooltip": "fixed: one for all images, fresh for frames without; constant: one for all"}),
@@ -370,7 +371,8 @@ class Sample:
 
         Raises:
             ValueError: an empty batch, images of another size than the stream's, control or reference images that are not
-                one or one a frame, or a `denoise` without images to start from. What StreamFlow raises.
+                one or one a frame, a `denoise` without images to start from, or a negative prompt without guidance.
+                TypeError: integers as pixels. What StreamFlow raises.
         """
         from streamflow.image_utils import denormalize
         from streamflow.models import reference_rule
@@ -379,6 +381,10 @@ class Sample:
         size = flow.width, flow.height
         start = None if images is None else pixels("images", images, size)
         count = frames if start is None else len(start)
+        if count < 1:
+            raise ValueError(f"frames: {count}, and a stream draws at least one")
+        if prompt.negative and flow.cfg_type == "none":
+            raise ValueError("the negative prompt needs guidance: choose a kind of it where the model is loaded")
         steered = [
             for_frames(f"control {i}", pixels(f"control {i}", one.images, size), count) for i, one in enumerate(controls)
         ]
@@ -426,7 +432,7 @@ def last_written(model: str | None) -> int:
     path = Path(model or "").expanduser()
     saved = any((path / name).is_file() for name in ("model_index.json", "config.json"))
     files = [*path.rglob("*")] if model and saved else [path] if path.is_file() else []
-    return max((file.stat().st_mtime_ns for file in files), default=0)
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)  # a link may lead nowhere
 
 
 def pixels(name: str, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -436,6 +442,8 @@ def pixels(name: str, images: Tensor, size: tuple[int, int] | None = None) -> Te
         raise ValueError(
             f"{name}: {list(images.shape)} is no batch of RGB images [B, H, W, 3]; take away what is transparent"
         )
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: pixels of {images.dtype}, and an IMAGE is floating, in [0, 1]: divide 0..255 by 255")
     n, height, width, _ = images.shape
     if not n:
         raise ValueError(f"{name}: the batch is empty, and a stream draws at least one frame")

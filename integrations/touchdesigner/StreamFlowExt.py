@@ -9,7 +9,6 @@ import re
 from streamflow_link import Sender, fetch_knobs
 
 CONNECTION, KNOBS = "StreamFlow", "Knobs"  # the pages of parameters
-OWN = ("Host", "Oscport", "Pageport", "Refresh")
 
 
 def parameter_name(address):
@@ -55,7 +54,7 @@ class StreamFlowExt:
         page = self.ownerComp.appendCustomPage(KNOBS)
         for knob in knobs["addresses"]:
             name = parameter_name(knob["address"])
-            while name in self._values or name in OWN:  # two addresses with the same letters
+            while hasattr(par, name):  # of an address with the same letters, or of the component's owner
                 name += "x"
             self._values[name] = self._append(page, name, knob)
         if knobs["port"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import socket
 import struct
 import threading
@@ -17,26 +16,31 @@ from contextlib import closing, suppress
 from urllib.parse import urlsplit
 
 HEAD_SIZE, IMAGE_SIZE = 2**14, 2**26  # bytes of a part's head and of an image, at most
+MOST = 3.4e38  # of a float32
 TIMEOUT, PAUSE = 5.0, 1.0  # seconds without data until a connection is given up, and until the next attempt
 
 
 def encode(address, *values):
     """An OSC message: numbers as float32 or int32, texts as UTF-8.
 
-    ValueError: an address that does not begin with "/", or a number that is not finite. TypeError: another kind of value.
+    What converts to a float is sent as one, such as a channel of a CHOP. ValueError: an address that does not begin with
+    "/", or a number that is not finite in float32. TypeError: another kind of value.
     """
     if not address.startswith("/"):
         raise ValueError(f"an OSC address begins with '/', not {address!r}")
     tags, data = ",", b""
     for value in values:
+        if isinstance(value, bool):
+            raise TypeError(f"{address} takes numbers and texts, not {value!r}")
         if isinstance(value, str):
             tags, data = tags + "s", data + _padded(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31:
+        elif isinstance(value, int) and -(2**31) <= value < 2**31:
             tags, data = tags + "i", data + struct.pack(">i", value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+        elif hasattr(value, "__float__"):
+            number = float(value)
+            if not abs(number) < MOST:  # NaN too
                 raise ValueError(f"{address} takes a finite number, not {value}")
-            tags, data = tags + "f", data + struct.pack(">f", value)
+            tags, data = tags + "f", data + struct.pack(">f", number)
         else:
             raise TypeError(f"{address} takes numbers and texts, not {value!r}")
     return _padded(address) + _padded(tags) + data
@@ -55,7 +59,7 @@ class Sender:
 
     def __init__(self, host="127.0.0.1", port=9000):
         self.target = host, port
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
 
     def send(self, address, *values):
         """Send one message. Errors as those of `encode`; OSError: the host is not known, or a text is too long."""

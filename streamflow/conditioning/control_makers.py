@@ -17,6 +17,7 @@ from streamflow.io.protocols import need
 CANNY = 100, 200  # the thresholds with which Canny control nets are trained
 BLUR = 3.0  # pixels: what is darker than its surroundings of about this size belongs to a line
 FLOOR, GAIN = 8, 4.0  # of lines, in 255ths: noise below the floor is no line, and faint lines are made bright
+DARK = 32  # added to all pixels, in 255ths: what is black has no lines, and the noise of dark images has few
 Load = Callable[[str, torch.device], Maker]  # of a model on a device
 
 
@@ -31,9 +32,9 @@ def _lineart() -> Maker:
     cv2 = _opencv()
 
     def make(image: PIL.Image.Image) -> PIL.Image.Image:
-        gray = np.asarray(image.convert("L"))
-        darker = 255 - cv2.divide(gray, cv2.GaussianBlur(gray, (0, 0), BLUR), scale=255)
-        return PIL.Image.fromarray(cv2.multiply(cv2.subtract(darker, FLOOR), GAIN))
+        gray = np.asarray(image.convert("L"), np.float32) + DARK
+        darker = 255 * (1 - gray / cv2.GaussianBlur(gray, (0, 0), BLUR))
+        return PIL.Image.fromarray((GAIN * (darker - FLOOR)).clip(0, 255).astype(np.uint8))
 
     return make
 
@@ -66,6 +67,21 @@ WITH_MODEL: dict[str, tuple[Load, str]] = {  # how it is loaded, and an example 
 }
 
 
+def check_maker(name: str, model: str | None) -> None:
+    """Raise ValueError for an unknown name, a name without the model that it needs, or with one that it does not need."""
+    if name not in PLAIN and name not in WITH_MODEL:
+        known = ", ".join((*PLAIN, *WITH_MODEL))
+        raise ValueError(f"no control maker is named {name!r}: choose one of {known}, or pass a function of an image")
+    if name in PLAIN and model is not None:
+        raise ValueError(f"control maker {name!r} needs no model, and {model!r} was given: leave it out")
+    if name in WITH_MODEL and not model:
+        _, example = WITH_MODEL[name]
+        raise ValueError(
+            f"control maker {name!r} needs a model, a hub id or a folder: pass ControlMaker({name!r}, "
+            f"model={example!r}), control_maker_model= of the wrapper, or --controlnet.maker-model"
+        )
+
+
 class ControlMaker:
     """Makes control images of one kind: `maker(image)` is the control image of a PIL image, in its size, in mode RGB.
 
@@ -80,22 +96,14 @@ class ControlMaker:
     """
 
     def __init__(self, name: str, model: str | None = None, device: torch.device | str | None = None) -> None:
-        if name not in PLAIN and name not in WITH_MODEL:
-            known = ", ".join((*PLAIN, *WITH_MODEL))
-            raise ValueError(f"no control maker is named {name!r}: choose one of {known}, or pass a function of an image")
-        if name in PLAIN and model is not None:
-            raise ValueError(f"control maker {name!r} needs no model, and {model!r} was given: leave it out")
+        check_maker(name, model)
         self.name, self.model = name, model
         self._side: torch.cuda.Stream | None = None
         if name in PLAIN:
             self._make = PLAIN[name]()
             return
-        load, example = WITH_MODEL[name]
-        if not model:
-            raise ValueError(
-                f"control maker {name!r} needs a model, a hub id or a folder: pass ControlMaker({name!r}, "
-                f"model={example!r}), control_maker_model= of the wrapper, or --controlnet.maker-model"
-            )
+        assert model, "as check_maker has found"
+        load, _ = WITH_MODEL[name]
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._make = load(model, where)
         if where.type == "cuda":

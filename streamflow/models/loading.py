@@ -64,14 +64,18 @@ def load(
     return pipe if device is None else pipe.to(device)
 
 
-def load_control(model: str, adapter: FlowAdapter) -> nn.Module:
+def load_control(model: str, adapter: FlowAdapter, **options: object) -> nn.Module:
     """A control net for this adapter's network, by hub id or folder in diffusers' format, in the network's dtype, on its
-    device. NotImplementedError: diffusers has none for the family. OSError: diffusers cannot load it."""
+    device. options: more arguments of `from_pretrained`. NotImplementedError: diffusers has none for the family.
+    FileNotFoundError: there is no such folder. OSError: diffusers cannot load it."""
     import diffusers
 
     net = adapter.net
     kind: Function = getattr(diffusers, models.control_rule(adapter).model).from_pretrained
-    return kind(str(model), torch_dtype=net.dtype).to(net.device)
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and not _is_hub_id(model):
+        raise FileNotFoundError(f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written")
+    return kind(str(folder) if folder.is_dir() else model, torch_dtype=net.dtype, **options).to(net.device)
 
 
 def _open(model: str, family: str | None, options: Call) -> Pipeline:

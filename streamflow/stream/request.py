@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -229,3 +230,8 @@ def check_feedback(value: Any) -> None:
 def _check_text(name: str, value: object) -> None:
     if value is not None and not isinstance(value, (str, tuple)):
         raise TypeError(f"{name} must be a string or a list of (string, weight), not {type(value).__name__} {value!r}")
+    for text in [value] if isinstance(value, str) else [text for text, _ in value or ()]:
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"{name} has half of a surrogate pair, {half[0]!r} at {half.start()}, which is no character: {text!r}"
+            )

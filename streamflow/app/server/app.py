@@ -25,7 +25,7 @@ from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
 from streamflow.app.server.settings import UNUSED
-from streamflow.app.server.slot import LOADING, about_models, first_request, takes_negative
+from streamflow.app.server.slot import LOADING, about_models, check_control_net, first_request, takes_negative
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.video import VideoWorker, check_settings, open_model
 from streamflow.app.server.worker import Worker
@@ -49,6 +49,7 @@ class Service:
             raise ValueError(f"the page does not use {', '.join(unused)} (viewers choose the steps): leave it out")
         self.video = is_video(settings.model)
         (check_settings if self.video else check_images)(settings)
+        check_control_net(settings)
         try:
             first_request(settings)
         except ValidationError as error:
@@ -246,6 +247,7 @@ def _welcome(service: Service, holder: Holder) -> Viewer:
         "guided": service.settings.cfg_type != "none",
         "negative": takes_negative(service.settings),
         "video": service.video,
+        "control": service.settings.controlnet.maker is not None,
     }
     shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}
     about = about_models(service.settings)

@@ -5,6 +5,7 @@ const SLOWEST = 8000; // milliseconds between two tries
 export class Link {
   // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, style, gif, status, token}.
   // on.status({state, message, done, of, seconds}): where the connection stands; all but the state may be absent.
+  // on.control(header, blob): a control image.
   constructor(settings, on) {
     this.settings = settings;
     this.on = on;

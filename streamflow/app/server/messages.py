@@ -17,7 +17,8 @@ MAX_NUMBER = 2**53 - 1  # the largest integer that every number of JavaScript be
 
 
 class DrawRequest(Section):
-    """All settings of a viewer. blend: the share of `other` in the prompt. negative: what not to draw; needs guidance."""
+    """All settings of a viewer. blend: the share of `other` in the prompt. negative: what not to draw; needs guidance.
+    show_control: whether the control image is sent with each image."""
 
     mode: Literal["text", "image"] = "text"
     model: str = Field(default="", max_length=100)
@@ -31,6 +32,7 @@ class DrawRequest(Section):
     strength: float = Field(default=0.6, gt=0, le=1)
     motion: Literal["drift", "still", "fresh"] = "drift"
     running: bool = True
+    show_control: bool = False
 
     @property
     def prompts(self) -> str | list[tuple[str, float]]:
@@ -62,8 +64,11 @@ def read(text: str) -> Json:
     return message
 
 
-def changed(request: DrawRequest, fields: object, models: tuple[str, ...], max_steps: int) -> DrawRequest:
-    """The request with these fields replaced. BadMessage lists every mistake; the request stays as it was."""
+def changed(
+    request: DrawRequest, fields: object, models: tuple[str, ...], max_steps: int, control: bool = False
+) -> DrawRequest:
+    """The request with these fields replaced. control: whether a control net steers all images. BadMessage lists every
+    mistake; the request stays as it was."""
     if not isinstance(fields, dict):
         raise BadMessage("settings are an object of names and values")
     try:
@@ -78,4 +83,8 @@ def changed(request: DrawRequest, fields: object, models: tuple[str, ...], max_s
         raise BadMessage(f"model: choose one of {', '.join(models)}")
     if new.steps > max_steps:
         raise BadMessage(f"steps: {new.steps} is above {max_steps}")
+    if control and new.mode == "text":
+        raise BadMessage("mode: control images are made from images: choose image")
+    if new.show_control and not control:
+        raise BadMessage("show_control: this server draws without a control net")
     return new

@@ -36,7 +36,7 @@ let known = { ...JSON.parse(sessionStorage.getItem("settings") ?? "{}"), ...from
 // -- settings ---------------------------------------------------------------------------------------------------------
 
 function settings() {
-  const values = { mode, running: running && !document.hidden };
+  const values = { mode, running: running && !document.hidden, show_control: $("show-control").checked };
   for (const name of FIELDS) {
     const value = NUMBERS.includes(name) ? $(name).valueAsNumber : $(name).value;
     if (value === value) values[name] = value; // an empty number is not sent
@@ -50,7 +50,7 @@ function show(values) {
     const offered = $(name).options ? [...$(name).options].some(({ value }) => value === values[name]) : values[name] !== undefined;
     if (offered) $(name).value = values[name];
   }
-  if (["text", "image"].includes(values.mode)) mode = values.mode;
+  if (["text", "image"].includes(values.mode)) mode = $("tab-text").hidden ? "image" : values.mode;
   label();
 }
 
@@ -63,6 +63,7 @@ function label() {
   $("tab-image").ariaSelected = withImage;
   $("text-panel").hidden = withImage;
   $("image-panel").hidden = $("input-figure").hidden = !withImage;
+  $("control-figure").hidden = !$("show-control").checked;
   document.body.dataset.mode = mode;
   document.body.dataset.source = source.kind ?? "none";
   for (const button of all("button[data-source]")) button.ariaPressed = button.dataset.source === source.kind;
@@ -108,10 +109,13 @@ function welcome({ settings: first, models, about: notes, limits, styled: names,
   styled = names;
   $("steps").max = limits.max_steps;
   $("guidance-panel").hidden = !limits.guided;
+  $("tab-text").hidden = limits.control; // control images are made from images
+  $("show-control-label").hidden = !limits.control;
+  if (!limits.control) $("show-control").checked = false;
   $("negative-label").hidden = !limits.negative;
   $("model").replaceChildren(...models.map((name) => new Option(name)));
   $("model-label").hidden = models.length < 2;
-  for (const canvas of [$("input"), $("output")]) {
+  for (const canvas of [$("input"), $("control"), $("output")]) {
     if (canvas.width === width && canvas.height === height) continue;
     Object.assign(canvas, { width, height });
     drawn = false;
@@ -170,7 +174,7 @@ function restoreAddress() {
 }
 
 async function copyLink() {
-  const { running: _, ...values } = settings();
+  const { running: _, show_control: __, ...values } = settings();
   const address = new URL(location.pathname + location.search, location.href);
   address.hash = new URLSearchParams(values);
   try {
@@ -268,6 +272,12 @@ async function feed() {
   }
 }
 
+async function controlImage(_, blob) {
+  const bitmap = await createImageBitmap(blob);
+  $("control").getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+}
+
 // -- saving -----------------------------------------------------------------------------------------------------------
 
 function save(blob, name) {
@@ -308,6 +318,7 @@ function record() {
 const link = new Link(settings, {
   welcome,
   image,
+  control: controlImage,
   settings: (answer) => {
     message("");
     if (!answer.shared) return; // of a video, another viewer's change
@@ -354,7 +365,7 @@ function turn(to) {
   changed();
 }
 
-for (const name of FIELDS) $(name).addEventListener("input", changed);
+for (const name of [...FIELDS, "show-control"]) $(name).addEventListener("input", changed);
 for (const name of ["text", "image"]) $(`tab-${name}`).onclick = () => turn(name);
 for (const button of all("button[data-source]")) {
   button.onclick = () => (button.dataset.source === "file" ? $("file").click() : choose(button.dataset.source));

@@ -193,6 +193,7 @@ class Session:
     def __init__(self, socket: WebSocket, viewer: Viewer, service: Service):
         self._socket, self._viewer, self._worker, self._server = socket, viewer, service.worker, service.server
         self._pools, self._metrics, self._refused = service.pools, service.metrics, service.refusals
+        self._control = service.settings.controlnet.maker is not None
         rate = self._server.max_messages_per_second
         self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
@@ -254,13 +255,19 @@ class Session:
             raise BadMessage("a style image's message is empty")
         self._viewer.offer_style(data)
 
+    async def _control_image(self, drawn: Drawn) -> None:
+        if drawn.control is not None:
+            data = await self._in_pool(self._pools.encode, images.jpeg, drawn.control)
+            await self._socket.send_bytes(packed({"type": "control"}, data))
+
     async def _handle(self, message: Json) -> None:
         if message["type"] not in HANDLERS:
             raise BadMessage(f"type: choose one of {', '.join(HANDLERS)}")
         await HANDLERS[message["type"]](self, message)
 
     async def _set(self, message: Json) -> None:
-        new = messages.changed(self._viewer.request, message.get("settings"), self._worker.models, self._server.max_steps)
+        limits = self._worker.models, self._server.max_steps, self._control
+        new = messages.changed(self._viewer.request, message.get("settings"), *limits)
         number = message.get("number")
         if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
             raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
@@ -334,6 +341,7 @@ class Session:
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
+                await self._control_image(drawn)
                 await self._image(drawn)
 
     async def _image(self, drawn: Drawn) -> None:

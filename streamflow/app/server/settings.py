@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from streamflow._validation import Section
 
 # Settings of a stream that the page does not use: viewers choose the steps, and share the model.
-UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter", "controlnet")
+UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
 
 class Server(Section):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamflow import models, pretrained
 from streamflow._files import Json
@@ -19,13 +21,14 @@ from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import DrawRequest
 from streamflow.flow.guidance import mode as guidance_mode
 from streamflow.flow.noise import interpolated
-from streamflow.image_utils import Images, open_image, uint8_pixels
+from streamflow.image_utils import Images, Maker, open_image, uint8_pixels
 from streamflow.models import reference_rule
 from streamflow.models.adapter import FlowAdapter
-from streamflow.models.loading import DTYPES, default_device, default_dtype, prompt_defaults
+from streamflow.models.loading import DTYPES, default_device, default_dtype, load_control, prompt_defaults
 from streamflow.models.protocols import Pipeline
 from streamflow.pipeline import StreamFlow
 from streamflow.stream.hooks import Step
+from streamflow.wrapper import check_control, open_maker, use_control
 
 PERIOD = 24  # frames of drift from one noise to the next
 NOISE = {"still": "constant", "drift": "interpolated", "fresh": "frame"}  # of frames whose image is a reference, by motion
@@ -42,13 +45,44 @@ GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more
 @dataclass(frozen=True)
 class Drawn:
     """A finished image, uint8 `[H, W, 3]`. frame: its number; entered: `time.monotonic()` when its input arrived; stamp: the
-    viewer's own clock then, of an input image; ring: the frames in the ring by stage, the noisiest first, or None."""
+    viewer's own clock then, of an input image; ring: the frames in the ring by stage, the noisiest first, or None; control:
+    the control image of the input image that entered last, uint8 `[H, W, 3]`, where the viewer wants it."""
 
     pixels: np.ndarray
     frame: int
     entered: float
     stamp: float | None
     ring: tuple[int | None, ...]
+    control: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """What the slots of a pipe share of a control net. net: None where the pipe has its own. maker: makes its images, one at
+    a time."""
+
+    net: nn.Module | None
+    maker: Maker
+    scale: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def check_control_net(settings: Settings) -> None:
+    """Raise ValueError for a control net that the page cannot use."""
+    given = settings.controlnet
+    check_control("img2img", given.net, given.maker, given.maker_model)
+    if given.maker is not None and settings.server.models:
+        raise ValueError(f"a control net fits one model: leave {', '.join(settings.server.models)} of server.models out")
+
+
+def open_control_net(settings: Settings, pipe: Pipeline, maker: Maker | None) -> ControlNet | None:
+    """The control net for this pipe, loaded; None without a maker. Only safetensors are read."""
+    if maker is None:
+        return None
+    given = settings.controlnet
+    adapter = models.adapter_for(pipe, settings.family)
+    net = None if given.net is None else load_control(given.net, adapter, use_safetensors=True)
+    return ControlNet(net, maker, given.scale)
 
 
 def open_pipe(settings: Settings, model: str, lora: str | None) -> Pipeline:
@@ -69,7 +103,7 @@ def open_pipe(settings: Settings, model: str, lora: str | None) -> Pipeline:
 class Slot:
     """A stream that one viewer at a time uses."""
 
-    def __init__(self, pipe: Pipeline, settings: Settings, extras: Json):
+    def __init__(self, pipe: Pipeline, settings: Settings, extras: Json, control: ControlNet | None = None):
         s = settings
         self._stream = StreamFlow(
             pipe, None, width=s.width, height=s.height, do_add_noise=s.do_add_noise, cfg_type=s.cfg_type, family=s.family
@@ -78,6 +112,9 @@ class Slot:
             self._stream.use_tiny_vae(s.tiny_vae if isinstance(s.tiny_vae, str) else None)
         for number, path in enumerate(s.references):
             self._stream.set_reference(f"reference_{number}", open_image(path))
+        self.control = control
+        if control is not None:
+            use_control(self._stream, control.net, self._make_control, control.scale)
         self._stream.accelerate(s.acceleration.kind, **s.acceleration.options)
         self._stream.on_step(self._look, graph_safe=True)
         self._extras, self._delta = extras, s.delta
@@ -98,11 +135,18 @@ class Slot:
         self._ring: tuple[int | None, ...] = ()
         self._count = 0
         self._since_change = 0
+        self._control_image: PIL.Image.Image | None = None  # the last one
 
     @property
     def prepared(self) -> bool:
         """Whether a request has been applied."""
         return self._request is not None
+
+    def _make_control(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        assert self.control is not None, "only a slot with a control net calls this"
+        with self.control.lock:  # an error in another slot may have left its maker running
+            made = self._control_image = self.control.maker(image)
+        return made
 
     def _look(self, step: Step) -> None:
         self._ring = tuple(None if copy else one for one, copy in zip(step.ids, step.copies, strict=True))
@@ -177,7 +221,9 @@ class Slot:
         assert left is not None, "a finished frame has its number"
         known = self._frames.get(left, self._frames[self._count - 1])
         self._frames = {one: when for one, when in self._frames.items() if one >= left}  # copies follow the first
-        return Drawn(uint8_pixels(drawn)[0], left, *known, self._ring)
+        wanted = self._request is not None and self._request.show_control and self._control_image is not None
+        control = np.asarray(self._control_image) if wanted else None
+        return Drawn(uint8_pixels(drawn)[0], left, *known, self._ring, control)
 
     def _noise(self) -> Tensor:
         """The noise of the frame that enters: the same for all, one of its own, or on the way from one to the next."""
@@ -230,11 +276,14 @@ def open_slots(settings: Settings, progress: Callable[[str, int, int], None]) ->
     """For every model that viewers may choose, a warm slot for each viewer; the owner's own model first. progress: called
     with the phase, how many of its parts are done, and of how many."""
     wanted, slots = offered(settings), {}
+    net = settings.controlnet
+    maker = open_maker("img2img", settings.device or default_device(), net.net, net.maker, net.maker_model)
     for done, (name, (model, lora)) in enumerate(wanted.items()):
         progress(LOADING, done, len(wanted))
         pipe = open_pipe(settings, model, lora)
         extras = prompt_defaults(pipe) if model == "embedded" else {}
-        slots[name] = [Slot(pipe, settings, extras) for _ in range(settings.server.max_viewers)]
+        control = open_control_net(settings, pipe, maker)
+        slots[name] = [Slot(pipe, settings, extras, control) for _ in range(settings.server.max_viewers)]
     cold = [(name, slot) for name, own in slots.items() for slot in own]
     for done, (name, slot) in enumerate(cold):
         progress(WARMING_UP, done, len(cold))
@@ -256,7 +305,7 @@ def first_request(settings: Settings, model: str = "model") -> DrawRequest:
     given = {"guidance": guidance, "strength": settings.strength}
     optional: Json = {name: value for name, value in given.items() if value is not None}
     return DrawRequest(
-        mode="text" if settings.mode == "txt2img" else "image",
+        mode="text" if settings.mode == "txt2img" and settings.controlnet.maker is None else "image",
         model=model,
         prompt=prompt,
         other=other,
@@ -274,7 +323,7 @@ def warm(slot: Slot, request: DrawRequest) -> None:
     black = np.zeros((height, width, 3), np.uint8)
     for style in (None, *(() if slot.check_style is None else (Style(black),))):
         for mode, image in {"image": black, "text": None}.items():
-            if mode == "image" or style is not None or not slot.needs_image:
+            if mode == "image" or (slot.control is None and (style is not None or not slot.needs_image)):
                 slot.apply(request.model_copy(update={"mode": mode}), style)
                 slot.draw(image)
     slot.reset()

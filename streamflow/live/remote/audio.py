@@ -45,7 +45,8 @@ class FileReader:
     """A sound file at the speed of its sound, again and again. It is not heard.
 
     Raises:
-        ImportError: without soundfile. FileNotFoundError. ValueError: it is no sound file, or has no samples.
+        ImportError: without soundfile. FileNotFoundError. ValueError: it is no sound file, or shorter than what is read at
+            once.
     """
 
     latency = 0.0
@@ -58,9 +59,10 @@ class FileReader:
             self._file = soundfile.SoundFile(path)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"{path} cannot be read as sound: {error}") from error
-        if not self._file.frames:
+        least = round(BLOCK * self._file.samplerate)
+        if self._file.frames < least:
             self.close()
-            raise ValueError(f"{path} has no samples")
+            raise ValueError(f"{path} has {self._file.frames} samples, and {least} are read at once")
         self.rate: float = self._file.samplerate
         self._due = time.monotonic()
 

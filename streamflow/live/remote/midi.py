@@ -48,13 +48,17 @@ class MidiClock:
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=2 * PULSES)
         self._number = -1  # of the last pulse; 0, 24, ... are on a beat
+        self._playing = True  # pulses between `stop` and `continue` or `start` do not count
         self._lock = threading.Lock()
 
     def take(self, message: mido.Message, now: float) -> None:
         """Take a message that arrived now, in seconds; those that do not belong to the clock are ignored. The pulse after
-        `start` is on a beat, and `songpos` counts sixteenths. Without either, the first pulse is on a beat."""
+        `start` is on a beat, `songpos` counts sixteenths, and `continue` goes on where `stop` was. Without any of them, the
+        first pulse is on a beat."""
         kind = message.dict()["type"]
         with self._lock:
+            if kind in ("start", "continue", "stop"):
+                self._playing = kind != "stop"
             if kind == "start":
                 self._number = -1
             elif kind == "songpos":
@@ -63,14 +67,14 @@ class MidiClock:
                 if self._times and now - self._times[-1] > PAUSE:
                     self._times.clear()
                 self._times.append(now)
-                self._number += 1
+                self._number += self._playing
 
     def values(self, now: float) -> dict[str, float]:
         """Phase in [0, 1) within the beat, and tempo in BPM, by address; nothing before a beat has passed, and while the
-        clock has stopped."""
+        clock or the song has stopped."""
         with self._lock:
-            times, number = list(self._times), self._number
-        if len(times) < PULSES or now - times[-1] > PAUSE:
+            times, number, playing = list(self._times), self._number, self._playing
+        if not playing or len(times) < PULSES or now - times[-1] > PAUSE:
             return {}
         interval, last = linear_regression(range(1 - len(times), 1), [one - now for one in times])
         if interval <= 0:

@@ -38,6 +38,7 @@ class OscInput:
             raise OSError(f"OSC cannot listen at {host}:{port}: {error}") from error
         self._server.handle_error = self._log_malformed
         self._logged = False
+        logging.getLogger().addFilter(self._keeps)
         self.bound: tuple[str, int] = self._server.socket.getsockname()[:2]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), name="streamflow control osc", daemon=True
@@ -46,12 +47,23 @@ class OscInput:
 
     def _log_malformed(self, request: object, client_address: object) -> None:
         """Called where a datagram could not be read, while that error is handled."""
+        self._log_once(f"a datagram from {client_address} is not OSC and is dropped: {sys.exc_info()[1]!r}")
+
+    def _keeps(self, record: logging.LogRecord) -> bool:
+        """A filter of the root logger, where python-osc writes a line for every part of a datagram that it cannot read."""
+        own = record.module in ("osc_bundle", "osc_message")
+        if own:
+            self._log_once(f"a part of a datagram is not OSC and is dropped: {record.getMessage()}")
+        return not own
+
+    def _log_once(self, message: str) -> None:
         if not self._logged:
             self._logged = True
-            logger.warning("a datagram from %s is not OSC and is dropped: %r", client_address, sys.exc_info()[1])
+            logger.warning("%.300s", message)
 
     def close(self) -> None:
         """Stop listening; the thread has ended when this returns."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        logging.getLogger().removeFilter(self._keeps)
