@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool, check_number, whole_number
-from streamflow.models.causal_codec import CausalCodec, Memory
+from streamflow.models.causal_codec import KINDS, CausalCodec, Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
 from streamflow.models.tiny_video import TinyVideoDecoder
@@ -60,6 +60,11 @@ class Drawn:
     scaled: Tensor
     images: int
     history: History
+
+    @property
+    def frames(self) -> int:
+        """T: how many latent frames the chunk has."""
+        return self.scaled.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,11 +269,33 @@ class VideoAdapter(ABC):
         return VideoPlan(own, {name: value for name, value in own.items() if name not in TEXTS} | texts)
 
     @computing
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded.
+
+        frame: the index of the only latent frame to decode, with the history that the frame before it has left. Frame by
+        frame the images are the same to the bit. Raises as `frame_decoder`.
+        """
+        if frame is not None:
+            video, memory = self.frame_decoder().decode(self._to_decode(drawn), drawn.history.memory, frame)
+            return video, replace(drawn.history, memory=None if frame + 1 == drawn.frames else memory)
         if self.tiny is not None:
             return self.tiny.decode(drawn.latents)[0], drawn.history
         return self.decoder(drawn.scaled), drawn.history
+
+    def frame_decoder(self) -> CausalCodec | TinyVideoDecoder:
+        """What decodes a chunk frame by frame.
+
+        Raises:
+            NotImplementedError: the VAE is not causal. ValueError: it has tiling.
+        """
+        if self.tiny is not None:
+            return self.tiny
+        if not CausalCodec.fits(self.vae):
+            raise NotImplementedError(
+                f"a chunk is decoded frame by frame by a causal VAE ({' or '.join(KINDS)}), and this "
+                f'{type(self.pipe).__name__} has an {type(self.vae).__name__}: use frames(decode="chunk")'
+            )
+        return CausalCodec(self.vae)
 
     def length(self, plan: VideoPlan) -> int | None:
         """How many chunks can be drawn; None: without end."""
@@ -283,6 +310,10 @@ class VideoAdapter(ABC):
         latents, self._vae.latents = self._vae.latents, None
         assert latents is not None, "the pipeline's call has decoded nothing"
         return latents
+
+    def _to_decode(self, drawn: Drawn) -> Tensor:
+        """The latents of a chunk in the scale of what decodes them."""
+        return drawn.scaled if self.tiny is None else drawn.latents
 
     def _call(self, call: Arguments, generator: torch.Generator) -> tuple[Tensor, Call]:
         """Call the pipeline. Returns its latents, and its local variables of the names in `read`."""
@@ -338,10 +369,12 @@ class CausallyDecoded(VideoAdapter):
         super().__init__(pipe)
         self._codec = CausalCodec(pipe.vae)
 
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        codec, latents = (self._codec, drawn.scaled) if self.tiny is None else (self.tiny, drawn.latents)
-        video, memory = codec.decode(latents, drawn.history.memory)
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        video, memory = self.frame_decoder().decode(self._to_decode(drawn), drawn.history.memory, frame)
         return video, replace(drawn.history, memory=memory)
+
+    def frame_decoder(self) -> CausalCodec | TinyVideoDecoder:
+        return self._codec if self.tiny is None else self.tiny
 
     def in_scale_of_vae(self, latents: Tensor) -> Tensor:
         """As the pipeline's call ends: in the VAE's dtype and scale."""

@@ -40,8 +40,8 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """The images of a chunk as they are given, None for latents. memory: what the VAE keeps for the next chunk. seconds: of
-    host time that it took."""
+    """The images of a chunk, or of one latent frame of it, as they are given; None for latents. memory: what the VAE keeps
+    for what follows. seconds: of host time that it took."""
 
     images: Any
     memory: Any
@@ -50,26 +50,31 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """A chunk that is drawn. left: from where the next one is drawn. fetch: waits until it is decoded, once that has been
-    begun. seconds: of host time that drawing took."""
+    """A chunk that is drawn. left: from where the next one is drawn. seconds: of host time that drawing took. frame: the
+    latent frame that is decoded next, where they are decoded one by one. images: how many images those before it have.
+    fetch: waits until the chunk or this frame is decoded, once that has been begun."""
 
     drawn: Drawn
     left: Position
     seconds: float
+    frame: int | None = None
+    images: int = 0
     fetch: Callable[[], Decoded] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """position: after the last chunk that was finished. images: how many images all of them have. ahead: the chunk after
-    it, where it is drawn already. failed: why the chunk after it could not be drawn. frames: of the last chunk, those that
-    were not given. start: another object after each `prepare` and `reset`."""
+    it, where it is drawn already. failed: why the chunk after it could not be drawn. frames: those that are decoded and were
+    not given. early: how many images of the chunk after it were put among `frames`, where it is decoded frame by frame.
+    start: another object after each `prepare` and `reset`."""
 
     position: Position
     images: int = 0
     ahead: Begun | None = None
     failed: Exception | None = None
     frames: tuple[VideoFrame, ...] = ()
+    early: int = 0
     start: object = field(default_factory=object)
 
 
@@ -102,10 +107,13 @@ class Video:
 
     def log_dropped(self) -> None:
         """Log what is drawn and will not be given."""
-        if self.state.frames:
-            logger.info("%d frames of the last chunk are dropped", len(self.state.frames))
-        if self.state.ahead is not None:
-            logger.info("chunk %d, which was drawn ahead, is dropped", self.state.position.history.chunks)
+        state, following = self.state, self.state.position.history.chunks
+        if state.frames:
+            logger.info("%d frames of the last chunk are dropped", len(state.frames))
+        if state.early:
+            logger.info("chunk %d, of which %d images are decoded, is dropped", following, state.early)
+        elif state.ahead is not None:
+            logger.info("chunk %d, which was drawn ahead, is dropped", following)
 
     def first_state(self) -> State:
         """Before the first chunk, with what is set now."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCOPES = ("now", "frame")
+DECODES = ("chunk", "frame")
 DEFAULT_SEED = 2
 T = TypeVar("T")
 
@@ -292,18 +294,36 @@ class VideoStream:
         next chunk. `prepare`, `reset` and `close` end a loop: RuntimeError at its next chunk."""
         return self._loop(self._next_chunk, most)
 
-    def frames(self, most: int | None = None) -> Iterator[VideoFrame]:
+    def frames(self, most: int | None = None, *, decode: str = "chunk") -> Iterator[VideoFrame]:
         """Frame after frame, `most` of them or without end. A loop that is left loses nothing: the next one goes on with the
         next frame, and `flush` gives those that were drawn already. `prepare`, `reset` and `close` end a loop: RuntimeError
-        at its next frame."""
+        at its next frame.
+
+        decode: "chunk" gives the frames of a chunk once all of it is decoded. "frame" gives the images of each latent frame
+            once they are decoded, before the VAE decodes the next latent frame: the same images to the bit, the first of
+            them earlier. It needs a causal VAE, which does not use its CUDA graph then, and it calls `postprocess` with the
+            images of one latent frame. With `decode_on` it acts on the first chunk, as the others are decoded while a chunk
+            is drawn.
+
+        Raises:
+            ValueError: another `decode`, a VAE with tiling, or a stream of latents. TypeError: `most` is no integer.
+            NotImplementedError: decode="frame" with a VAE that is not causal. RuntimeError: before `prepare`.
+        """
         if self.output_type == "latent":
             raise ValueError('frames() gives images, and this stream has output_type="latent": use chunks()')
-        return self._loop(self._next_frame, most)
+        if decode not in DECODES:
+            raise ValueError(f"unknown decode {decode!r}: choose one of {', '.join(map(repr, DECODES))}")
+        if decode == "frame":
+            self._prepared().adapter.frame_decoder()
+        return self._loop(partial(self._next_frame, decode == "frame"), most)
 
     def flush(self) -> list[VideoFrame]:
-        """The frames that were drawn and not yet given, in order; with `decode_on`, also those of the chunk ahead."""
+        """The frames that were drawn and not yet given, in order; with `decode_on`, also those of the chunk ahead. The rest
+        of a chunk of which `frames(decode="frame")` has given images is decoded first."""
         with self._alone():
             video = self._prepared()
+            while video.state.early:
+                self._chunks.next_frames(video, one_by_one=True)
             frames = video.state.frames
             if video.state.ahead is not None:
                 frames += self._chunks.finish(video, video.state.ahead, kept=frames)[1]
@@ -359,14 +379,18 @@ class VideoStream:
 
     def _next_chunk(self) -> Chunk:
         video = self._prepared()
-        if frames := video.state.frames:
+        state = video.state
+        if state.early:
+            chunk = state.position.history.chunks
+            raise RuntimeError(f"chunk {chunk} was given in part: go on with frames(), or flush() the rest of it")
+        if frames := state.frames:
             raise RuntimeError(f"{len(frames)} frames of chunk {frames[0].chunk} wait: go on with frames(), or flush() them")
         return self._chunks.next(video, frames=False)
 
-    def _next_frame(self) -> VideoFrame:
+    def _next_frame(self, one_by_one: bool) -> VideoFrame:
         video = self._prepared()
-        if not video.state.frames:
-            self._chunks.next(video, frames=True)
+        while not video.state.frames:  # a chunk that is decoded again has given its first images already
+            self._chunks.next_frames(video, one_by_one)
         frame, *rest = video.state.frames
         video.state = replace(video.state, frames=tuple(rest))
         return frame
@@ -408,15 +432,22 @@ class VideoStream:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for the chunk that another thread draws. RuntimeError inside of a chunk that this thread draws or decodes."""
-        if self._drawn_by == threading.get_ident() or self._decoding.in_own_thread():
-            raise RuntimeError("this thread draws or decodes a chunk: only update() and update_prompt() act inside of it")
+        """Wait for the chunk that another thread draws. Raises as `_check_outside`."""
+        self._check_outside()
         with self._drawing:
             try:
                 self._drawn_by = threading.get_ident()
                 yield
             finally:
                 self._drawn_by = None
+
+    def _check_outside(self) -> None:
+        """Raise RuntimeError inside of a chunk that this thread draws or decodes."""
+        if self._in_chunk():
+            raise RuntimeError("this thread draws or decodes a chunk: only update() and update_prompt() act inside of it")
+
+    def _in_chunk(self) -> bool:
+        return self._drawn_by == threading.get_ident() or self._decoding.in_own_thread()
 
     def _begin(self, video: Video | None) -> None:
         """Draw this one from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,22 +42,26 @@ class Meeting:
         self.computing = threading.Lock()
         self._network, self._batch = network, batch
         self._lock = threading.Lock()  # of all below, held for moments only
-        self._inside: set[object] = set()
+        self._inside: set[int] = set()  # identifiers of threads
         self._waiting: list[_Call] = []
         self._leader: _Call | None = None
 
     @contextmanager
     def inside(self, _: object = None) -> Iterator[None]:
         """Around a chunk: the network waits for this thread's calls."""
-        token = object()
+        thread = threading.get_ident()
         try:
             with self._lock:
-                self._inside.add(token)
+                self._inside.add(thread)
             yield
         finally:
             with self._lock:
-                self._inside.discard(token)
+                self._inside.discard(thread)
                 self._choose_leader()
+
+    def is_inside(self) -> bool:
+        """Whether this thread is inside of a chunk."""
+        return threading.get_ident() in self._inside
 
     def __call__(self, **given: Any) -> Any:
         """The network's outputs for one thread's rows. Raises what the network raises for these rows."""
@@ -178,6 +183,10 @@ class VideoViewers:
     A viewer may join, leave or fail at any time; the others do not wait for it, and stay as they are. Viewers see the parts
     that `pipe` has now. They share its network, and each decodes by itself with the weights of its VAE.
 
+    Inside of a chunk, so in a `postprocess`, any viewer may be updated, and viewers that were added earlier may be closed,
+    prepared or drawn. For one that was added later, or for all, this raises RuntimeError, since it might wait for this very
+    chunk.
+
     Raises:
         ValueError: a pipeline that cannot be streamed, with the reason. NotImplementedError: one whose network cannot be
         shared.
@@ -192,6 +201,7 @@ class VideoViewers:
         self._meeting = Meeting(partial(self._modules.call_network, pipe.transformer), batch)
         self._encoding = threading.Lock()
         self._viewers: list[_Viewer] = []
+        self._numbers = itertools.count()
         self._closed = False
 
     def add(self, **options: Any) -> VideoStream:
@@ -199,6 +209,9 @@ class VideoViewers:
         self._check_open()
         viewer = _Viewer(self, self._pipe, **options)
         self._viewers.append(viewer)
+        if self._closed:  # by another thread, meanwhile
+            viewer.close()
+        self._check_open()
         return viewer
 
     @property
@@ -211,9 +224,10 @@ class VideoViewers:
         that are being drawn. Each number of rows is compiled or captured when it first occurs."""
         self._check_open()
         with ExitStack() as stack:
-            for viewer in self.viewers:
+            for viewer in reversed(self.viewers):  # the order in which chunks may wait for each other
                 stack.enter_context(viewer._alone())
             with self._meeting.computing:
+                self._check_open()
                 self._modules.accelerator.accelerate(kind, **options)
 
     @property
@@ -222,11 +236,14 @@ class VideoViewers:
         return self._modules.accelerator.kind
 
     def close(self) -> None:
-        """Close all viewers, and undo the acceleration. May be called twice."""
+        """Close all viewers, and undo the acceleration. May be called twice. RuntimeError inside of a chunk of a viewer."""
+        for viewer in self.viewers:
+            viewer._check_outside()
         self._closed = True
         for viewer in self.viewers:
             viewer.close()
-        self._modules.close()
+        with self._meeting.computing:
+            self._modules.close()
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +254,18 @@ class VideoViewers:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("these viewers are closed: make others of the pipe")
+
+    def _check_may_wait(self, number: int) -> None:
+        """Raise RuntimeError inside of a chunk that waits for other viewers, or that a viewer of this number may wait for.
+
+        Chunks wait for viewers with smaller numbers only, and `accelerate` takes viewers in the same order. So no two
+        threads wait for each other.
+        """
+        if self._meeting.is_inside() or any(one.number < number and one._in_chunk() for one in tuple(self._viewers)):
+            raise RuntimeError(
+                "this thread draws or decodes a chunk of another viewer, for which this viewer may wait: inside of it, only "
+                "update() and update_prompt() act on viewers that were added later. Call this outside of the chunk"
+            )
 
     def _remove(self, viewer: _Viewer) -> None:
         """Forget a viewer that is closed."""
@@ -253,12 +282,17 @@ class _Viewer(VideoStream):
         own = copy.copy(pipe)
         vars(own)["vae"] = copy.copy(pipe.vae)  # the same weights; what it keeps while it works is its own
         super().__init__(own, **options)
+        self.number = next(owner._numbers)  # how many viewers were added before
         self._owner, self._modules, self._encoding = owner, owner._modules, owner._encoding
         self._chunks.network = owner._meeting.inside
 
     def accelerate(self, kind: str = "auto", **options: object) -> None:
         """RuntimeError: all viewers have one network."""
         raise RuntimeError(f"all viewers have one network: call accelerate({kind!r}) of their VideoViewers")
+
+    def _check_outside(self) -> None:
+        super()._check_outside()
+        self._owner._check_may_wait(self.number)
 
     def _plan(self, adapter: VideoAdapter, given: Mapping[str, Any], last: VideoPlan | None = None) -> VideoPlan:
         if adapter.network.plain is not self._owner._pipe.transformer:

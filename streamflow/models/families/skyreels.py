@@ -217,9 +217,9 @@ class SkyReels(CausallyDecoded):
         left = replace(history, chunks=history.chunks + 1, carried=window)
         return Drawn(latents, self.in_scale_of_vae(latents), images, left)
 
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        video, history = super().decode(drawn)
-        before = drawn.history.carried.video
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        video, history = super().decode(drawn, frame)
+        before = None if frame else drawn.history.carried.video
         return video if before is None else torch.cat([before.to(video.device), video.to(before.dtype)], dim=2), history
 
     # -- inside ---------------------------------------------------------------------------------------------------------
