@@ -130,6 +130,7 @@ def test_bad_acceleration_is_refused_and_changes_nothing(pipes):
     pipe = pipes("helios")
     stream, plain = stream_of(pipe), latents(stream_of(pipe), 2)
     for call, error, message in (
+        ((["compile"], {}), ValueError, "unknown acceleration \\['compile'\\]"),
         (("fast", {}), ValueError, "unknown acceleration 'fast': choose one of none, auto, cuda-graph, compile"),
         (("compile", {"speed": 2}), TypeError, "accelerate\\('compile'\\) has no option speed; it has cuda_graph"),
         (("none", {"limit": 2}), TypeError, "takes no options"),
@@ -446,7 +447,7 @@ def test_bad_places_to_decode(pipes):
         ("cuda:99", ValueError, "does not exist: torch sees"),
         (["cpu", "cpu"], ValueError, "decode_on is one device"),
         ([], ValueError, "devices is empty"),
-        (1.5, TypeError, "float|device"),
+        (1.5, TypeError, "a device is a name, an index or a torch.device, not 1.5"),
     ):
         with pytest.raises(error, match=message):
             VideoStream(pipe, decode_on=given)

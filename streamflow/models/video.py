@@ -36,6 +36,7 @@ REFUSED = {
     "callback_on_step_end_tensor_inputs": "the stream reads the pipeline's tensors with it",
 }
 PARTS = ("transformer", "vae", "scheduler")
+LARGEST = 2**16  # of what is counted in a request: pixels, frames, steps, tokens
 TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
 
 
@@ -249,10 +250,11 @@ class VideoAdapter(ABC):
                 taken = sorted(self.parameters.keys() - REFUSED.keys() - {"self", "generator"})
                 raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
         call = self.defaults() | own
-        _check_numbers(call)
+        _check_numbers(call, self.pipe.scheduler.config.num_train_timesteps)
         for name in ("image", "video"):
-            if isinstance(call.get(name), Sequence) and not call[name]:
-                raise ValueError(f"{name} is {call[name]!r}, and holds no image")
+            images = call.get(name)
+            if (isinstance(images, Sequence) and not images) or 0 in getattr(images, "shape", ()):
+                raise ValueError(f"{name} is {list(getattr(images, 'shape', []))}, and holds no image")
         for name in TEXTS[:2]:
             if call[name] is not None and call[f"{name}_embeds"] is not None:
                 raise ValueError(f"pass {name} or {name}_embeds, not both")
@@ -351,7 +353,9 @@ class VideoAdapter(ABC):
                 continue
             if not isinstance(embeds, Tensor):
                 raise TypeError(f"{name} is a tensor [1, n, {width}], not {type(embeds).__name__}")
-            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+            if not embeds.is_floating_point():
+                raise TypeError(f"{name} is a floating-point tensor, not {embeds.dtype}")
+            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0 or embeds.shape[2] != width:
                 raise ValueError(f"{name} is [1, n, {width}], since a stream draws one video, not {list(embeds.shape)}")
             if not torch.isfinite(embeds).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
@@ -404,28 +408,41 @@ def _same(one: object, other: object) -> bool:
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
-def _check_numbers(call: Arguments) -> None:
+def _check_numbers(call: Arguments, trained: int) -> None:
+    """TypeError or ValueError for what no pipeline takes. trained: timesteps that the schedule has."""
     check_number("guidance_scale", call["guidance_scale"])
     if call["guidance_scale"] is None:
         raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
-    sizes = "height width num_inference_steps num_latent_frames_per_chunk max_sequence_length base_num_frames"
+    sizes = "height width num_inference_steps num_latent_frames_per_chunk max_sequence_length base_num_frames fps"
     for name in sizes.split():
         if name in call:
-            whole_number(name, call[name], 1, wrong_type=TypeError)
+            check_count(name, call[name])
     for name, value in call.items():
         if name.startswith("add_noise_to_") or name == "use_mean_velocity":
             check_bool(name, value)
         elif name.endswith(("_sigma_min", "_sigma_max")):
-            check_number(name, value)
-    for name in ("sigmas", "timesteps"):
+            check_between(name, value, 0, 1)
+    for name, most in (("sigmas", 1), ("timesteps", trained)):
         if call.get(name) is not None:
-            _check_levels(name, call[name])
+            _check_levels(name, call[name], most)
     if not isinstance(call.get("attention_kwargs"), Mapping | None):
         raise TypeError(f"attention_kwargs is a mapping or None, not {type(call['attention_kwargs']).__name__}")
 
 
-def _check_levels(name: str, value: Any) -> None:
-    """TypeError or ValueError unless this is one finite number or more, in one dimension."""
+def check_count(name: str, value: object, least: int = 1, unit: str = "an integer") -> None:
+    """TypeError or ValueError unless this is an integer from `least` to `LARGEST`. unit: "integers" for one of a list."""
+    whole_number(name, value, least, unit, wrong_type=TypeError, most=LARGEST)
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> None:
+    """TypeError or ValueError unless this is a number in these bounds."""
+    check_number(name, value)
+    if value is None or not least <= value <= most:
+        raise ValueError(f"{name} is a number from {least} to {most}, not {value}")
+
+
+def _check_levels(name: str, value: Any, most: float) -> None:
+    """TypeError or ValueError unless these are one number or more, in one dimension, from 0 to `most`."""
     try:
         numbers = np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=float)
     except (TypeError, ValueError) as error:
@@ -434,3 +451,5 @@ def _check_levels(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a list of one number or more, not {value!r}")
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} holds NaN or infinite values")
+    if not ((numbers >= 0) & (numbers <= most)).all():
+        raise ValueError(f"{name} are from 0 to {most}, and these are from {numbers.min():g} to {numbers.max():g}")

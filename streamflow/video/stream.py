@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,8 +90,8 @@ class VideoStream:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}: choose one of {', '.join(map(repr, OUTPUT_TYPES))}")
         check_number("fps", fps)
-        if fps is not None and fps <= 0:
-            raise ValueError(f"fps must be above 0, not {fps}")
+        if fps is not None and not 0 < fps < 10_000:
+            raise ValueError(f"fps must be frames a second, above 0 and below 10,000, not {fps}")
         if postprocess is not None and not callable(postprocess):
             raise TypeError(f"postprocess is a function of a chunk's images, not {postprocess!r}")
         for name, value in (("decode_on", decode_on), ("postprocess", postprocess)):
@@ -398,7 +399,7 @@ class VideoStream:
     def _loop(self, draw: Callable[[], T], most: int | None) -> Iterator[T]:
         """Call `draw` again and again, `most` times or until a call begins anew."""
         if most is not None:
-            whole_number("most", most, 0, wrong_type=TypeError)
+            whole_number("most", most, 0, wrong_type=TypeError, most=sys.maxsize)
         start = self._prepared().state.start
 
         def drawn() -> Iterator[T]:
