@@ -24,7 +24,7 @@ from streamflow.acceleration.errors import NotExportable
 from streamflow.models.tiny_video import TinyVideoDecoder
 from streamflow.parallel.pool import DecodeError
 from streamflow.video import Chunk, VideoViewers, drawing
-from streamflow.video.viewers import Meeting
+from streamflow.video.meeting import Meeting
 
 REGIONAL = {"num_layers": 4, "ffn_dim": 8192}  # most of the weights lie in repeated blocks
 LARGE = {"num_attention_heads": 4, "attention_head_dim": 128, "rope_dim": (44, 42, 42), "ffn_dim": 4096}  # to quantise

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamflow._validation import is_whole_number
-from streamflow.flow.noise import resolve_seeds
 from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan
 from streamflow.video.chunks import VideoFrame
 
@@ -120,17 +118,3 @@ class Video:
         seed, generator = self.request.seed, self.generator
         rng = self.begin if seed is None else generator.manual_seed(seed).get_state()
         return State(Position(History(), rng, self.request.seeded))
-
-
-def resolve_seed(seed: object) -> int | None:
-    """A seed as an integer, -1 as a random one. TypeError for anything else."""
-    if seed is not None and not is_whole_number(seed):
-        raise TypeError(f"seed must be an integer, not {seed!r}")
-    return resolve_seeds(seed)
-
-
-def replaced(arguments: Mapping[str, Any]) -> set[str]:
-    """The arguments that are left out once these are given: a text replaces its embeddings, and the other way round."""
-    pairs = {"prompt": "prompt_embeds", "negative_prompt": "negative_prompt_embeds"}
-    pairs |= {embeds: text for text, embeds in pairs.items()}
-    return {pairs[name] for name in arguments if name in pairs}

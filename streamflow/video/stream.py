@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,14 +18,14 @@ from streamflow._validation import check_number, whole_number
 from streamflow.models import video_adapter_for
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.tiny_video import TinyVideoDecoder
-from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.parallel.replicas import Devices
 from streamflow.video.acceleration import Prepared, VideoModules
 from streamflow.video.chunks import Chunk, VideoFrame
 from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output, one_device
 from streamflow.video.drawing import Chunks
 from streamflow.video.guidance import PairedCalls
-from streamflow.video.state import Position, Request, State, Video, replaced, resolve_seed
+from streamflow.video.requests import Requests
+from streamflow.video.state import Video
 
 if TYPE_CHECKING:
     from streamflow.io import Sink
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from streamflow.live.video import VideoLive
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SCOPES = ("now", "frame")
 DECODES = ("chunk", "frame")
-DEFAULT_SEED = 2
 T = TypeVar("T")
 
 
@@ -109,10 +107,9 @@ class VideoStream:
         self._modules = VideoModules(adapter.device, None if guidance_on is None else one_device("guidance_on", guidance_on))
         self._drawing = threading.Lock()  # held while a chunk is drawn, and by what would disturb it
         self._updating = threading.Lock()  # held while an update is made; taken after `_drawing`
-        self._encoding = threading.Lock()  # held while the pipeline encodes texts; taken after both
+        self._requests = Requests()  # takes a lock of its own, after both
         self._drawn_by: int | None = None
         self._video: Video | None = None
-        self._tiny: TinyVideoDecoder | None = None
         self._closed = False
 
     # -- what is drawn --------------------------------------------------------------------------------------------------
@@ -141,28 +138,16 @@ class VideoStream:
             Whatever acceleration raises; then the stream is prepared, without acceleration.
         """
         self._check_open()
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is one torch.Generator, not {type(generator).__name__}")
-        seed = resolve_seed(DEFAULT_SEED if seed is None and generator is None else seed)
-        adapter = video_adapter_for(self.pipe)
-        if self._tiny is not None:
-            adapter.use_tiny_vae(self._tiny)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        plan = self._plan(adapter, {name: text for name, text in texts.items() if text is not None} | arguments)
+        given = {name: text for name, text in texts.items() if text is not None} | arguments
+        video = self._requests.first(self.pipe, given, seed, generator)
         with self._alone():
             self._check_open()
             self._decoding.wait()  # before `_updating` is held, since a postprocess may call update()
             with self._updating:
-                decoding = self._decoding.prepare(adapter)
-                own = torch.Generator(adapter.device if generator is None else generator.device)
-                if generator is not None:
-                    own.set_state(generator.get_state())
-                if seed is not None:
-                    own.manual_seed(seed)
-                rng = own.get_state()
-                video = Video(adapter, own, rng, Request(plan, seed), State(Position(History(), rng)))
+                decoding = self._decoding.prepare(video.adapter)
                 try:
-                    self._connect(Prepared(adapter, decoding, plan, decodes=self.output_type != "latent"))
+                    self._connect(Prepared(video.adapter, decoding, video.request.plan, self.output_type != "latent"))
                 finally:
                     self._begin(video)
 
@@ -180,23 +165,10 @@ class VideoStream:
         Raises:
             TypeError, ValueError: for what cannot be; then nothing has changed. RuntimeError: before `prepare`.
         """
-        if scope not in SCOPES:
-            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(map(repr, SCOPES))}")
-        seed = resolve_seed(seed)
         with self._updating:
             video = self._prepared()
-            changeable = video.adapter.changeable & video.adapter.parameters.keys()
-            for name in arguments:
-                if name not in changeable:
-                    others = ", ".join(sorted(changeable))
-                    raise ValueError(f"{name} cannot change from chunk to chunk: call prepare() anew. These can: {others}")
-            last = video.request
-            given = {name: value for name, value in last.plan.given.items() if name not in replaced(arguments)}
-            request = replace(last, plan=self._plan(video.adapter, given | arguments, last.plan), updates=last.updates + 1)
-            if seed is not None:
-                request = replace(request, seed=seed, seeded=request.updates)
-            video.request = request
-            return request.updates
+            video.request = self._requests.changed(video, scope, seed, arguments)
+            return video.request.updates
 
     def update_prompt(self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **arguments: Any) -> int:
         """Change the prompt from the next chunk on. The negative prompt stays unless a new one is given. Returns the number
@@ -254,7 +226,7 @@ class VideoStream:
         """What decodes from the next `prepare` on: a `TinyVideoDecoder` that was assigned, or `stream.pipe.vae`. ValueError
         for a decoder of other latents, with the numbers."""
         self._check_open()
-        return self.pipe.vae if self._tiny is None else self._tiny
+        return self.pipe.vae if self._requests.tiny is None else self._requests.tiny
 
     @vae.setter
     def vae(self, vae: Any) -> None:
@@ -262,7 +234,7 @@ class VideoStream:
         own = vae is self.pipe.vae
         if not own:
             video_adapter_for(self.pipe).use_tiny_vae(vae)
-        self._tiny = None if own else vae
+        self._requests.tiny = None if own else vae
 
     def use_tiny_vae(self, path: str | Path) -> None:
         """Decode with a tiny VAE, much faster and a little coarser, from the next `prepare` on. The pipe keeps its own VAE,
@@ -367,7 +339,7 @@ class VideoStream:
             self._decoding.close()  # before `_updating` is held, since a postprocess may call update()
             with self._updating:
                 self._begin(None)
-                self.pipe = self._tiny = None
+                self.pipe = self._requests.tiny = None
                 self._disconnect()
 
     def __enter__(self) -> Self:
@@ -415,10 +387,6 @@ class VideoStream:
                 yield one
 
         return islice(drawn(), most)
-
-    def _plan(self, adapter: VideoAdapter, given: Mapping[str, Any], last: VideoPlan | None = None) -> VideoPlan:
-        with self._encoding:
-            return adapter.plan(given, last)
 
     def _connect(self, prepared: Prepared) -> None:
         """Have what was prepared draw and decode with the modules in force."""
