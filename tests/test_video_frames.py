@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import slow
 from diffusers import AutoencoderKLCogVideoX
+from random_pipelines import random_pipeline
 from random_pipelines.video import wan_vae
 from test_video import FRAMES, PYRAMID, SEED, SMALL, embeds, random, stream_of
 from test_video_engine import doubled, interrupted
@@ -214,6 +215,16 @@ def test_a_tiny_vae_and_viewers_decode_frame_by_frame(pipes):
         viewer = viewers.add(output_type="pt")
         viewer.prepare(seed=SEED, **SMALL)
         assert same(viewer.frames(20, decode="frame"), list(stream_of(pipe, "pt").frames(20)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("family", CASES)
+def test_frame_by_frame_on_a_gpu(family, full_float32):
+    pipe, found = random_pipeline(family).to("cuda"), []
+    for decode in ("chunk", "frame"):
+        found.append(list(prepared(pipe, CASES[family], output_type="np").frames(30, decode=decode)))
+    assert same(*found)
 
 
 def test_what_cannot_be_decoded_frame_by_frame_is_refused(pipes):
