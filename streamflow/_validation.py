@@ -27,12 +27,18 @@ def is_whole_number(value: object) -> TypeGuard[int]:
 
 
 def whole_number(
-    name: str, value: object, least: int, unit: str = "an integer", wrong_type: type[Exception] = ValueError
+    name: str,
+    value: object,
+    least: int,
+    unit: str = "an integer",
+    wrong_type: type[Exception] = ValueError,
+    most: int | None = None,
 ) -> int:
-    """Return value. Raise `wrong_type` for what is no integer, ValueError for one below `least`."""
-    if not is_whole_number(value) or value < least:
+    """Return value. Raise `wrong_type` for what is no integer, ValueError for one below `least` or above `most`."""
+    if not is_whole_number(value) or value < least or (most is not None and value > most):
         error = ValueError if is_whole_number(value) else wrong_type
-        raise error(f"{name} must be {unit} of {least} or more, not {value!r}")
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most:,}"
+        raise error(f"{name} must be {unit} {bounds}, not {value!r}")
     return int(value)
 
 
@@ -42,5 +48,9 @@ def check_number(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, and is an integer that is larger than any float") from error
+    if not finite:
         raise ValueError(f"{name} must be finite, not {value}")

@@ -77,6 +77,24 @@ def test_only_the_convolution_at_the_latents_rounds_differently(name):
     assert (torch.cat(in_parts(codec.encode, x, [1, 4, 4]), dim=2) - latents).abs().max() < 3e-7
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("wan", torch.float32), *(slow(name, torch.bfloat16) for name in VAES)])
+def test_a_part_is_decoded_frame_by_frame_to_the_bit(name, dtype):
+    """Whatever its convolution at the latents rounds, which is applied to the whole part."""
+    vae = vae_of(name, dtype=dtype)
+    codec, memory, frames = CausalCodec(vae), None, []
+    for part in random(1, 16, 5, 2, 2).split([3, 2], dim=2):
+        whole, after = codec.decode(part, memory)
+        for frame in range(part.shape[2]):
+            images, memory = codec.decode(part, memory, frame)
+            frames.append(images)
+        assert torch.equal(torch.cat(frames, dim=2), whole) and whole.std() > 0.01
+        assert all(torch.equal(one, own) for one, own in zip(memory.kept, after.kept, strict=True) if torch.is_tensor(own))
+        frames.clear()
+    for frame in (-1, 2):
+        with pytest.raises(ValueError, match=f"frame is 0 to 1 for latents of 2 frames, not {frame}"):
+            codec.decode(part, memory, frame)
+
+
 def test_the_memory_belongs_to_the_caller():
     """Two videos on one VAE in turn are each what they are alone, beside whole calls of the VAE, and each can be continued
     twice from the same memory. What is kept has a constant size."""

@@ -608,10 +608,13 @@ BAD = [
     ({"callback_on_step_end": print}, ValueError, "callback_on_step_end"),
     ({"steps": 3}, TypeError, "HeliosPipeline takes no 'steps'; it takes .*num_inference_steps"),
     ({"height": 24}, ValueError, "divisible by 16"),
-    ({"height": 0}, ValueError, "height must be an integer of 1 or more, not 0"),
+    ({"height": 0}, ValueError, "height must be an integer from 1 to 65,536, not 0"),
+    ({"height": 10**9}, ValueError, "height must be an integer from 1 to 65,536, not 1000000000"),
     ({"width": 16.0}, TypeError, "width"),
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps"),
+    ({"num_inference_steps": 10**30}, ValueError, "num_inference_steps must be an integer from 1 to 65,536"),
     ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
+    ({"guidance_scale": 10**400}, ValueError, "guidance_scale must be finite, and is an integer that is larger"),
     ({"guidance_scale": "3"}, TypeError, "guidance_scale must be a number"),
     ({"guidance_scale": None}, TypeError, "guidance_scale must be a number, not None"),
     ({"prompt": "a cat"}, ValueError, "pass prompt or prompt_embeds, not both"),
@@ -619,12 +622,15 @@ BAD = [
     ({"prompt_embeds": None, "prompt": ["a cat", "a dog"]}, ValueError, "prompt is one text"),
     ({"prompt_embeds": embeds().numpy()}, TypeError, r"prompt_embeds is a tensor \[1, n, 32\]"),
     ({"prompt_embeds": embeds().repeat(2, 1, 1)}, ValueError, r"one video, not \[2, 16, 32\]"),
+    ({"prompt_embeds": embeds()[:, :0]}, ValueError, r"\[1, n, 32\], since a stream draws one video, not \[1, 0, 32\]"),
+    ({"prompt_embeds": embeds().long()}, TypeError, "prompt_embeds is a floating-point tensor, not torch.int64"),
     ({"prompt_embeds": embeds() * torch.nan}, ValueError, "prompt_embeds holds NaN"),
     ({"keep_first_frame": False}, ValueError, "keep_first_frame=False"),
     ({"is_skip_first_chunk": 1}, TypeError, "is_skip_first_chunk must be True or False"),
     ({"sigmas": [0.9, 0.5]}, ValueError, "sigmas is a numpy array"),
     ({"history_sizes": [16, 2]}, ValueError, "history_sizes is a list of 3 numbers"),
     ({"history_sizes": [16, 2, 0]}, ValueError, "history_sizes"),
+    ({"history_sizes": [10**9, 2, 1]}, ValueError, "history_sizes must be integers from 1 to 65,536, not 1000000000"),
     ({"num_latent_frames_per_chunk": 0}, ValueError, "num_latent_frames_per_chunk"),
     ({"image": "apple.png"}, ValueError, "Input is in incorrect format"),
     ({"image": random(2, 3, 16, 16)}, ValueError, "one video, and these are 2"),
@@ -636,17 +642,21 @@ BAD = [
     ({"video_latents": random(1, 16, 9, 2, 2) * torch.nan}, ValueError, "video_latents holds NaN"),
     ({"video": random(1, 8, 3, 16, 16)}, ValueError, "video has 8 frames, and a chunk is 9"),
     ({"video": random(1, 20, 4, 16, 16)}, ValueError, "video has 4 channels, and the VAE takes 3"),
+    ({"video": random(1, 0, 3, 16, 16)}, ValueError, r"video is \[1, 0, 3, 16, 16\], and holds no image"),
     ({"video": []}, ValueError, r"video is \[\], and holds no image"),
     ({"image": PIL.Image.new("RGBA", (16, 16))}, ValueError, "image has 4 channels, and the VAE takes 3: pass RGB"),
     ({"image": PIL.Image.new("L", (16, 16))}, ValueError, "image has 1 channels"),
     ({"sigmas": np.array([])}, ValueError, "sigmas is a list of one number or more"),
+    ({"sigmas": np.array([2.0, -1.0])}, ValueError, "sigmas are from 0 to 1, and these are from -1 to 2"),
     ({"sigmas": np.array([0.9, np.nan])}, ValueError, "sigmas holds NaN"),
     ({"attention_kwargs": 5}, TypeError, "attention_kwargs is a mapping or None, not int"),
-    ({"max_sequence_length": 0}, ValueError, "max_sequence_length must be an integer of 1 or more"),
+    ({"max_sequence_length": 0}, ValueError, "max_sequence_length must be an integer from 1 to 65,536"),
     ({"add_noise_to_image_latents": "no"}, TypeError, "add_noise_to_image_latents must be True or False"),
     ({"image_noise_sigma_min": float("nan")}, ValueError, "image_noise_sigma_min must be finite"),
+    ({"video_noise_sigma_max": -5}, ValueError, "video_noise_sigma_max is a number from 0 to 1, not -5"),
     ({"seed": 1.5}, TypeError, "seed must be an integer"),
     ({"seed": -2}, ValueError, "seed must be an integer from 0"),
+    ({"seed": 2**70}, ValueError, r"seed must be an integer from 0 to 2\^64 - 1"),
     ({"generator": [seeded()]}, TypeError, "generator is one torch.Generator"),
 ]
 
@@ -674,7 +684,7 @@ def test_bad_calls_of_a_stream(pipes):
     pipe = pipes("helios")
     with pytest.raises(ValueError, match="unknown output_type 'jpg': choose one of 'pil', 'np', 'pt', 'latent'"):
         VideoStream(pipe, output_type="jpg")
-    for fps in (0, -1, float("inf")):
+    for fps in (0, -1, float("inf"), 10**9, 10**400):
         with pytest.raises(ValueError, match="fps must be"):
             VideoStream(pipe, fps=fps)
     stream = VideoStream(pipe, output_type="latent", fps=12)
@@ -688,6 +698,8 @@ def test_bad_calls_of_a_stream(pipes):
         stream.update_prompt("a cat", scope="later")
     with pytest.raises(TypeError, match="most"):
         stream.chunks(1.5)
+    with pytest.raises(ValueError, match="most must be an integer from 0 to 9,223"):
+        stream.chunks(10**30)
     chunk = stream()
     assert chunk.images is None and chunk.fps == 12.0 and chunk.seconds > 0 and stream().first_frame == FRAMES
 
@@ -698,6 +710,7 @@ def test_a_pyramid_says_what_it_needs(pipes):
     for given, message in (
         ({"height": 80}, "height 80 is no multiple of 64, as a pyramid of 3 stages needs"),
         ({"pyramid_num_inference_steps_list": [2, 2]}, "pyramid_num_inference_steps_list is a list of 3 numbers"),
+        ({"zero_steps": -1}, "zero_steps must be an integer from 0 to 65,536, not -1"),
     ):
         with pytest.raises(ValueError, match=message):
             stream.prepare(**{**PYRAMID, **given})
@@ -724,6 +737,7 @@ def test_anyflow_says_what_it_needs(pipes):
         ({"chunk_partition": [1000, 1000]}, "no chunk of 1000 fits"),
         ({"sigmas": []}, "sigmas is a list of one number or more"),
         ({"timesteps": 5}, "timesteps is a list of one number or more"),
+        ({"timesteps": [1e9]}, "timesteps are from 0 to 1000, and these are from 1e\\+09 to 1e\\+09"),
     ):
         with pytest.raises((ValueError, AttributeError), match=message):
             stream.prepare(**call, **given)

@@ -24,7 +24,7 @@ from streamflow.acceleration.errors import NotExportable
 from streamflow.models.tiny_video import TinyVideoDecoder
 from streamflow.parallel.pool import DecodeError
 from streamflow.video import Chunk, VideoViewers, drawing
-from streamflow.video.viewers import Meeting
+from streamflow.video.meeting import Meeting
 
 REGIONAL = {"num_layers": 4, "ffn_dim": 8192}  # most of the weights lie in repeated blocks
 LARGE = {"num_attention_heads": 4, "attention_head_dim": 128, "rope_dim": (44, 42, 42), "ffn_dim": 4096}  # to quantise
@@ -130,6 +130,7 @@ def test_bad_acceleration_is_refused_and_changes_nothing(pipes):
     pipe = pipes("helios")
     stream, plain = stream_of(pipe), latents(stream_of(pipe), 2)
     for call, error, message in (
+        ((["compile"], {}), ValueError, "unknown acceleration \\['compile'\\]"),
         (("fast", {}), ValueError, "unknown acceleration 'fast': choose one of none, auto, cuda-graph, compile"),
         (("compile", {"speed": 2}), TypeError, "accelerate\\('compile'\\) has no option speed; it has cuda_graph"),
         (("none", {"limit": 2}), TypeError, "takes no options"),
@@ -446,7 +447,7 @@ def test_bad_places_to_decode(pipes):
         ("cuda:99", ValueError, "does not exist: torch sees"),
         (["cpu", "cpu"], ValueError, "decode_on is one device"),
         ([], ValueError, "devices is empty"),
-        (1.5, TypeError, "float|device"),
+        (1.5, TypeError, "a device is a name, an index or a torch.device, not 1.5"),
     ):
         with pytest.raises(error, match=message):
             VideoStream(pipe, decode_on=given)
@@ -745,6 +746,79 @@ def test_viewers_are_accelerated_together(pipes):
     assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
 
 
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+@pytest.mark.parametrize("act", ["close", slow("prepare"), slow("__call__")])
+def test_a_postprocess_waits_for_an_older_viewer_while_all_are_accelerated(act, decode_on, pipes):
+    """Both wait for viewers in the same order, so that neither waits for ever."""
+    viewers, began, accelerating = VideoViewers(pipes("helios")), threading.Event(), threading.Event()
+
+    def process(images):
+        began.set()
+        assert accelerating.wait(60)
+        time.sleep(0.1)  # accelerate() waits for this chunk now
+        getattr(older, act)(**(SMALL if act == "prepare" else {}))
+        return images
+
+    def accelerate():
+        assert began.wait(60)
+        accelerating.set()
+        viewers.accelerate("none")
+
+    older, stream = viewers.add(output_type="pt"), viewers.add(output_type="pt", decode_on=decode_on, postprocess=process)
+    for one in (older, stream):
+        one.prepare(**SMALL)
+    chunk, accelerated = at_once(stream, accelerate)
+    assert chunk.id == 0 and accelerated is None
+    assert viewers.viewers == ((stream,) if act == "close" else (older, stream))
+    viewers.close()
+
+
+@pytest.mark.parametrize("decode_on", [None, "cpu"])
+def test_viewers_that_would_wait_for_each_other_are_told(decode_on, pipes):
+    """The older one is refused, at every call that waits, and nothing is changed by it."""
+    viewers, both, refused = VideoViewers(pipes("helios")), threading.Barrier(2, timeout=60), []
+
+    def of_older(images):
+        both.wait()
+        for call in (newer, newer.reset, newer.flush, newer.close, lambda: newer.prepare(**SMALL), viewers.close):
+            with pytest.raises(RuntimeError, match="only update"):
+                call()
+        for call in (lambda: viewers.accelerate("none"), lambda: viewers.add().prepare(**SMALL)):
+            with pytest.raises(RuntimeError, match="viewer"):
+                call()
+        refused.append(newer.update(seed=5))
+        return images
+
+    def of_newer(images):
+        both.wait()
+        older.close()
+        return images
+
+    older, newer = (viewers.add(output_type="pt", decode_on=decode_on, postprocess=one) for one in (of_older, of_newer))
+    for one in (older, newer):
+        one.prepare(**SMALL)
+    assert [chunk.id for chunk in at_once(older, newer)] == [0, 0] and refused == [1]
+    assert viewers.viewers[0] is newer and viewers.add() is viewers.viewers[-1]
+    viewers.close()
+
+
+def test_a_network_that_is_called_for_viewers_waits_for_none(pipes):
+    """A hook of it runs in a thread that computes the rows of other viewers too."""
+    pipe, refused = pipes("helios"), []
+    viewers, (older, newer) = viewers_of(pipe, VIEWERS[:2])
+
+    def act(rows):
+        for stream in (older, newer):
+            with pytest.raises(RuntimeError, match="only update"):
+                stream.flush()
+            refused.append(stream)
+
+    with called(pipe, act):
+        chunk = newer()
+    assert chunk.id == 0 and len(refused) == 2 * VIEWERS[1]["num_inference_steps"]
+    viewers.close()
+
+
 def test_max_is_measured_for_viewers(pipes, monkeypatch):
     """Its trials call the network while no viewer does."""
     monkeypatch.setattr(preset, "KINDS", {"cpu": (("cuda-graph", {}),)})
@@ -838,8 +912,8 @@ def test_bad_postprocess_is_an_error_of_its_chunk(pipes):
     pipe = pipes("helios")
     for result, fps, error, message in (
         (doubled, None, ValueError, "postprocess makes 18 images of 9: pass VideoStream\\(fps=...\\)"),
-        (lambda images: [], 24, ValueError, "postprocess has returned no image for a chunk of 9"),
-        (lambda images: None, 24, TypeError, "returns the images of a chunk, .* not None"),
+        (lambda images: [], 24, ValueError, "postprocess has returned no image for the 9 that it was given"),
+        (lambda images: None, 24, TypeError, "returns images, .* not None"),
         (lambda images: 1 / 0, 24, ZeroDivisionError, "division"),
     ):
         stream = VideoStream(pipe, output_type="pt", postprocess=result, fps=fps)

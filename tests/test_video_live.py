@@ -232,5 +232,8 @@ def test_what_cannot_be_shown_is_refused(options, message, pipe):
 def test_a_stream_without_images_or_without_a_prompt_is_refused(pipe):
     with pytest.raises(ValueError, match='output_type="latent"'):
         stream_of(pipe).live("null")
+    for sinks in (5, None, [object()]):
+        with pytest.raises(TypeError, match="a sink is an address or an object with open, write and close"):
+            stream_of(pipe, "np").live(sinks)
     with pytest.raises(RuntimeError, match="call prepare"):
         VideoStream(pipe).live("null")

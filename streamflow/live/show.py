@@ -353,10 +353,14 @@ def check_show(target_fps: float, **choices: str) -> None:
 
 
 def all_sinks(sinks: str | Sink | Sequence[str | Sink]) -> list[Sink]:
-    """The sinks as objects, those of addresses made but not opened. ValueError: an unknown address, or no sink."""
+    """The sinks as objects, those of addresses made but not opened. ValueError: an unknown address, or no sink. TypeError:
+    an object that is no sink."""
     many = [sinks] if isinstance(sinks, str) or not isinstance(sinks, Sequence) else sinks
     if not many:
         raise ValueError("there is no sink: give at least one, such as 'window' or 'record:out.mp4'")
+    for one in many:
+        if not isinstance(one, str) and not all(callable(getattr(one, verb, None)) for verb in ("open", "write", "close")):
+            raise TypeError(f"a sink is an address or an object with open, write and close, not {one!r}")
     return [open_sink(one) if isinstance(one, str) else one for one in many]
 
 

@@ -67,6 +67,15 @@ def take_part(
     return part, memory.kept
 
 
+def only(latents: Tensor, frame: int | None) -> Tensor:
+    """The frame of this index of latents `[n, C, T, h, w]`; None: all frames. ValueError: there is no such frame."""
+    if frame is None:
+        return latents
+    if not 0 <= frame < latents.shape[2]:
+        raise ValueError(f"frame is 0 to {latents.shape[2] - 1} for latents of {latents.shape[2]} frames, not {frame}")
+    return latents[:, :, frame : frame + 1]
+
+
 class CausalCodec:
     """The encoder and the decoder of an `AutoencoderKLWan` or an `AutoencoderKLQwenImage`, for videos in parts.
 
@@ -86,13 +95,17 @@ class CausalCodec:
     """
 
     def __init__(self, vae: Any) -> None:
-        names = {cls.__name__ for cls in type(vae).__mro__}
-        if names.isdisjoint(KINDS):
+        if not self.fits(vae):
             raise TypeError(f"a CausalCodec is made of an {' or an '.join(KINDS)}, not of {type(vae).__name__}")
         self._vae = vae
         self._patch = vae.config.get("patch_size")
-        self._first = {"first_chunk": True} if "AutoencoderKLWan" in names else {}  # what its decoder takes
+        self._first = {"first_chunk": True} if KINDS[0] in _names(vae) else {}  # what its decoder takes
         self._check_tiling()
+
+    @staticmethod
+    def fits(vae: Any) -> bool:
+        """Whether a codec can be made of this VAE, by its class."""
+        return not _names(vae).isdisjoint(KINDS)
 
     @computing
     def encode(self, images: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
@@ -122,12 +135,14 @@ class CausalCodec:
         return latents, Memory.of(encoder, images, tuple(new))
 
     @computing
-    def decode(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+    def decode(self, latents: Tensor, memory: Memory | None = None, frame: int | None = None) -> tuple[Tensor, Memory]:
         """Decode the latents `[n, C, T, h, w]` that follow those of this memory.
 
-        The first latent of a video is one image, any other four. memory: None for a first part.
+        The first latent of a video is one image, any other four. memory: None for a first part. frame: the index of the only
+        latent frame to decode, with the memory of the frames before it. A part that is decoded frame by frame equals the
+        part that is decoded at once, to the bit.
 
-        Returns images `[n, 3, T', H, W]` in [-1, 1], and the memory for the next part.
+        Returns images `[n, 3, T', H, W]` in [-1, 1], and the memory for the next part or frame.
 
         Raises:
             TypeError, ValueError: the latents or the memory do not fit, with the numbers.
@@ -136,7 +151,8 @@ class CausalCodec:
         decoder = self._vae.decoder
         latents, kept = take_part(decoder, latents, self._vae.config.z_dim, self._vae.dtype, memory)
         new, images = _list(kept, decoder), []
-        for k, latent in enumerate(self._vae.post_quant_conv(latents).split(1, dim=2)):
+        x = self._vae.post_quant_conv(latents)  # of all, since it rounds differently for another number of frames
+        for k, latent in enumerate(only(x, frame).split(1, dim=2)):
             first = self._first if kept is None and k == 0 else {}
             images.append(decoder(latent, feat_cache=new, feat_idx=[0], **first))
         video = torch.cat(images, dim=2)
@@ -147,6 +163,10 @@ class CausalCodec:
     def _check_tiling(self) -> None:
         if self._vae.use_tiling:
             raise ValueError("a VAE with tiling processes whole videos only: call pipe.vae.disable_tiling()")
+
+
+def _names(vae: Any) -> set[str]:
+    return {cls.__name__ for cls in type(vae).__mro__}
 
 
 def _list(kept: tuple[Any, ...] | None, network: nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamflow._grad_mode import computing
-from streamflow.models.causal_codec import Memory, take_part
+from streamflow.models.causal_codec import Memory, only, take_part
 from streamflow.models.tiny_vae import read_weights
 
 UPSTREAM = "https://github.com/madebyollin/taehv"
@@ -135,10 +135,11 @@ class TinyVideoDecoder(nn.Module):
         )
 
     @computing
-    def decode(self, latents: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """Decode the latents `[n, C, T, h, w]` that follow those of this memory. memory: None for a first part.
+    def decode(self, latents: Tensor, memory: Memory | None = None, frame: int | None = None) -> tuple[Tensor, Memory]:
+        """Decode the latents `[n, C, T, h, w]` that follow those of this memory. memory: None for a first part. frame: the
+        index of the only latent frame to decode, with the memory of the frames before it.
 
-        Returns images `[n, 3, T', H, W]` in [-1, 1], in the dtype of the weights, and the memory for the next part.
+        Returns images `[n, 3, T', H, W]` in [-1, 1], in the dtype of the weights, and the memory for the next part or frame.
 
         Raises:
             TypeError, ValueError: the latents or the memory do not fit, with the numbers.
@@ -146,7 +147,7 @@ class TinyVideoDecoder(nn.Module):
         latents, kept = take_part(self, latents, self.latent_channels, next(self.parameters()).dtype, memory)
         left_out = self.frames - 1 if kept is None else 0
         images = []
-        for latent in latents.unbind(dim=2):
+        for latent in only(latents, frame).unbind(dim=2):
             frames, kept = self(latent, kept)
             images.append(frames)
         return torch.cat(images, dim=2)[:, :, left_out:], Memory.of(self, latents, kept or ())

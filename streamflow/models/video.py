@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool, check_number, whole_number
-from streamflow.models.causal_codec import CausalCodec, Memory
+from streamflow.models.causal_codec import KINDS, CausalCodec, Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
 from streamflow.models.tiny_video import TinyVideoDecoder
@@ -36,6 +36,7 @@ REFUSED = {
     "callback_on_step_end_tensor_inputs": "the stream reads the pipeline's tensors with it",
 }
 PARTS = ("transformer", "vae", "scheduler")
+LARGEST = 2**16  # of what is counted in a request: pixels, frames, steps, tokens
 TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
 
 
@@ -60,6 +61,11 @@ class Drawn:
     scaled: Tensor
     images: int
     history: History
+
+    @property
+    def frames(self) -> int:
+        """T: how many latent frames the chunk has."""
+        return self.scaled.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,10 +250,11 @@ class VideoAdapter(ABC):
                 taken = sorted(self.parameters.keys() - REFUSED.keys() - {"self", "generator"})
                 raise TypeError(f"{kind} takes no {name!r}; it takes {', '.join(taken)}")
         call = self.defaults() | own
-        _check_numbers(call)
+        _check_numbers(call, self.pipe.scheduler.config.num_train_timesteps)
         for name in ("image", "video"):
-            if isinstance(call.get(name), Sequence) and not call[name]:
-                raise ValueError(f"{name} is {call[name]!r}, and holds no image")
+            images = call.get(name)
+            if (isinstance(images, Sequence) and not images) or 0 in getattr(images, "shape", ()):
+                raise ValueError(f"{name} is {list(getattr(images, 'shape', []))}, and holds no image")
         for name in TEXTS[:2]:
             if call[name] is not None and call[f"{name}_embeds"] is not None:
                 raise ValueError(f"pass {name} or {name}_embeds, not both")
@@ -264,11 +271,33 @@ class VideoAdapter(ABC):
         return VideoPlan(own, {name: value for name, value in own.items() if name not in TEXTS} | texts)
 
     @computing
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded."""
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        """The images of a chunk, `[1, 3, T, H, W]` in [-1, 1], and what it leaves to the next chunk once it is decoded.
+
+        frame: the index of the only latent frame to decode, with the history that the frame before it has left. Frame by
+        frame the images are the same to the bit. Raises as `frame_decoder`.
+        """
+        if frame is not None:
+            video, memory = self.frame_decoder().decode(self._to_decode(drawn), drawn.history.memory, frame)
+            return video, replace(drawn.history, memory=None if frame + 1 == drawn.frames else memory)
         if self.tiny is not None:
             return self.tiny.decode(drawn.latents)[0], drawn.history
         return self.decoder(drawn.scaled), drawn.history
+
+    def frame_decoder(self) -> CausalCodec | TinyVideoDecoder:
+        """What decodes a chunk frame by frame.
+
+        Raises:
+            NotImplementedError: the VAE is not causal. ValueError: it has tiling.
+        """
+        if self.tiny is not None:
+            return self.tiny
+        if not CausalCodec.fits(self.vae):
+            raise NotImplementedError(
+                f"a chunk is decoded frame by frame by a causal VAE ({' or '.join(KINDS)}), and this "
+                f'{type(self.pipe).__name__} has an {type(self.vae).__name__}: use frames(decode="chunk")'
+            )
+        return CausalCodec(self.vae)
 
     def length(self, plan: VideoPlan) -> int | None:
         """How many chunks can be drawn; None: without end."""
@@ -283,6 +312,10 @@ class VideoAdapter(ABC):
         latents, self._vae.latents = self._vae.latents, None
         assert latents is not None, "the pipeline's call has decoded nothing"
         return latents
+
+    def _to_decode(self, drawn: Drawn) -> Tensor:
+        """The latents of a chunk in the scale of what decodes them."""
+        return drawn.scaled if self.tiny is None else drawn.latents
 
     def _call(self, call: Arguments, generator: torch.Generator) -> tuple[Tensor, Call]:
         """Call the pipeline. Returns its latents, and its local variables of the names in `read`."""
@@ -320,7 +353,9 @@ class VideoAdapter(ABC):
                 continue
             if not isinstance(embeds, Tensor):
                 raise TypeError(f"{name} is a tensor [1, n, {width}], not {type(embeds).__name__}")
-            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+            if not embeds.is_floating_point():
+                raise TypeError(f"{name} is a floating-point tensor, not {embeds.dtype}")
+            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0 or embeds.shape[2] != width:
                 raise ValueError(f"{name} is [1, n, {width}], since a stream draws one video, not {list(embeds.shape)}")
             if not torch.isfinite(embeds).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
@@ -338,10 +373,12 @@ class CausallyDecoded(VideoAdapter):
         super().__init__(pipe)
         self._codec = CausalCodec(pipe.vae)
 
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        codec, latents = (self._codec, drawn.scaled) if self.tiny is None else (self.tiny, drawn.latents)
-        video, memory = codec.decode(latents, drawn.history.memory)
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        video, memory = self.frame_decoder().decode(self._to_decode(drawn), drawn.history.memory, frame)
         return video, replace(drawn.history, memory=memory)
+
+    def frame_decoder(self) -> CausalCodec | TinyVideoDecoder:
+        return self._codec if self.tiny is None else self.tiny
 
     def in_scale_of_vae(self, latents: Tensor) -> Tensor:
         """As the pipeline's call ends: in the VAE's dtype and scale."""
@@ -371,28 +408,41 @@ def _same(one: object, other: object) -> bool:
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
-def _check_numbers(call: Arguments) -> None:
+def _check_numbers(call: Arguments, trained: int) -> None:
+    """TypeError or ValueError for what no pipeline takes. trained: timesteps that the schedule has."""
     check_number("guidance_scale", call["guidance_scale"])
     if call["guidance_scale"] is None:
         raise TypeError("guidance_scale must be a number, not None: 1 is without guidance")
-    sizes = "height width num_inference_steps num_latent_frames_per_chunk max_sequence_length base_num_frames"
+    sizes = "height width num_inference_steps num_latent_frames_per_chunk max_sequence_length base_num_frames fps"
     for name in sizes.split():
         if name in call:
-            whole_number(name, call[name], 1, wrong_type=TypeError)
+            check_count(name, call[name])
     for name, value in call.items():
         if name.startswith("add_noise_to_") or name == "use_mean_velocity":
             check_bool(name, value)
         elif name.endswith(("_sigma_min", "_sigma_max")):
-            check_number(name, value)
-    for name in ("sigmas", "timesteps"):
+            check_between(name, value, 0, 1)
+    for name, most in (("sigmas", 1), ("timesteps", trained)):
         if call.get(name) is not None:
-            _check_levels(name, call[name])
+            _check_levels(name, call[name], most)
     if not isinstance(call.get("attention_kwargs"), Mapping | None):
         raise TypeError(f"attention_kwargs is a mapping or None, not {type(call['attention_kwargs']).__name__}")
 
 
-def _check_levels(name: str, value: Any) -> None:
-    """TypeError or ValueError unless this is one finite number or more, in one dimension."""
+def check_count(name: str, value: object, least: int = 1, unit: str = "an integer") -> None:
+    """TypeError or ValueError unless this is an integer from `least` to `LARGEST`. unit: "integers" for one of a list."""
+    whole_number(name, value, least, unit, wrong_type=TypeError, most=LARGEST)
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> None:
+    """TypeError or ValueError unless this is a number in these bounds."""
+    check_number(name, value)
+    if value is None or not least <= value <= most:
+        raise ValueError(f"{name} is a number from {least} to {most}, not {value}")
+
+
+def _check_levels(name: str, value: Any, most: float) -> None:
+    """TypeError or ValueError unless these are one number or more, in one dimension, from 0 to `most`."""
     try:
         numbers = np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=float)
     except (TypeError, ValueError) as error:
@@ -401,3 +451,5 @@ def _check_levels(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a list of one number or more, not {value!r}")
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} holds NaN or infinite values")
+    if not ((numbers >= 0) & (numbers <= most)).all():
+        raise ValueError(f"{name} are from 0 to {most}, and these are from {numbers.min():g} to {numbers.max():g}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -19,7 +19,7 @@ def resolve_devices(devices: Devices, home: torch.device) -> tuple[torch.device,
     An integer is the index of a CUDA device. TypeError, ValueError: the list is empty, or a device is unknown or missing."""
     if isinstance(devices, str) and devices == "all":
         return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())) or (home,)
-    listed = [devices] if isinstance(devices, (str, int, torch.device)) else list(devices)
+    listed = list(devices) if isinstance(devices, Iterable) and not isinstance(devices, str) else [devices]
     if not listed:
         raise ValueError("devices is empty: pass one or more, such as ['cuda:0'], or 'all'")
     return tuple(resolve_device(one) for one in listed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,7 @@ class Chunk:
 
     def frames(self) -> Iterator[VideoFrame]:
         """Its frames, in order; none where nothing was decoded."""
-        for k, image in enumerate(() if self.images is None else self.images):
-            yield VideoFrame(self.first_frame + k, image, (self.first_frame + k) / self.fps, self.id)
+        return numbered(() if self.images is None else self.images, self.first_frame, self.fps, self.id)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,3 +50,9 @@ class VideoFrame:
         if isinstance(pixels, np.ndarray) and pixels.dtype != np.uint8:  # those of a postprocess may be bytes
             pixels = (pixels.clip(0, 1) * 255).round()
         return TimedImage(np.array(pixels, np.uint8), time.monotonic(), self.time)
+
+
+def numbered(images: Iterable[Any], first: int, fps: float, chunk: int) -> Iterator[VideoFrame]:
+    """These images of a chunk as frames. first: the number of the first one."""
+    for number, image in enumerate(images, first):
+        yield VideoFrame(number, image, number / fps, chunk)

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a chunk becomes. output_type: that of the stream. postprocess: takes the images of a chunk and returns those that
-    are given. rescaled: whether it may return another number of them."""
+    """What a chunk becomes. output_type: that of the stream. postprocess: takes the images that are decoded at once and
+    returns those that are given. rescaled: whether it may return another number of them."""
 
     output_type: str
     postprocess: Callable[[Any], Any] | None = None
     rescaled: bool = False
 
-    def decode(self, adapter: VideoAdapter, drawn: Drawn, memory: Any) -> Decoded:
-        """The images of a chunk. memory: what the chunk before has left.
+    def decode(self, adapter: VideoAdapter, drawn: Drawn, memory: Any, frame: int | None) -> Decoded:
+        """The images of a chunk, or of one of its latent frames. memory: what the chunk or the frame before has left.
 
         Raises:
             FloatingPointError: they hold NaN or infinite values. TypeError, ValueError: for what `postprocess` returns.
@@ -42,7 +42,7 @@ class Output:
         began = time.perf_counter()
         if self.output_type == "latent":
             return Decoded(None, drawn.history.memory, 0.0)
-        images, left = adapter.decode(replace(drawn, history=replace(drawn.history, memory=memory)))
+        images, left = adapter.decode(replace(drawn, history=replace(drawn.history, memory=memory)), frame)
         check_finite("images", images, drawn.history.chunks - 1)
         images = adapter.convert(images, self.output_type)
         if self.postprocess is not None:
@@ -51,9 +51,9 @@ class Output:
 
     def _checked(self, images: Any, before: int) -> Any:
         if not hasattr(images, "__len__") or not hasattr(images, "__iter__"):
-            raise TypeError(f"postprocess returns the images of a chunk, a list, an array or a tensor, not {images!r}")
+            raise TypeError(f"postprocess returns images, a list, an array or a tensor of them, not {images!r}")
         if len(images) == 0:
-            raise ValueError(f"postprocess has returned no image for a chunk of {before}")
+            raise ValueError(f"postprocess has returned no image for the {before} that it was given")
         if len(images) != before and not self.rescaled:
             raise ValueError(
                 f"postprocess makes {len(images)} images of {before}: pass VideoStream(fps=...), the frames a second of "
@@ -89,7 +89,7 @@ class Decoding(Protocol):
         ...
 
     def begin(self, begun: Begun, memory: Any) -> Begun:
-        """Begin to decode a chunk. memory: what the VAE has kept of the chunk before."""
+        """Begin to decode a chunk, or its next latent frame. memory: what the VAE has kept of what is before it."""
         ...
 
     def wait(self) -> None:
@@ -122,7 +122,7 @@ class DecodeInPlace:
     def begin(self, begun: Begun, memory: Any) -> Begun:
         """Begins nothing: `fetch` decodes."""
         assert self._adapter is not None, "prepare was called"
-        fetch = partial(self._output.decode, self._adapter, begun.drawn, memory)
+        fetch = partial(self._output.decode, self._adapter, begun.drawn, memory, begun.frame)
         return replace(begun, fetch=fetch)
 
     def wait(self) -> None:
@@ -173,7 +173,7 @@ class DecodeElsewhere:
 
         def decode(latents: Tensor, scaled: Tensor) -> Decoded:
             self._thread = threading.get_ident()
-            return self._output.decode(adapter, replace(begun.drawn, latents=latents, scaled=scaled), memory)
+            return self._output.decode(adapter, replace(begun.drawn, latents=latents, scaled=scaled), memory, begun.frame)
 
         pending = self._pool.submit([decode], (begun.drawn.latents, begun.drawn.scaled))
 
@@ -198,4 +198,4 @@ class DecodeElsewhere:
     def close(self) -> None:
         """Wait for the decode that runs, and end the thread."""
         self._pool.close()
-        self._adapter = self._copied = None
+        self._adapter = self._copied = self._thread = None  # a new thread may get the same identifier

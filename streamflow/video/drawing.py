@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from streamflow._grad_mode import computing
 from streamflow.models.video import VideoPlan
-from streamflow.video.chunks import Chunk, VideoFrame
+from streamflow.video.chunks import Chunk, VideoFrame, numbered
 from streamflow.video.decoding import Decoding, check_finite
 from streamflow.video.state import Begun, Position, State, Video
 
@@ -25,6 +25,45 @@ class Chunks:
 
     def __init__(self, decoding: Decoding, fps: float) -> None:
         self._decoding, self._fps = decoding, fps
+
+    def next_frames(self, video: Video, one_by_one: bool) -> None:
+        """Put the next frames among those that wait: of a chunk or, with `one_by_one`, of one latent frame, where the chunk
+        is not decoded already. A chunk that has begun with single latent frames goes on with them."""
+        state = video.state
+        if state.early or (one_by_one and (state.position.history.chunks == 0 or not self._decoding.ahead)):
+            self._next_latent_frame(video)
+        else:
+            self.next(video, frames=True)
+
+    def _next_latent_frame(self, video: Video) -> None:
+        """Decode one more latent frame. Where a chunk is drawn and decoded again, its first images are left out, as many as
+        have become frames already."""
+        state = video.state
+        begun = state.ahead
+        if begun is None:
+            drawn = replace(self.draw(video, state.position), frame=0)
+            begun = self._decoding.begin(drawn, state.position.history.memory)
+        assert begun.fetch is not None and begun.frame is not None, "its decoding has begun"
+        try:
+            decoded = begun.fetch()
+        except Exception:
+            video.state = replace(state, ahead=None)
+            raise
+        chunk, first = state.position.history.chunks, state.images + begun.images
+        own = tuple(numbered(decoded.images, first, self._fps, chunk))[max(state.early - begun.images, 0) :]
+        images = begun.images + len(decoded.images)
+        early = max(images, state.early)
+        if begun.frame + 1 < begun.drawn.frames:
+            begun = self._decoding.begin(replace(begun, frame=begun.frame + 1, images=images), decoded.memory)
+            video.state = replace(state, ahead=begun, frames=state.frames + own, early=early)
+            return
+        history = replace(begun.left.history, memory=decoded.memory)
+        video.state = State(
+            position=replace(begun.left, history=history),
+            images=state.images + early,
+            frames=state.frames + own,
+            start=state.start,
+        )
 
     def next(self, video: Video, frames: bool) -> Chunk:
         """The next chunk. frames: keep its frames among those that wait."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamflow._validation import is_whole_number
-from streamflow.flow.noise import resolve_seeds
 from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan
 from streamflow.video.chunks import VideoFrame
 
@@ -40,8 +38,8 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """The images of a chunk as they are given, None for latents. memory: what the VAE keeps for the next chunk. seconds: of
-    host time that it took."""
+    """The images of a chunk, or of one latent frame of it, as they are given; None for latents. memory: what the VAE keeps
+    for what follows. seconds: of host time that it took."""
 
     images: Any
     memory: Any
@@ -50,26 +48,31 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """A chunk that is drawn. left: from where the next one is drawn. fetch: waits until it is decoded, once that has been
-    begun. seconds: of host time that drawing took."""
+    """A chunk that is drawn. left: from where the next one is drawn. seconds: of host time that drawing took. frame: the
+    latent frame that is decoded next, where they are decoded one by one. images: how many images those before it have.
+    fetch: waits until the chunk or this frame is decoded, once that has been begun."""
 
     drawn: Drawn
     left: Position
     seconds: float
+    frame: int | None = None
+    images: int = 0
     fetch: Callable[[], Decoded] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """position: after the last chunk that was finished. images: how many images all of them have. ahead: the chunk after
-    it, where it is drawn already. failed: why the chunk after it could not be drawn. frames: of the last chunk, those that
-    were not given. start: another object after each `prepare` and `reset`."""
+    it, where it is drawn already. failed: why the chunk after it could not be drawn. frames: those that are decoded and were
+    not given. early: how many images of the chunk after it were put among `frames`, where it is decoded frame by frame.
+    start: another object after each `prepare` and `reset`."""
 
     position: Position
     images: int = 0
     ahead: Begun | None = None
     failed: Exception | None = None
     frames: tuple[VideoFrame, ...] = ()
+    early: int = 0
     start: object = field(default_factory=object)
 
 
@@ -102,27 +105,16 @@ class Video:
 
     def log_dropped(self) -> None:
         """Log what is drawn and will not be given."""
-        if self.state.frames:
-            logger.info("%d frames of the last chunk are dropped", len(self.state.frames))
-        if self.state.ahead is not None:
-            logger.info("chunk %d, which was drawn ahead, is dropped", self.state.position.history.chunks)
+        state, following = self.state, self.state.position.history.chunks
+        if state.frames:
+            logger.info("%d frames of the last chunk are dropped", len(state.frames))
+        if state.early:
+            logger.info("chunk %d, of which %d images are decoded, is dropped", following, state.early)
+        elif state.ahead is not None:
+            logger.info("chunk %d, which was drawn ahead, is dropped", following)
 
     def first_state(self) -> State:
         """Before the first chunk, with what is set now."""
         seed, generator = self.request.seed, self.generator
         rng = self.begin if seed is None else generator.manual_seed(seed).get_state()
         return State(Position(History(), rng, self.request.seeded))
-
-
-def resolve_seed(seed: object) -> int | None:
-    """A seed as an integer, -1 as a random one. TypeError for anything else."""
-    if seed is not None and not is_whole_number(seed):
-        raise TypeError(f"seed must be an integer, not {seed!r}")
-    return resolve_seeds(seed)
-
-
-def replaced(arguments: Mapping[str, Any]) -> set[str]:
-    """The arguments that are left out once these are given: a text replaces its embeddings, and the other way round."""
-    pairs = {"prompt": "prompt_embeds", "negative_prompt": "negative_prompt_embeds"}
-    pairs |= {embeds: text for text, embeds in pairs.items()}
-    return {pairs[name] for name in arguments if name in pairs}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -16,14 +18,14 @@ from streamflow._validation import check_number, whole_number
 from streamflow.models import video_adapter_for
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.tiny_video import TinyVideoDecoder
-from streamflow.models.video import History, VideoAdapter, VideoPlan
 from streamflow.parallel.replicas import Devices
 from streamflow.video.acceleration import Prepared, VideoModules
 from streamflow.video.chunks import Chunk, VideoFrame
 from streamflow.video.decoding import DecodeElsewhere, DecodeInPlace, Decoding, Output, one_device
 from streamflow.video.drawing import Chunks
 from streamflow.video.guidance import PairedCalls
-from streamflow.video.state import Position, Request, State, Video, replaced, resolve_seed
+from streamflow.video.requests import Requests
+from streamflow.video.state import Video
 
 if TYPE_CHECKING:
     from streamflow.io import Sink
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
     from streamflow.live.video import VideoLive
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SCOPES = ("now", "frame")
-DEFAULT_SEED = 2
+DECODES = ("chunk", "frame")
 T = TypeVar("T")
 
 
@@ -87,8 +88,8 @@ class VideoStream:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}: choose one of {', '.join(map(repr, OUTPUT_TYPES))}")
         check_number("fps", fps)
-        if fps is not None and fps <= 0:
-            raise ValueError(f"fps must be above 0, not {fps}")
+        if fps is not None and not 0 < fps < 10_000:
+            raise ValueError(f"fps must be frames a second, above 0 and below 10,000, not {fps}")
         if postprocess is not None and not callable(postprocess):
             raise TypeError(f"postprocess is a function of a chunk's images, not {postprocess!r}")
         for name, value in (("decode_on", decode_on), ("postprocess", postprocess)):
@@ -106,10 +107,9 @@ class VideoStream:
         self._modules = VideoModules(adapter.device, None if guidance_on is None else one_device("guidance_on", guidance_on))
         self._drawing = threading.Lock()  # held while a chunk is drawn, and by what would disturb it
         self._updating = threading.Lock()  # held while an update is made; taken after `_drawing`
-        self._encoding = threading.Lock()  # held while the pipeline encodes texts; taken after both
+        self._requests = Requests()  # takes a lock of its own, after both
         self._drawn_by: int | None = None
         self._video: Video | None = None
-        self._tiny: TinyVideoDecoder | None = None
         self._closed = False
 
     # -- what is drawn --------------------------------------------------------------------------------------------------
@@ -138,28 +138,16 @@ class VideoStream:
             Whatever acceleration raises; then the stream is prepared, without acceleration.
         """
         self._check_open()
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is one torch.Generator, not {type(generator).__name__}")
-        seed = resolve_seed(DEFAULT_SEED if seed is None and generator is None else seed)
-        adapter = video_adapter_for(self.pipe)
-        if self._tiny is not None:
-            adapter.use_tiny_vae(self._tiny)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        plan = self._plan(adapter, {name: text for name, text in texts.items() if text is not None} | arguments)
+        given = {name: text for name, text in texts.items() if text is not None} | arguments
+        video = self._requests.first(self.pipe, given, seed, generator)
         with self._alone():
             self._check_open()
             self._decoding.wait()  # before `_updating` is held, since a postprocess may call update()
             with self._updating:
-                decoding = self._decoding.prepare(adapter)
-                own = torch.Generator(adapter.device if generator is None else generator.device)
-                if generator is not None:
-                    own.set_state(generator.get_state())
-                if seed is not None:
-                    own.manual_seed(seed)
-                rng = own.get_state()
-                video = Video(adapter, own, rng, Request(plan, seed), State(Position(History(), rng)))
+                decoding = self._decoding.prepare(video.adapter)
                 try:
-                    self._connect(Prepared(adapter, decoding, plan, decodes=self.output_type != "latent"))
+                    self._connect(Prepared(video.adapter, decoding, video.request.plan, self.output_type != "latent"))
                 finally:
                     self._begin(video)
 
@@ -177,23 +165,10 @@ class VideoStream:
         Raises:
             TypeError, ValueError: for what cannot be; then nothing has changed. RuntimeError: before `prepare`.
         """
-        if scope not in SCOPES:
-            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(map(repr, SCOPES))}")
-        seed = resolve_seed(seed)
         with self._updating:
             video = self._prepared()
-            changeable = video.adapter.changeable & video.adapter.parameters.keys()
-            for name in arguments:
-                if name not in changeable:
-                    others = ", ".join(sorted(changeable))
-                    raise ValueError(f"{name} cannot change from chunk to chunk: call prepare() anew. These can: {others}")
-            last = video.request
-            given = {name: value for name, value in last.plan.given.items() if name not in replaced(arguments)}
-            request = replace(last, plan=self._plan(video.adapter, given | arguments, last.plan), updates=last.updates + 1)
-            if seed is not None:
-                request = replace(request, seed=seed, seeded=request.updates)
-            video.request = request
-            return request.updates
+            video.request = self._requests.changed(video, scope, seed, arguments)
+            return video.request.updates
 
     def update_prompt(self, prompt: str, negative_prompt: str | None = None, *, scope: str = "now", **arguments: Any) -> int:
         """Change the prompt from the next chunk on. The negative prompt stays unless a new one is given. Returns the number
@@ -251,7 +226,7 @@ class VideoStream:
         """What decodes from the next `prepare` on: a `TinyVideoDecoder` that was assigned, or `stream.pipe.vae`. ValueError
         for a decoder of other latents, with the numbers."""
         self._check_open()
-        return self.pipe.vae if self._tiny is None else self._tiny
+        return self.pipe.vae if self._requests.tiny is None else self._requests.tiny
 
     @vae.setter
     def vae(self, vae: Any) -> None:
@@ -259,7 +234,7 @@ class VideoStream:
         own = vae is self.pipe.vae
         if not own:
             video_adapter_for(self.pipe).use_tiny_vae(vae)
-        self._tiny = None if own else vae
+        self._requests.tiny = None if own else vae
 
     def use_tiny_vae(self, path: str | Path) -> None:
         """Decode with a tiny VAE, much faster and a little coarser, from the next `prepare` on. The pipe keeps its own VAE,
@@ -292,18 +267,36 @@ class VideoStream:
         next chunk. `prepare`, `reset` and `close` end a loop: RuntimeError at its next chunk."""
         return self._loop(self._next_chunk, most)
 
-    def frames(self, most: int | None = None) -> Iterator[VideoFrame]:
+    def frames(self, most: int | None = None, *, decode: str = "chunk") -> Iterator[VideoFrame]:
         """Frame after frame, `most` of them or without end. A loop that is left loses nothing: the next one goes on with the
         next frame, and `flush` gives those that were drawn already. `prepare`, `reset` and `close` end a loop: RuntimeError
-        at its next frame."""
+        at its next frame.
+
+        decode: "chunk" gives the frames of a chunk once all of it is decoded. "frame" gives the images of each latent frame
+            once they are decoded, before the VAE decodes the next latent frame: the same images to the bit, the first of
+            them earlier. It needs a causal VAE, which does not use its CUDA graph then, and it calls `postprocess` with the
+            images of one latent frame. With `decode_on` it acts on the first chunk, as the others are decoded while a chunk
+            is drawn.
+
+        Raises:
+            ValueError: another `decode`, a VAE with tiling, or a stream of latents. TypeError: `most` is no integer.
+            NotImplementedError: decode="frame" with a VAE that is not causal. RuntimeError: before `prepare`.
+        """
         if self.output_type == "latent":
             raise ValueError('frames() gives images, and this stream has output_type="latent": use chunks()')
-        return self._loop(self._next_frame, most)
+        if decode not in DECODES:
+            raise ValueError(f"unknown decode {decode!r}: choose one of {', '.join(map(repr, DECODES))}")
+        if decode == "frame":
+            self._prepared().adapter.frame_decoder()
+        return self._loop(partial(self._next_frame, decode == "frame"), most)
 
     def flush(self) -> list[VideoFrame]:
-        """The frames that were drawn and not yet given, in order; with `decode_on`, also those of the chunk ahead."""
+        """The frames that were drawn and not yet given, in order; with `decode_on`, also those of the chunk ahead. The rest
+        of a chunk of which `frames(decode="frame")` has given images is decoded first."""
         with self._alone():
             video = self._prepared()
+            while video.state.early:
+                self._chunks.next_frames(video, one_by_one=True)
             frames = video.state.frames
             if video.state.ahead is not None:
                 frames += self._chunks.finish(video, video.state.ahead, kept=frames)[1]
@@ -346,7 +339,7 @@ class VideoStream:
             self._decoding.close()  # before `_updating` is held, since a postprocess may call update()
             with self._updating:
                 self._begin(None)
-                self.pipe = self._tiny = None
+                self.pipe = self._requests.tiny = None
                 self._disconnect()
 
     def __enter__(self) -> Self:
@@ -359,14 +352,18 @@ class VideoStream:
 
     def _next_chunk(self) -> Chunk:
         video = self._prepared()
-        if frames := video.state.frames:
+        state = video.state
+        if state.early:
+            chunk = state.position.history.chunks
+            raise RuntimeError(f"chunk {chunk} was given in part: go on with frames(), or flush() the rest of it")
+        if frames := state.frames:
             raise RuntimeError(f"{len(frames)} frames of chunk {frames[0].chunk} wait: go on with frames(), or flush() them")
         return self._chunks.next(video, frames=False)
 
-    def _next_frame(self) -> VideoFrame:
+    def _next_frame(self, one_by_one: bool) -> VideoFrame:
         video = self._prepared()
-        if not video.state.frames:
-            self._chunks.next(video, frames=True)
+        while not video.state.frames:  # a chunk that is decoded again has given its first images already
+            self._chunks.next_frames(video, one_by_one)
         frame, *rest = video.state.frames
         video.state = replace(video.state, frames=tuple(rest))
         return frame
@@ -374,7 +371,7 @@ class VideoStream:
     def _loop(self, draw: Callable[[], T], most: int | None) -> Iterator[T]:
         """Call `draw` again and again, `most` times or until a call begins anew."""
         if most is not None:
-            whole_number("most", most, 0, wrong_type=TypeError)
+            whole_number("most", most, 0, wrong_type=TypeError, most=sys.maxsize)
         start = self._prepared().state.start
 
         def drawn() -> Iterator[T]:
@@ -391,10 +388,6 @@ class VideoStream:
 
         return islice(drawn(), most)
 
-    def _plan(self, adapter: VideoAdapter, given: Mapping[str, Any], last: VideoPlan | None = None) -> VideoPlan:
-        with self._encoding:
-            return adapter.plan(given, last)
-
     def _connect(self, prepared: Prepared) -> None:
         """Have what was prepared draw and decode with the modules in force."""
         self._modules.connect(prepared)
@@ -408,15 +401,22 @@ class VideoStream:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for the chunk that another thread draws. RuntimeError inside of a chunk that this thread draws or decodes."""
-        if self._drawn_by == threading.get_ident() or self._decoding.in_own_thread():
-            raise RuntimeError("this thread draws or decodes a chunk: only update() and update_prompt() act inside of it")
+        """Wait for the chunk that another thread draws. Raises as `_check_outside`."""
+        self._check_outside()
         with self._drawing:
             try:
                 self._drawn_by = threading.get_ident()
                 yield
             finally:
                 self._drawn_by = None
+
+    def _check_outside(self) -> None:
+        """Raise RuntimeError inside of a chunk that this thread draws or decodes."""
+        if self._in_chunk():
+            raise RuntimeError("this thread draws or decodes a chunk: only update() and update_prompt() act inside of it")
+
+    def _in_chunk(self) -> bool:
+        return self._drawn_by == threading.get_ident() or self._decoding.in_own_thread()
 
     def _begin(self, video: Video | None) -> None:
         """Draw this one from now on."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from streamflow._grad_mode import computing
-from streamflow._validation import whole_number
 from streamflow.models.protocols import Arguments, Pipeline
-from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan
+from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan, check_count
 
 
 class _ChunkDrawn(Exception):
@@ -57,7 +56,7 @@ class AnyFlowFAR(CausallyDecoded):
             if not isinstance(partition, Sequence) or not partition:
                 raise ValueError(f"chunk_partition is a list of latent frames a chunk, not {partition!r}")
             for one in partition:
-                whole_number("chunk_partition", one, 1, "integers", wrong_type=TypeError)
+                check_count("chunk_partition", one, unit="integers")
             if any(one != partition[min(k, 1)] for k, one in enumerate(partition)):
                 raise ValueError(f"the chunks of a stream have one size after the first, and chunk_partition is {partition}")
         given = call["video_latents"]

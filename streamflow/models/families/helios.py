@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamflow._validation import check_bool, whole_number
+from streamflow._validation import check_bool
 from streamflow.models.protocols import Arguments
-from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan, check_pixels
+from streamflow.models.video import Drawn, History, VideoAdapter, VideoPlan, check_count, check_pixels
 
 # A call continues a video where it is given the latents of that video, without more noise on them.
 CONTINUES = {"add_noise_to_image_latents": False, "add_noise_to_video_latents": False, "is_amplify_first_chunk": False}
@@ -102,6 +102,9 @@ class Helios(VideoAdapter):
                 raise ValueError(f"video has {video.shape[2]} frames, and a chunk is {least}: pass {least} or more")
 
     def _check_pyramid(self, call: Arguments) -> None:
+        for name in ("is_amplify_first_chunk", "use_zero_init"):
+            check_bool(name, call[name])
+        check_count("zero_steps", call["zero_steps"], 0)
         steps = call["pyramid_num_inference_steps_list"]
         _check_sizes("pyramid_num_inference_steps_list", steps, self.pipe.scheduler.config.stages)
         patch = self.pipe.transformer.config.patch_size
@@ -123,4 +126,4 @@ def _check_sizes(name: str, value: object, count: int) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
         raise ValueError(f"{name} is a list of {count} numbers, not {value!r}")
     for one in value:
-        whole_number(name, one, 1, "integers", wrong_type=TypeError)
+        check_count(name, one, unit="integers")

@@ -15,10 +15,10 @@ from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attn
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from streamflow._validation import check_bool, check_number, whole_number
+from streamflow._validation import check_bool
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.protocols import Arguments, Call, Pipeline
-from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan, check_pixels
+from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan, check_between, check_count, check_pixels
 
 KEEP = "use_kv_cache"  # an argument of ours, beside those of the pipeline's call
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -103,15 +103,11 @@ class SkyReels(CausallyDecoded):
 
     def check(self, call: Arguments) -> None:
         check_bool(KEEP, call[KEEP])
-        noise = call["addnoise_condition"]
-        check_number("addnoise_condition", noise)
-        if noise is None or not 0 <= noise <= 1000:
-            raise ValueError(f"addnoise_condition is a number from 0 to 1000, not {noise}")
-        whole_number("ar_step", call["ar_step"], 0, wrong_type=TypeError)
-        whole_number("fps", call["fps"], 1, wrong_type=TypeError)
+        check_between("addnoise_condition", call["addnoise_condition"], 0, 1000)
+        check_count("ar_step", call["ar_step"], 0)
         for name in ("causal_block_size", "overlap_history"):
             if call[name] is not None:
-                whole_number(name, call[name], 1, wrong_type=TypeError)
+                check_count(name, call[name])
         if call["overlap_history"] is None:
             raise ValueError(
                 "a video without end is drawn window after window: pass overlap_history=17 or 37, the frames that a window "
@@ -217,9 +213,9 @@ class SkyReels(CausallyDecoded):
         left = replace(history, chunks=history.chunks + 1, carried=window)
         return Drawn(latents, self.in_scale_of_vae(latents), images, left)
 
-    def decode(self, drawn: Drawn) -> tuple[Tensor, History]:
-        video, history = super().decode(drawn)
-        before = drawn.history.carried.video
+    def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
+        video, history = super().decode(drawn, frame)
+        before = None if frame else drawn.history.carried.video
         return video if before is None else torch.cat([before.to(video.device), video.to(before.dtype)], dim=2), history
 
     # -- inside ---------------------------------------------------------------------------------------------------------
