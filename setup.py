@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
     "onnxruntime": ONNX,
     "openvino": [*ONNX[:2], "openvino>=2025.0,<2027"],
     "web": ["fastapi>=0.115,<1", "uvicorn>=0.54,<1", "websockets>=13", "prometheus-client>=0.20,<1"],
+    "webrtc": ["aiortc>=1.13,<2"],  # beside web
     "video": ["av>=14"],
     # Cameras, screens, NDI, ... (SpoutGL on Windows and syphon-python on macOS are named when they are asked for).
     "live": ["av>=14", "opencv-python-headless>=4.10", "mss>=10.2", "pyvirtualcam>=0.12", "cyndilib>=0.1", "pygame-ce>=2.5"],

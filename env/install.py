@@ -35,6 +35,7 @@ EXTRAS = {
     "onnxruntime": "onnxruntime, for a CPU",
     "openvino": "OpenVINO, the quickest on a CPU that computes in bfloat16",
     "web": "the page and its server",
+    "webrtc": "WebRTC, WHIP and WHEP for the page's server (with --web)",
     "video": "video files",
     "live": "cameras, screens, windows, NDI and recordings",
     "control": "knobs by OSC and MIDI",

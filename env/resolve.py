@@ -29,7 +29,7 @@ PLATFORMS = {
 }
 EXTRAS = (
     *("tensorrt-rtx", "tensorrt", "onnxruntime", "openvino", "quantize", "bench", "ray"),
-    *("web", "video", "live", "control", "control-images", "audio", "docs", "dev"),
+    *("web", "webrtc", "video", "live", "control", "control-images", "audio", "docs", "dev"),
 )
 NOT_ON_MACOS = ("tensorrt-rtx", "tensorrt")
 FROM_SOURCE = ("tensorrt",)  # a metapackage without wheels: its build fetches them from NVIDIA

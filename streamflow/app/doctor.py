@@ -145,6 +145,7 @@ TENSORRT = {
 }
 EXTRAS = {
     "web": ("fastapi", "uvicorn", "websockets", "prometheus-client"),
+    "webrtc": ("aiortc",),
     "video": ("av",),
     "live": ("av", "opencv-python-headless", "mss", "pygame-ce"),
     "control": ("python-osc", "mido", "python-rtmidi"),

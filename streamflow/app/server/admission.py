@@ -25,6 +25,11 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
+class Full(Refusal):
+    """Raised when all session slots are taken, whoever the holder is."""
+
+
+@dataclass(frozen=True)
 class Unused(Refusal):
     """Raised when the holder has unused tickets. A page that has just been opened uses its own within milliseconds."""
 
@@ -54,7 +59,7 @@ class Admission:
         if quota is not None and waiting[holder.name] + self._inside[holder.name] >= quota:
             raise Refusal(f"your quota is {quota} streams at once, and they are in use: close one")
         if waiting.total() + self.inside >= self._slots:
-            raise Refusal(f"all {self._slots} session slots are taken")
+            raise Full(f"all {self._slots} session slots are taken")
         if waiting[holder.name] >= UNUSED:
             raise Unused(f"you have {UNUSED} unused tickets: use one, or wait until it expires after {KEPT:g} seconds")
         ticket = secrets.token_urlsafe(24)

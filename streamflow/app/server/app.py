@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -28,11 +29,16 @@ from streamflow.app.server.settings import UNUSED
 from streamflow.app.server.slot import LOADING, about_models, check_control_net, first_request, takes_negative
 from streamflow.app.server.tokens import Holder, Tokens
 from streamflow.app.server.video import VideoWorker, check_settings, open_model
+from streamflow.app.server.whip import Streams, add_endpoints
 from streamflow.app.server.worker import Worker
 from streamflow.app.video_model import check_images
 from streamflow.models.loading import is_video
 
-FILES = {name: Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js", "source.js", "link.js")}
+if TYPE_CHECKING:
+    from streamflow.app.server.webrtc import Peer
+
+NAMES = ("page.html", "page.css", "page.js", "source.js", "link.js", "webrtc.js")
+FILES = {name: Path(__file__).with_name(name) for name in NAMES}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 TRIES = 2.0  # wrong tokens a second, of one visitor
 PROTOCOL = "streamflow"
@@ -62,8 +68,9 @@ class Service:
         self._began = time.monotonic()
         self._opening: Json = {"state": LOADING, "done": 0, "of": 1}
         self.refusals = Refusals(self.metrics)
-        share = max(1, self.server.max_viewers // len(tokens)) if len(tokens) > 1 else None
-        self.admission = Admission(self.server.max_viewers, streams=self.server.streams_per_user or share)
+        self.admission = self.admission_of(self.server.max_viewers)
+        self.make_peer: Callable[[Viewer], Peer] | None = None  # where WebRTC is on and installed
+        self.streams: Streams | None = None  # of WHIP and WHEP, there too
         self.pools = Pools()
         self.viewers: set[Viewer] = set()
         self.wrong_tokens = Rates(TRIES, 10)
@@ -74,6 +81,11 @@ class Service:
         gauge("memory_bytes", "of the process", lambda: psutil.Process().memory_info().rss)
         if torch.cuda.is_available():
             gauge("cuda_memory_bytes", "of tensors on the GPU", torch.cuda.memory_allocated)
+
+    def admission_of(self, slots: int) -> Admission:
+        """Admission to so many slots. Where there are several tokens, each holder's quota is an equal share by default."""
+        share = max(1, slots // len(self.tokens)) if len(self.tokens) > 1 else None
+        return Admission(slots, streams=self.server.streams_per_user or share)
 
     @property
     def request(self) -> DrawRequest:
@@ -119,9 +131,46 @@ class Service:
             raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
         raise HTTPException(401, "a token is required: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
 
+    def enter(self, holder: Holder) -> Holder:
+        """Occupy a session slot without a ticket. Raises Refusal."""
+        entered = self.admission.enter(self.admission.ticket(holder))
+        assert entered is not None, "a new ticket is good"
+        return entered
+
+    def welcome(self, holder: Holder, request: DrawRequest) -> Viewer:
+        """A new viewer of a holder that has entered, with its `welcome` message queued."""
+        worker, server = self.worker, self.server
+        viewer = Viewer(worker, self.metrics, request, (Bucket(server.max_fps, 2), *self.admission.pace(holder)))
+        width, height = worker.size
+        ice_servers = [one.model_dump() for one in server.ice_servers]
+        limits = {
+            "max_steps": server.max_steps,
+            "max_fps": server.max_fps,
+            "guided": self.settings.cfg_type != "none",
+            "negative": takes_negative(self.settings),
+            "video": self.video,
+            "control": self.settings.controlnet.maker is not None,
+            "webrtc": None if self.make_peer is None else {"ice_servers": ice_servers},
+        }
+        shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}
+        about = about_models(self.settings)
+        viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, about=about, limits=limits, **shown)
+        self.viewers.add(viewer)
+        worker.add(viewer)
+        return viewer
+
+    def leave(self, holder: Holder, viewer: Viewer | None) -> None:
+        """Free the holder's slot, and remove its viewer."""
+        self.admission.leave(holder)
+        if viewer is not None:
+            self.viewers.discard(viewer)
+            self.worker.remove(viewer)
+
     async def stop(self) -> None:
-        """End the current turn, and the model's thread."""
+        """End the WebRTC connections, the current turn, and the model's thread."""
         self.leaving = True
+        if self.streams is not None:
+            await self.streams.close()
         self.worker.stop()
         self.pools.shutdown()
         if self.worker.is_alive():
@@ -149,6 +198,7 @@ def create_app(service: Service) -> Guard:
     _health(app, service)
     _tickets(app, service)
     _sockets(app, service)
+    add_endpoints(app, service)
     _pages(app)  # last, since "/{name}" takes whatever is left
     return Guard(app, service.server, service.refusals)
 
@@ -226,32 +276,7 @@ def _sockets(app: FastAPI, service: Service) -> None:
         viewer = None
         try:
             await socket.accept(PROTOCOL)
-            viewer = _welcome(service, holder)
+            viewer = service.welcome(holder, service.request)
             await Session(socket, viewer, service).run()
         finally:
-            service.admission.leave(holder)
-            if viewer is not None:
-                service.viewers.discard(viewer)
-                service.worker.remove(viewer)
-
-
-def _welcome(service: Service, holder: Holder) -> Viewer:
-    """A new viewer, with its `welcome` message queued."""
-    worker, server = service.worker, service.server
-    request = service.request
-    viewer = Viewer(worker, service.metrics, request, (Bucket(server.max_fps, 2), *service.admission.pace(holder)))
-    width, height = worker.size
-    limits = {
-        "max_steps": server.max_steps,
-        "max_fps": server.max_fps,
-        "guided": service.settings.cfg_type != "none",
-        "negative": takes_negative(service.settings),
-        "video": service.video,
-        "control": service.settings.controlnet.maker is not None,
-    }
-    shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}
-    about = about_models(service.settings)
-    viewer.post(type="welcome", settings=request.model_dump(), models=worker.models, about=about, limits=limits, **shown)
-    service.viewers.add(viewer)
-    worker.add(viewer)
-    return viewer
+            service.leave(holder, viewer)

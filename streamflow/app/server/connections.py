@@ -23,7 +23,7 @@ from streamflow.app.server.settings import Server
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-REQUEST_BYTES = 16_384  # of a request's head and body together; no request of the page has a body
+REQUEST_BYTES = 16_384  # of a request's head and body together; only offers of WebRTC have a body
 SLICE = 4096  # bytes of a WebSocket that are parsed before its frames are counted
 FRAMES_PER_MESSAGE = 5  # frames a second that are allowed for each message a second
 FRAGMENTS = 1024  # frames of one message

@@ -35,7 +35,7 @@ def decode(data: bytes, max_pixels: int, width: int, height: int, check: CheckSi
     BadMessage: invalid or too large."""
     try:
         image = open_image(bytes(data), FORMATS, max_pixels, max(width, height))
-        fitted = PIL.ImageOps.fit(as_rgb(image), (width, height))
+        fitted = fit(as_rgb(image), width, height)
     except ValueError as error:
         raise BadMessage(f"{error}: send a whole JPEG, PNG or WebP of at most {max_pixels} pixels") from None
     if check is not None:
@@ -44,6 +44,11 @@ def decode(data: bytes, max_pixels: int, width: int, height: int, check: CheckSi
         except ValueError as error:
             raise BadMessage(str(error)) from None
     return fitted
+
+
+def fit(image: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
+    """An image cut to the middle and scaled to `width` x `height`."""
+    return PIL.ImageOps.fit(image, (width, height))
 
 
 def split(message: bytes) -> tuple[float, bytes]:

@@ -3,13 +3,15 @@
 const SLOWEST = 8000; // milliseconds between two tries
 
 export class Link {
-  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, style, gif, status, token}.
+  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, style, gif, answer, webrtc,
+  // status, token}. channel: while there is one, a data channel that text messages are sent by.
   // on.status({state, message, done, of, seconds}): where the connection stands; all but the state may be absent.
   // on.control(header, blob): a control image.
   constructor(settings, on) {
     this.settings = settings;
     this.on = on;
     this.pause = 500;
+    this.channel = null;
     this.connect();
   }
 
@@ -70,7 +72,8 @@ export class Link {
   }
 
   send(message) {
-    if (this.live) this.socket.send(JSON.stringify(message));
+    const path = this.channel?.readyState === "open" ? this.channel : this.socket;
+    if (this.live) path.send(JSON.stringify(message));
   }
 
   set(settings) {
@@ -80,8 +83,9 @@ export class Link {
   // Send a style image, or take it away with null. The server answers with a message of the same type.
   async sendStyle(blob) {
     const data = blob && (await blob.arrayBuffer());
-    this.send({ type: "style", image: Boolean(data) });
-    if (data && this.live) this.socket.send(data);
+    if (!this.live) return;
+    this.socket.send(JSON.stringify({ type: "style", image: Boolean(data) })); // by the socket, so that the image follows
+    if (data) this.socket.send(data);
   }
 
   // Send an image, unless the last one is still on its way: the newest wins.

@@ -2,6 +2,7 @@
 
 import { Link } from "./link.js";
 import { scaled, Source, UNREADABLE_IMAGE } from "./source.js";
+import { Media } from "./webrtc.js";
 
 const $ = (id) => document.getElementById(id);
 const all = (selector) => document.querySelectorAll(selector);
@@ -31,6 +32,7 @@ const source = new Source($("input"), () => ({ colour: $("colour").value, width:
 let mode = "text", running = true, drawn = false, recorder = null, about = {};
 let styled = [], style = null; // the models that take a style image, and the one in use as a blob
 let status = { state: "connecting", at: performance.now() };
+let webrtc = null, refusal = ""; // what the server has of WebRTC, and why it is not used
 let known = { ...JSON.parse(sessionStorage.getItem("settings") ?? "{}"), ...fromLink() };
 
 // -- settings ---------------------------------------------------------------------------------------------------------
@@ -80,6 +82,7 @@ function label() {
   $("pause").textContent = running ? "Pause" : "Resume";
   $("record").ariaPressed = recorder !== null;
   $("record").textContent = recorder ? "Stop recording" : "Record video";
+  carry();
   veil();
 }
 
@@ -107,6 +110,7 @@ function changed() {
 function welcome({ settings: first, models, about: notes, limits, styled: names, width, height }) {
   about = notes;
   styled = names;
+  webrtc = limits.webrtc;
   $("steps").max = limits.max_steps;
   $("guidance-panel").hidden = !limits.guided;
   $("tab-text").hidden = limits.control; // control images are made from images
@@ -125,6 +129,40 @@ function welcome({ settings: first, models, about: notes, limits, styled: names,
   show(first);
   if (!limits.video) show(known); // a video is drawn for all viewers, as it is
   keep();
+}
+
+// -- webcams and screens by WebRTC ----------------------------------------------------------------------------------------
+
+const choice = new URLSearchParams(location.search).get("transport");
+
+// Why a webcam or screen is sent by the WebSocket; empty where WebRTC can be used.
+function withoutWebRTC() {
+  if (choice === "websocket") return "chosen in the address";
+  if (!webrtc) return "the server has no WebRTC";
+  if (!window.RTCPeerConnection || !HTMLVideoElement.prototype.requestVideoFrameCallback) return "the browser has no WebRTC";
+  return refusal;
+}
+
+// Start or end the connection as the source needs it, and say what carries the images.
+function carry() {
+  const track = mode === "image" && link.live && status.state === "drawing" ? source.track : null, reason = withoutWebRTC();
+  if (track && !reason) {
+    if (!media.connection) media.start(track, $("output"), webrtc.ice_servers);
+  } else media.stop();
+  $("transport").hidden = !track;
+  $("transport").textContent = media.live ? "WebRTC" : reason ? `WebSocket (${reason})` : "WebRTC is connecting";
+}
+
+function shows(video) {
+  screen.drawImage(video, 0, 0, $("output").width, $("output").height);
+  $("output-video").hidden = false;
+  first();
+}
+
+function first() {
+  if (drawn) return;
+  drawn = true;
+  veil();
 }
 
 // -- the style image --------------------------------------------------------------------------------------------------
@@ -207,7 +245,7 @@ function veil() {
   $("status").dataset.state = kind;
   $("veil").hidden = !title;
   const figure = $(choosing ? "input-figure" : "output-figure");
-  if ($("veil").parentElement !== figure) figure.querySelector("canvas").after($("veil"));
+  if ($("veil").parentElement !== figure) figure.querySelector("figcaption").before($("veil"));
   $("veil").dataset.over = drawn && !choosing ? "image" : "nothing";
   $("veil-title").textContent = title;
   $("veil-detail").textContent = detail;
@@ -225,20 +263,20 @@ function message(text, kind = "error") {
   $("message").hidden = !text;
 }
 
+// An image, or what is said of one that the video shows.
 async function image(header, blob) {
-  const bitmap = await createImageBitmap(blob);
-  screen.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  link.send({ type: "ack" });
+  if (blob) {
+    const bitmap = await createImageBitmap(blob);
+    if (!media.live) screen.drawImage(bitmap, 0, 0);
+    bitmap.close();
+    link.send({ type: "ack" });
+    first();
+  }
   const now = performance.now();
-  shown.push([now, header.stamp === null ? header.age_ms : now - header.stamp]);
+  shown.push([now, header.stamp === null ? header.age_ms + (blob ? 0 : media.delay) : now - header.stamp]);
   if (shown.length > KEPT) shown.shift();
   $("frame").textContent = header.frame;
   $("ring").replaceChildren(...header.ring.map((frame, stage) => stageOf(frame, stage, header.ring.length)));
-  if (!drawn) {
-    drawn = true;
-    veil();
-  }
 }
 
 function stageOf(frame, stage, stages) {
@@ -257,12 +295,14 @@ function numbers() {
   $("fps").textContent = span ? ((recent.length - 1) / span).toFixed(1) : drawn ? "0" : "–";
   $("median").textContent = at(0.5);
   $("p95").textContent = at(0.95);
+  media.measure();
   veil();
 }
 
 let busy = false;
 async function feed() {
   if (busy || !running || document.hidden || mode !== "image" || !link.live) return;
+  if (media.live) return source.look();
   busy = true;
   try {
     const stamp = performance.now(), blob = await source.grab();
@@ -330,9 +370,12 @@ const link = new Link(settings, {
     message("");
     showStyle(blob.size ? blob : null);
   },
+  answer: ({ sdp }) => media.answer(sdp),
+  webrtc: ({ message: reason }) => media.connection && media.end(reason),
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
   status: (now) => {
     status = { ...now, at: performance.now() };
+    carry();
     veil();
     if (now.state !== "drawing" || !style) return; // the server has a new viewer, without a style image
     if ($("style-panel").hidden) showStyle(null);
@@ -348,8 +391,20 @@ const link = new Link(settings, {
   },
 });
 
+const media = new Media(link, $("output-video"), {
+  open: carry,
+  frame: shows,
+  closed: (reason) => {
+    refusal = reason && `WebRTC: ${reason}`;
+    $("output-video").hidden = true;
+    carry();
+  },
+});
+
 async function choose(kind, file) {
   message("");
+  media.stop();
+  refusal = "";
   try {
     await source.start(kind, file);
   } catch (error) {

@@ -1,5 +1,8 @@
 """One viewer: its draw request, its input and its output. Only the newest image is kept in each direction, and nothing is
-drawn that the viewer cannot receive yet. The socket's tasks run in the event loop, turns in the model's thread."""
+drawn that the viewer cannot receive yet. The socket's tasks run in the event loop, turns in the model's thread.
+
+A session's messages come over a WebSocket or the data channel of a WebRTC connection. A session of a WebSocket may also have
+a WebRTC connection, which then carries the images and those messages that are text."""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import PIL.Image
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 from streamflow._files import Json
 from streamflow.app.server import images, messages
@@ -23,11 +26,15 @@ from streamflow.app.server.images import CheckSize, Style
 from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import Bucket
+from streamflow.app.server.settings import Server
 from streamflow.app.server.slot import Drawn, Slot
 from streamflow.app.server.worker import Worker
 
 if TYPE_CHECKING:
+    import av
+
     from streamflow.app.server.app import Service
+    from streamflow.app.server.webrtc import Peer
     from streamflow.image_utils import Images
 
 T = TypeVar("T")
@@ -39,6 +46,9 @@ TOO_MUCH, TOO_WRONG, FAILED = 4429, 4400, 4500
 TOO_LARGE = 1009  # WebSocket's own code
 GIF_EVERY = 2.0  # seconds
 OVERSIZE = 16  # times the model's pixels, that an image may have
+VIDEO_PIXELS = 1920 * 1088  # that a frame of a video may have in any case
+OFFER_EVERY = 2.0  # seconds
+NO_WEBRTC = "the server has no WebRTC: its owner may install the extra webrtc and set server.webrtc"
 
 
 class Pools:
@@ -73,8 +83,8 @@ class Viewer:
         self.used, self.gone = 0.0, False
         self.slot: Slot | None = None
         self.unacknowledged = 0
-        self.image: tuple[Images, float, float] | None = None  # decoded, when it came, its stamp
-        self.undecoded: tuple[bytes, float, float] | None = None  # not yet decoded
+        self.image: tuple[Images, float, float | None] | None = None  # decoded, when it came, its stamp
+        self.undecoded: tuple[bytes | av.VideoFrame, float, float | None] | None = None  # not yet decoded
         self.style: Style | None = None
         self.undecoded_style: bytes | None = None  # not yet decoded; empty: the style image is taken away
         self._out: Drawn | None = None
@@ -138,9 +148,8 @@ class Viewer:
         self.texts.append(json.dumps(message))
         self._loop.call_soon_threadsafe(self.output_ready.set)
 
-    def offer(self, data: bytes) -> None:
-        """Take an image's message. It replaces one that is not decoded yet."""
-        stamp, image = images.split(data)
+    def offer(self, image: bytes | av.VideoFrame, stamp: float | None) -> None:
+        """Take an encoded image, or a frame of a video. It replaces one that waits to be decoded or scaled."""
         if self.undecoded is not None:
             self._metrics.count("drops", "in")
         self.undecoded = image, time.monotonic(), stamp
@@ -151,7 +160,7 @@ class Viewer:
         self.undecoded_style = data
         self.input_arrived.set()
 
-    def decoded(self, image: Images, entered: float, stamp: float) -> None:
+    def decoded(self, image: Images, entered: float, stamp: float | None) -> None:
         """Take a decoded image. It replaces one that is not drawn yet."""
         with self._worker.changing():
             if self.image is not None:
@@ -187,16 +196,40 @@ class Viewer:
         return min(waiting, default=None)
 
 
-class Session:
-    """A viewer's socket, from the `welcome` message to its end."""
+class Socket(Protocol):
+    """What a viewer's messages come and go by: Starlette's WebSocket, or a WebRTC connection with a data channel."""
 
-    def __init__(self, socket: WebSocket, viewer: Viewer, service: Service):
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next message, as ASGI's `websocket.receive` or `websocket.disconnect`."""
+        ...
+
+    async def send_text(self, data: str) -> None:
+        """Send a text message."""
+        ...
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send a binary message. BadMessage: it is too large."""
+        ...
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None:
+        """End the connection, with the reason."""
+        ...
+
+
+class Session:
+    """A viewer's socket, from the `welcome` message to its end. peer: where the socket is a WebRTC connection, the same."""
+
+    def __init__(self, socket: Socket, viewer: Viewer, service: Service, peer: Peer | None = None):
         self._socket, self._viewer, self._worker, self._server = socket, viewer, service.worker, service.server
         self._pools, self._metrics, self._refused = service.pools, service.metrics, service.refusals
         self._control = service.settings.controlnet.maker is not None
         rate = self._server.max_messages_per_second
         self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
+        self._offers = Bucket(1 / OFFER_EVERY, 3)
+        self._make_peer, self._peer = service.make_peer, peer
+        self._watching: asyncio.Future[None] | None = None
+        self._stopped = asyncio.Event()
         self._mistakes = 0
         self._style_follows = False  # the next binary message is a style image
         self._kept: deque[bytes] = deque(maxlen=GIF_FRAMES)
@@ -204,7 +237,8 @@ class Session:
 
     async def run(self) -> None:
         """Run until the viewer disconnects, or the server ends its connection."""
-        tasks = [asyncio.ensure_future(one) for one in (self._receive(), self._decode(), self._send())]
+        running = (self._receive(self._socket), self._decode(), self._send(), self._stopped.wait())
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(one) for one in running]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -212,13 +246,17 @@ class Session:
                 if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
                     raise error
         finally:
+            tasks += [] if self._watching is None else [self._watching]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._peer is not None:
+                self._peer.output.close()
+                await self._peer.end("the session has ended")
 
-    async def _receive(self) -> None:
+    async def _receive(self, socket: Socket) -> None:
         while True:
-            message = await self._socket.receive()
+            message = await socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
             if not self._rate.take():
@@ -249,7 +287,8 @@ class Session:
 
     def _take_bytes(self, data: bytes) -> None:
         if not self._style_follows:
-            return self._viewer.offer(data)
+            stamp, image = images.split(data)
+            return self._viewer.offer(image, stamp)
         self._style_follows = False
         if not data:
             raise BadMessage("a style image's message is empty")
@@ -273,6 +312,40 @@ class Session:
             raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
         self._viewer.change(new)
         self._viewer.post(type="settings", settings=new.model_dump(), number=number)
+
+    async def _offer(self, message: Json) -> None:
+        """sdp: an offer of WebRTC. The answer is a message "answer" with its sdp. While the connection is there, images go
+        by it, and text messages by its data channel. At its end comes a message "webrtc", and the socket is used again. A
+        further offer changes the connection."""
+        if self._make_peer is None:
+            raise BadMessage(NO_WEBRTC)
+        if not isinstance(offer := message.get("sdp"), str):
+            raise BadMessage("sdp: an offer of WebRTC")
+        if not self._offers.take():
+            raise BadMessage(f"at most one offer every {OFFER_EVERY:g} seconds")
+        peer = self._peer or self._make_peer(self._viewer)
+        try:
+            answer = await peer.negotiate(offer)
+        except BadMessage:
+            if peer is not self._peer:
+                await peer.end("the offer was refused")
+            raise
+        if peer is not self._peer:
+            self._peer, self._watching = peer, asyncio.ensure_future(self._watch(peer))
+        self._viewer.post(type="answer", sdp=answer)
+
+    async def _watch(self, peer: Peer) -> None:
+        """Use a WebRTC connection beside the socket until it ends."""
+        messages = asyncio.ensure_future(self._receive(peer))
+        messages.add_done_callback(lambda _: peer.connected and self._stopped.set())  # a flood, or too many mistakes
+        try:
+            reason = await peer.run()
+        finally:
+            messages.cancel()
+            await asyncio.gather(messages, return_exceptions=True)
+        self._peer = None
+        peer.output.close()
+        self._viewer.post(type="webrtc", state="ended", message=reason)
 
     async def _acknowledge(self, message: Json) -> None:
         self._viewer.acknowledge()
@@ -309,7 +382,13 @@ class Session:
     async def _decode_image(self) -> None:
         if self._viewer.undecoded is not None:
             (data, entered, stamp), self._viewer.undecoded = self._viewer.undecoded, None
-            self._viewer.decoded(await self._decoded(data), entered, stamp)
+            if isinstance(data, bytes):
+                image = await self._decoded(data)
+            else:
+                from streamflow.app.server.webrtc_media import fitted
+
+                image = await self._in_pool(self._pools.decode, fitted, data, *self._worker.size)
+            self._viewer.decoded(image, entered, stamp)
 
     async def _decode_style(self) -> None:
         viewer = self._viewer
@@ -328,7 +407,7 @@ class Session:
 
     async def _decoded(self, data: bytes, check: CheckSize | None = None) -> PIL.Image.Image:
         width, height = self._worker.size
-        most = min(self._server.max_image_pixels, OVERSIZE * width * height)
+        most = max_pixels(self._server, self._worker)
         return await self._in_pool(self._pools.decode, images.decode, data, most, width, height, check)
 
     async def _send(self) -> None:
@@ -337,28 +416,59 @@ class Session:
             await viewer.output_ready.wait()
             viewer.output_ready.clear()
             while viewer.texts:
-                await self._socket.send_text(viewer.texts.popleft())
+                await self._send_text(viewer.texts.popleft())
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
                 await self._control_image(drawn)
                 await self._image(drawn)
 
+    async def _send_text(self, text: str) -> None:
+        """By the data channel where there is one, else by the socket."""
+        peer = self._peer
+        await (self._socket if peer is None or not peer.open else peer).send_text(text)
+
     async def _image(self, drawn: Drawn) -> None:
+        """Send an image: as a frame of the video of a WebRTC connection with its header as a text, or as a JPEG after it."""
+        peer = self._peer
+        if peer is None or not (peer is self._socket or (peer.connected and peer.sends)):
+            await self._socket.send_bytes(packed(self._header(drawn), await self._jpeg(drawn)))
+        else:
+            peer.output.show(drawn.pixels)
+            if peer.open or peer is not self._socket:
+                await self._jpeg(drawn)
+                await self._send_text(json.dumps(self._header(drawn)))
+        self._metrics.count("frames")
+        self._metrics.observe("end_to_end_seconds", time.monotonic() - drawn.entered)
+
+    async def _jpeg(self, drawn: Drawn) -> bytes:
+        """An image as a JPEG, which is kept for a GIF."""
         data = await self._in_pool(self._pools.encode, images.jpeg, drawn.pixels)
         self._kept.append(data)
         self._shown.append(time.monotonic())
-        age = time.monotonic() - drawn.entered
-        header = {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp}
-        await self._socket.send_bytes(packed({**header, "age_ms": round(1000 * age, 1)}, data))
-        self._metrics.count("frames")
-        self._metrics.observe("end_to_end_seconds", age)
+        return data
+
+    def _header(self, drawn: Drawn) -> Json:
+        age = round(1000 * (time.monotonic() - drawn.entered), 1)
+        return {"type": "image", "frame": drawn.frame, "ring": drawn.ring, "stamp": drawn.stamp, "age_ms": age}
 
     async def _in_pool(self, pool: Executor, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
-HANDLERS = {"set": Session._set, "ack": Session._acknowledge, "gif": Session._gif, "style": Session._style}
+HANDLERS = {
+    "set": Session._set,
+    "ack": Session._acknowledge,
+    "gif": Session._gif,
+    "style": Session._style,
+    "offer": Session._offer,
+}
+
+
+def max_pixels(server: Server, worker: Worker, least: int = 0) -> int:
+    """Pixels of one image of a viewer: `OVERSIZE` times the model's or `least`, and never above the server's limit."""
+    width, height = worker.size
+    return min(server.max_image_pixels, max(least, OVERSIZE * width * height))
 
 
 def packed(header: Json, data: bytes) -> bytes:

@@ -13,6 +13,20 @@ from streamflow._validation import Section
 UNUSED = ("t_index_list", "frame_buffer_size", "use_denoising_batch", "devices", "similar_image_filter")
 
 
+class IceServer(Section):
+    """A STUN or TURN server, with which WebRTC finds a way through firewalls."""
+
+    url: str = Field(pattern=r"^(stun|turns?):[^\s:]+(:[0-9]{1,5})?(\?transport=(udp|tcp))?$", max_length=200)
+    username: str | None = Field(default=None, description="of a TURN server")
+    credential: str | None = Field(default=None, description="of a TURN server", repr=False)
+
+    @model_validator(mode="after")
+    def _has_what_turn_needs(self) -> Self:
+        if self.url.startswith("turn") and None in (self.username, self.credential):
+            raise ValueError(f"{self.url} needs a username and a credential")
+        return self
+
+
 class Server(Section):
     """The page: where it is served, to whom, and its limits."""
 
@@ -47,6 +61,13 @@ class Server(Section):
     request_seconds: float = Field(
         default=10.0, gt=0, description="for a request to arrive, and for its response to be sent"
     )
+    webrtc: bool = Field(default=True, description="offer WebRTC beside the WebSocket; needs the extra webrtc")
+    ice_servers: tuple[IceServer, ...] = Field(
+        default=(),
+        description="STUN and TURN servers of WebRTC, each with url, username and credential; the server uses the first of "
+        "each kind, and pages get all",
+    )
+    max_readers: int = Field(default=8, ge=1, le=64, description="players at once that read streams by WHEP")
     streams_per_user: int | None = Field(
         default=None,
         ge=1,

@@ -81,13 +81,24 @@ export class Source {
     image.close();
   }
 
-  // The newest image as a JPEG; null where there is none.
-  async grab() {
-    if (!this.kind) return null;
+  // Draw the newest image of a video. Return whether there is an image.
+  look() {
+    if (!this.kind) return false;
     if (this.video.srcObject || this.video.src) {
-      if (!this.video.videoWidth) return null;
+      if (!this.video.videoWidth) return false;
       this.cover(this.video, this.video.videoWidth, this.video.videoHeight);
     }
+    return true;
+  }
+
+  // The track of a webcam or screen; null where the source is none.
+  get track() {
+    return this.kind && (this.video.srcObject?.getVideoTracks()[0] ?? null);
+  }
+
+  // The newest image as a JPEG; null where there is none.
+  async grab() {
+    if (!this.look()) return null;
     return new Promise((done) => this.canvas.toBlob(done, "image/jpeg", 0.9));
   }
 

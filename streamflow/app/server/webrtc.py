@@ -1,0 +1,267 @@
+"""A WebRTC connection of one client: offers and answers, the data channel, and its end. It is a `Socket` of a session, and
+takes and sends video beside it. Knows aiortc; no viewer and no model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import av
+from aiortc import (
+    RTCConfiguration,
+    RTCDataChannel,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCRtpTransceiver,
+    RTCSessionDescription,
+)
+
+from streamflow._files import Json
+from streamflow.app.server.messages import BadMessage
+from streamflow.app.server.settings import IceServer
+from streamflow.app.server.webrtc_media import Decoder, Output, OutputTrack
+
+MAX_MEDIA = 4  # media of an offer
+MAX_VIDEOS = 2  # of them
+MAX_CANDIDATES = 32
+CONNECT_SECONDS = 10.0  # from the answer until the connection must be there
+SILENT_SECONDS = 10.0  # without any packet, after which a client is gone
+LOOK_SECONDS = 0.5  # between two looks at the connection
+MAX_PACKETS = 2500  # a second, that a client may send
+MAX_QUEUED = 1024  # messages of a client that wait; its rate is counted when they are taken
+MAX_EARLY = 8  # messages to a client that wait for its data channel
+MAX_BYTES = 65_536  # of one message of a data channel
+MAX_BUFFERED = 131_072  # bytes that a client has not acknowledged, above which messages wait
+CLOSE_SECONDS = 3.0
+
+
+class BadOffer(BadMessage):
+    """Raised for an offer that cannot be answered, with the reason."""
+
+
+def check_offer(sdp: str) -> str:
+    """The offer without candidates of host names, which would have to be resolved: such a client's address is learned from
+    its own checks. BadOffer: it is too large."""
+    kept = [line for line in sdp.splitlines() if not re.match(r"a=(candidate:.*\.local\b|end-of-candidates)", line)]
+    media = [line.partition(" ")[0] for line in kept if line.startswith("m=")]
+    candidates = sum(line.startswith("a=candidate:") for line in kept)
+    if not media:
+        raise BadOffer("the offer is no SDP with media")
+    for name, count, most in (
+        ("media", len(media), MAX_MEDIA),
+        ("videos", media.count("m=video"), MAX_VIDEOS),
+        ("candidates", candidates, MAX_CANDIDATES),
+    ):
+        if count > most:
+            raise BadOffer(f"the offer has {count} {name}, and at most {most} are taken")
+    return "\r\n".join(kept) + "\r\n"
+
+
+def configuration(servers: Sequence[IceServer]) -> RTCConfiguration:
+    """aiortc's, with the STUN and TURN servers of the settings. Without any, this machine's own addresses are offered."""
+    return RTCConfiguration([RTCIceServer(one.url, one.username, one.credential) for one in servers])
+
+
+class Peer:
+    """A client's connection. frame: called in a decoder's thread with each decoded frame of at most `max_pixels`, or None
+    where no video is taken. report: with a message about frames that cannot be decoded, in that thread too. output: of the
+    video that the client gets.
+
+    A client sends one video: of several, the one that was added last is taken. All else that it offers, such as sound, is
+    answered as inactive.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[IceServer],
+        output: Output,
+        frame: Callable[[av.VideoFrame], object] | None = None,
+        report: Callable[[str], object] = lambda message: None,
+        max_pixels: int = 0,
+    ):
+        self._connection = RTCPeerConnection(configuration(servers))
+        self.output, self._frame, self._report, self._max_pixels = output, frame, report, max_pixels
+        self._decoder: Decoder | None = None
+        self._channel: RTCDataChannel | None = None
+        self._messages: asyncio.Queue[Json | None] = asyncio.Queue(MAX_QUEUED)
+        self._early: deque[str] = deque(maxlen=MAX_EARLY)
+        self._negotiating = asyncio.Lock()
+        self._low = asyncio.Event()  # set where more messages can be sent
+        self._changed = asyncio.Event()
+        self._ended: str | None = None
+        self._connection.on("track", self._on_track)
+        self._connection.on("datachannel", self._on_channel)
+        self._connection.on("connectionstatechange", self._changed.set)
+
+    # -- offers and answers ------------------------------------------------------------------------------------------------
+
+    async def negotiate(self, offer: str) -> str:
+        """The answer to an offer, the first or a later one, with all candidates. BadOffer."""
+        offer = check_offer(offer)
+        async with self._negotiating:
+            try:
+                await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+                for one in self._connection.getTransceivers():
+                    self._set_direction(one)
+                await self._connection.setLocalDescription(await self._connection.createAnswer())
+            except Exception as error:  # whatever a broken description leads to in aiortc's parser
+                raise BadOffer(f"the offer cannot be answered ({type(error).__name__})") from error
+        return self._connection.localDescription.sdp
+
+    def _set_direction(self, transceiver: RTCRtpTransceiver) -> None:
+        """Answer a video with what both sides do of taking and sending, anything else as inactive."""
+        if transceiver.kind != "video":
+            transceiver.direction = "inactive"
+            return
+        if transceiver.sender.track is None:
+            transceiver.sender.replaceTrack(OutputTrack(self.output))
+        transceiver.direction = "sendonly" if self._frame is None else "sendrecv"
+
+    def _on_track(self, track: Any) -> None:
+        if track.kind != "video" or self._frame is None:
+            return
+        if self._decoder is not None:
+            self._decoder.active = False
+        self._decoder = Decoder(self._max_pixels, self._frame, self._report)
+        (receiver,) = (one for one in self._connection.getReceivers() if one.track is track)
+        self._decoder.attach(receiver)
+
+    def _directions(self) -> set[str | None]:
+        return {one.currentDirection for one in self._connection.getTransceivers() if one.kind == "video"}
+
+    @property
+    def takes(self) -> bool:
+        """Whether the client sends a video, by the last answer."""
+        return bool(self._directions() & {"recvonly", "sendrecv"})
+
+    @property
+    def sends(self) -> bool:
+        """Whether the client gets a video, by the last answer."""
+        return bool(self._directions() & {"sendonly", "sendrecv"})
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is there now."""
+        return self._ended is None and self._connection.connectionState == "connected"
+
+    # -- a `Socket` of a session ------------------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        """Whether messages can be sent now."""
+        return self._open_channel() is not None
+
+    def _open_channel(self) -> RTCDataChannel | None:
+        channel = self._channel
+        return channel if self._ended is None and channel is not None and channel.readyState == "open" else None
+
+    def _on_channel(self, channel: RTCDataChannel) -> None:
+        if self._channel is not None:
+            return channel.close()
+        self._channel = channel
+        channel.bufferedAmountLowThreshold = MAX_BUFFERED // 2
+        channel.on("message", self._on_message)
+        channel.on("bufferedamountlow", self._low.set)
+        while self._early:
+            channel.send(self._early.popleft())
+
+    def _on_message(self, data: str | bytes) -> None:
+        if not self._messages.full():  # as soon as they are taken, so many are above every rate
+            self._messages.put_nowait({"type": "websocket.receive", "text" if isinstance(data, str) else "bytes": data})
+
+    async def receive(self) -> Json:
+        """The next message of the client, in the form of ASGI's, or that it has disconnected."""
+        if self._ended is None:
+            message = await self._messages.get()
+            if message is not None:
+                return message
+        return {"type": "websocket.disconnect"}
+
+    async def send_text(self, data: str) -> None:
+        """Send a message, once the client has read most of those before. Until the data channel is open, the last
+        `MAX_EARLY` wait for it."""
+        if self._channel is None:
+            return self._early.append(data)
+        await self._send(data)
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Send a binary message. BadMessage: it is larger than a data channel's messages may be."""
+        if len(data) > MAX_BYTES:
+            raise BadMessage(
+                f"the answer has {len(data)} bytes, and a data channel's message at most {MAX_BYTES}: use the WebSocket"
+            )
+        await self._send(data)
+
+    async def _send(self, data: str | bytes) -> None:
+        while (channel := self._open_channel()) is not None and channel.bufferedAmount > MAX_BUFFERED:
+            self._low.clear()
+            await self._low.wait()
+        if channel is not None:
+            channel.send(data)
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None:
+        """Tell the client why, and end the connection."""
+        if (channel := self._open_channel()) is not None:
+            channel.send(json.dumps({"type": "close", "code": code, "reason": reason}))
+            await asyncio.sleep(0.1)  # until it is sent
+        await self.end(reason or "closed")
+
+    # -- its end ----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> str:
+        """Watch the connection until it ends. Return why, in words."""
+        began = heard = looked = time.monotonic()
+        packets = 0
+        while self._ended is None:
+            self._changed.clear()
+            await self._sleep(LOOK_SECONDS)
+            now, state = time.monotonic(), self._connection.connectionState
+            if state in ("failed", "closed"):
+                await self.end(f"the connection has {'failed' if state == 'failed' else 'been closed'}")
+            elif self.output.closed:
+                await self.end("the stream has ended")
+            elif state != "connected":
+                heard = now
+                if now - began > CONNECT_SECONDS:
+                    await self.end(f"no connection within {CONNECT_SECONDS:g} seconds")
+            elif now - looked >= LOOK_SECONDS:
+                count = await self._received()
+                if count - packets > MAX_PACKETS * (now - looked):
+                    await self.end(f"more than {MAX_PACKETS} packets a second")
+                if count != packets:
+                    heard = now
+                elif now - heard > SILENT_SECONDS:
+                    await self.end(f"nothing was heard for {SILENT_SECONDS:g} seconds")
+                packets, looked = count, now
+        return self._ended
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    async def _received(self) -> int:
+        """The number of packets that have arrived."""
+        report = await self._connection.getStats()
+        return sum(one.packetsReceived for one in report.values() if one.type == "transport")
+
+    async def end(self, reason: str) -> None:
+        """Close the connection."""
+        if self._ended is not None:
+            return
+        self._ended = reason
+        if self._messages.full():
+            self._messages.get_nowait()
+        self._messages.put_nowait(None)
+        self._changed.set()
+        self._low.set()
+        try:
+            await asyncio.wait_for(self._connection.close(), CLOSE_SECONDS)
+        except TimeoutError:
+            pass
