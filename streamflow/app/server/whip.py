@@ -31,9 +31,9 @@ SDP = "application/sdp"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
 LIVE = "live"  # the name of a stream that was published without one
-TRIES = 1.0  # offers a second, of one visitor
+TRIES = 2.0  # offers a second, of one visitor
 BURST = 10
-OTHER_METHODS = ["GET", "HEAD", "PUT", "PATCH"]
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def has_webrtc() -> bool:
@@ -162,18 +162,17 @@ def with_fields(request: DrawRequest, query: Mapping[str, str], models: tuple[st
     return changed(request, fields, models, max_steps)
 
 
+async def other_method(allowed: str) -> Response:
+    """Refuse a method. Candidates that follow an offer (PATCH) are not needed, since the answer has all."""
+    raise HTTPException(405, f"only {allowed}", {"allow": allowed})
+
+
 def add_endpoints(app: FastAPI, service: Service) -> None:
     """`POST /whip` and `POST /whep`, the resources that they answer with, and what other methods are answered."""
-    methods_of = {"/{kind}": ("POST", OTHER_METHODS + ["DELETE"]), "/{kind}/{key}": ("DELETE", OTHER_METHODS + ["POST"])}
     for kind in ("whip", "whep"):
-        for path, (allowed, others) in methods_of.items():
-
-            async def other_method(request: Request, allowed: str = allowed) -> Response:
-                raise HTTPException(
-                    405, f"only {allowed}; the answer has all candidates, so none follow", {"allow": allowed}
-                )
-
-            app.api_route(path.replace("{kind}", kind), methods=others)(other_method)
+        for path, allowed in ((f"/{kind}", "POST"), (f"/{kind}/{{key}}", "DELETE")):
+            others = [one for one in METHODS if one != allowed]
+            app.add_api_route(path, partial(other_method, allowed), methods=others)
 
     if not (service.server.webrtc and has_webrtc()):
 
@@ -193,14 +192,14 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     async def offer_of(request: Request) -> tuple[Holder, str, str]:
         """(holder, stream's name, offer). HTTPException for a request that is refused."""
         holder = service.holder(request)
-        if not tries.take(visitor_of(request.scope, service.server.behind_proxy)):
-            service.refusals("offers")
-            raise HTTPException(429, "too many offers", {"retry-after": str(COME_BACK)})
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != SDP:
             raise HTTPException(415, f"an offer has the type {SDP}", {"accept": SDP})
         name = request.query_params.get("stream", LIVE)
         if not NAME.fullmatch(name):
             raise HTTPException(400, "stream: a name of 1 to 40 letters, digits, - and _")
+        if not tries.take(visitor_of(request.scope, service.server.behind_proxy)):
+            service.refusals("offers")
+            raise HTTPException(429, "too many offers", {"retry-after": str(COME_BACK)})
         if (state := service.state) != "ready":
             raise HTTPException(503, state, {"retry-after": "1"})
         try:
@@ -248,8 +247,11 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
         except BadMessage as error:
             raise HTTPException(400, str(error)) from None
 
-    @app.delete("/{kind}/{key}")
-    async def end(request: Request, kind: str, key: str) -> Response:
+    async def end(request: Request, key: str) -> Response:
+        kind = request.url.path.split("/")[1]
         if not await streams.end(kind, service.holder(request), key):
             raise HTTPException(404)
         return Response(status_code=200)
+
+    for kind in ("whip", "whep"):
+        app.delete(f"/{kind}/{{key}}")(end)
