@@ -47,6 +47,7 @@ class Client:
     def __init__(self, camera=None, receive=True, channel=True, codec=None, loss=0.0):
         self.pc = RTCPeerConnection(HERE)
         self.frames, self.messages, self.channel, self.loss = [], [], None, loss
+        self.lost = 0
         self.camera = camera
         direction = {(True, True): "sendrecv", (True, False): "sendonly", (False, True): "recvonly"}[
             camera is not None, receive
@@ -82,20 +83,23 @@ class Client:
             self._lose()
 
     def _lose(self):
-        """Lose this share of the datagrams in both directions once the connection is encrypted: RTP, RTCP and DTLS alike."""
-        dice, dtls = random.Random(3), self.video.receiver.transport
-        ice = dtls.transport
+        """Lose this share of the RTP and RTCP packets in both directions."""
+        dice, ice = random.Random(3), self.video.receiver.transport.transport
         send, receive = ice._send, ice._recv
 
+        def lost(data):
+            missing = 128 <= data[0] < 192 and dice.random() < self.loss
+            self.lost += missing
+            return missing
+
         async def lossy_send(data):
-            if dtls.state != "connected" or dice.random() >= self.loss:
+            if not lost(data):
                 await send(data)
 
         async def lossy_receive():
-            while True:
-                data = await receive()
-                if dtls.state != "connected" or dice.random() >= self.loss:
-                    return data
+            while lost(data := await receive()):
+                pass
+            return data
 
         ice._send, ice._recv = lossy_send, lossy_receive
 
@@ -131,9 +135,5 @@ class Client:
 
     def vanish(self):
         """Send and receive nothing any more, as a client whose machine is switched off."""
-
-        async def nothing(*_):
-            await asyncio.sleep(3600)
-
         for protocol in self.video.receiver.transport.transport._connection._protocols:
             protocol.transport.close()

@@ -22,6 +22,7 @@ from streamflow.app.server.images import fit
 CLOCK = 90_000  # ticks a second of a video's time
 BACKLOG = 30  # encoded frames that wait for the decoder
 REPEAT_SECONDS = 0.5  # after which an image is sent again while no newer one is there
+FAILING_SECONDS = 1.0  # without a frame that can be decoded, after which it is reported
 KEYFRAME_SECONDS = 0.5  # between two requests for a key frame
 DECODERS = {"VP8": "vp8", "H264": "h264"}  # FFmpeg's own, which check the size of a frame before they decode it
 
@@ -32,8 +33,8 @@ class Decoder(queue.Queue):
 
     aiortc's queue has no end, and its decoder takes frames of every size. Here a frame of more than `max_pixels` is not
     decoded, and where more than `BACKLOG` frames wait, they are dropped up to the next key frame, which is requested.
-    deliver: called in the decoder's thread with each frame while `active`. report: with a message, once for a series of
-    frames that cannot be decoded.
+    deliver: called in the decoder's thread with each frame while `active`. report: with a message, once nothing could be
+    decoded for `FAILING_SECONDS`, and then again after a frame that could.
     """
 
     def __init__(self, max_pixels: int, deliver: Callable[[av.VideoFrame], object], report: Callable[[str], object]):
@@ -42,7 +43,8 @@ class Decoder(queue.Queue):
         self._loop = asyncio.get_running_loop()
         self._codec: Any = None
         self._name = ""
-        self._behind = self._failing = False
+        self._behind = self._reported = False
+        self._failing_since: float | None = None
         self._asked = 0.0
         self.active = True
 
@@ -85,13 +87,15 @@ class Decoder(queue.Queue):
             frames = self._codec.decode(packet)
         except av.FFmpegError:
             self._loop.call_soon_threadsafe(self._ask_for_a_key_frame)
-            if not self._failing:
-                self._failing = True
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            if not self._reported and now - self._failing_since >= FAILING_SECONDS:
+                self._reported = True
                 what = f"VP8 or H.264 with at most {self._max_pixels} pixels a frame"
-                self._report(f"a frame of the video cannot be decoded: send {what}")
+                self._report(f"the video cannot be decoded: send {what}")
             return
         for frame in frames:
-            self._failing = False
+            self._failing_since, self._reported = None, False
             if self.active:
                 self._deliver(frame)
 
