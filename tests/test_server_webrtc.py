@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 import json
 import queue
+import random
+import re
+import socket
 import threading
 import time
 from fractions import Fraction
@@ -143,19 +146,23 @@ def test_an_output_gives_the_newest_image_again_while_there_is_no_newer_one(monk
 
 
 def test_offers_are_checked_before_they_are_parsed():
-    head = "v=0\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\n"
+    head = "v=0\r\na=group:BUNDLE 0\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\na=mid:0\r\n"
     names = "a=candidate:1 1 udp 1 0b3c.local 9 typ host\r\na=end-of-candidates\r\n"
     address = "a=candidate:1 1 udp 1 192.0.2.1 9 typ host\r\n"
-    assert check_offer(head + names + address) == head + address  # no name is looked up
+    assert check_offer(head + names + address, True) == head + address  # no name is looked up
+    assert check_offer(head + names + address, False) == head  # nothing is sent to an address that only the offer names
     for bad, why in (
         ("", "no SDP"),
         ("\0" * 99, "no SDP"),
         (head + 33 * address, "33 candidates, and at most 32"),
         (head + 5 * "m=audio 9 X 0\r\n", "6 media, and at most 4"),
         (3 * head, "3 videos, and at most 2"),
+        (2 * head, "one a=group:BUNDLE"),
+        (head.replace("BUNDLE 0", "BUNDLE 1"), "one a=group:BUNDLE"),
+        (head.replace("a=mid:0", ""), "an a=mid each"),
     ):
         with pytest.raises(BadOffer, match=why):
-            check_offer(bad)
+            check_offer(bad, True)
 
 
 def test_settings_of_an_address_are_checked_as_those_of_a_message():
@@ -567,6 +574,58 @@ def test_the_server_ends_with_its_connections():
     assert not [one for one in threading.enumerate() if "decoder" in one.name]
 
 
+@pytest.mark.attack
+def test_broken_offers_and_foreign_datagrams_end_nothing(monkeypatch, caplog):
+    """Offers with lines lost, repeated, cut and filled with other numbers; datagrams of others to a connection's port."""
+    monkeypatch.setattr("streamflow.app.server.whip.BURST", 10_000)
+    running, dice = Running(max_viewers=2), random.Random(3)
+
+    def broken(lines):
+        for _ in range(dice.randrange(1, 4)):
+            k = dice.randrange(len(lines))
+            changes = (
+                lambda line: [],
+                lambda line: [line, lines[dice.randrange(len(lines))]],
+                lambda line: [line[: dice.randrange(len(line) + 1)]],
+                lambda line: [re.sub(r"[0-9]+", lambda _: str(dice.choice([-1, 0, 65536, 2**64])), line)],
+                lambda line: ["".join(chr(dice.randrange(32, 999)) if dice.random() < 0.3 else one for one in line)],
+            )
+            lines[k : k + 1] = dice.choice(changes)(lines[k])
+        return "\r\n".join(lines)
+
+    async def scenario(http):
+        client = Client(Camera())
+        offer = await client.offer()
+        found = set()
+        for _ in range(200):
+            response = await http.post("/whip", content=broken(offer.split("\r\n")), headers=SDP)
+            found.add(response.status_code)
+            if response.status_code == 201:
+                await http.delete(response.headers["location"])
+        assert found == {400, 201} and running.service.admission.inside == 0
+        response = await client.publish(http)
+        await client.until(lambda: client.frames)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+            for host, port in re.findall(r"candidate:\S+ 1 udp \d+ ([0-9.]+) (\d+)", response.text):
+                for size in range(100):
+                    foreign.sendto(bytes(size % 2 * dice.randrange(1200)), (host, int(port)))
+        before = len(client.frames)
+        await client.until(lambda: len(client.frames) > before + 2)
+        for _ in range(20_000):  # more packets than any video has
+            await client.video.receiver.transport.transport._send(b"\x80\x60" + bytes(500))
+            await asyncio.sleep(0)
+            if not running.service.admission.inside:
+                break
+        await client.until(lambda: running.service.admission.inside == 0)
+        await client.close()
+
+    try:
+        talk(running, scenario)
+        assert "Traceback" not in caplog.text and "never retrieved" not in caplog.text
+    finally:
+        running.close()
+
+
 # -- Chromium -----------------------------------------------------------------------------------------------------------
 
 FLAGS = ("--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
@@ -628,6 +687,7 @@ def test_the_page_sends_its_camera_by_webrtc(server):
         page.click("#tab-text")
         page.wait_for_selector("#transport", state="hidden")
         page.goto(f"http://{server.host}/?transport=websocket")
+        live(page)
         page.click("#tab-image")
         page.click("button[data-source=camera]")
         says_and_draws(page, "WebSocket (chosen in the address)")

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = options.parser(
         "serve",
         "Serves the page: text and images restyled live, for several viewers. With a video model (--model), all "
-        "viewers see one video, and change its prompt.",
+        "viewers see one video, and change its prompt. With the extra webrtc, cameras travel by WebRTC, and programs "
+        "publish and read streams at /whip and /whep.",
         EXAMPLE,
         "video",
         "server",

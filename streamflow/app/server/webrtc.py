@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from streamflow.app.server.messages import BadMessage
 from streamflow.app.server.settings import IceServer
 from streamflow.app.server.webrtc_media import Decoder, Output, OutputTrack
 
+logger = logging.getLogger(__name__)
 MAX_MEDIA = 4  # media of an offer
 MAX_VIDEOS = 2  # of them
 MAX_CANDIDATES = 32
@@ -44,27 +46,46 @@ class BadOffer(BadMessage):
     """Raised for an offer that cannot be answered, with the reason."""
 
 
-def check_offer(sdp: str) -> str:
-    """The offer without candidates of host names, which would have to be resolved: such a client's address is learned from
-    its own checks. BadOffer: it is too large."""
-    kept = [line for line in sdp.splitlines() if not re.match(r"a=(candidate:.*\.local\b|end-of-candidates)", line)]
-    media = [line.partition(" ")[0] for line in kept if line.startswith("m=")]
-    candidates = sum(line.startswith("a=candidate:") for line in kept)
+def check_offer(sdp: str, keep_candidates: bool) -> str:
+    """The offer without candidates, or without those of host names only, which would have to be looked up. The server learns
+    a client's address from the client's own checks; only a server that is reached by STUN or TURN has to check first.
+    BadOffer: it is no offer, or too large."""
+    unused = r"a=(candidate:.*\.local\b|end-of-candidates)" if keep_candidates else "a=(candidate:|end-of-candidates)"
+    lines = sdp.splitlines()
+    media = [line.partition(" ")[0] for line in lines if line.startswith("m=")]
     if not media:
         raise BadOffer("the offer is no SDP with media")
     for name, count, most in (
         ("media", len(media), MAX_MEDIA),
         ("videos", media.count("m=video"), MAX_VIDEOS),
-        ("candidates", candidates, MAX_CANDIDATES),
+        ("candidates", sum(line.startswith("a=candidate:") for line in lines), MAX_CANDIDATES),
     ):
         if count > most:
             raise BadOffer(f"the offer has {count} {name}, and at most {most} are taken")
-    return "\r\n".join(kept) + "\r\n"
+    names = [line.removeprefix("a=mid:") for line in lines if line.startswith("a=mid:")]
+    bundles = [line.split()[1:] for line in lines if line.startswith("a=group:BUNDLE")]
+    if len(set(names)) < len(media) or len(names) != len(media) or bundles != [names]:  # aiortc relies on it
+        raise BadOffer("the media of an offer have an a=mid each, and one a=group:BUNDLE lists all of them in order")
+    return "".join(f"{line}\r\n" for line in lines if not re.match(unused, line))
 
 
 def configuration(servers: Sequence[IceServer]) -> RTCConfiguration:
     """aiortc's, with the STUN and TURN servers of the settings. Without any, this machine's own addresses are offered."""
     return RTCConfiguration([RTCIceServer(one.url, one.username, one.credential) for one in servers])
+
+
+def read_filled(transport: Any) -> None:
+    """Skip empty datagrams, which anyone can send and which end aiortc's reading. transport: aiortc's, of ICE."""
+    if hasattr(transport, "_streamflow"):
+        return
+    read, transport._streamflow = transport._recv, True
+
+    async def filled() -> bytes:
+        while not (data := await read()):
+            pass
+        return data
+
+    transport._recv = filled
 
 
 class Peer:
@@ -84,7 +105,7 @@ class Peer:
         report: Callable[[str], object] = lambda message: None,
         max_pixels: int = 0,
     ):
-        self._connection = RTCPeerConnection(configuration(servers))
+        self._connection, self._keep_candidates = RTCPeerConnection(configuration(servers)), bool(servers)
         self.output, self._frame, self._report, self._max_pixels = output, frame, report, max_pixels
         self._decoder: Decoder | None = None
         self._channel: RTCDataChannel | None = None
@@ -102,12 +123,16 @@ class Peer:
 
     async def negotiate(self, offer: str) -> str:
         """The answer to an offer, the first or a later one, with all candidates. BadOffer."""
-        offer = check_offer(offer)
+        offer = check_offer(offer, self._keep_candidates)
         async with self._negotiating:
             try:
                 await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
-                for one in self._connection.getTransceivers():
+                transceivers = self._connection.getTransceivers()
+                if len(transceivers) > MAX_MEDIA:  # of all offers together
+                    await self.end(f"more than {MAX_MEDIA} media")
+                for one in transceivers:
                     self._set_direction(one)
+                    read_filled(one.receiver.transport.transport)
                 await self._connection.setLocalDescription(await self._connection.createAnswer())
             except Exception as error:  # whatever a broken description leads to in aiortc's parser
                 raise BadOffer(f"the offer cannot be answered ({type(error).__name__})") from error
@@ -252,7 +277,7 @@ class Peer:
         return sum(one.packetsReceived for one in report.values() if one.type == "transport")
 
     async def end(self, reason: str) -> None:
-        """Close the connection."""
+        """Close the connection, and log where aiortc cannot: a broken offer may have left it half made."""
         if self._ended is not None:
             return
         self._ended = reason
@@ -263,5 +288,5 @@ class Peer:
         self._low.set()
         try:
             await asyncio.wait_for(self._connection.close(), CLOSE_SECONDS)
-        except TimeoutError:
-            pass
+        except Exception as error:
+            logger.warning("a WebRTC connection was not closed as it should be: %s", type(error).__name__)

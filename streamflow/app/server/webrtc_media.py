@@ -18,6 +18,7 @@ from aiortc import MediaStreamTrack, RTCRtpReceiver
 from aiortc.mediastreams import MediaStreamError
 
 from streamflow.app.server.images import fit
+from streamflow.app.server.messages import BadMessage
 
 CLOCK = 90_000  # ticks a second of a video's time
 BACKLOG = 30  # encoded frames that wait for the decoder
@@ -62,6 +63,8 @@ class Decoder(queue.Queue):
             with self.mutex:
                 self.queue.clear()
             return super().put(None)
+        if not item[1].data:  # it would end the decoder
+            return
         if self.full():
             self._behind = True
         if self._behind:
@@ -114,8 +117,11 @@ def is_key(codec: str, data: bytes) -> bool:
 
 
 def fitted(frame: av.VideoFrame, width: int, height: int) -> PIL.Image.Image:
-    """A decoded frame as RGB, cut to the middle and scaled as an uploaded image is."""
-    return fit(frame.to_image(), width, height)
+    """A decoded frame as RGB, cut to the middle and scaled as an uploaded image is. BadMessage: it has no RGB."""
+    try:
+        return fit(frame.to_image(), width, height)
+    except av.FFmpegError as error:
+        raise BadMessage(f"a frame in {frame.format.name} cannot be converted to RGB") from error
 
 
 class Output:

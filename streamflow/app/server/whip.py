@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from starlette.requests import ClientDisconnect
 
 from streamflow._files import Json
 from streamflow.app.server.admission import Admission, Full, Refusal
@@ -20,6 +21,7 @@ from streamflow.app.server.messages import BadMessage, DrawRequest, changed
 from streamflow.app.server.safety import COME_BACK, Rates, visitor_of
 from streamflow.app.server.session import NO_WEBRTC, VIDEO_PIXELS, Session, Viewer, max_pixels
 from streamflow.app.server.tokens import Holder
+from streamflow.app.server.worker import log_failure
 
 if TYPE_CHECKING:
     import av
@@ -129,6 +131,8 @@ class Streams:
         async def run_and_leave() -> None:
             try:
                 await run()
+            except Exception as error:  # of one client; the others go on
+                log_failure("a WebRTC session has failed", error)
             finally:
                 del self._streams[key]
                 leave()
@@ -204,8 +208,8 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
             raise HTTPException(503, state, {"retry-after": "1"})
         try:
             return holder, name, (await request.body()).decode()
-        except UnicodeDecodeError:
-            raise HTTPException(400, "an offer is UTF-8") from None
+        except (UnicodeDecodeError, ClientDisconnect):
+            raise HTTPException(400, "an offer is whole, and UTF-8") from None
 
     def created(request: Request, key: str, answer: str) -> Response:
         response = Response(answer, 201, {"location": f"{request.url.path}/{key}"}, SDP)
