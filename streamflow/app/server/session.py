@@ -420,7 +420,11 @@ class Session:
             if viewer.fatal:
                 return await self._socket.close(FAILED, "drawing failed repeatedly")
             if (drawn := viewer.next_out()) is not None:
-                await self._control_image(drawn)
+                try:
+                    await self._control_image(drawn)
+                except BadMessage as error:
+                    if await self._mistake(error):
+                        return
                 await self._image(drawn)
 
     async def _send_text(self, text: str) -> None:

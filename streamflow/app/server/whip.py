@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -112,7 +112,16 @@ class Streams:
         peer = Peer(self._service.server.ice_servers, published.peer.output)
         return await self._answer("whep", holder, name, peer, offer, peer.run, partial(self._readers.leave, holder))
 
-    async def _answer(self, kind, holder, name, peer, offer, run, leave) -> tuple[str, str]:
+    async def _answer(
+        self,
+        kind: str,
+        holder: Holder,
+        name: str,
+        peer: Peer,
+        offer: str,
+        run: Callable[[], Awaitable[object]],
+        leave: Callable[[], None],
+    ) -> tuple[str, str]:
         """Answer an offer, and run its session in a task that ends with `leave`."""
         key = secrets.token_urlsafe(24)
         try:
@@ -157,7 +166,7 @@ class Streams:
 
 
 def with_fields(request: DrawRequest, query: Mapping[str, str], models: tuple[str, ...], max_steps: int) -> DrawRequest:
-    """A request with the settings of a query, as in `prompt=a+fox&strength=0.5`. BadMessage."""
+    """A request for images with the settings of a query, as in `prompt=a+fox&strength=0.5`. BadMessage."""
     fields: Json = {"mode": "image"}
     for name, text in query.items():
         field = DrawRequest.model_fields.get(name)
