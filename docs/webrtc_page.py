@@ -21,8 +21,9 @@ from PIL import Image
 from streamflow.samples import CLIP
 
 COMMAND = [sys.executable, "-c", "from streamflow.app.cli import main; main()", "serve", "--port", "0", "--json"]
+COMMAND += ["--cfg-type", "none"]
 FLAGS = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--no-sandbox"]
-PROMPT = "a hamburger, 3d render"
+SETTINGS = "mode=image&prompt=a+hamburger,+3d+render&strength=0.8"
 
 
 def webcam(file: Path) -> None:
@@ -39,15 +40,12 @@ def shoot(url: str, file: Path) -> Image.Image:
     with sync_playwright() as play:
         flags = [*FLAGS, f"--use-file-for-fake-video-capture={file}"]
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        tab = browser.new_page(viewport={"width": 1280, "height": 720}, device_scale_factor=1.5)
-        tab.goto(url)
-        tab.wait_for_selector("#status[data-state=drawing]", timeout=120_000)
-        tab.fill("#prompt", PROMPT)
-        tab.click("#tab-image")
-        tab.click("button[data-source=camera]")
+        tab = browser.new_page(viewport={"width": 1280, "height": 720})
+        tab.goto(f"{url}/#{SETTINGS}")
+        tab.click("button[data-source=camera]", timeout=120_000)  # once the model is there
         tab.wait_for_selector("#transport:text-is('WebRTC')")
         tab.wait_for_timeout(12_000)
-        shot = Image.open(io.BytesIO(tab.screenshot()))
+        shot = Image.open(io.BytesIO(tab.screenshot(full_page=True)))
         browser.close()
     return shot
 
