@@ -118,7 +118,7 @@ def test_only_its_owner_imports_a_heavy_package(package):
 
 
 @pytest.mark.extras
-@pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="some modules need the extra web")
+@pytest.mark.skipif(None in map(importlib.util.find_spec, ("fastapi", "aiortc")), reason="needs the extras web and webrtc")
 def test_every_public_name_says_what_it_is():
     """Modules, classes, functions and methods; what overrides inherits its docstring. Fields are told in their class's."""
     silent = []

@@ -33,7 +33,7 @@ export class Media {
       const { sender } = connection.addTransceiver(track, { direction: "sendrecv" });
       await connection.setLocalDescription();
       const { width: w, height: h } = track.getSettings(), parameters = sender.getParameters();
-      parameters.encodings[0].scaleResolutionDownBy = Math.max(1, Math.min(w / width, h / height)) || 1;
+      for (const one of parameters.encodings) one.scaleResolutionDownBy = Math.max(1, Math.min(w / width, h / height)) || 1;
       await sender.setParameters(parameters);
       const gathered = new Promise((done) => connection.addEventListener("icegatheringstatechange", () => connection.iceGatheringState === "complete" && done()));
       if (connection.iceGatheringState !== "complete") await Promise.race([gathered, soon(GATHERING)]);
