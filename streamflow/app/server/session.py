@@ -48,7 +48,7 @@ GIF_EVERY = 2.0  # seconds
 OVERSIZE = 16  # times the model's pixels, that an image may have
 VIDEO_PIXELS = 1920 * 1088  # that a frame of a video may have in any case
 OFFER_EVERY = 2.0  # seconds
-NO_WEBRTC = "the server has no WebRTC: its owner may install the extra webrtc and set server.webrtc"
+NO_WEBRTC = "the server has no WebRTC: on its machine, pip install 'streamflow-rf[web,webrtc]', and leave server.webrtc on"
 
 
 class Pools:

@@ -64,7 +64,8 @@ def check_offer(sdp: str, keep_candidates: bool) -> str:
             raise BadOffer(f"the offer has {count} {name}, and at most {most} are taken")
     names = [line.removeprefix("a=mid:") for line in lines if line.startswith("a=mid:")]
     bundles = [line.split()[1:] for line in lines if line.startswith("a=group:BUNDLE")]
-    if len(set(names)) < len(media) or len(names) != len(media) or bundles != [names]:  # aiortc relies on it
+    bundled = bundles == [names] or (not bundles and len(media) == 1)
+    if len(set(names)) < len(media) or len(names) != len(media) or not bundled:  # aiortc relies on it
         raise BadOffer("the media of an offer have an a=mid each, and one a=group:BUNDLE lists all of them in order")
     return "".join(f"{line}\r\n" for line in lines if not re.match(unused, line))
 
