@@ -90,8 +90,8 @@ def test_a_part_is_decoded_frame_by_frame_to_the_bit(name, dtype):
         assert torch.equal(torch.cat(frames, dim=2), whole) and whole.std() > 0.01
         assert all(torch.equal(one, own) for one, own in zip(memory.kept, after.kept, strict=True) if torch.is_tensor(own))
         frames.clear()
-    for frame in (-1, 2):
-        with pytest.raises(ValueError, match=f"frame is 0 to 1 for latents of 2 frames, not {frame}"):
+    for frame, error in ((-1, ValueError), (2, ValueError), (True, TypeError), (1.0, TypeError), ("0", TypeError)):
+        with pytest.raises(error, match=f"frame must be the index of a latent frame from 0 to 1, not {frame!r}"):
             codec.decode(part, memory, frame)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from types import MappingProxyType
 
 import numpy as np
@@ -130,6 +131,27 @@ def test_a_frame_that_the_filter_skips_makes_no_control_image(stream_of, picture
     assert len(made) == count + 1, "another maker draws an equal image anew"
     frames = list(stream_of(maker=maker).frames([]))
     assert frames == []
+
+
+def test_threads_that_share_a_maker_wait_for_each_other(monkeypatch):
+    """As the streams of several models do on a page, where an error may leave a maker running."""
+    inside, most = [], []
+
+    def make(image):
+        inside.append(image)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return image
+
+    monkeypatch.setitem(control_makers.PLAIN, "canny", lambda: make)
+    maker, image = ControlMaker("canny"), PIL.Image.new("RGB", (8, 8))
+    threads = [threading.Thread(target=maker, args=(image,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_an_error_of_a_maker_loses_no_frame(stream_of, picture):

@@ -201,6 +201,9 @@ def test_what_cannot_be_is_refused():
         check_options("max", CPU, {"quantize": "fp8"})
     with pytest.raises(TypeError, match="psnr"):
         check_options("max", CPU, {"psnr": "high"})
+    for psnr in (None, -1):
+        with pytest.raises(ValueError, match=f"psnr must be a number of dB of 0 or more, not {psnr}"):
+            check_options("max", CPU, {"psnr": psnr})
     with pytest.raises(RuntimeError, match="is for cuda and cpu devices, and this pipe is on meta"):
         check_options("max", torch.device("meta"), {})
 

@@ -71,6 +71,7 @@ def test_settings_and_messages_that_do_not_fit_are_refused():
     }.items():
         with pytest.raises(ValueError, match=given):
             Service(parse(says), Tokens())
+    assert parse({"controlnet": {"net": "", "maker": "", "maker_model": ""}}) == parse({}), "empty texts are left out"
     assert first_request(parse(canny)).mode == "image" and first_request(parse({})).mode == "text"
     assert messages.changed(IMAGE, {"show_control": True, "model": "m"}, ("m",), 8, control=True).show_control
     with pytest.raises(BadMessage, match="mode: control images are made from images: choose image"):

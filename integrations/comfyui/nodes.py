@@ -372,7 +372,7 @@ class Sample:
         Raises:
             ValueError: an empty batch, images of another size than the stream's, control or reference images that are not
                 one or one a frame, a `denoise` without images to start from, or a negative prompt without guidance.
-                TypeError: integers as pixels. What StreamFlow raises.
+            TypeError: pixels of an integer dtype. Also whatever StreamFlow raises.
         """
         from streamflow.image_utils import denormalize
         from streamflow.models import reference_rule

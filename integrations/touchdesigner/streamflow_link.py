@@ -37,9 +37,12 @@ def encode(address, *values):
         elif isinstance(value, int) and -(2**31) <= value < 2**31:
             tags, data = tags + "i", data + struct.pack(">i", value)
         elif hasattr(value, "__float__"):
-            number = float(value)
+            try:
+                number = float(value)
+            except OverflowError:
+                number = float("inf")
             if not abs(number) < MOST:  # NaN too
-                raise ValueError(f"{address} takes a finite number, not {value}")
+                raise ValueError(f"{address} takes a number that is finite in float32, not {number}")
             tags, data = tags + "f", data + struct.pack(">f", number)
         else:
             raise TypeError(f"{address} takes numbers and texts, not {value!r}")

@@ -5,9 +5,10 @@ Kinds are tried by themselves. Options are added one after another to the fastes
 where it gains `GAIN`. What cannot run, or draws other images, is left out, with its reason. It handles kinds and their
 options, not families or streams.
 
-The kinds of `ROUNDING` compute what the plain model computes, in its own type, and round in other places. That alone can be
-less than 40 dB: 38.9 dB for Flux-schnell in bfloat16 at 1024x1024, with random weights. So their bound is `SAME`, which
-finds errors. An option is compared with the kind that it is added to, and `psnr` is the bound for what it costs.
+The kinds of `ROUNDING` compute what the plain model computes, in the same dtype, and differ from it by rounding only. Even
+so the PSNR can be below 40 dB: it is 38.9 dB for Flux-schnell in bfloat16 at 1024x1024, with random weights. Their bound is
+`SAME`, which is low enough for rounding and finds errors. A kind with options is compared with the same kind without
+options, and its bound is `psnr`.
 """
 
 from __future__ import annotations
@@ -63,14 +64,19 @@ frames that have left, or of the entering ones while none leaves."""
 class Options:
     """The options of `accelerate("max", ...)`.
 
-    psnr: the least PSNR in dB of every image of eight ticks: of an option against the images without it, and of a kind that
-        computes in another way (onnxruntime, openvino) against the plain model's.
+    psnr: the least PSNR in dB, 0 or more, of every image of eight ticks: of a kind with options against the same kind
+        without options, and of a kind that computes in another way (onnxruntime, openvino) against the plain model.
+
+    Raises:
+        TypeError, ValueError: psnr is no finite number of 0 or more.
     """
 
     psnr: float = 40.0
 
     def __post_init__(self) -> None:
         check_number("psnr", self.psnr)
+        if self.psnr is None or self.psnr < 0:
+            raise ValueError(f"psnr must be a number of dB of 0 or more, not {self.psnr}")
 
     def for_device(self, device: torch.device) -> Options:
         """These options. RuntimeError: there is no acceleration for the device."""
@@ -84,9 +90,9 @@ class Measured:
     """What one way of acceleration gave.
 
     kind, options: those of `accelerate`. tick_ms: the median of a tick, network and decode. psnr: in dB, of the worst image
-    against the plain model's, or of options against those of their kind; infinite for equal images. start_up_s: until the
-    first tick could begin. left_out: why it was not chosen; empty where it was not refused. A way that could not run has no
-    figures.
+    against the plain model's, or with options against that of the kind without options; infinite for equal images.
+    start_up_s: until the first tick could begin. left_out: why it cannot be chosen; empty where it can. A way that could not
+    run has no figures.
     """
 
     kind: str
@@ -108,7 +114,7 @@ def measure(options: Options, device: torch.device, trial: Trial, ticks: Ticks) 
         plain, tick_ms = _draw(ticks, device)
     found = [Measured("none", {}, tick_ms, decibels(0.0), 0.0)]
     logger.info("max: %s", found[0])
-    images = {"none": plain}  # of each kind
+    images = {"none": plain}  # of each kind, without options
 
     def add(kind: str, given: Mapping[str, object], like: str, psnr: float) -> bool:
         way, drawn = _measure(kind, given, device, trial, ticks, images[like], psnr)
@@ -152,7 +158,8 @@ def summary(found: list[Measured], chosen: Measured) -> str:
 def _measure(
     kind: str, given: Mapping[str, object], device: torch.device, trial: Trial, ticks: Ticks, like: Tensor, least: float
 ) -> tuple[Measured, Tensor | None]:
-    """The figures of a way, and its images; `least`: their PSNR in dB to those of `like`."""
+    """The figures of a way, and its images `[n, 3, H, W]` in [-1, 1], None where it cannot run. like: the images that they
+    are compared with. least: the PSNR in dB below which the way is left out."""
     began = time.perf_counter()
     try:
         with trial(kind, given):

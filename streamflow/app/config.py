@@ -63,6 +63,11 @@ class ControlNetSettings(Section):
     maker_model: str | None = Field(default=None, description="the model of depth, soft-edge and pose: a hub id or a folder")
     scale: float = Field(default=1.0, description="how strongly the net acts")
 
+    @field_validator("net", "maker", "maker_model")
+    @classmethod
+    def _none_if_empty(cls, text: str | None) -> str | None:
+        return text or None
+
 
 class VideoModel(Section):
     """What a video model draws."""

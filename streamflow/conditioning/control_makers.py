@@ -3,6 +3,7 @@ that control nets are usually trained with. Knows images; no network of a stream
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -83,7 +84,8 @@ def check_maker(name: str, model: str | None) -> None:
 
 
 class ControlMaker:
-    """Makes control images of one kind: `maker(image)` is the control image of a PIL image, in its size, in mode RGB.
+    """Makes control images of one kind: `maker(image)` is the control image of a PIL image, in its size, in mode RGB. May be
+    called from several threads; it makes one image at a time.
 
     name: "canny" or "lineart", made by OpenCV; "depth" (near is bright), made by transformers' `depth-estimation`;
         "soft-edge" (HED) or "pose" (OpenPose), made by the package controlnet_aux.
@@ -98,6 +100,7 @@ class ControlMaker:
     def __init__(self, name: str, model: str | None = None, device: torch.device | str | None = None) -> None:
         check_maker(name, model)
         self.name, self.model = name, model
+        self._lock = threading.Lock()  # a model is not called twice at a time
         self._side: torch.cuda.Stream | None = None
         if name in PLAIN:
             self._make = PLAIN[name]()
@@ -111,7 +114,7 @@ class ControlMaker:
             self._side = _side_stream(where)
 
     def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        with torch.cuda.stream(self._side):  # without one it does nothing
+        with self._lock, torch.cuda.stream(self._side):  # without a CUDA stream the latter does nothing
             made = self._make(image)
         made = made.convert("RGB")
         return made if made.size == image.size else made.resize(image.size, PIL.Image.Resampling.BICUBIC)

@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from torch import Tensor, nn
 
 from streamflow._grad_mode import computing
+from streamflow._validation import whole_number
 
 KINDS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 GROUP = 4  # images that these VAEs encode at once, after the first image of a video
@@ -68,12 +69,12 @@ def take_part(
 
 
 def only(latents: Tensor, frame: int | None) -> Tensor:
-    """The frame of this index of latents `[n, C, T, h, w]`; None: all frames. ValueError: there is no such frame."""
+    """The frame of this index of latents `[n, C, T, h, w]`, as `[n, C, 1, h, w]`; None: all frames. TypeError: the index is
+    no integer. ValueError: there is no such frame."""
     if frame is None:
         return latents
-    if not 0 <= frame < latents.shape[2]:
-        raise ValueError(f"frame is 0 to {latents.shape[2] - 1} for latents of {latents.shape[2]} frames, not {frame}")
-    return latents[:, :, frame : frame + 1]
+    k = whole_number("frame", frame, 0, "the index of a latent frame", wrong_type=TypeError, most=latents.shape[2] - 1)
+    return latents[:, :, k : k + 1]
 
 
 class CausalCodec:

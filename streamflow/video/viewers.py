@@ -75,7 +75,7 @@ class VideoViewers:
         that are being drawn. Each number of rows is compiled or captured when it first occurs."""
         self._check_open()
         with ExitStack() as stack:
-            for viewer in reversed(self.viewers):  # the order in which chunks may wait for each other
+            for viewer in sorted(self._viewers, key=lambda one: -one.number):  # the order of `_check_may_wait`
                 stack.enter_context(viewer._alone())
             with self._meeting.computing:
                 self._check_open()

@@ -3,10 +3,9 @@
 const SLOWEST = 8000; // milliseconds between two tries
 
 export class Link {
-  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, style, gif, answer, webrtc,
-  // status, token}. channel: while there is one, a data channel that text messages are sent by.
+  // settings(): what is sent to the server after every connect. on: {welcome, settings, error, image, control, style, gif, answer,
+  // webrtc, status, token}. channel: while there is one, a data channel that text messages are sent by.
   // on.status({state, message, done, of, seconds}): where the connection stands; all but the state may be absent.
-  // on.control(header, blob): a control image.
   constructor(settings, on) {
     this.settings = settings;
     this.on = on;

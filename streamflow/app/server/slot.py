@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -46,7 +45,7 @@ GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more
 class Drawn:
     """A finished image, uint8 `[H, W, 3]`. frame: its number; entered: `time.monotonic()` when its input arrived; stamp: the
     viewer's own clock then, of an input image; ring: the frames in the ring by stage, the noisiest first, or None; control:
-    the control image of the input image that entered last, uint8 `[H, W, 3]`, where the viewer wants it."""
+    the control image of the input image that entered last, uint8 `[H, W, 3]`; None where the viewer does not show it."""
 
     pixels: np.ndarray
     frame: int
@@ -58,13 +57,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class ControlNet:
-    """What the slots of a pipe share of a control net. net: None where the pipe has its own. maker: makes its images, one at
-    a time."""
+    """A control net that the slots of a pipe share. net: None where the pipe has its own. maker: makes the control images;
+    all pipes share it. scale: how strongly the net acts."""
 
     net: nn.Module | None
     maker: Maker
     scale: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def check_control_net(settings: Settings) -> None:
@@ -144,8 +142,7 @@ class Slot:
 
     def _make_control(self, image: PIL.Image.Image) -> PIL.Image.Image:
         assert self.control is not None, "only a slot with a control net calls this"
-        with self.control.lock:  # an error in another slot may have left its maker running
-            made = self._control_image = self.control.maker(image)
+        made = self._control_image = self.control.maker(image)
         return made
 
     def _look(self, step: Step) -> None:
