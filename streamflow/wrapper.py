@@ -21,7 +21,7 @@ from streamflow._validation import whole_number
 from streamflow.conditioning.blending import METHODS, parts
 from streamflow.conditioning.control_makers import ControlMaker, check_maker
 from streamflow.image_utils import Images, Maker, as_rgb, open_image, postprocess_image
-from streamflow.models.loading import default_device, default_dtype, load_control, prompt_defaults
+from streamflow.models.loading import control_source, default_device, default_dtype, load_control, prompt_defaults
 from streamflow.pipeline import StreamFlow
 from streamflow.stream import forwards
 from streamflow.stream.forwards import Attribute
@@ -734,7 +734,8 @@ def _opened(image: Images | str) -> Images:
 
 
 def check_control(mode: str, net: str | None, maker: Maker | str | None, model: str | None) -> None:
-    """Raise ValueError for a control net, a maker and a model of the maker that do not fit together or to the mode."""
+    """Raise ValueError for a control net, a maker and a model of the maker that do not fit together or to the mode, and
+    FileNotFoundError for a control net that is a folder which does not exist."""
     if maker is None and (net or model):
         raise ValueError(
             f"{'a control net' if net else 'a model of a control maker'}, {net or model!r}, needs a control maker such as "
@@ -745,6 +746,8 @@ def check_control(mode: str, net: str | None, maker: Maker | str | None, model: 
         raise ValueError(
             f"a control maker makes control images from input images, and mode {mode!r} has none: choose mode 'img2img'"
         )
+    if net is not None:
+        control_source(net)
     if isinstance(maker, str):
         check_maker(maker, model)
     elif model is not None:

@@ -438,7 +438,7 @@ def test_control_images_steer_frames(loaded, pipes, tmp_path, monkeypatch):
 
 
 def test_a_control_net_that_cannot_be_is_refused(loaded, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder /nowhere"):
+    with pytest.raises(FileNotFoundError, match="there is no folder '/nowhere"):
         call("StreamFlowLoadControlNet", stream=loaded(), model="/nowhere/at/all")
     assert NODES["StreamFlowLoadControlNet"].IS_CHANGED(model=str(tmp_path)) == 0
 

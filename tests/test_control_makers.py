@@ -349,6 +349,12 @@ def test_the_wrapper_refuses_before_it_loads(arguments, message):
         StreamFlowWrapper("no/model", **arguments)
 
 
+@pytest.mark.parametrize("net", ["", "/no/net", "~/no/net", "net"])
+def test_a_control_net_that_is_no_folder_is_refused_before_the_model_is_loaded(net):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder '{net}': pass a hub id"):
+        StreamFlowWrapper("no/model", control_net=net, control_maker=inverted)
+
+
 @pytest.mark.slow
 def test_the_wrapper_loads_a_net_with_its_maker(tmp_path):
     image = PIL.Image.open(IMAGE).convert("RGB").resize((128, 128))
@@ -363,8 +369,6 @@ def test_the_wrapper_loads_a_net_with_its_maker(tmp_path):
         assert torch.equal(wrapper(image), expected[0]) and wrapper.stream.controls == {"control": 0.5}
     with pytest.raises(ValueError, match="one control net, and there are none: give the control net"):
         StreamFlowWrapper("embedded", control_maker=inverted)
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nothing"):
-        StreamFlowWrapper("embedded", control_maker=inverted, control_net=str(tmp_path / "nothing"))
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from random_pipelines import random_pipeline  # noqa: E402
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
 from streamflow.app import config  # noqa: E402
+from streamflow.app.cli import main  # noqa: E402
 from streamflow.app.commands import serve  # noqa: E402
 from streamflow.app.config import ConfigError, Settings  # noqa: E402
 from streamflow.app.server import images, messages, tokens  # noqa: E402  # noqa: E402
@@ -575,6 +576,19 @@ def test_a_tls_handshake_that_never_ends_is_closed(seconds):
     config = uvicorn_config(None, Server(request_seconds=seconds), None)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         assert seconds * 0.9 <= runner.run(connect_in_silence()) < 30
+
+
+def test_the_command_names_the_address_only_where_it_cannot_listen_there(capsys):
+    """A file or folder that is missing has nothing to do with the address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for given, message in {
+            ("--port", port): rf"the server cannot listen at 127\.0\.0\.1:{port}: .*in use",
+            ("--control-net", "/no/net", "--control-maker", "canny"): "there is no folder '/no/net'",
+            ("--server.token-file", "/no/tokens"): r"\[Errno 2\] .*'/no/tokens'",
+        }.items():
+            assert main(["serve", *given]) == 1
+            assert re.match(f"streamflow serve: error: {message}", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -66,16 +66,23 @@ def load(
 
 def load_control(model: str, adapter: FlowAdapter, **options: object) -> nn.Module:
     """A control net for this adapter's network, by hub id or folder in diffusers' format, in the network's dtype, on its
-    device. options: more arguments of `from_pretrained`. NotImplementedError: diffusers has none for the family.
-    FileNotFoundError: there is no such folder. OSError: diffusers cannot load it."""
+    device. options: more arguments of `from_pretrained`. NotImplementedError: diffusers has none for the family. OSError:
+    diffusers cannot load it. Also raises as `control_source`."""
     import diffusers
 
     net = adapter.net
     kind: Function = getattr(diffusers, models.control_rule(adapter).model).from_pretrained
+    return kind(control_source(model), torch_dtype=net.dtype, **options).to(net.device)
+
+
+def control_source(model: str) -> str:
+    """The folder or the hub id of a control net. FileNotFoundError: there is no such folder."""
     folder = Path(model).expanduser()
-    if not folder.is_dir() and not _is_hub_id(model):
-        raise FileNotFoundError(f"there is no folder {model}: pass a hub id, or a folder that save_pretrained has written")
-    return kind(str(folder) if folder.is_dir() else model, torch_dtype=net.dtype, **options).to(net.device)
+    if model and folder.is_dir():
+        return str(folder)
+    if not _is_hub_id(model):
+        raise FileNotFoundError(f"there is no folder {model!r}: pass a hub id, or a folder that save_pretrained has written")
+    return model
 
 
 def _open(model: str, family: str | None, options: Call) -> Pipeline:

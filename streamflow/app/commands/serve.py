@@ -46,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = options.settings(p, a, cfg_type="full", warmup=0)
         try:
             return serve(settings, stop, a.json)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return options.failed(p, error)
-        except OSError as error:
-            return p.failed(f"{settings.server.host}:{settings.server.port}: {error}")
 
 
 def serve(settings: Settings, stop: Stop, as_json: bool = False) -> int:

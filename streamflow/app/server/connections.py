@@ -117,9 +117,9 @@ class Listener(socket.socket):
         try:
             self.bind((host, port))
             self.listen(BACKLOG)  # connections wait until the event loop runs
-        except OSError:
+        except OSError as error:
             self.close()
-            raise
+            raise OSError(f"the server cannot listen at {host}:{port}: {error}") from error
 
     def accept(self) -> tuple[socket.socket, object]:
         """The next connection and its peer. BlockingIOError: there is none, or all connections are in use."""

@@ -66,7 +66,7 @@ class ControlNet:
 
 
 def check_control_net(settings: Settings) -> None:
-    """Raise ValueError for a control net that the page cannot use."""
+    """Raise ValueError for a control net that the page cannot use. Also raises as `check_control`."""
     given = settings.controlnet
     check_control("img2img", given.net, given.maker, given.maker_model)
     if given.maker is not None and settings.server.models:
