@@ -6,8 +6,8 @@ const GATHERING = 1500; // milliseconds for candidates; the offer has those that
 const soon = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 export class Media {
-  // on: {open, closed(reason), frame}: the answer's first image is there; the connection has ended, with the reason unless
-  // `stop` ended it; each image of the answer.
+  // on: {changed, closed(reason), frame}: the connection is there, or is in doubt; it has ended, with the reason unless `stop`
+  // ended it; each image of the answer. live: whether the answer has had an image.
   constructor(link, video, on) {
     Object.assign(this, { link, video, on, connection: null, live: false, delay: 0 });
   }
@@ -18,7 +18,10 @@ export class Media {
     const connection = (this.connection = new RTCPeerConnection({ iceServers }));
     const current = () => connection === this.connection;
     const lost = (reason) => current() && this.end(reason);
-    connection.onconnectionstatechange = () => ["failed", "closed"].includes(connection.connectionState) && lost("the connection is lost");
+    connection.onconnectionstatechange = () => {
+      if (connection.connectionState === "failed") lost("the connection is lost");
+      else if (current()) this.on.changed();
+    };
     connection.ontrack = ({ track: answer, receiver }) => {
       if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
       this.video.srcObject = new MediaStream([answer]);
@@ -28,7 +31,7 @@ export class Media {
     const channel = connection.createDataChannel("messages");
     channel.onmessage = ({ data }) => current() && this.link.text(JSON.parse(data));
     channel.onopen = () => current() && (this.link.channel = channel);
-    setTimeout(() => this.live || lost(`no connection within ${PATIENCE / 1000} seconds`), PATIENCE + GATHERING);
+    setTimeout(() => this.connected || lost(`no connection within ${PATIENCE / 1000} seconds`), PATIENCE + GATHERING);
     try {
       const { sender } = connection.addTransceiver(track, { direction: "sendrecv" });
       await connection.setLocalDescription();
@@ -41,6 +44,15 @@ export class Media {
     } catch (error) {
       lost(error.message);
     }
+  }
+
+  get connected() {
+    return this.connection?.connectionState === "connected";
+  }
+
+  // The server has ended a connection. Before an answer it is an earlier one.
+  ended(reason) {
+    if (this.connection?.remoteDescription) this.end(reason);
   }
 
   async answer(sdp) {
@@ -56,10 +68,7 @@ export class Media {
   watch(current) {
     const next = () => {
       if (!current()) return;
-      if (!this.live) {
-        this.live = true;
-        this.on.open();
-      }
+      this.live = true;
       this.on.frame(this.video);
       this.video.requestVideoFrameCallback(next);
     };
