@@ -370,7 +370,7 @@ const link = new Link(settings, {
     message("");
     showStyle(blob.size ? blob : null);
   },
-  answer: ({ sdp }) => media.answer(sdp),
+  answer: (message) => media.answer(message),
   webrtc: ({ message: reason }) => media.ended(reason),
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
   status: (now) => {

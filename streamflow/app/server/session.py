@@ -310,18 +310,17 @@ class Session:
     async def _set(self, message: Json) -> None:
         limits = self._worker.models, self._server.max_steps, self._control
         new = messages.changed(self._viewer.request, message.get("settings"), *limits)
-        number = message.get("number")
-        if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
-            raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
+        number = messages.number_of(message)
         self._viewer.change(new)
         self._viewer.post(type="settings", settings=new.model_dump(), number=number)
 
     async def _offer(self, message: Json) -> None:
-        """sdp: an offer of WebRTC. The answer is a message "answer" with its sdp. While the connection is there, images go
-        by it, and text messages by its data channel. At its end comes a message "webrtc", and the socket is used again. A
-        further offer of the same connection changes it, and an offer of another one takes its place."""
+        """sdp: an offer of WebRTC. number: repeated in the answer, a message "answer" with its sdp. While the connection is
+        there, images go by it, and text messages by its data channel. At its end comes a message "webrtc", and the socket is
+        used again. A further offer of the same connection changes it, and one of another connection takes its place."""
         if self._make_peer is None:
             raise BadMessage(NO_WEBRTC)
+        number = messages.number_of(message)
         if not isinstance(offer := message.get("sdp"), str):
             raise BadMessage("sdp: an offer of WebRTC")
         if not self._offers.take():
@@ -342,7 +341,7 @@ class Session:
             watching.add_done_callback(self._watching.discard)
             if replaced is not None:
                 replaced.refuse("another connection has taken its place")
-        self._viewer.post(type="answer", sdp=answer)
+        self._viewer.post(type="answer", sdp=answer, number=number)
 
     async def _watch(self, peer: Peer) -> None:
         """Use a WebRTC connection beside the socket until it ends."""

@@ -9,14 +9,14 @@ export class Media {
   // on: {changed, closed(reason), frame}: the connection is there, or is in doubt; it has ended, with the reason unless `stop`
   // ended it; each image of the answer. live: whether the answer has had an image.
   constructor(link, video, on) {
-    Object.assign(this, { link, video, on, connection: null, live: false, delay: 0 });
+    Object.assign(this, { link, video, on, connection: null, live: false, delay: 0, number: 0 });
   }
 
   // Send this track, scaled down until it only just covers a size, and show the answer.
   async start(track, { width, height }, servers) {
     const iceServers = servers.map(({ url, username, credential }) => (username ? { urls: url, username, credential } : { urls: url }));
     const connection = (this.connection = new RTCPeerConnection({ iceServers }));
-    const current = () => connection === this.connection;
+    const current = () => connection === this.connection, number = (this.number += 1);
     const lost = (reason) => current() && this.end(reason);
     connection.onconnectionstatechange = () => {
       if (connection.connectionState === "failed") lost("the connection is lost");
@@ -40,7 +40,7 @@ export class Media {
       await sender.setParameters(parameters);
       const gathered = new Promise((done) => connection.addEventListener("icegatheringstatechange", () => connection.iceGatheringState === "complete" && done()));
       if (connection.iceGatheringState !== "complete") await Promise.race([gathered, soon(GATHERING)]);
-      if (current()) this.link.send({ type: "offer", sdp: connection.localDescription.sdp });
+      if (current()) this.link.send({ type: "offer", sdp: connection.localDescription.sdp, number });
     } catch (error) {
       lost(error.message);
     }
@@ -55,8 +55,10 @@ export class Media {
     if (this.connection?.remoteDescription) this.end(reason);
   }
 
-  async answer(sdp) {
+  // Take the answer to the newest offer.
+  async answer({ sdp, number }) {
     const connection = this.connection;
+    if (number !== this.number) return;
     try {
       await connection?.setRemoteDescription({ type: "answer", sdp });
     } catch (error) {

@@ -122,7 +122,7 @@ def limit_repeats(sender: Any) -> None:
     sender._handle_rtcp_packet = limited
 
 
-def limit_sources(receiver: Any, refuse: Callable[[str], object]) -> None:
+def limit_sources(receiver: Any, refuse: Callable[[str], None]) -> None:
     """Call `refuse` for a client that sends more than `MAX_SOURCES` streams, each of which aiortc keeps and reports on."""
     handle, sources = receiver._handle_rtp_packet, set()
 
@@ -135,7 +135,7 @@ def limit_sources(receiver: Any, refuse: Callable[[str], object]) -> None:
     receiver._handle_rtp_packet = limited
 
 
-def limit_chunks(sctp: Any, refuse: Callable[[str], object]) -> None:
+def limit_chunks(sctp: Any, refuse: Callable[[str], None]) -> None:
     """Call `refuse` for a client of whose messages more than `MAX_CHUNKS` parts wait for others, or that uses as many
     channels: aiortc goes through all of them for each part that arrives. sctp: aiortc's transport."""
     take = sctp._receive_data_chunk
@@ -348,7 +348,7 @@ class Peer:
                 count = await self._received()
                 if count - packets > MAX_PACKETS * (now - looked):
                     await self.end(f"more than {MAX_PACKETS} packets a second")
-                if count != packets:
+                if count != packets or (self.output.empty and not self.takes):  # a player reports on what it gets
                     heard = now
                 elif now - heard > SILENT_SECONDS:
                     await self.end(f"nothing was heard for {SILENT_SECONDS:g} seconds")
@@ -380,7 +380,8 @@ class Peer:
 
     async def _close(self) -> None:
         """Log where aiortc cannot close the connection: a broken offer may have left it half made."""
-        for receiver in self._connection.getReceivers():  # aiortc waits without end for a task that has failed
+        receivers: list[Any] = self._connection.getReceivers()
+        for receiver in receivers:  # aiortc waits without end for a task that has failed
             if (task := receiver._RTCRtpReceiver__rtcp_task) is not None and task.done():
                 receiver._RTCRtpReceiver__rtcp_exited.set()
         try:
