@@ -7,6 +7,8 @@ import queue
 import random
 import re
 import socket
+import struct
+import sys
 import threading
 import time
 from fractions import Fraction
@@ -21,6 +23,7 @@ httpx = pytest.importorskip("httpx", reason="needs httpx")
 
 import av  # noqa: E402
 from aiortc.mediastreams import MediaStreamError  # noqa: E402
+from aiortc.rtcsctptransport import SCTP_DATA_FIRST_FRAG, DataChunk, crc32c  # noqa: E402
 from aiortc.rtp import RTCP_PSFB_APP, RtcpPsfbPacket, pack_remb_fci  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_browser import CHROMIUM, live  # noqa: E402
@@ -35,7 +38,7 @@ from streamflow.app.server.messages import BadMessage, DrawRequest  # noqa: E402
 from streamflow.app.server.settings import IceServer, Server  # noqa: E402
 from streamflow.app.server.webrtc import BadOffer, check_offer  # noqa: E402
 from streamflow.app.server.webrtc_media import BACKLOG, Decoder, Output, OutputTrack, fitted, is_key  # noqa: E402
-from streamflow.app.server.whip import with_fields  # noqa: E402
+from streamflow.app.server.whip import has_webrtc, with_fields  # noqa: E402
 
 pytestmark = pytest.mark.extras
 CLOSE_TO_INPUT = "steps=8&strength=0.05"  # settings under which an even image keeps its brightness
@@ -146,7 +149,7 @@ def test_an_output_gives_the_newest_image_again_while_there_is_no_newer_one(monk
 
 
 def test_offers_are_checked_before_they_are_parsed():
-    head = "v=0\r\na=group:BUNDLE 0\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\na=mid:0\r\n"
+    head = "v=0\r\na=group:BUNDLE 0\r\na=fingerprint:sha-256 AB\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\na=mid:0\r\n"
     names = "a=candidate:1 1 udp 1 0b3c.local 9 typ host\r\na=end-of-candidates\r\n"
     address = "a=candidate:1 1 udp 1 192.0.2.1 9 typ host\r\n"
     assert check_offer(head + names + address, True) == head + address  # no name is looked up
@@ -162,6 +165,10 @@ def test_offers_are_checked_before_they_are_parsed():
         (2 * head, "one a=group:BUNDLE"),
         (head.replace("BUNDLE 0", "BUNDLE 1"), "one a=group:BUNDLE"),
         (head.replace("a=mid:0", ""), "an a=mid each"),
+        (head.replace("BUNDLE 0", f"BUNDLE {65 * 'x'}").replace("mid:0", f"mid:{65 * 'x'}"), "1 to 64"),
+        (head.replace("a=fingerprint", "a=print"), "no a=fingerprint"),
+        (head + "a=extmap:256/sendrecv urn:x\r\n", "a=extmap of the offer is above 255"),
+        (head + f"a=sctp-port:{5000 * '9'}\r\n", "a=sctp-port of the offer is above 65535"),
     ):
         with pytest.raises(BadOffer, match=why):
             check_offer(bad, True)
@@ -178,7 +185,13 @@ def test_settings_of_an_address_are_checked_as_those_of_a_message():
 def test_ice_servers_are_checked():
     assert "secret" not in repr(IceServer(url="turn:turn.example:3478?transport=tcp", username="ann", credential="secret"))
     IceServer(url="stun:stun.example")
-    for wrong in ({"url": "turn:turn.example"}, {"url": "http://x"}, {"url": "stun:"}, {"url": "stun:a b"}):
+    for wrong in (
+        {"url": "turn:turn.example"},
+        {"url": "http://x"},
+        {"url": "stun:"},
+        {"url": "stun:a b"},
+        {"url": "stun:a:65536"},
+    ):
         with pytest.raises(ValueError):
             IceServer(**wrong)
 
@@ -197,6 +210,12 @@ def test_without_webrtc_the_endpoints_say_what_to_do(setting, installed, monkeyp
         assert one.status_code == 501 and "pip install 'streamflow-rf[web,webrtc]'" in one.json()["detail"]
     assert service.make_peer is None
     service.pools.shutdown()
+
+
+def test_a_broken_aiortc_switches_webrtc_off_and_is_logged(monkeypatch, caplog):
+    assert has_webrtc() and caplog.text == ""
+    monkeypatch.setitem(sys.modules, "streamflow.app.server.webrtc", None)  # importing it raises ImportError
+    assert not has_webrtc() and "aiortc cannot be imported" in caplog.text
 
 
 def test_offers_before_the_model_is_there_and_too_many_of_one_address_are_refused():
@@ -218,7 +237,7 @@ def test_offers_before_the_model_is_there_and_too_many_of_one_address_are_refuse
 
 @pytest.fixture(scope="module")
 def server():
-    running = Running(max_viewers=2, max_image_pixels=100_000, max_readers=1)
+    running = Running(max_viewers=2, max_image_pixels=100_000, max_message_bytes=100_000, max_readers=1)
     yield running
     running.close()
 
@@ -272,7 +291,7 @@ def test_a_video_is_published_restyled_and_ended(server):
 def test_requests_that_are_no_offers_are_refused(server):
     async def scenario(http):
         for path in ("/whip", "/whep"):
-            for method in ("GET", "PUT", "PATCH", "DELETE"):
+            for method in ("GET", "PUT", "PATCH", "DELETE", "OPTIONS"):
                 refused = await http.request(method, path)
                 assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
             assert (await http.patch(f"{path}/x", content="a=ice", headers=SDP)).headers["allow"] == "DELETE"
@@ -429,12 +448,13 @@ def test_floods_and_invalid_messages_end_only_their_sender(server):
         good = Client(Camera())
         kept = await good.publish(http, "/whip?stream=good")
         await good.until(lambda: good.frames)
-        attacks = {
-            4429: lambda client: [client.send(type="ack") for _ in range(2000)],
-            4400: lambda client: [client.send(type="exec") for _ in range(60)],
-            1009: lambda client: client.send(type="set", settings={"prompt": "x" * 20_000}),
-        }
-        for closed, attack in attacks.items():
+        attacks = (
+            (4429, lambda client: [client.send(type="ack") for _ in range(2000)]),
+            (4400, lambda client: [client.send(type="exec") for _ in range(60)]),
+            (1009, lambda client: client.send(type="set", settings={"prompt": "x" * 20_000})),
+            (1009, lambda client: client.channel.send(bytes(100_001))),
+        )
+        for closed, attack in attacks:
             client = Client(Camera())
             assert (await client.publish(http, "/whip?stream=bad")).status_code == 201
             await client.heard("welcome")
@@ -555,6 +575,144 @@ def test_a_websockets_session_gains_and_loses_webrtc(server):
             reading.cancel()
 
     talk(server, scenario)
+
+
+@pytest.mark.slow
+def test_a_new_connection_of_a_websockets_session_takes_the_place_of_the_old_one(server):
+    """As where a page goes from its webcam to a screen: the old connection may end before or after the new one's offer."""
+
+    async def scenario(http):
+        ticket = (await http.post("/session")).json()["ticket"]
+        seen, clients = [], []
+
+        async with connect(f"ws://{server.host}/stream", subprotocols=["streamflow", ticket]) as socket:
+
+            async def read():
+                with contextlib.suppress(Exception):
+                    async for message in socket:
+                        if isinstance(message, str):
+                            seen.append(json.loads(message))
+
+            reading = asyncio.ensure_future(read())
+            await socket.send(json.dumps({"type": "set", "settings": {"mode": "image"}}))
+            for closed_first in (False, False, True):
+                if clients and closed_first:
+                    await clients[-1].close()
+                seen.clear()
+                clients.append(Client(Camera()))
+                offer = {"type": "offer", "sdp": await clients[-1].offer(), "number": len(clients)}
+                await socket.send(json.dumps(offer))
+                await clients[-1].until(lambda: "answer" in [one["type"] for one in seen])
+                found = [one["type"] for one in seen].index("answer")
+                assert seen[found]["number"] == len(clients)
+                await clients[-1].accept(seen[found]["sdp"])
+                await clients[-1].until(lambda: len(clients[-1].frames) > 2)
+                assert not [one for one in seen[found:] if one["type"] == "webrtc"]  # what ends an old one comes before
+            await clients[0].until(lambda: clients[0].pc.connectionState == "closed")
+            for one in clients:
+                await one.close()
+            reading.cancel()
+
+    talk(server, scenario)
+
+
+@pytest.mark.slow
+def test_a_player_waits_for_the_first_image_of_a_paused_stream(server, monkeypatch):
+    monkeypatch.setattr(webrtc, "SILENT_SECONDS", 1.0)
+
+    async def scenario(http):
+        publisher, player = Client(Camera(), receive=False), Client(None, channel=False)
+        await publisher.publish(http)
+        await publisher.heard("welcome")
+        (stream,) = server.service.streams._streams.values()
+        stream.peer.output._image = None  # as where nothing has been drawn yet
+        publisher.send(type="set", settings={"running": False})
+        await publisher.heard("settings")
+        stream.peer.output._image = None
+        await player.publish(http, "/whep")
+        await asyncio.sleep(3)
+        assert player.pc.connectionState == "connected" and not player.frames
+        publisher.send(type="set", settings={"running": True})
+        await player.until(lambda: len(player.frames) > 2)
+        await player.close()
+        await publisher.close()
+
+    talk(server, scenario)
+
+
+async def ask_again(client, server):
+    """One datagram asks for the newest packets 5600 times."""
+    (stream,) = server.service.streams._streams.values()
+    (sender,) = stream.peer._connection.getSenders()
+    newest = max(one.sequence_number for one in sender._RTCRtpSender__rtp_history.values())
+    before = stream.peer._connection.getSenders()[0].transport._RTCDtlsTransport__tx_packets
+    lost = struct.pack("!HH", (newest - 16) & 0xFFFF, 0xFFFF) * 330
+    await client.video.receiver.transport._send_rtp(struct.pack("!BBHII", 0x81, 205, 332, 1, sender._ssrc) + lost)
+    await asyncio.sleep(0.5)
+    assert sender.transport._RTCDtlsTransport__tx_packets - before < 150
+
+
+async def send_many_sources(client, server):
+    for number in range(20):
+        head = struct.pack("!BBHII", 0x80, client.payload_type, number, 0, 5000 + number)
+        with contextlib.suppress(ConnectionError):  # once the server has ended the connection
+            await client.video.receiver.transport._send_rtp(head + b"\x10abc")
+
+
+async def send_parts(client, server):
+    """Parts of one message that never ends, of a byte each."""
+    sctp = client.pc.sctp
+    for number in range(20):
+        chunks = []
+        for part in range(40):
+            chunk = DataChunk(flags=SCTP_DATA_FIRST_FRAG if number == part == 0 else 0)
+            chunk.tsn, chunk.stream_id, chunk.stream_seq, chunk.protocol = sctp._local_tsn + 40 * number + part, 9, 0, 51
+            chunk.user_data = b"a"
+            chunks.append(bytes(chunk))
+        head = struct.pack("!HHL", sctp._local_port, sctp._remote_port, sctp._remote_verification_tag)
+        checksum = struct.pack("<L", crc32c(head + bytes(4) + b"".join(chunks)))
+        with contextlib.suppress(ConnectionError):
+            await sctp.transport._send_data(head + checksum + b"".join(chunks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack, ends_it", [(ask_again, False), (send_many_sources, True), (send_parts, True)])
+def test_packets_that_make_aiortc_work_without_bound_are_limited(server, attack, ends_it, caplog):
+    async def scenario(http):
+        client = Client(Camera())
+        response = await client.publish(http)
+        client.payload_type = int(re.search(r"a=rtpmap:([0-9]+) VP8", response.text)[1])
+        await client.until(lambda: len(client.frames) > 2)
+        await attack(client, server)
+        if ends_it:
+            await client.until(lambda: server.service.admission.inside == 0)
+        else:
+            assert (await http.delete(response.headers["location"])).status_code == 200
+        await client.close()
+
+    talk(server, scenario)
+    assert "not closed as it should be" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_connection_whose_reports_have_failed_is_closed(server, caplog):
+    """aiortc's task fails where a clock jumps by days, for one, and its `stop` would wait for it without end."""
+
+    async def scenario(http):
+        client = Client(Camera())
+        response = await client.publish(http)
+        await client.until(lambda: client.frames)
+        (stream,) = server.service.streams._streams.values()
+        (receiver,) = stream.peer._connection.getReceivers()
+        for one in receiver._RTCRtpReceiver__remote_streams.values():
+            one._jitter_q4 = 2**50
+        await client.until(lambda: receiver._RTCRtpReceiver__rtcp_task.done())
+        assert (await http.delete(response.headers["location"])).status_code == 200
+        assert stream.peer._connection.getReceivers()[0].transport.state == "closed"
+        await client.close()
+
+    talk(server, scenario)
+    assert "not closed as it should be" not in caplog.text
 
 
 @pytest.mark.slow
@@ -683,8 +841,17 @@ def test_the_page_sends_its_camera_by_webrtc(server):
         assert page.is_hidden("#output-video")
         before = page.evaluate("document.getElementById('output').toDataURL()")
         page.wait_for_function("before => document.getElementById('output').toDataURL() !== before", arg=before)
+        page.click("#pause")  # no image comes, and the connection stays
         page.click("button[data-source=camera]")
         page.wait_for_function("() => document.getElementById('transport').textContent === 'WebRTC'")
+        for pause in (300, 100):  # again, as where another source is chosen while the old one's connection ends
+            page.wait_for_timeout(pause)
+            page.click("button[data-source=camera]")
+        page.wait_for_timeout(7000)  # more than the page's patience
+        assert page.text_content("#transport") == "WebRTC"
+        first = int(page.text_content("#frame"))
+        page.click("#pause")
+        page.wait_for_function("first => Number(document.getElementById('frame').textContent) > first + 2", arg=first)
         page.click("#tab-text")
         page.wait_for_selector("#transport", state="hidden")
         page.goto(f"http://{server.host}/?transport=websocket")

@@ -64,6 +64,14 @@ def read(text: str) -> Json:
     return message
 
 
+def number_of(message: Json) -> int | None:
+    """The number that the answer to a message repeats. BadMessage: it is no integer that JavaScript has exactly."""
+    number = message.get("number")
+    if number is not None and not (isinstance(number, int) and abs(number) <= MAX_NUMBER):
+        raise BadMessage(f"number: an integer of at most {MAX_NUMBER}")
+    return number
+
+
 def changed(
     request: DrawRequest, fields: object, models: tuple[str, ...], max_steps: int, control: bool = False
 ) -> DrawRequest:

@@ -150,7 +150,7 @@ function carry() {
     if (!media.connection) media.start(track, $("output"), webrtc.ice_servers);
   } else media.stop();
   $("transport").hidden = !track;
-  $("transport").textContent = media.live ? "WebRTC" : reason ? `WebSocket (${reason})` : "WebRTC is connecting";
+  $("transport").textContent = media.connected ? "WebRTC" : reason ? `WebSocket (${reason})` : "WebRTC is connecting";
 }
 
 function shows(video) {
@@ -302,7 +302,7 @@ function numbers() {
 let busy = false;
 async function feed() {
   if (busy || !running || document.hidden || mode !== "image" || !link.live) return;
-  if (media.live) return source.look();
+  if (media.connected) return source.look();
   busy = true;
   try {
     const stamp = performance.now(), blob = await source.grab();
@@ -370,8 +370,8 @@ const link = new Link(settings, {
     message("");
     showStyle(blob.size ? blob : null);
   },
-  answer: ({ sdp }) => media.answer(sdp),
-  webrtc: ({ message: reason }) => media.connection && media.end(reason),
+  answer: (message) => media.answer(message),
+  webrtc: ({ message: reason }) => media.ended(reason),
   gif: (_, blob) => save(new Blob([blob], { type: "image/gif" }), "streamflow.gif"),
   status: (now) => {
     status = { ...now, at: performance.now() };
@@ -392,17 +392,19 @@ const link = new Link(settings, {
 });
 
 const media = new Media(link, $("output-video"), {
-  open: carry,
+  changed: carry,
   frame: shows,
   closed: (reason) => {
     refusal = reason && `WebRTC: ${reason}`;
     $("output-video").hidden = true;
+    if (reason) link.set(settings()); // what was sent by the data channel may be lost
     carry();
   },
 });
 
 async function choose(kind, file) {
   message("");
+  source.stop(); // first, or its track would be sent again
   media.stop();
   refusal = "";
   try {

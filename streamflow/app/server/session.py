@@ -228,7 +228,7 @@ class Session:
         self._gifs = Bucket(1 / GIF_EVERY, 1)
         self._offers = Bucket(1 / OFFER_EVERY, 3)
         self._make_peer, self._peer = service.make_peer, peer
-        self._watching: asyncio.Future[None] | None = None
+        self._watching: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self._mistakes = 0
         self._style_follows = False  # the next binary message is a style image
@@ -246,7 +246,7 @@ class Session:
                 if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
                     raise error
         finally:
-            tasks += [] if self._watching is None else [self._watching]
+            tasks += self._watching
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -263,8 +263,11 @@ class Session:
                 self._refused("flood")
                 return await self._socket.close(TOO_MUCH, "too many messages a second")
             try:
-                if message.get("bytes") is not None:
-                    self._take_bytes(message["bytes"])
+                if (data := message.get("bytes")) is not None:
+                    if len(data) > self._server.max_message_bytes:  # by a data channel; a WebSocket has ended before
+                        self._refused("large message")
+                        return await self._socket.close(TOO_LARGE, f"at most {self._server.max_message_bytes} bytes")
+                    self._take_bytes(data)
                 elif messages.longer(message["text"], self._server.max_text_bytes):
                     self._refused("large text")
                     return await self._socket.close(TOO_LARGE, f"a text is at most {self._server.max_text_bytes} bytes")
@@ -307,23 +310,24 @@ class Session:
     async def _set(self, message: Json) -> None:
         limits = self._worker.models, self._server.max_steps, self._control
         new = messages.changed(self._viewer.request, message.get("settings"), *limits)
-        number = message.get("number")
-        if number is not None and not (isinstance(number, int) and abs(number) <= messages.MAX_NUMBER):
-            raise BadMessage(f"number: an integer of at most {messages.MAX_NUMBER}")
+        number = messages.number_of(message)
         self._viewer.change(new)
         self._viewer.post(type="settings", settings=new.model_dump(), number=number)
 
     async def _offer(self, message: Json) -> None:
-        """sdp: an offer of WebRTC. The answer is a message "answer" with its sdp. While the connection is there, images go
-        by it, and text messages by its data channel. At its end comes a message "webrtc", and the socket is used again. A
-        further offer changes the connection."""
+        """sdp: an offer of WebRTC. number: repeated in the answer, a message "answer" with its sdp. While the connection is
+        there, images go by it, and text messages by its data channel. At its end comes a message "webrtc", and the socket is
+        used again. A further offer of the same connection changes it, and one of another connection takes its place."""
         if self._make_peer is None:
             raise BadMessage(NO_WEBRTC)
+        number = messages.number_of(message)
         if not isinstance(offer := message.get("sdp"), str):
             raise BadMessage("sdp: an offer of WebRTC")
         if not self._offers.take():
             raise BadMessage(f"at most one offer every {OFFER_EVERY:g} seconds")
-        peer = self._peer or self._make_peer(self._viewer)
+        peer = self._peer
+        if peer is None or not (peer is self._socket or peer.continues(offer)):
+            peer = self._make_peer(self._viewer)
         try:
             answer = await peer.negotiate(offer)
         except BadMessage:
@@ -331,8 +335,13 @@ class Session:
                 await peer.end("the offer was refused")
             raise
         if peer is not self._peer:
-            self._peer, self._watching = peer, asyncio.ensure_future(self._watch(peer))
-        self._viewer.post(type="answer", sdp=answer)
+            replaced, self._peer = self._peer, peer
+            watching = asyncio.create_task(self._watch(peer))
+            self._watching.add(watching)
+            watching.add_done_callback(self._watching.discard)
+            if replaced is not None:
+                replaced.refuse("another connection has taken its place")
+        self._viewer.post(type="answer", sdp=answer, number=number)
 
     async def _watch(self, peer: Peer) -> None:
         """Use a WebRTC connection beside the socket until it ends."""
@@ -343,9 +352,10 @@ class Session:
         finally:
             messages.cancel()
             await asyncio.gather(messages, return_exceptions=True)
-        self._peer = None
         peer.output.close()
-        self._viewer.post(type="webrtc", state="ended", message=reason)
+        if peer is self._peer:
+            self._peer = None
+            self._viewer.post(type="webrtc", state="ended", message=reason)
 
     async def _acknowledge(self, message: Json) -> None:
         self._viewer.acknowledge()

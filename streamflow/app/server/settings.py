@@ -21,7 +21,10 @@ class IceServer(Section):
     credential: str | None = Field(default=None, description="of a TURN server", repr=False)
 
     @model_validator(mode="after")
-    def _has_what_turn_needs(self) -> Self:
+    def _has_a_port_and_what_turn_needs(self) -> Self:
+        port = re.search(r":([0-9]+)(\?|$)", self.url)
+        if port is not None and not 0 < int(port[1]) < 65536:
+            raise ValueError(f"{self.url} has a port outside of 1 to 65535")
         if self.url.startswith("turn") and None in (self.username, self.credential):
             raise ValueError(f"{self.url} needs a username and a credential")
         return self

@@ -6,19 +6,22 @@ const GATHERING = 1500; // milliseconds for candidates; the offer has those that
 const soon = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 export class Media {
-  // on: {open, closed(reason), frame}: the answer's first image is there; the connection has ended, with the reason unless
-  // `stop` ended it; each image of the answer.
+  // on: {changed, closed(reason), frame}: the connection is there, or is in doubt; it has ended, with the reason unless `stop`
+  // ended it; each image of the answer. live: whether the answer has had an image.
   constructor(link, video, on) {
-    Object.assign(this, { link, video, on, connection: null, live: false, delay: 0 });
+    Object.assign(this, { link, video, on, connection: null, live: false, delay: 0, number: 0 });
   }
 
   // Send this track, scaled down until it only just covers a size, and show the answer.
   async start(track, { width, height }, servers) {
     const iceServers = servers.map(({ url, username, credential }) => (username ? { urls: url, username, credential } : { urls: url }));
     const connection = (this.connection = new RTCPeerConnection({ iceServers }));
-    const current = () => connection === this.connection;
+    const current = () => connection === this.connection, number = (this.number += 1);
     const lost = (reason) => current() && this.end(reason);
-    connection.onconnectionstatechange = () => ["failed", "closed"].includes(connection.connectionState) && lost("the connection is lost");
+    connection.onconnectionstatechange = () => {
+      if (connection.connectionState === "failed") lost("the connection is lost");
+      else if (current()) this.on.changed();
+    };
     connection.ontrack = ({ track: answer, receiver }) => {
       if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
       this.video.srcObject = new MediaStream([answer]);
@@ -28,7 +31,7 @@ export class Media {
     const channel = connection.createDataChannel("messages");
     channel.onmessage = ({ data }) => current() && this.link.text(JSON.parse(data));
     channel.onopen = () => current() && (this.link.channel = channel);
-    setTimeout(() => this.live || lost(`no connection within ${PATIENCE / 1000} seconds`), PATIENCE + GATHERING);
+    setTimeout(() => this.connected || lost(`no connection within ${PATIENCE / 1000} seconds`), PATIENCE + GATHERING);
     try {
       const { sender } = connection.addTransceiver(track, { direction: "sendrecv" });
       await connection.setLocalDescription();
@@ -37,14 +40,25 @@ export class Media {
       await sender.setParameters(parameters);
       const gathered = new Promise((done) => connection.addEventListener("icegatheringstatechange", () => connection.iceGatheringState === "complete" && done()));
       if (connection.iceGatheringState !== "complete") await Promise.race([gathered, soon(GATHERING)]);
-      if (current()) this.link.send({ type: "offer", sdp: connection.localDescription.sdp });
+      if (current()) this.link.send({ type: "offer", sdp: connection.localDescription.sdp, number });
     } catch (error) {
       lost(error.message);
     }
   }
 
-  async answer(sdp) {
+  get connected() {
+    return this.connection?.connectionState === "connected";
+  }
+
+  // The server has ended a connection. Before an answer it is an earlier one.
+  ended(reason) {
+    if (this.connection?.remoteDescription) this.end(reason);
+  }
+
+  // Take the answer to the newest offer.
+  async answer({ sdp, number }) {
     const connection = this.connection;
+    if (number !== this.number) return;
     try {
       await connection?.setRemoteDescription({ type: "answer", sdp });
     } catch (error) {
@@ -56,10 +70,7 @@ export class Media {
   watch(current) {
     const next = () => {
       if (!current()) return;
-      if (!this.live) {
-        this.live = true;
-        this.on.open();
-      }
+      this.live = true;
       this.on.frame(this.video);
       this.video.requestVideoFrameCallback(next);
     };

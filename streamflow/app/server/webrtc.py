@@ -21,9 +21,11 @@ from aiortc import (
     RTCRtpTransceiver,
     RTCSessionDescription,
 )
+from aiortc.rtp import RtcpRtpfbPacket
 
 from streamflow._files import Json
 from streamflow.app.server.messages import BadMessage
+from streamflow.app.server.safety import Bucket
 from streamflow.app.server.settings import IceServer
 from streamflow.app.server.webrtc_media import Decoder, Output, OutputTrack
 
@@ -34,12 +36,18 @@ MAX_CANDIDATES = 32
 CONNECT_SECONDS = 10.0  # from the answer until the connection must be there
 SILENT_SECONDS = 10.0  # without any packet, after which a client is gone
 LOOK_SECONDS = 0.5  # between two looks at the connection
+LARGEST = {"extmap": 255, "sctp-port": 65_535}  # numbers of an offer that aiortc packs without a check
 MAX_PACKETS = 2500  # a second, that a client may send
+MAX_RESENT = 1000.0  # packets a second, that a client may ask for again
+RESENT_AT_ONCE = 128  # the packets that aiortc keeps
+MAX_SOURCES = 16  # RTP streams (SSRC) of a video that arrives; aiortc reports on 31 at most
+MAX_CHUNKS = 512  # of messages of data channels that have not arrived whole, and as many channels
 MAX_QUEUED = 1024  # messages of a client that wait; its rate is counted when they are taken
 MAX_EARLY = 8  # messages to a client that wait for its data channel
 MAX_BYTES = 65_536  # of one message of a data channel
 MAX_BUFFERED = 131_072  # bytes that a client has not acknowledged, above which messages wait
 CLOSE_SECONDS = 3.0
+NEEDED = "it needs VP8 or H.264, rtcp-mux, a=setup, a=ice-ufrag and a=ice-pwd"
 
 
 class BadOffer(BadMessage):
@@ -62,12 +70,25 @@ def check_offer(sdp: str, keep_candidates: bool) -> str:
     ):
         if count > most:
             raise BadOffer(f"the offer has {count} {name}, and at most {most} are taken")
+    for name, most in LARGEST.items():
+        for number in re.findall(rf"^a={name}: *([0-9]+)", "\n".join(lines), re.MULTILINE):
+            if len(number) > 5 or int(number) > most:
+                raise BadOffer(f"a={name} of the offer is above {most}")
+    if not any(line.startswith("a=fingerprint:") for line in lines):
+        raise BadOffer("the offer has no a=fingerprint, by which its sender is known")
     names = [line.removeprefix("a=mid:") for line in lines if line.startswith("a=mid:")]
     bundles = [line.split()[1:] for line in lines if line.startswith("a=group:BUNDLE")]
     bundled = bundles == [names] or (not bundles and len(media) == 1)
     if len(set(names)) < len(media) or len(names) != len(media) or not bundled:  # aiortc relies on it
         raise BadOffer("the media of an offer have an a=mid each, and one a=group:BUNDLE lists all of them in order")
+    if not all(re.fullmatch("[!-~]{1,64}", name) for name in names):
+        raise BadOffer("an a=mid is 1 to 64 printable ASCII characters")
     return "".join(f"{line}\r\n" for line in lines if not re.match(unused, line))
+
+
+def fingerprints(sdp: str) -> set[str]:
+    """The certificates of a description, which tell its connection from others."""
+    return {line.lower() for line in sdp.splitlines() if line.startswith("a=fingerprint:")}
 
 
 def configuration(servers: Sequence[IceServer]) -> RTCConfiguration:
@@ -87,6 +108,45 @@ def read_filled(transport: Any) -> None:
         return data
 
     transport._recv = filled
+
+
+def limit_repeats(sender: Any) -> None:
+    """Bound the packets that a client asks for again: one datagram can name thousands. sender: aiortc's."""
+    handle, pace = sender._handle_rtcp_packet, Bucket(MAX_RESENT, RESENT_AT_ONCE)
+
+    async def limited(packet: Any) -> None:
+        if isinstance(packet, RtcpRtpfbPacket):
+            packet.lost = [one for one in dict.fromkeys(packet.lost[: 2 * RESENT_AT_ONCE]) if pace.take()]
+        await handle(packet)
+
+    sender._handle_rtcp_packet = limited
+
+
+def limit_sources(receiver: Any, refuse: Callable[[str], None]) -> None:
+    """Call `refuse` for a client that sends more than `MAX_SOURCES` streams, each of which aiortc keeps and reports on."""
+    handle, sources = receiver._handle_rtp_packet, set()
+
+    async def limited(packet: Any, arrival_time_ms: int) -> None:
+        if packet.ssrc not in sources and len(sources) == MAX_SOURCES:
+            return refuse(f"a video of more than {MAX_SOURCES} streams")
+        sources.add(packet.ssrc)
+        await handle(packet, arrival_time_ms=arrival_time_ms)
+
+    receiver._handle_rtp_packet = limited
+
+
+def limit_chunks(sctp: Any, refuse: Callable[[str], None]) -> None:
+    """Call `refuse` for a client of whose messages more than `MAX_CHUNKS` parts wait for others, or that uses as many
+    channels: aiortc goes through all of them for each part that arrives. sctp: aiortc's transport."""
+    take = sctp._receive_data_chunk
+
+    async def limited(chunk: Any) -> None:
+        streams, missing = sctp._inbound_streams, len(sctp._sack_misordered)
+        if missing + len(streams) + sum(len(one.reassembly) for one in streams.values()) > MAX_CHUNKS:
+            return refuse(f"more than {MAX_CHUNKS} parts of messages that have not arrived whole, or data channels")
+        await take(chunk)
+
+    sctp._receive_data_chunk = limited
 
 
 class Peer:
@@ -116,6 +176,9 @@ class Peer:
         self._low = asyncio.Event()  # set where more messages can be sent
         self._changed = asyncio.Event()
         self._ended: str | None = None
+        self._closing: asyncio.Future[None] = asyncio.Future()  # set where it ends
+        self._refused: str | None = None
+        self._limited: list[object] = []  # what has limits of its own
         self._connection.on("track", self._on_track)
         self._connection.on("datachannel", self._on_channel)
         self._connection.on("connectionstatechange", self._changed.set)
@@ -133,11 +196,34 @@ class Peer:
                     await self.end(f"more than {MAX_MEDIA} media")
                 for one in transceivers:
                     self._set_direction(one)
-                    read_filled(one.receiver.transport.transport)
+                self._limit(transceivers)
                 await self._connection.setLocalDescription(await self._connection.createAnswer())
             except Exception as error:  # whatever a broken description leads to in aiortc's parser
-                raise BadOffer(f"the offer cannot be answered ({type(error).__name__})") from error
+                raise BadOffer(f"the offer cannot be answered ({type(error).__name__}): {NEEDED}") from error
         return self._connection.localDescription.sdp
+
+    def continues(self, offer: str) -> bool:
+        """Whether an offer changes this connection. One with another certificate is for a new connection."""
+        known = self._connection.remoteDescription
+        return self._ended is None and known is not None and fingerprints(known.sdp) == fingerprints(offer)
+
+    def _limit(self, transceivers: Sequence[RTCRtpTransceiver]) -> None:
+        """Put limits where aiortc has none."""
+        for one in transceivers:
+            if one not in self._limited:
+                limit_repeats(one.sender)
+                limit_sources(one.receiver, self.refuse)
+            read_filled(one.receiver.transport.transport)
+        if (sctp := self._connection.sctp) is not None:
+            if sctp not in self._limited:
+                limit_chunks(sctp, self.refuse)
+            read_filled(sctp.transport.transport)
+        self._limited = [*transceivers, sctp]
+
+    def refuse(self, reason: str) -> None:
+        """Let `run` end the connection, for a caller that cannot wait, such as aiortc's reader."""
+        self._refused = self._refused or reason
+        self._changed.set()
 
     def _set_direction(self, transceiver: RTCRtpTransceiver) -> None:
         """Answer a video with what both sides do of taking and sending, anything else as inactive."""
@@ -193,6 +279,7 @@ class Peer:
         channel.bufferedAmountLowThreshold = MAX_BUFFERED // 2
         channel.on("message", self._on_message)
         channel.on("bufferedamountlow", self._low.set)
+        channel.on("close", self._low.set)
         while self._early:
             channel.send(self._early.popleft())
 
@@ -247,7 +334,9 @@ class Peer:
             self._changed.clear()
             await self._sleep(LOOK_SECONDS)
             now, state = time.monotonic(), self._connection.connectionState
-            if state in ("failed", "closed"):
+            if self._refused is not None:
+                await self.end(self._refused)
+            elif state in ("failed", "closed"):
                 await self.end(f"the connection has {'failed' if state == 'failed' else 'been closed'}")
             elif self.output.closed:
                 await self.end("the stream has ended")
@@ -259,7 +348,7 @@ class Peer:
                 count = await self._received()
                 if count - packets > MAX_PACKETS * (now - looked):
                     await self.end(f"more than {MAX_PACKETS} packets a second")
-                if count != packets:
+                if count != packets or (self.output.empty and not self.takes):  # a player reports on what it gets
                     heard = now
                 elif now - heard > SILENT_SECONDS:
                     await self.end(f"nothing was heard for {SILENT_SECONDS:g} seconds")
@@ -278,15 +367,23 @@ class Peer:
         return sum(one.packetsReceived for one in report.values() if one.type == "transport")
 
     async def end(self, reason: str) -> None:
-        """Close the connection, and log where aiortc cannot: a broken offer may have left it half made."""
-        if self._ended is not None:
-            return
-        self._ended = reason
-        if self._messages.full():
-            self._messages.get_nowait()
-        self._messages.put_nowait(None)
-        self._changed.set()
-        self._low.set()
+        """Close the connection. Where the caller is cancelled meanwhile, it is closed nevertheless."""
+        if self._ended is None:
+            self._ended = reason
+            if self._messages.full():
+                self._messages.get_nowait()
+            self._messages.put_nowait(None)
+            self._changed.set()
+            self._low.set()
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        """Log where aiortc cannot close the connection: a broken offer may have left it half made."""
+        receivers: list[Any] = self._connection.getReceivers()
+        for receiver in receivers:  # aiortc waits without end for a task that has failed
+            if (task := receiver._RTCRtpReceiver__rtcp_task) is not None and task.done():
+                receiver._RTCRtpReceiver__rtcp_exited.set()
         try:
             await asyncio.wait_for(self._connection.close(), CLOSE_SECONDS)
         except Exception as error:

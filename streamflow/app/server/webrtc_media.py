@@ -135,6 +135,11 @@ class Output:
         self._changed = asyncio.Event()
         self.closed = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether no image has been shown yet."""
+        return self._image is None
+
     def show(self, pixels: np.ndarray) -> None:
         """Send this image, uint8 `[H, W, 3]`, from now on."""
         self._image = pixels

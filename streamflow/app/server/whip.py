@@ -4,6 +4,7 @@ connections; aiortc, of the extra webrtc, is imported where WebRTC is on and ins
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,18 +30,26 @@ if TYPE_CHECKING:
     from streamflow.app.server.app import Service
     from streamflow.app.server.webrtc import Peer
 
+logger = logging.getLogger(__name__)
 SDP = "application/sdp"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
 LIVE = "live"  # the name of a stream that was published without one
 TRIES = 2.0  # offers a second, of one visitor
 BURST = 10
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 
 def has_webrtc() -> bool:
-    """Whether the extra webrtc is installed."""
-    return find_spec("aiortc") is not None
+    """Whether the extra webrtc is installed. Where it is and cannot be imported, the reason is logged."""
+    if find_spec("aiortc") is None:
+        return False
+    try:
+        import streamflow.app.server.webrtc  # noqa: F401  # at the start: the event loop would wait for it later
+    except ImportError as error:
+        logger.warning("WebRTC is off, since aiortc cannot be imported: %s", error)
+        return False
+    return True
 
 
 def make_peer(service: Service, viewer: Viewer) -> Peer:
@@ -195,8 +204,6 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
             raise HTTPException(501, NO_WEBRTC)
 
         return
-
-    import streamflow.app.server.webrtc  # noqa: F401  # here, since its import would keep the event loop waiting
 
     service.make_peer = partial(make_peer, service)
     streams = service.streams = Streams(service, service.admission_of(service.server.max_readers))
