@@ -74,6 +74,11 @@ def test_settings_and_messages_that_do_not_fit_are_refused():
     assert parse({"controlnet": {"net": "", "maker": "", "maker_model": ""}}) == parse({}), "empty texts are left out"
     assert first_request(parse(canny)).mode == "image" and first_request(parse({})).mode == "text"
     assert messages.changed(IMAGE, {"show_control": True, "model": "m"}, ("m",), 8, control=True).show_control
+    service = Service(parse(canny), Tokens())
+    service.worker.models = ("m",)
+    assert service.changed(IMAGE, {"show_control": True, "model": "m"}).show_control
+    with pytest.raises(BadMessage, match="choose image"):
+        service.changed(IMAGE, {"mode": "text", "model": "m"})
     with pytest.raises(BadMessage, match="mode: control images are made from images: choose image"):
         messages.changed(IMAGE, {"mode": "text", "model": "m"}, ("m",), 8, control=True)
     with pytest.raises(BadMessage, match="show_control: this server draws without a control net"):

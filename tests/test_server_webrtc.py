@@ -34,11 +34,11 @@ from websockets.asyncio.client import connect  # noqa: E402
 from streamflow.app.config import Settings  # noqa: E402
 from streamflow.app.server import images, tokens, webrtc  # noqa: E402
 from streamflow.app.server.app import Service, create_app  # noqa: E402
-from streamflow.app.server.messages import BadMessage, DrawRequest  # noqa: E402
+from streamflow.app.server.messages import BadMessage, DrawRequest, changed  # noqa: E402
 from streamflow.app.server.settings import IceServer, Server  # noqa: E402
 from streamflow.app.server.webrtc import BadOffer, check_offer  # noqa: E402
 from streamflow.app.server.webrtc_media import BACKLOG, Decoder, Output, OutputTrack, fitted, is_key  # noqa: E402
-from streamflow.app.server.whip import has_webrtc, with_fields  # noqa: E402
+from streamflow.app.server.whip import fields_of, has_webrtc  # noqa: E402
 
 pytestmark = pytest.mark.extras
 CLOSE_TO_INPUT = "steps=8&strength=0.05"  # settings under which an even image keeps its brightness
@@ -175,11 +175,16 @@ def test_offers_are_checked_before_they_are_parsed():
 
 
 def test_settings_of_an_address_are_checked_as_those_of_a_message():
-    request = with_fields(DrawRequest(model="m"), {"prompt": "3", "steps": "2", "strength": "0.5"}, ("m",), 8)
+    def with_fields(query, control=False):
+        return changed(DrawRequest(model="m"), fields_of(query), ("m",), 8, control)
+
+    request = with_fields({"prompt": "3", "steps": "2", "strength": "0.5"})
     assert (request.mode, request.prompt, request.steps, request.strength) == ("image", "3", 2, 0.5)
     for wrong in ({"steps": "9"}, {"steps": "x"}, {"steps": "1e9"}, {"model": "n"}, {"colour": "red"}, {"running": "true"}):
         with pytest.raises(BadMessage):
-            with_fields(DrawRequest(model="m"), wrong, ("m",), 8)
+            with_fields(wrong)
+    with pytest.raises(BadMessage, match="choose image"):
+        with_fields({"mode": "text"}, control=True)
 
 
 def test_ice_servers_are_checked():

@@ -124,7 +124,7 @@ def resolve(kind: str, device: torch.device) -> str:
     """The kind that "auto" means on this device, or the given kind. ValueError, with all kinds, if it is unknown."""
     if kind == "auto":
         return "compile" if device.type == "cuda" else "none"
-    if kind != "none" and kind not in tuple(KINDS):
+    if kind != "none" and kind not in tuple(KINDS):  # a list, which has no hash, is unknown too
         raise ValueError(f"unknown acceleration {kind!r}: choose one of none, auto, {', '.join(KINDS)}")
     return kind
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from streamflow._files import Json
 from streamflow.app.config import Settings
 from streamflow.app.server.admission import Admission, Refusal, Unused
-from streamflow.app.server.messages import DrawRequest
+from streamflow.app.server.messages import DrawRequest, changed
 from streamflow.app.server.metrics import Metrics
 from streamflow.app.server.safety import COME_BACK, Bucket, Guard, Rates, Refusals, check_binding, visitor_of
 from streamflow.app.server.session import Pools, Session, Viewer
@@ -131,6 +131,15 @@ class Service:
             raise HTTPException(429, "too many wrong tokens", {"retry-after": str(COME_BACK)})
         raise HTTPException(401, "a token is required: Authorization: Bearer ...", {"www-authenticate": "Bearer"})
 
+    @property
+    def control(self) -> bool:
+        """Whether a control net steers all images."""
+        return self.settings.controlnet.maker is not None
+
+    def changed(self, request: DrawRequest, fields: object) -> DrawRequest:
+        """A viewer's request with these fields replaced, within the limits of this server. BadMessage."""
+        return changed(request, fields, self.worker.models, self.server.max_steps, self.control)
+
     def enter(self, holder: Holder) -> Holder:
         """Occupy a session slot without a ticket. Raises Refusal."""
         entered = self.admission.enter(self.admission.ticket(holder))
@@ -149,7 +158,7 @@ class Service:
             "guided": self.settings.cfg_type != "none",
             "negative": takes_negative(self.settings),
             "video": self.video,
-            "control": self.settings.controlnet.maker is not None,
+            "control": self.control,
             "webrtc": None if self.make_peer is None else {"ice_servers": ice_servers},
         }
         shown = {"width": width, "height": height, "styled": [name for name, check in worker.style_checks.items() if check]}

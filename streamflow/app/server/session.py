@@ -222,7 +222,7 @@ class Session:
     def __init__(self, socket: Socket, viewer: Viewer, service: Service, peer: Peer | None = None):
         self._socket, self._viewer, self._worker, self._server = socket, viewer, service.worker, service.server
         self._pools, self._metrics, self._refused = service.pools, service.metrics, service.refusals
-        self._control = service.settings.controlnet.maker is not None
+        self._changed = service.changed
         rate = self._server.max_messages_per_second
         self._rate = Bucket(rate, 2 * rate)
         self._gifs = Bucket(1 / GIF_EVERY, 1)
@@ -308,8 +308,7 @@ class Session:
         await HANDLERS[message["type"]](self, message)
 
     async def _set(self, message: Json) -> None:
-        limits = self._worker.models, self._server.max_steps, self._control
-        new = messages.changed(self._viewer.request, message.get("settings"), *limits)
+        new = self._changed(self._viewer.request, message.get("settings"))
         number = messages.number_of(message)
         self._viewer.change(new)
         self._viewer.post(type="settings", settings=new.model_dump(), number=number)

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from streamflow._files import Json
 from streamflow.app.server.admission import Admission, Full, Refusal
-from streamflow.app.server.messages import BadMessage, DrawRequest, changed
+from streamflow.app.server.messages import BadMessage, DrawRequest
 from streamflow.app.server.safety import COME_BACK, Rates, visitor_of
 from streamflow.app.server.session import NO_WEBRTC, VIDEO_PIXELS, Session, Viewer, max_pixels
 from streamflow.app.server.tokens import Holder
@@ -174,14 +174,14 @@ class Streams:
         await asyncio.gather(*(one.task for one in streams), return_exceptions=True)
 
 
-def with_fields(request: DrawRequest, query: Mapping[str, str], models: tuple[str, ...], max_steps: int) -> DrawRequest:
-    """A request for images with the settings of a query, as in `prompt=a+fox&strength=0.5`. BadMessage."""
+def fields_of(query: Mapping[str, str]) -> Json:
+    """The settings of a request for images that a query gives, as in `prompt=a+fox&strength=0.5`."""
     fields: Json = {"mode": "image"}
     for name, text in query.items():
         field = DrawRequest.model_fields.get(name)
         number = field is not None and field.annotation in (int, float) and NUMBER.fullmatch(text)
         fields[name] = text if not number else float(text) if "." in text else int(text)
-    return changed(request, fields, models, max_steps)
+    return fields
 
 
 async def other_method(allowed: str) -> Response:
@@ -246,7 +246,7 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
             raise HTTPException(400, "a video model draws its own video, and takes none")
         query = {one: text for one, text in request.query_params.items() if one != "stream"}
         try:
-            wanted = with_fields(service.request, query, service.worker.models, service.server.max_steps)
+            wanted = service.changed(service.request, fields_of(query))
             return created(request, *await streams.publish(holder, name, wanted, offer))
         except Refusal as error:
             raise refused(error) from None
