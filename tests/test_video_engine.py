@@ -19,9 +19,11 @@ from random_pipelines import random_pipeline
 from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hooked, latents, random, seeded, stream_of
 
 from streamflow import VideoStream
-from streamflow.acceleration import preset
+from streamflow.acceleration import Part, preset
+from streamflow.acceleration.compile import Options, compile_part
 from streamflow.acceleration.errors import NotExportable
 from streamflow.models.tiny_video import TinyVideoDecoder
+from streamflow.models.whole_decoder import WholeDecoder
 from streamflow.parallel.pool import DecodeError
 from streamflow.video import Chunk, VideoViewers, drawing
 from streamflow.video.meeting import Meeting
@@ -37,6 +39,12 @@ def state_of(pipe) -> dict[str, torch.Tensor]:
     """Copies of the weights of the network and the VAE, with the memory format of each."""
     parts = ("transformer", "vae")
     return {f"{p}.{n}": t.clone() for p in parts for n, t in getattr(pipe, p).state_dict().items()}
+
+
+def scaled(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents of the network in the scale of the VAE."""
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1).to(latents) for name in ("mean", "std"))
+    return (latents * std + mean).to(vae.dtype)
 
 
 # -- acceleration ----------------------------------------------------------------------------------------------------------
@@ -74,6 +82,22 @@ def test_compiled_by_inductor_too(pipes):
     stream.accelerate("compile")
     for own, one in zip(latents(plain, 2), latents(stream, 2), strict=True):
         assert 0 < relative_error(one, own) < 1e-5, "equal to the bit: was it compiled?"
+
+
+def test_of_a_vae_the_decoder_of_one_latent_frame_is_compiled(pipes):
+    """Three times: the first frame has no memory, the second that of one frame. The pipeline's own VAE stays plain."""
+    vae, graphs = pipes("helios").vae, []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    latents = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    part = Part("decoder", WholeDecoder(vae), {"latents": latents}, compiled=WholeDecoder(vae).compiled)
+    before, own = part.call(), vae.decoder
+    compiled, _ = compile_part(part, Options(backend=backend))
+    assert all(torch.equal(part.call(compiled), before) for _ in range(2)) and len(graphs) == 3
+    assert vae.decoder is own and torch.equal(part.call(), before) and len(graphs) == 3
 
 
 @pytest.mark.slow
@@ -241,11 +265,15 @@ def test_fp8_and_compile_on_a_gpu(cuda_pipe):
     pytest.importorskip("torchao")
     pipe, call = cuda_pipe(num_layers=4, **LARGE), {"height": 128, "width": 128}
     plain = latents(stream_of(pipe, **call), 2)
-    stream = stream_of(pipe, **call)
+    stream = stream_of(pipe, "pt", **call)
     for options in ({}, {"quantize": "fp8"}):
         stream.accelerate("compile", **options)
         stream.reset()
-        assert 0 < relative_error(torch.cat(latents(stream, 2)), torch.cat(plain)) < (0.1 if options else 0.03)
+        chunks = list(stream.chunks(2))
+        drawn = torch.cat([chunk.latents for chunk in chunks])
+        assert 0 < relative_error(drawn, torch.cat(plain)) < (0.1 if options else 0.03)
+        own = (pipe.vae.decode(scaled(pipe.vae, chunks[1].latents)).sample[0].transpose(0, 1) + 1) / 2
+        assert 0 < relative_error(chunks[1].images, own) < 0.02, "equal to the bit: was the VAE compiled?"
     stream.close()
     assert equal(latents(stream_of(pipe, **call), 2), plain)
 

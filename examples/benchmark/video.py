@@ -2,13 +2,14 @@
 pipeline's own call in the same run. Memory and drift over a long stream.
 
 python examples/benchmark/video.py --models helios-14b --output video.json
-python examples/benchmark/video.py --models helios-14b --ways compile-fp8 --decode-on cuda:1 --long 200
+python examples/benchmark/video.py --models helios-14b --ways compile-fp8 --decode-on home cuda:1 --long 200
 python examples/benchmark/video.py --models tiny --device cpu --dtype float32 --ways eager --chunks 2
 
-A round of a stream begins a video anew: its first chunk, then `--chunks` more. The pipeline's call draws as many. The ways
-of a model alternate from round to round. `vae_s` is a decode of a chunk alone, by the plain VAE. With `--long`, the last way
-draws on: the allocated memory after each chunk, and the mean and the standard deviation of its images in [0, 1]. The last
-line is JSON.
+A round of a stream begins a video anew: its first chunk, then `--chunks` more. The pipeline's call draws as many. Its rounds
+come first, then those of one way after another. `first_frame_s` is the time to the first image where the first chunk is
+decoded frame by frame (`frames(decode="frame")`). `vae_s` is a decode of a chunk alone, by the plain VAE. With `--long` the
+last way draws on: the allocated memory after each chunk, and the mean and the standard deviation of its images in [0, 1].
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,7 @@ class Setup:
 
 
 FA3 = Setup("compile", {"quantize": "fp8", "attention": "fa3"})
+HOME = "home"  # decodes where the network is
 WAYS = {
     "eager": Setup(),
     "kept-keys": Setup(call={"use_kv_cache": True}),
@@ -76,6 +80,7 @@ WAYS = {
     "compile": Setup("compile"),
     "compile-fp8": Setup("compile", {"quantize": "fp8"}),
     "compile-fp8-fa3": FA3,
+    "compile-fp8-fa3-fp8": Setup("compile", {"quantize": "fp8", "attention": "fa3-fp8"}),
     "compile-fp8-fa3-tiny-vae": replace(FA3, tiny_vae=True),
 }
 ACCELERATED = ("eager", "compile", "compile-fp8")
@@ -168,12 +173,13 @@ MODELS = {
 
 
 class Stream:
-    """A way: a stream of the pipeline, warm. decode_on: a second device."""
+    """A way: a stream of the pipeline, warm. decode_on: a second device, or `HOME`."""
 
-    def __init__(self, pipe: Any, model: Model, call: dict[str, Any], way: str, decode_on: str | None) -> None:
-        setup = WAYS[way]
+    def __init__(self, pipe: Any, model: Model, call: dict[str, Any], way: str, decode_on: str) -> None:
+        setup, other = WAYS[way], None if decode_on == HOME else decode_on
         self._call, self._frames = {**call, **setup.call}, model.frames
-        self.stream = VideoStream(pipe, output_type="pt", decode_on=decode_on)
+        self._devices = {pipe._execution_device, torch.device(other or pipe._execution_device)}
+        self.stream = VideoStream(pipe, output_type="pt", decode_on=other)
         if setup.tiny_vae:
             like = pipe.transformer
             self.stream.vae = random_module(TinyVideoDecoder, {}, like.device, like.dtype)
@@ -183,18 +189,30 @@ class Stream:
         self.start_s = time.perf_counter() - began
 
     def round(self, chunks: int) -> dict[str, float]:
-        """A video anew. Seconds until the first chunk is decoded, and frames a second of the chunks after it."""
-        device = self.stream.pipe._execution_device
-        wait(device)
-        began = time.perf_counter()
-        self.stream.prepare(seed=2, **self._call)
+        """A video anew, twice. Seconds until the first image, where it is decoded by itself, and until the first chunk is
+        decoded; frames a second of the chunks after it."""
+        began = self._anew()
+        next(self.stream.frames(decode="frame"))
+        image = self._now()
+        again = self._anew()
         self.stream()
-        wait(device)
-        first = time.perf_counter()
+        first = self._now()
         for _ in range(chunks):
             self.stream()
-        wait(device)
-        return {"first_s": first - began, "frames_per_s": chunks * self._frames / (time.perf_counter() - first)}
+        rate = chunks * self._frames / (self._now() - first)
+        return {"first_frame_s": image - began, "first_s": first - again, "frames_per_s": rate}
+
+    def _anew(self) -> float:
+        """Prepare. Returns the time before it."""
+        began = self._now()
+        self.stream.prepare(seed=2, **self._call)
+        return began
+
+    def _now(self) -> float:
+        """The time once every device is done."""
+        for device in self._devices:
+            wait(device)
+        return time.perf_counter()
 
     def drift(self, chunks: int) -> dict[str, list[float]]:
         """Draw on. By chunk: mean and standard deviation of the images, and the allocated memory in MiB."""
@@ -207,6 +225,8 @@ class Stream:
             found["std"].append(images.std().item())
             if device.type == "cuda":
                 found["allocated_mib"].append(torch.cuda.memory_allocated(device) / 2**20)
+            if chunk.id % 20 == 0:
+                logger.info("chunk %d: %s", chunk.id, {name: values[-1:] for name, values in found.items()})
         return found
 
 
@@ -222,8 +242,8 @@ def own_call(pipe: Any, model: Model, call: dict[str, Any], chunks: int) -> dict
     return {"first_s": seconds, "frames_per_s": len(video) / seconds}
 
 
-def measure(model: Model, a: argparse.Namespace) -> dict[str, Any]:
-    """All ways of a model, in turns."""
+def measure(model: Model, a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """All ways of a model, one after another. keep: takes the figures after each way and after the long stream."""
     device = torch.device(a.device)
     pipe = model.make(device, DTYPES[a.dtype], DTYPES[a.vae_dtype])
     embeds = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[a.dtype])
@@ -231,33 +251,38 @@ def measure(model: Model, a: argparse.Namespace) -> dict[str, Any]:
     chunk = _latents(pipe, model, device)
     found: dict[str, Any] = {"call": dict(model.call), "frames_of_a_chunk": model.frames, "ways": {}}
     found["vae_s"] = vars(Spread.of(timed(lambda: pipe.vae.decode(chunk, return_dict=False), 3, device).each))
-    rounds: dict[str, list[dict[str, float]]] = {}
     own_call(pipe, model, call, 1)
-    rounds["pipeline"] = [own_call(pipe, model, call, a.chunks) for _ in range(a.rounds)]
+    rounds = [own_call(pipe, model, call, a.chunks) for _ in range(a.rounds)]
+    own = Spread.of([one["frames_per_s"] for one in rounds]).median
+
+    def add(name: str, rounds: list[dict[str, float]], **more: Any) -> None:
+        figures = {name: vars(Spread.of([one[name] for one in rounds])) for name in rounds[0]}
+        times = Spread.of([one["frames_per_s"] / own for one in rounds])
+        found["ways"][name] = {**more, **figures, "times_the_pipeline": vars(times)}
+        logger.info("%s: %.2f frames/s, %.2f times", name, figures["frames_per_s"]["median"], times.median)
+        keep(found)
+
+    add("pipeline", rounds)
     last = None
-    for way in a.ways or model.ways:
+    for way, place in product(a.ways or model.ways, a.decode_on):
+        name = way if place == HOME else f"{way}, decoded on {place}"
         clean(device)
         if last is not None:
             last.stream.close()
         try:
-            last = Stream(pipe, model, call, way, a.decode_on)
-            rounds[way] = [last.round(a.chunks) for _ in range(a.rounds)]
-            found["ways"][way] = {"start_s": last.start_s, "memory_mib": memory(device)}
+            last = Stream(pipe, model, call, way, place)
+            rounds = [last.round(a.chunks) for _ in range(a.rounds)]
+            add(name, rounds, start_s=last.start_s, memory_mib=memory(device))
         except FAILURES as error:
             last = None
-            found["ways"][way] = {"failed": cause(error)}
-            logger.info("%s failed: %s", way, found["ways"][way]["failed"])
-    own = Spread.of([one["frames_per_s"] for one in rounds["pipeline"]])
-    for way, each in rounds.items():
-        figures = {name: vars(Spread.of([one[name] for one in each])) for name in each[0]}
-        times = Spread.of([one["frames_per_s"] / own.median for one in each])
-        found["ways"].setdefault(way, {}).update(figures, times_the_pipeline=vars(times))
-        logger.info("%s: %.2f frames/s, %.2f times", way, figures["frames_per_s"]["median"], times.median)
+            found["ways"][name] = {"failed": cause(error)}
+            logger.info("%s failed: %s", name, found["ways"][name]["failed"])
+            keep(found)
     if a.long and last is not None:
         found["long"] = last.drift(a.long)
+        keep(found)
     if last is not None:
         last.stream.close()
-    return found
 
 
 def _latents(pipe: Any, model: Model, device: torch.device) -> Tensor:
@@ -271,7 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", nargs="+", choices=MODELS, default=["helios-14b"], help="default: helios-14b")
     p.add_argument("--ways", nargs="+", choices=WAYS, help="default: those that the model can be drawn in")
-    p.add_argument("--decode-on", metavar="DEVICE", help="decode on this device while the next chunk is drawn")
+    p.add_argument(
+        "--decode-on",
+        nargs="+",
+        default=[HOME],
+        metavar="DEVICE",
+        help="where each way decodes: home, or a device that decodes while the next chunk is drawn (default: home)",
+    )
     p.add_argument("--chunks", type=at_least(1), default=4, help="chunks a round after the first (default: %(default)s)")
     p.add_argument("--rounds", type=at_least(1), default=3, help="default: %(default)s")
     p.add_argument("--long", type=at_least(0), default=0, metavar="CHUNKS", help="chunks of the long stream")
@@ -286,17 +317,20 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python", *sys.argv]),
         "dtype": a.dtype,
         "vae_dtype": a.vae_dtype,
-        "decode_on": a.decode_on,
     }
     result |= {"machine": machine(device), "clocks": clocks(device), "models": {}}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        result["models"][name] = found
+        write_json(result, a.output)
+
     for name in a.models:
         clean(device)
         try:
-            result["models"][name] = measure(MODELS[name], a)
+            measure(MODELS[name], a, partial(keep, name))
         except FAILURES as error:
-            result["models"][name] = {"failed": cause(error)}
-            logger.info("%s failed: %s", name, result["models"][name]["failed"])
-        write_json(result, a.output)
+            keep(name, {**result["models"].get(name, {}), "failed": cause(error)})
+            logger.info("%s failed: %s", name, cause(error))
     print(json.dumps(rounded(result), allow_nan=False))
     return 0
 

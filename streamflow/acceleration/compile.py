@@ -136,10 +136,12 @@ class Compiled(nn.Module):
                 ) from error
 
 
-def compile_part(part: Part, options: Options) -> tuple[Compiled, Callable[[], None]]:
-    """The part's module, compiled whole or by its repeated blocks, and a function that undoes the latter."""
+def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], None]]:
+    """The part's module, compiled in its own way, whole or by its repeated blocks, and a function that undoes the last."""
     own = {"backend": options.backend, "mode": options.mode, "options": options.options and dict(options.options)}
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
+    if part.compiled is not None:
+        return part.compiled(lambda module: Compiled(module, torch.compile(module, **how))), lambda: None
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
         blocks = repeated_classes(part.module)
@@ -184,14 +186,16 @@ def uncompile(blocks: list[nn.Module]) -> None:
 
 def channels_last(module: nn.Module) -> Callable[[], None]:
     """Put the weights of convolutions into channels-last format, in place. Returns a function that restores the format."""
-    changed = [p for p in module.parameters() if p.dim() == 4 and p.is_contiguous()]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    changed = [p for p in module.parameters() if p.dim() in formats and p.is_contiguous()]
 
-    def convert(memory_format: torch.memory_format) -> None:
+    def convert(contiguous: bool) -> None:
         for p in changed:
-            p.data = p.data.contiguous(memory_format=memory_format)
+            form = torch.contiguous_format if contiguous else formats[p.dim()]
+            p.data = p.data.contiguous(memory_format=form)
 
-    convert(torch.channels_last)
-    return partial(convert, torch.contiguous_format)
+    convert(contiguous=False)
+    return partial(convert, contiguous=True)
 
 
 def fuse_projections(part: Part) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from streamflow.models.causal_codec import KINDS, CausalCodec, Memory
 from streamflow.models.pipe_parts import base_network, cannot_encode, check_placement, missing_text_parts
 from streamflow.models.protocols import VAE, Arguments, Call, Pipeline
 from streamflow.models.tiny_video import TinyVideoDecoder
+from streamflow.models.whole_decoder import WholeDecoder
 
 # Arguments of a pipeline's call that are the stream's own, with the reason.
 REFUSED = {
@@ -114,17 +115,6 @@ class Redirected(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
-
-
-class WholeDecoder(nn.Module):
-    """The decoder of a VAE as a function of tensors: latents `[1, C, T, h, w]` to images `[1, 3, T', H, W]`."""
-
-    def __init__(self, vae: VAE) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents, return_dict=False)[0]
 
 
 class VideoAdapter(ABC):

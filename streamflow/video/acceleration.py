@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from streamflow._grad_mode import computing
 from streamflow.acceleration.accelerator import Accelerator
 from streamflow.models.video import History, VideoAdapter, VideoPlan
+from streamflow.models.whole_decoder import WholeDecoder
 from streamflow.parallel.accelerated import accelerate
 from streamflow.parallel.replicas import replicate
 from streamflow.parallel.rows import InputCache, ShardedVelocity
@@ -172,7 +173,10 @@ class VideoModules:
         if not self._prepared.decodes or not _decodes_alone(decoding) or place.type != self.device.type:
             return Parts(velocity, velocity, velocity, names=("velocity",))
         latents = {"latents": drawn.scaled.to(place)}
-        decoder = Part("decoder", decoding.decoder.plain, latents, exportable=False, compilable=False)
+        whole = decoding.decoder.plain
+        assert isinstance(whole, WholeDecoder)
+        on_cuda = place.type == "cuda"  # on a CPU it takes minutes
+        decoder = Part("decoder", whole, latents, exportable=False, compilable=on_cuda, compiled=whole.compiled)
         return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
 
     def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
