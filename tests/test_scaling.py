@@ -97,7 +97,7 @@ def test_the_simulation_is_compared_with_what_was_measured(model):
     assert model.compare({})["largest_off_percent"] is None
 
 
-@pytest.mark.parametrize("name", ["scaling-h100x4", "scaling-h200x2"])
+@pytest.mark.parametrize("name", ["scaling-h100x4", "scaling-h200x2", "interleave-h200x4", "tiles-h200x4"])
 def test_the_simulation_is_within_a_tenth_of_every_point_that_was_measured_on_gpus(model, name):
     result = json.loads((ROOT / "static" / "benchmarks" / f"{name}.json").read_text())
     found = model.compare(result["parts"])
