@@ -173,26 +173,30 @@ class CallTimer:
 
 class FiniteCheck:
     """Counts images that hold NaN or infinite values, without waiting: on a GPU they are counted on the device, and the
-    number is read when it has arrived on the host."""
+    number is read when it has arrived on the host. Each device has a count of its own, so that none waits for another."""
 
     def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self._copy: HostCopy | None = None
-        self.known = 0  # the last number that has arrived
+        self.known = 0  # how many have arrived on the host
+        self._totals: dict[torch.device, Tensor] = {}
+        self._copies: dict[torch.device, HostCopy] = {}
+        self._arrived: dict[torch.device, int] = {}
 
     def add(self, images: Tensor) -> Tensor:
         """Count the images `[n, ...]` that are not finite. Returns whether all are finite, a scalar on their device."""
-        bad = (~torch.isfinite(images)).flatten(1).any(1).sum()
-        self._total = bad if self._total is None else self._total.to(bad.device) + bad
-        if bad.device.type != "cuda":
-            self.known = int(self._total)
-        else:
-            self.read()
-            self._copy = self._copy or HostCopy(self._total)
+        bad, device = (~torch.isfinite(images)).flatten(1).any(1).sum(), images.device
+        if device.type != "cuda":
+            self.known += int(bad)
+            return bad == 0
+        self._totals[device] = self._totals[device] + bad if device in self._totals else bad
+        self.read()
+        if device not in self._copies:
+            self._copies[device] = HostCopy(self._totals[device])
         return bad == 0
 
     def read(self) -> int:
-        """`known`, updated by a number that has arrived since."""
-        if self._copy is not None and self._copy.arrived():
-            self.known, self._copy = int(self._copy.value()), None
+        """`known`, updated by the numbers that have arrived since."""
+        for device in [one for one, copy in self._copies.items() if copy.arrived()]:
+            total = int(self._copies.pop(device).value())
+            self.known += total - self._arrived.get(device, 0)
+            self._arrived[device] = total
         return self.known

@@ -175,8 +175,9 @@ class VideoModules:
         latents = {"latents": drawn.scaled.to(place)}
         whole = decoding.decoder.plain
         assert isinstance(whole, WholeDecoder)
-        on_cuda = place.type == "cuda"  # on a CPU it takes minutes
-        decoder = Part("decoder", whole, latents, exportable=False, compilable=on_cuda, compiled=whole.compiled)
+        one_size = not getattr(decoding.vae, "use_tiling", False)  # tiles at the borders have other sizes
+        quick = one_size and place.type == "cuda"  # on a CPU it takes minutes
+        decoder = Part("decoder", whole, latents, exportable=False, compilable=quick, compiled=whole.compiled)
         return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
 
     def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
