@@ -116,6 +116,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     known = ", ".join(PARTS)
     p.add_argument("--parts", type=chosen(list(PARTS)), help=f"of {known} (default: all; with --quick not torchrun)")
     p.add_argument("--devices", default="all", help="comma-separated, the first is home (default: every GPU)")
+    p.add_argument("--counts", type=numbers, default=(), help="how many of them, besides one (default: 2,4,8,...)")
     p.add_argument("--model", type=one_of(("true-size", "embedded")), default="true-size", help="default: %(default)s")
     p.add_argument("--networks", type=chosen(NETWORKS), default=NETWORKS, help=f"of {', '.join(NETWORKS)} (default: all)")
     p.add_argument(
@@ -156,17 +157,21 @@ def setup_of(p: Parser, a: argparse.Namespace) -> Setup:
     embedded = a.model == "embedded"
     side = a.tile_size or (2 if a.quick else 8) * a.size
     own = {"size": a.size, "tile_size": side, "tile": a.tile or max(side // (16 if a.quick else 32), 4)}
-    setup = Setup(
-        devices,
-        ("embedded",) if embedded else a.networks,
-        "embedded" if embedded else "sd15",
-        a.kind,
-        a.rows_kind,
-        latents=a.latents,
-        stages=a.stages,
-        rounds=a.rounds,
-        **own,
-    )
+    try:
+        setup = Setup(
+            devices,
+            ("embedded",) if embedded else a.networks,
+            "embedded" if embedded else "sd15",
+            a.kind,
+            a.rows_kind,
+            latents=a.latents,
+            stages=a.stages,
+            rounds=a.rounds,
+            only=a.counts,
+            **own,
+        )
+    except ValueError as error:
+        p.error(f"--counts: {error}")
     if a.quick:
         setup = replace(setup, **QUICK)
     return setup

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def test_what_has_no_time_left_is_skipped(module, tmp_path):
     found = json.loads(out.read_text())
     assert set(found["parts"]) == set(script.PARTS)
     assert all("skipped" in series["part"]["costs"] for series in found["parts"].values())
+
+
+def test_numbers_of_devices_are_chosen(module, capsys):
+    setup = partial(module("scaling_run").Setup, (torch.device("cpu"),) * 5, (), "embedded", "none", "none")
+    assert setup(only=(4,)).counts == (1, 4) and setup(only=(2,)).piece == setup().piece
+    with pytest.raises(SystemExit):
+        module("benchmark_scaling").main(["--devices", "cpu,cpu", "--counts", "1,4", "--no-plot"])
+    assert "--counts: [4] are not among (1, 2)" in capsys.readouterr().err
 
 
 def test_targets_are_held_against_true_sizes_only(module):

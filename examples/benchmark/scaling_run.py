@@ -33,7 +33,8 @@ LONG = 1.0  # seconds of warming up after which a call is warm
 class Setup:
     """devices: the first is home. networks: those whose rows are spread; decoding: whose VAEs and UNet the other parts take.
     kind, rows_kind: the acceleration of the decoding parts and of the denoising rows. size, tile_size: pixels a side; tile:
-    latents a side. latents: how many are decoded by row, `piece` of them at once. rounds: how often each time is taken."""
+    latents a side. latents: how many are decoded by row, `piece` of them at once. rounds: how often each time is taken.
+    only: the numbers of devices that are measured besides one; empty: 2, 4, 8, ..."""
 
     devices: tuple[torch.device, ...]
     networks: tuple[str, ...]
@@ -48,6 +49,11 @@ class Setup:
     rounds: int = 10
     warm_up: int = 3
     round_seconds: float = 0.25
+    only: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if missing := set(self.only) - set(self.powers):
+            raise ValueError(f"{sorted(missing)} are not among {self.powers}, the numbers of devices that can be measured")
 
     @property
     def home(self) -> torch.device:
@@ -58,14 +64,19 @@ class Setup:
         return self.home.type == "cuda"
 
     @property
-    def counts(self) -> tuple[int, ...]:
+    def powers(self) -> tuple[int, ...]:
         """1, 2, 4, 8, ... as far as there are devices."""
         return tuple(2**i for i in range(len(self.devices).bit_length()) if 2**i <= len(self.devices))
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of devices that are measured, one first."""
+        return tuple(k for k in self.powers if not self.only or k in (1, *self.only))
+
+    @property
     def piece(self) -> int:
         """Rows decoded at once: the same for every number of devices, so that all decode the same sub-batches."""
-        return max(1, min(8, self.latents // self.counts[-1]))
+        return max(1, min(8, self.latents // self.powers[-1]))
 
 
 class Run:
