@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "packaging>=24",
     "tqdm>=4.66,<5",
     "filelock>=3.12",
+    "ftfy>=6.1,<7",  # diffusers' video pipelines clean prompts with it
     "psutil>=5.9",
     "pydantic>=2.10,<3",
     "pyyaml>=6",
@@ -101,6 +102,7 @@ setup(
         "streamflow": [
             "py.typed",
             "pretrained/emoji/**",
+            "pretrained/video/**",
             "samples/*.png",
             "samples/*.mp4",
             *(f"app/server/*.{kind}" for kind in ("html", "css", "js")),

@@ -1,9 +1,9 @@
-"""Draw the sheets of images that the guides show, with the embedded model on a CPU.
+"""Draw the sheets of images that the guides show, with the embedded models on a CPU.
 
-    python docs/figures.py [sound]
+    python docs/figures.py [sound|video]
 
-Writes guidance.webp, steps.webp, strength.webp, mistakes.webp, control-images.webp and sound.webp to docs/static/, or the
-last one alone.
+Writes guidance.webp, steps.webp, strength.webp, mistakes.webp, control-images.webp, sound.webp and embedded-video.webp to
+docs/static/, or one of the last two alone.
 Needs matplotlib (env/install.py --bench) and OpenCV (env/install.py --control-images).
 """
 
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from streamflow import StreamFlowWrapper
+from streamflow import StreamFlowWrapper, VideoStream, models
 from streamflow.conditioning.control_makers import ControlMaker
 from streamflow.live.remote.sound import SoundAnalysis
+from streamflow.pretrained import EXAMPLE_VIDEO_PROMPTS
 from streamflow.samples import IMAGE
 
 STATIC = Path(__file__).parent / "static"
@@ -94,9 +95,31 @@ def control_images() -> None:
     sheet({"the input": image, **{name: ControlMaker(name)(image) for name in ("canny", "lineart")}}, "control-images.webp")
 
 
+def video(cell: int = 84, columns: int = 9, step: int = 8) -> None:
+    """Streams of the embedded video model: a row for each prompt, every eighth frame. In the last one the prompt changes
+    after the fourth image."""
+    swaying, pulsing = "a hamburger, 3d render, swaying", "a hamburger, 3d render, on a pink background, pulsing"
+    rows = [(prompt, prompt) for prompt in EXAMPLE_VIDEO_PROMPTS if prompt != swaying] + [(swaying, pulsing)]
+    page = Image.new("RGB", (columns * cell, len(rows) * (cell + 24)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
+    with VideoStream(models.load("embedded-video")) as stream:
+        for k, (first, second) in enumerate(rows):
+            stream.prepare(first)
+            frames = list(stream.frames(4 * step))
+            stream.update_prompt(second)
+            frames += stream.frames((columns - 4) * step)
+            y = k * (cell + 24)
+            pen.text((4, y + 3), first if first == second else f"{first}, then {second}", fill="#222222", font=font)
+            for column, frame in enumerate(frames[::step]):
+                page.paste(frame.image.resize((cell, cell), Image.Resampling.LANCZOS), (column * cell, y + 24))
+    page.save(STATIC / "embedded-video.webp", quality=88)
+
+
 def main() -> int:
-    sound()
-    if sys.argv[1:] == ["sound"]:
+    alone = {"sound": sound, "video": video}
+    for name in sys.argv[1:] or alone:
+        alone[name]()
+    if sys.argv[1:]:
         return 0
     apple, fox = "a red apple, 3d render", "a fox, 3d render"
     guided = {"negative_prompt": "flat vector", "guidance_scale": 1.2, "image": IMAGE, "strength": 0.75}

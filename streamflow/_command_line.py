@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from streamflow.pretrained import MODELS
+
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
@@ -105,8 +107,8 @@ def quiet_libraries() -> None:
 
 def say_download(model: str) -> None:
     """Print a line where this model is about to be downloaded from a hub, since `quiet_libraries` hides the progress bars.
-    Nothing for the embedded model, files, folders, and models that are in the hub's cache."""
-    if model == "embedded" or Path(model).expanduser().exists():
+    Nothing for the embedded models, files, folders, and models that are in the hub's cache."""
+    if model in MODELS or Path(model).expanduser().exists():
         return
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

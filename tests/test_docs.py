@@ -158,7 +158,7 @@ def test_every_guide_has_an_image():
 
 
 def test_an_image_is_called_an_image():
-    texts = [*PAGES, ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("streamflow/pretrained/emoji/[NR]*")]
+    texts = [*PAGES, ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("streamflow/pretrained/*/[NR]*")]
     assert len(texts) > 40
     assert [name(one) for one in texts if re.search("picture", one.read_text(encoding="utf-8"), re.IGNORECASE)] == []
 

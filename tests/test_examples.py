@@ -97,6 +97,7 @@ def runs(there):
         "multi_gpu_decode.py": (["--devices", "cpu", "cpu", "--count", "3"], "outputs/decode.png", 1),
         "real_models.py": (["embedded", "--count", "1"], "outputs", 1),
         "own_family.py": ([], "outputs/own_family.png", 1),
+        "video_stream.py": (["--frames", "9"], "outputs/video_stream.webp", 1),
         "make_samples.py": ([], "outputs/samples", 1),
         "side_by_side.py": (["--stride", "24", "--prompt", "a tangerine, 3d render"], "outputs/side-by-side.webp", 1),
         "with_compile.py": (["--acceleration", "none"], "outputs/with_compile.png", 1),

@@ -19,7 +19,7 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "weights.ckpt").touch()
     (tmp_path / "weights.safetensors").touch()
     cases = [
-        (tmp_path / "nothing", FileNotFoundError, "no file or folder.*'embedded', a hub id"),
+        (tmp_path / "nothing", FileNotFoundError, "no file or folder.*'embedded' or 'embedded-video', a hub id"),
         ("embeded", FileNotFoundError, "no file or folder embeded"),
         (tmp_path, FileNotFoundError, "no model_index.json"),
         (tmp_path / "weights.ckpt", ValueError, "pickled weights can run code"),

@@ -298,7 +298,8 @@ def test_the_wheel_of_the_sdist_holds_the_model_and_runs_the_demo_elsewhere(tmp_
     assert wheel.stat().st_size <= 90e6
     packed = set(zipfile.ZipFile(wheel).namelist())
     wanted = {str(path.relative_to(ROOT)) for path in tracked() if (ROOT / "streamflow") in path.parents}
-    assert any("pretrained/emoji/" in name and name.endswith(".safetensors") for name in wanted)
+    for model in ("emoji", "video"):
+        assert any(f"pretrained/{model}/" in name and name.endswith(".safetensors") for name in wanted)
     assert wanted <= packed
     assert not any(name.startswith(("tests/", "examples/", "env/", "integrations/")) for name in packed)
 

@@ -235,7 +235,7 @@ def test_streamed_it_is_the_pipelines(loaded):
         prompt_embeds=embeds, generator=torch.Generator().manual_seed(1), num_frames=18, output_type="pt", **CALL
     ).frames[0]  # fmt: skip
     stream = VideoStream(loaded, output_type="pt")
-    stream.prepare(prompt_embeds=embeds, seed=1, **CALL)
+    stream.prepare(prompt_embeds=embeds, seed=1)  # the folder has CALL
     streamed = torch.cat([chunk.images for chunk in stream.chunks(2)])
     assert streamed.shape == (18, 3, SIZE, SIZE)
     assert torch.equal(streamed[: len(own)], own)  # the pipeline leaves out what is no multiple of four

@@ -4,6 +4,7 @@ The text encoder is a UMT5 without layers: its hidden states are the embeddings 
 mean together is left to the transformer. A chunk is 9 images, which a small AutoencoderKLWan encodes as 3 latents.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -310,9 +311,11 @@ def embeddings(pipe: HeliosPipeline, prompts: list[str]) -> torch.Tensor:
 
 
 def write(pipe: HeliosPipeline, folder: Path) -> float:
-    """Writes the pipeline in float16 with its card and licences. Returns its size in MiB. ValueError: it is larger than
-    LIMIT_MIB; the folder is there all the same."""
-    return write_folder(pipe, folder, HERE / "card.md", LIMIT_MIB, "video_model.py")
+    """Writes the pipeline in float16 with its card and licences, and CALL for streams. Returns its size in MiB. ValueError:
+    it is larger than LIMIT_MIB; the folder is there all the same."""
+    size = write_folder(pipe, folder, HERE / "card.md", LIMIT_MIB, "video_model.py")
+    (folder / "call.json").write_text(json.dumps(CALL, indent=2) + "\n")
+    return size
 
 
 assert 4 * LATENTS - 3 == IMAGES and GRID * 8 == SIZE

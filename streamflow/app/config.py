@@ -83,7 +83,9 @@ class Settings(Section):
     """A model, what it draws, and how. The names are those of `StreamFlow` and `prepare` where these have them."""
 
     model: str = Field(
-        default="embedded", description="the built-in model, a hub id, a folder, or a .safetensors file (with a family)"
+        default="embedded",
+        description="a built-in model (embedded, or embedded-video), a hub id, a folder, or a .safetensors file (with a "
+        "family)",
     )
     family: str | None = Field(default=None, description="a rectified-flow family, where the pipeline's class does not tell")
     device: str | None = Field(default=None, description="device: cuda, cuda:1, cpu or mps; empty: a GPU where there is one")

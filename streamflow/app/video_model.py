@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import reduce
-from inspect import signature
 from typing import Any, Self
 
 import numpy as np
@@ -118,8 +117,8 @@ def arguments_of(settings: Settings) -> Json:
 
 def _start(settings: Settings, pipe: Any) -> Json:
     """The image and the video to go on from, cropped to the proportions of what is drawn."""
-    call = signature(type(pipe).__call__).parameters
-    width, height = settings.width or call["width"].default, settings.height or call["height"].default
+    call = models.video_adapter_for(pipe).defaults()
+    width, height = settings.width or call["width"], settings.height or call["height"]
     found: Json = {}
     if settings.video.image is not None:
         pixels = np.asarray(as_rgb(open_image(settings.video.image)))

@@ -204,7 +204,7 @@ def image_prompt_rule(adapter: FlowAdapter) -> ImagePromptRule:
 
 
 def load(model: str = "embedded", **kwargs: object) -> Pipeline:
-    """A diffusers pipeline: the embedded one, or from a hub id, a folder or a file (`streamflow.models.loading.load`)."""
+    """A diffusers pipeline: an embedded one, or from a hub id, a folder or a file (`streamflow.models.loading.load`)."""
     return import_module("streamflow.models.loading").load(model, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Loads a diffusers pipeline: the embedded model, a hub id, a folder, or a single file of weights."""
+"""Loads a diffusers pipeline: an embedded model, a hub id, a folder, or a single file of weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load(
     """A loaded pipeline, ready for `StreamFlow`.
 
     Args:
-        model: "embedded" (the model that is part of the package), a hub id such as
+        model: "embedded" or "embedded-video" (the models that are part of the package), a hub id such as
             "stabilityai/stable-diffusion-3.5-medium", a folder in diffusers' format, or a single `.safetensors` file.
         device: the device of the pipeline; None: the CPU.
         dtype: of all weights, or by the names of the parts and "default" for the others; None: diffusers' own choice.
@@ -97,17 +97,22 @@ def _open(model: str, family: str | None, options: Call) -> Pipeline:
     from_pretrained: Function = DiffusionPipeline.from_pretrained
     if model == "embedded":
         return from_pretrained(pretrained.embedded(), **{**WITHOUT_T5, **options})
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.is_file():
         return _single_file(path, family, options)
     if path.is_dir():
-        return from_pretrained(path, **{**_left_out(path), **options})
+        return from_pretrained(path.absolute(), **{**_left_out(path), **options})
     if not _is_hub_id(model):
         raise FileNotFoundError(
-            f"there is no file or folder {model}: pass 'embedded', a hub id such as "
+            f"there is no file or folder {model}: pass 'embedded' or 'embedded-video', a hub id such as "
             f"'stabilityai/stable-diffusion-3.5-medium', a folder or a .safetensors file"
         )
     return from_pretrained(model, **options)
+
+
+def _path(model: str) -> Path:
+    """The folder of an embedded model, or the path that is written."""
+    return Path(pretrained.MODELS[model]() if model in pretrained.MODELS else model).expanduser()
 
 
 def _is_hub_id(model: str) -> bool:
@@ -119,7 +124,7 @@ def _is_hub_id(model: str) -> bool:
 def is_video(model: str) -> bool:
     """Whether a model is a video pipeline that `streamflow.VideoStream` draws, by its model_index.json. Of a hub id no more
     than that is downloaded. False for what `load` cannot load, which raises why."""
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.exists() or not _is_hub_id(model):
         index = path / "model_index.json"
         parts = read_json(read_text(index)) if index.is_file() else {}

@@ -12,12 +12,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamflow._files import read_json, read_text
 from streamflow._grad_mode import computing
 from streamflow._validation import check_bool, check_number, whole_number
 from streamflow.models.causal_codec import KINDS, CausalCodec, Memory
@@ -37,6 +39,7 @@ REFUSED = {
     "callback_on_step_end_tensor_inputs": "the stream reads the pipeline's tensors with it",
 }
 PARTS = ("transformer", "vae", "scheduler")
+PRESET = "call.json"  # in a pipeline's folder: arguments of its call for requests without them
 LARGEST = 2**16  # of what is counted in a request: pixels, frames, steps, tokens
 TEXTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
 
@@ -122,12 +125,13 @@ class VideoAdapter(ABC):
 
     fps: frames a second that the model was made for. changeable: the arguments that may change from chunk to chunk, of those
     that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
-    call, by name. vae: the pipeline's. tiny: what decodes in its place, or None. network: what the pipeline calls for its
-    network; assigning `network.call` replaces it for this adapter alone. decoder: the VAE's, of chunks that are decoded by
-    themselves; likewise. lacks: features that streams of this family do not have, with the reason.
+    call, by name. preset: arguments for requests without them, from the pipeline's folder. vae: the pipeline's. tiny: what
+    decodes in its place, or None. network: what the pipeline calls for its network; assigning `network.call` replaces it for
+    this adapter alone. decoder: the VAE's, of chunks that are decoded by themselves; likewise. lacks: features that streams
+    of this family do not have, with the reason.
 
     Raises:
-        ValueError: where made, for a pipeline that is offloaded, or whose network has a cache.
+        ValueError: where made, for a pipeline that is offloaded, whose network has a cache, or with a bad `PRESET` file.
     """
 
     fps: ClassVar[float]
@@ -148,6 +152,7 @@ class VideoAdapter(ABC):
         self.pipe = pipe
         self.device: torch.device = pipe._execution_device
         self.parameters = inspect.signature(type(pipe).__call__).parameters
+        self.preset = _preset(pipe)
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
         self._placed = [(module, (module.device, module.dtype)) for module in (pipe.transformer, pipe.vae)]
@@ -194,7 +199,7 @@ class VideoAdapter(ABC):
     def defaults(self) -> Call:
         """The arguments of the pipeline's call as they are where none is given; None for those that it needs."""
         own = {name: one.default for name, one in self.parameters.items() if name != "self"}
-        return {name: None if value is inspect.Parameter.empty else value for name, value in own.items()}
+        return {name: None if value is inspect.Parameter.empty else value for name, value in own.items()} | self.preset
 
     def check_offers(self, feature: str) -> None:
         """Raise NotImplementedError, with the reason, for a feature that a stream of this family does not have."""
@@ -231,7 +236,7 @@ class VideoAdapter(ABC):
         Raises:
             TypeError, ValueError: for what the pipeline's call or a stream does not take.
         """
-        own = {name: _own(value) for name, value in given.items()}
+        own = {name: _own(value) for name, value in (self.preset | dict(given)).items()}
         kind = type(self.pipe).__name__
         for name in own:
             if name in REFUSED:
@@ -386,6 +391,21 @@ def check_pixels(name: str, images: Tensor, count: int) -> None:
         raise ValueError(f"{name} has {images.shape[1]} channels, and the VAE takes 3: pass RGB, as by image.convert('RGB')")
     if not torch.isfinite(images).all():
         raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def _preset(pipe: Pipeline) -> Call:
+    """What `PRESET` holds in the folder that this pipeline was loaded from; nothing where there is no such file. ValueError:
+    it holds no object of JSON."""
+    folder = pipe.name_or_path
+    if folder is None or not (file := Path(folder) / PRESET).is_file():
+        return {}
+    try:
+        found = read_json(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds arguments of a pipeline's call by their names, not a {type(found).__name__}")
+    return found
 
 
 def _own(value: Any) -> Any:

@@ -1,15 +1,17 @@
-"""The embedded model: where its folders are, and prompts that it draws well. Imports nothing heavy; diffusers does
+"""The embedded models: where their folders are, and prompts that they draw well. Imports nothing heavy; diffusers does
 the loading.
 
     pipe = StableDiffusion3Pipeline.from_pretrained(embedded())
     pipe.vae = AutoencoderTiny.from_pretrained(embedded_tiny_vae())  # the light twin, if wanted
+    video_pipe = HeliosPipeline.from_pretrained(embedded_video())
 """
 
 from pathlib import Path
 
-__all__ = ["EXAMPLE_PROMPTS", "embedded", "embedded_tiny_vae"]
+__all__ = ["EXAMPLE_PROMPTS", "EXAMPLE_VIDEO_PROMPTS", "embedded", "embedded_tiny_vae", "embedded_video"]
 
 FOLDER = Path(__file__).parent / "emoji"
+VIDEO_FOLDER = Path(__file__).parent / "video"
 
 EXAMPLE_PROMPTS = (
     "a red apple, 3d render",
@@ -30,6 +32,15 @@ EXAMPLE_PROMPTS = (
     "a crown, 3d render, on a purple background",
 )
 
+EXAMPLE_VIDEO_PROMPTS = (
+    "a parrot, flat vector, bouncing",
+    "a hamburger, 3d render, swaying",
+    "a rocket, 3d render, on a sky blue background, bouncing",
+    "a rose, 3d render, pulsing",
+    "a house, flat vector, on a mint background, moving slowly",
+    "a soccer ball, 3d render, bouncing",
+)
+
 
 class Absent:
     """What model_index.json names for the third text encoder and its tokenizer: it loads as None.
@@ -48,11 +59,11 @@ class Absent:
 PreTrainedModel = Absent  # one of the base names by which diffusers recognises what it may load
 
 
-def _folder(path: Path, weights: str) -> str:
+def _folder(path: Path, weights: str, scripts: str = "train_emoji") -> str:
     if not (path / weights).is_file():
         raise FileNotFoundError(
             f"The embedded model is incomplete: {path / weights} is missing. Reinstall the package, or from a "
-            "clone run `git checkout -- streamflow/pretrained`; examples/train_emoji/README.md tells how to train it."
+            f"clone run `git checkout -- streamflow/pretrained`; examples/{scripts}/README.md tells how to train it."
         )
     return str(path)
 
@@ -65,3 +76,12 @@ def embedded() -> str:
 def embedded_tiny_vae() -> str:
     """The folder of its AutoencoderTiny twin, which takes the same latents."""
     return _folder(FOLDER / "vae_tiny", "diffusion_pytorch_model.safetensors")
+
+
+def embedded_video() -> str:
+    """The folder of the embedded Helios pipeline, in diffusers' format. Its `call.json` has the arguments of the pipeline's
+    call that it was trained for."""
+    return _folder(VIDEO_FOLDER, "transformer/diffusion_pytorch_model.safetensors", "train_video")
+
+
+MODELS = {"embedded": embedded, "embedded-video": embedded_video}  # by the names that `streamflow.models.load` takes

@@ -131,7 +131,8 @@ class VideoStream:
             generator: all noise is drawn by a copy of it, in its present state, or seeded with `seed` where both are given.
                 It stays as it is, and may be given to several streams.
             arguments: others of the pipeline's call: `height`, `width`, `guidance_scale`, ...; `image` or `video` is what
-                the video goes on from, where the pipeline takes it.
+                the video goes on from, where the pipeline takes it. A file `call.json` in the folder that the pipeline was
+                loaded from has their defaults; without it they are those of the pipeline's call.
 
         Raises:
             TypeError, ValueError, MemoryError: for what the stream or the pipeline cannot take; then nothing has changed.
@@ -183,8 +184,8 @@ class VideoStream:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call that the next chunk is drawn with, without those that have its defaults.
-        RuntimeError before `prepare`."""
+        """The arguments of the pipeline's call that the next chunk is drawn with, without those that have that call's own
+        defaults. RuntimeError before `prepare`."""
         return dict(self._prepared().request.plan.given)
 
     # -- acceleration ---------------------------------------------------------------------------------------------------

@@ -33,12 +33,22 @@ PERIOD = 24  # frames of drift from one noise to the next
 NOISE = {"still": "constant", "drift": "interpolated", "fresh": "frame"}  # of frames whose image is a reference, by motion
 LEVELS = ("mode", "steps", "strength")  # what needs a new ring
 LOADING, WARMING_UP = "loading the model", "warming up"
-PROMPT_NOTE = (
-    "This model draws emoji only. Write “a concept, a style”, such as “a fox, 3d render”. The styles are 3d render, "
-    "flat vector, soft gradient, glossy cartoon and bold cartoon."
-)
 MAX_GUIDANCE = 4.0
-GUIDANCE_NOTE = "This model is best at 1, without guidance. With 4 steps or more, up to 3 works."
+ABOUT: dict[str, Json] = {  # of the embedded models, for the page
+    "embedded": {
+        "examples": pretrained.EXAMPLE_PROMPTS,
+        "prompt": "This model draws emoji only. Write “a concept, a style”, such as “a fox, 3d render”. The styles are "
+        "3d render, flat vector, soft gradient, glossy cartoon and bold cartoon.",
+        "guidance": "This model is best at 1, without guidance. With 4 steps or more, up to 3 works.",
+    },
+    "embedded-video": {
+        "examples": pretrained.EXAMPLE_VIDEO_PROMPTS,
+        "prompt": "This model draws emoji in motion only. Write “a thing, a style, a motion”, such as “a rose, 3d render, "
+        "pulsing”. The styles are 3d render and flat vector. The motions are spinning, swaying, bouncing, moving and "
+        "pulsing.",
+        "guidance": "This model was trained for 1, without guidance.",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -260,13 +270,8 @@ def offered(settings: Settings) -> dict[str, tuple[str, str | None]]:
 
 def about_models(settings: Settings) -> dict[str, Json]:
     """For each model whose limits are known: example prompts, and notes for the page."""
-    notes = {
-        "prompt": PROMPT_NOTE,
-        "guidance": GUIDANCE_NOTE,
-        "max_guidance": max(MAX_GUIDANCE, settings.guidance_scale or 0),
-    }
-    about = {"examples": pretrained.EXAMPLE_PROMPTS, **notes}
-    return {name: about for name, (model, _) in offered(settings).items() if model == "embedded"}
+    most = {"max_guidance": max(MAX_GUIDANCE, settings.guidance_scale or 0)}
+    return {name: ABOUT[model] | most for name, (model, _) in offered(settings).items() if model in ABOUT}
 
 
 def open_slots(settings: Settings, progress: Callable[[str, int, int], None]) -> dict[str, list[Slot]]:
