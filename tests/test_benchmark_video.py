@@ -46,3 +46,19 @@ def test_a_model_that_fails_is_written_down_as_failed(video, monkeypatch, capsys
     monkeypatch.setitem(video.MODELS, "tiny", broken)
     assert video.main(["--models", "tiny", "--device", "cpu", "--dtype", "float32", "--ways", "eager"]) == 0
     assert "65" in json.loads(capsys.readouterr().out.splitlines()[-1])["models"]["tiny"]["failed"]
+
+
+def test_a_way_that_fails_leaves_the_pipeline_as_it_was_and_the_others_are_measured(video, monkeypatch, capsys):
+    closed, plain_close = [], video.VideoStream.close
+
+    def close(stream):
+        closed.append(stream)
+        plain_close(stream)
+
+    monkeypatch.setattr(video.VideoStream, "close", close)
+    options = ["--device", "cpu", "--dtype", "float32", "--chunks", "1", "--rounds", "1", "--ways", "kept-keys", "eager"]
+    assert video.main(["--models", "tiny", *options, "--decode-on", "home", "cpu"]) == 0
+    ways = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]["tiny"]["ways"]
+    assert [name for name, one in ways.items() if "failed" in one] == ["kept-keys", "kept-keys, decoded on cpu"]
+    assert "use_kv_cache" in ways["kept-keys"]["failed"] and {"eager", "eager, decoded on cpu"} <= ways.keys()
+    assert len(closed) == 4

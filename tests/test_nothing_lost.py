@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from streamflow import StreamFlow
 from streamflow.parallel import shard_vae
 from streamflow.parallel.pool import DecodeError
 from streamflow.stream.frames import Input
+from streamflow.stream.outputs import FiniteCheck
 
 EMPTYING = {
     "prepare": lambda stream: stream.prepare(PROMPT, num_inference_steps=4),
@@ -378,6 +382,20 @@ def test_images_that_are_not_finite_are_said_once_and_counted(made, picture, cap
         bias.copy_(kept)
     stream.reset()
     assert torch.isfinite(stream.txt2img()).all() and stream.not_finite == bad
+
+
+def test_images_that_are_not_finite_are_counted_once_by_threads_that_read_at_once():
+    """A copy from a GPU that arrives while the statistics are read in another thread."""
+    both, check, gpu = threading.Barrier(2), FiniteCheck(), torch.device("cuda", 0)
+
+    def arrived() -> bool:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)  # until the other thread is here too, if it may be
+        return True
+
+    check._copies[gpu] = SimpleNamespace(arrived=arrived, value=lambda: torch.tensor(3))
+    with ThreadPoolExecutor(2) as threads:
+        assert max(one.result() for one in [threads.submit(check.read) for _ in range(2)]) == check.known == 3
 
 
 def test_after_an_image_that_is_not_finite_the_filter_skips_nothing(made, picture):

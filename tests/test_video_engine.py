@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,11 +94,38 @@ def test_of_a_vae_the_decoder_of_one_latent_frame_is_compiled(pipes):
         return graph.forward
 
     latents = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-    part = Part("decoder", WholeDecoder(vae), {"latents": latents}, compiled=WholeDecoder(vae).compiled)
+    part = Part("decoder", WholeDecoder(vae), {"latents": latents}, compiled=WholeDecoder.compiled)
     before, own = part.call(), vae.decoder
     compiled, _ = compile_part(part, Options(backend=backend))
     assert all(torch.equal(part.call(compiled), before) for _ in range(2)) and len(graphs) == 3
     assert vae.decoder is own and torch.equal(part.call(), before) and len(graphs) == 3
+
+    other = copy.deepcopy(vae)  # of which the user has compiled the decoder
+    other.decoder.conv_in.weight.data.mul_(2)
+    other.decoder = torch.compile(other.decoder, backend="eager")
+    part = replace(part, module=WholeDecoder(other), inputs={"latents": latents[:, :, :1]})
+    compiled, _ = compile_part(part, Options(backend=backend))
+    assert torch.equal(part.call(compiled), part.call()) and len(graphs) == 4
+
+
+@pytest.mark.slow
+def test_another_decoder_in_the_vae_and_tiling_are_accelerated_at_the_next_prepare(pipes):
+    pipe = pipes("helios")
+    stream = stream_of(pipe, "pt")
+    stream.accelerate("compile", **EAGER)
+
+    def kept() -> bool:
+        before = stream._modules.accelerated
+        stream.prepare(seed=SEED, **SMALL)
+        return stream._modules.accelerated is before
+
+    assert kept()
+    pipe.vae.decoder = copy.deepcopy(pipe.vae.decoder)
+    assert not kept() and kept()
+    pipe.vae.enable_tiling()
+    assert not kept() and kept()
+    stream.close()
+    pipe.vae.disable_tiling()
 
 
 @pytest.mark.slow

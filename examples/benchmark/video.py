@@ -183,10 +183,14 @@ class Stream:
         if setup.tiny_vae:
             like = pipe.transformer
             self.stream.vae = random_module(TinyVideoDecoder, {}, like.device, like.dtype)
-        self.stream.accelerate(setup.kind, **setup.options)
-        began = time.perf_counter()
-        self.round(2)
-        self.start_s = time.perf_counter() - began
+        try:
+            self.stream.accelerate(setup.kind, **setup.options)
+            began = time.perf_counter()
+            self.round(2)
+            self.start_s = time.perf_counter() - began
+        except BaseException:
+            self.stream.close()  # the next way gets the pipeline as it was
+            raise
 
     def round(self, chunks: int) -> dict[str, float]:
         """A video anew, twice. Seconds until the first image, where it is decoded by itself, and until the first chunk is
@@ -266,19 +270,19 @@ def measure(model: Model, a: argparse.Namespace, keep: Callable[[dict[str, Any]]
     last = None
     for way, place in product(a.ways or model.ways, a.decode_on):
         name = way if place == HOME else f"{way}, decoded on {place}"
-        clean(device)
         if last is not None:
             last.stream.close()
+            last = None
+        clean(device)
         try:
             last = Stream(pipe, model, call, way, place)
             rounds = [last.round(a.chunks) for _ in range(a.rounds)]
             add(name, rounds, start_s=last.start_s, memory_mib=memory(device))
-        except FAILURES as error:
-            last = None
+        except (*FAILURES, TypeError) as error:  # TypeError: the pipeline does not take an argument of this way
             found["ways"][name] = {"failed": cause(error)}
             logger.info("%s failed: %s", name, found["ways"][name]["failed"])
             keep(found)
-    if a.long and last is not None:
+    if a.long and last is not None and "failed" not in found["ways"][name]:
         found["long"] = last.drift(a.long)
         keep(found)
     if last is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class Part:
     exportable: the module takes and returns tensors only.
     capturable: the module does not synchronise with its device, so that a CUDA graph can capture it.
     compilable: torch.compile takes seconds for it, and not minutes.
-    compiled: makes the module with a part of it compiled by the function that it is given; None: the module is compiled
-        whole or by its repeated blocks.
+    compiled: makes, of a module like this one, the same with a part compiled by the function that it is given; None: the
+        module is compiled whole or by its repeated blocks.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Part:
     exportable: bool = True
     capturable: bool = True
     compilable: bool = True
-    compiled: Callable[[Callable[[nn.Module], nn.Module]], nn.Module] | None = None
+    compiled: Callable[[Any, Callable[[nn.Module], nn.Module]], nn.Module] | None = None
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:

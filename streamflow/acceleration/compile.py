@@ -141,7 +141,7 @@ def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], 
     own = {"backend": options.backend, "mode": options.mode, "options": options.options and dict(options.options)}
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     if part.compiled is not None:
-        return part.compiled(lambda module: Compiled(module, torch.compile(module, **how))), lambda: None
+        return part.compiled(part.module, lambda module: Compiled(module, torch.compile(module, **how))), lambda: None
     blocks = repeated_blocks(part.module) if options.regional is not False else []
     if options.regional and not blocks and part.name == "velocity":
         blocks = repeated_classes(part.module)

@@ -10,6 +10,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 from torch import Tensor, nn
 
+from streamflow.models.pipe_parts import base_network
+
 if TYPE_CHECKING:
     from streamflow.models.protocols import VAE
 
@@ -27,7 +29,8 @@ class WholeDecoder(nn.Module):
     def compiled(self, compile: Callable[[nn.Module], nn.Module]) -> WholeDecoder:
         """The same, with the module compiled that decodes one latent frame. Compiled whole, each frame would be traced anew.
         The weights are shared, and the VAE stays as it is."""
-        return WholeDecoder(_copied(self.vae, {"decoder": compile(_traceable(self.vae.get_submodule("decoder")))}))
+        vae = base_network(self.vae)
+        return WholeDecoder(_copied(vae, {"decoder": compile(_traceable(vae.get_submodule("decoder")))}))
 
 
 class _Upsampling(WanResample):
@@ -62,7 +65,8 @@ def _copied(module: Any, children: dict[str, nn.Module]) -> Any:
 
 
 def _traceable(module: nn.Module) -> nn.Module:
-    """A module of the same weights that torch.compile can trace."""
+    """A module of the same weights that torch.compile can trace, without what torch.compile has made of it."""
+    module = base_network(module)
     children = {name: _traceable(child) for name, child in module.named_children()}
     own = _copied(module, children)
     if type(own) is WanResample:

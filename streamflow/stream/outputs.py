@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -177,6 +178,7 @@ class FiniteCheck:
 
     def __init__(self) -> None:
         self.known = 0  # how many have arrived on the host
+        self._reading = threading.Lock()  # statistics are read in other threads
         self._totals: dict[torch.device, Tensor] = {}
         self._copies: dict[torch.device, HostCopy] = {}
         self._arrived: dict[torch.device, int] = {}
@@ -190,13 +192,16 @@ class FiniteCheck:
         self._totals[device] = self._totals[device] + bad if device in self._totals else bad
         self.read()
         if device not in self._copies:
-            self._copies[device] = HostCopy(self._totals[device])
+            copy = HostCopy(self._totals[device])
+            with self._reading:
+                self._copies[device] = copy
         return bad == 0
 
     def read(self) -> int:
         """`known`, updated by the numbers that have arrived since."""
-        for device in [one for one, copy in self._copies.items() if copy.arrived()]:
-            total = int(self._copies.pop(device).value())
-            self.known += total - self._arrived.get(device, 0)
-            self._arrived[device] = total
+        with self._reading:
+            for device in [one for one, copy in self._copies.items() if copy.arrived()]:
+                total = int(self._copies.pop(device).value())
+                self.known += total - self._arrived.get(device, 0)
+                self._arrived[device] = total
         return self.known

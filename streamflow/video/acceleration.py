@@ -173,11 +173,9 @@ class VideoModules:
         if not self._prepared.decodes or not _decodes_alone(decoding) or place.type != self.device.type:
             return Parts(velocity, velocity, velocity, names=("velocity",))
         latents = {"latents": drawn.scaled.to(place)}
-        whole = decoding.decoder.plain
-        assert isinstance(whole, WholeDecoder)
-        one_size = not getattr(decoding.vae, "use_tiling", False)  # tiles at the borders have other sizes
+        whole, one_size = decoding.decoder.plain, not _tiled(decoding)  # tiles at the borders have other sizes
         quick = one_size and place.type == "cuda"  # on a CPU it takes minutes
-        decoder = Part("decoder", whole, latents, exportable=False, compilable=quick, compiled=whole.compiled)
+        decoder = Part("decoder", whole, latents, exportable=False, compilable=quick, compiled=WholeDecoder.compiled)
         return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
 
     def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
@@ -186,7 +184,8 @@ class VideoModules:
         adapter, decoding = self._prepared.adapter, self._prepared.decoding
         tensors, constants = _split(given or adapter.example(self._prepared.plan)[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
-        return adapter.network.plain, self._sharded, decoding.vae, decoding.tiny, constants, shapes
+        vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
+        return adapter.network.plain, self._sharded, vae, decoding.tiny, constants, shapes
 
     @computing
     def _ticks(self, groups: int) -> Iterator[Tensor]:
@@ -204,6 +203,10 @@ def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arguments that are tensors, and the others."""
     tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
     return tensors, {name: one for name, one in given.items() if name not in tensors}
+
+
+def _tiled(adapter: VideoAdapter) -> bool:
+    return bool(getattr(adapter.vae, "use_tiling", False))
 
 
 def _decodes_alone(adapter: VideoAdapter) -> bool:

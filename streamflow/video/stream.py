@@ -275,9 +275,9 @@ class VideoStream:
 
         decode: "chunk" gives the frames of a chunk once all of it is decoded. "frame" gives the images of each latent frame
             once they are decoded, before the VAE decodes the next latent frame: the same images to the bit, the first of
-            them earlier. It needs a causal VAE, which does not use its CUDA graph then, and it calls `postprocess` with the
-            images of one latent frame. With `decode_on` it acts on the first chunk, as the others are decoded while a chunk
-            is drawn.
+            them earlier. It needs a causal VAE, which is not accelerated then: where chunks are decoded compiled, the
+            images differ by rounding. It calls `postprocess` with the images of one latent frame. With `decode_on` it acts
+            on the first chunk, as the others are decoded while a chunk is drawn.
 
         Raises:
             ValueError: another `decode`, a VAE with tiling, or a stream of latents. TypeError: `most` is no integer.
