@@ -91,7 +91,7 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
     modules: dict[str, nn.Module] = {}
     with ExitStack() as undo:
         for part in parts:
-            if options.channels_last:
+            if options.channels_last and part.compilable:
                 undo.callback(channels_last(part.module))
             if part.name == "velocity":
                 modify_network(part, options, undo)
