@@ -67,9 +67,8 @@ def test_its_files_size_and_licences():
 
 
 def test_a_stream_without_arguments_is_the_pipelines_call_with_those_of_its_folder(pipe):
-    own = pipe(PROMPT, generator=torch.Generator().manual_seed(3), num_frames=2 * IMAGES, output_type="pt", **call()).frames[
-        0
-    ]
+    generator = torch.Generator().manual_seed(3)
+    own = pipe(PROMPT, generator=generator, num_frames=2 * IMAGES, output_type="pt", **call()).frames[0]
     stream = VideoStream(pipe, output_type="pt")
     stream.prepare(PROMPT, seed=3)
     streamed = torch.cat([chunk.images for chunk in stream.chunks(2)])

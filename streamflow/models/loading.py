@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from streamflow.models.adapter import FlowAdapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # by the names that settings use
-WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 def default_device() -> str:
@@ -95,8 +94,6 @@ def _open(model: str, family: str | None, options: Call) -> Pipeline:
         logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
     from_pretrained: Function = DiffusionPipeline.from_pretrained
-    if model == "embedded":
-        return from_pretrained(pretrained.embedded(), **{**WITHOUT_T5, **options})
     path = _path(model)
     if path.is_file():
         return _single_file(path, family, options)
