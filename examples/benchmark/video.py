@@ -5,10 +5,12 @@ python examples/benchmark/video.py --models helios-14b --output video.json
 python examples/benchmark/video.py --models helios-14b --ways compile-fp8 --decode-on home cuda:1 --long 200
 python examples/benchmark/video.py --models tiny --device cpu --dtype float32 --ways eager --chunks 2
 
-A round of a stream begins a video anew: its first chunk, then `--chunks` more. The pipeline's call draws as many. Its rounds
-come first, then those of one way after another. `first_frame_s` is the time to the first image where the first chunk is
-decoded frame by frame (`frames(decode="frame")`). `vae_s` is a decode of a chunk alone, by the plain VAE. With `--long` the
-last way draws on: the allocated memory after each chunk, and the mean and the standard deviation of its images in [0, 1].
+A round of a stream begins a video anew: its first two chunks, then `--chunks` more, whose rate is `frames_per_s`. The
+pipeline's call draws its first chunk and `--chunks` more. `times_the_pipeline` compares the time until as many images are
+there: `first_s`, and the others at `frames_per_s`. `first_frame_s` is the time to the first image where the first chunk is
+decoded frame by frame (`frames(decode="frame")`). `vae_s` is a decode of a chunk alone, by the plain VAE. The rounds of the
+pipeline come first, then those of one way after another. With `--long` the last way draws on: the allocated memory after
+each chunk, and the mean and the standard deviation of its images in [0, 1].
 The last line is JSON.
 """
 
@@ -194,16 +196,18 @@ class Stream:
 
     def round(self, chunks: int) -> dict[str, float]:
         """A video anew, twice. Seconds until the first image, where it is decoded by itself, and until the first chunk is
-        decoded; frames a second of the chunks after it."""
+        decoded; frames a second of the chunks after the second one."""
         began = self._anew()
         next(self.stream.frames(decode="frame"))
         image = self._now()
         again = self._anew()
-        self.stream()
+        self.first_images = len(self.stream().images)
         first = self._now()
+        self.stream()  # with a second device it draws two chunks: from here on the stream is one ahead
+        full = self._now()
         for _ in range(chunks):
             self.stream()
-        rate = chunks * self._frames / (self._now() - first)
+        rate = chunks * self._frames / (self._now() - full)
         return {"first_frame_s": image - began, "first_s": first - again, "frames_per_s": rate}
 
     def _anew(self) -> float:
@@ -234,16 +238,16 @@ class Stream:
         return found
 
 
-def own_call(pipe: Any, model: Model, call: dict[str, Any], chunks: int) -> dict[str, float]:
-    """The pipeline's own call of the first chunk and `chunks` more: no frame comes before the last one."""
+def own_call(pipe: Any, model: Model, call: dict[str, Any], chunks: int) -> tuple[float, int]:
+    """The pipeline's own call of the first chunk and `chunks` more, none of which comes before the last one: its seconds,
+    and how many images it gives."""
     device = pipe._execution_device
     generator = torch.Generator(device).manual_seed(2)
     wait(device)
     began = time.perf_counter()
     video = pipe(prompt=None, **call, **model.length(chunks + 1), generator=generator, output_type="pt").frames[0]
     wait(device)
-    seconds = time.perf_counter() - began
-    return {"first_s": seconds, "frames_per_s": len(video) / seconds}
+    return time.perf_counter() - began, len(video)
 
 
 def measure(model: Model, a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -256,17 +260,19 @@ def measure(model: Model, a: argparse.Namespace, keep: Callable[[dict[str, Any]]
     found: dict[str, Any] = {"call": dict(model.call), "frames_of_a_chunk": model.frames, "ways": {}}
     found["vae_s"] = vars(Spread.of(timed(lambda: pipe.vae.decode(chunk, return_dict=False), 3, device).each))
     own_call(pipe, model, call, 1)
-    rounds = [own_call(pipe, model, call, a.chunks) for _ in range(a.rounds)]
-    own = Spread.of([one["frames_per_s"] for one in rounds]).median
+    calls = [own_call(pipe, model, call, a.chunks) for _ in range(a.rounds)]
+    own, images = Spread.of([seconds for seconds, _ in calls]).median, calls[0][1]
+    found["images_of_the_call"] = images
 
-    def add(name: str, rounds: list[dict[str, float]], **more: Any) -> None:
+    def add(name: str, rounds: list[dict[str, float]], first_images: int, **more: Any) -> None:
         figures = {name: vars(Spread.of([one[name] for one in rounds])) for name in rounds[0]}
-        times = Spread.of([one["frames_per_s"] / own for one in rounds])
+        rest = images - first_images
+        times = Spread.of([own / (one["first_s"] + rest / one["frames_per_s"]) for one in rounds])
         found["ways"][name] = {**more, **figures, "times_the_pipeline": vars(times)}
         logger.info("%s: %.2f frames/s, %.2f times", name, figures["frames_per_s"]["median"], times.median)
         keep(found)
 
-    add("pipeline", rounds)
+    add("pipeline", [{"first_s": seconds, "frames_per_s": images / seconds} for seconds, _ in calls], images)
     last = None
     for way, place in product(a.ways or model.ways, a.decode_on):
         name = way if place == HOME else f"{way}, decoded on {place}"
@@ -277,7 +283,7 @@ def measure(model: Model, a: argparse.Namespace, keep: Callable[[dict[str, Any]]
         try:
             last = Stream(pipe, model, call, way, place)
             rounds = [last.round(a.chunks) for _ in range(a.rounds)]
-            add(name, rounds, start_s=last.start_s, memory_mib=memory(device))
+            add(name, rounds, last.first_images, start_s=last.start_s, memory_mib=memory(device))
         except (*FAILURES, TypeError) as error:  # TypeError: the pipeline does not take an argument of this way
             found["ways"][name] = {"failed": cause(error)}
             logger.info("%s failed: %s", name, found["ways"][name]["failed"])
