@@ -198,18 +198,94 @@ def test_bad_acceleration_is_refused_and_changes_nothing(pipes):
             stream.accelerate(call[0], **call[1])
         assert stream.acceleration == "none"
     assert equal(latents(stream, 2), plain)
-    anyflow = VideoStream(pipes("anyflow-far"))
-    with pytest.raises(NotImplementedError, match="AnyFlowFARPipeline does not offer accelerate: .* dictionaries"):
-        anyflow.prepare(prompt_embeds=embeds(), height=32, width=32, num_inference_steps=1)
-        anyflow.accelerate("compile")
-    anyflow = VideoStream(pipes("anyflow-far"))
-    anyflow.accelerate("compile")
-    with pytest.raises(NotImplementedError, match="AnyFlowFARPipeline does not offer accelerate"):
-        anyflow.prepare(prompt_embeds=embeds(), height=32, width=32, num_inference_steps=1)
-    assert anyflow.acceleration == "none" and anyflow.seed == 2
     stream.close()
     with pytest.raises(RuntimeError, match="closed"):
         stream.accelerate("none")
+
+
+IN_BLOCKS = {
+    "anyflow-far": {"prompt_embeds": embeds(), "height": 32, "width": 32, "num_inference_steps": 1},
+    "skyreels": {
+        **{"prompt_embeds": embeds(), "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0},
+        **{"ar_step": 1, "causal_block_size": 2, "base_num_frames": 13, "overlap_history": 5},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", IN_BLOCKS)
+def test_blocks_alone_are_compiled_of_a_network_that_takes_more_than_tensors(family, pipes):
+    """In all shapes that chunks have, when the acceleration starts. The pipeline's own call goes on in any shape."""
+    pipe, graphs, call = pipes(family), [], IN_BLOCKS[family]
+    other = {**call, "height": 48, "num_inference_steps": 3}
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    plain.prepare(seed=SEED, **call)
+    expected = latents(plain, 8)
+    plain.update(prompt_embeds=embeds(4))
+    expected += latents(plain, 2)
+    plain.prepare(seed=SEED, **other)
+    larger = plain().latents
+    stream.accelerate("compile", backend=backend)
+    assert not graphs, "before shapes are known"
+    stream.prepare(seed=SEED, **call)
+    compiled = len(graphs)
+    drawn = latents(stream, 8)
+    stream.update(prompt_embeds=embeds(4))
+    drawn += latents(stream, 2)
+    assert 0 < compiled == len(graphs) and stream.acceleration == "compile"
+    assert max(relative_error(one, own) for one, own in zip(drawn, expected, strict=True)) < 1e-5
+    stream.prepare(seed=SEED, **call)
+    assert len(graphs) == compiled and equal(latents(stream, 1), drawn[:1]), "nothing is compiled anew"
+    stream.prepare(seed=SEED, **other)
+    assert relative_error(stream().latents, larger) < 1e-5
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    stream.close()
+    assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+    plain.prepare(seed=SEED, **call)
+    assert equal(latents(plain, 2), expected[:2])
+
+
+def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
+    anyflow, skyreels = (VideoStream(pipes(family), output_type="latent") for family in IN_BLOCKS)
+    for kind in ("tensorrt", "onnxruntime"):
+        anyflow.prepare(**IN_BLOCKS["anyflow-far"])
+        with pytest.raises((NotImplementedError, ImportError, RuntimeError), match="dictionaries|CUDA|onnxruntime|TensorRT"):
+            anyflow.accelerate(kind)
+    with pytest.raises(ValueError, match="regional=False, and only the blocks of this network"):
+        anyflow.accelerate("compile", regional=False, **EAGER)
+    assert anyflow.acceleration == "none" and all(b._compiled_call_impl is None for b in anyflow.pipe.transformer.blocks)
+    skyreels.accelerate("compile", **EAGER)
+    with pytest.raises(ValueError, match="with use_kv_cache=True the attention changes in every step"):
+        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
+    assert skyreels.acceleration == "none" and skyreels.seed == SEED
+    assert torch.isfinite(skyreels().latents).all()
+    skyreels.accelerate("none")
+    skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"])
+    skyreels.accelerate("compile", **EAGER)
+    with pytest.raises(ValueError, match="use_kv_cache=True"):
+        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
+    assert skyreels.acceleration == "none"
+
+
+@pytest.mark.slow
+def test_blocks_are_quantised_too(pipes):
+    pytest.importorskip("torchao")
+    pipe = pipes("anyflow-far", num_attention_heads=4, attention_head_dim=128, ffn_dim=1024)
+    call = {**IN_BLOCKS["anyflow-far"], "height": 128, "width": 128}
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    for one in (plain, stream):
+        one.prepare(seed=SEED, **call)
+    own = latents(plain, 2)
+    stream.accelerate("compile", quantize="int8", **EAGER)
+    assert all(1e-5 < relative_error(a, b) < 0.1 for a, b in zip(latents(stream, 2), own, strict=True))
+    stream.close()
+    plain.prepare(seed=SEED, **call)
+    assert equal(latents(plain, 2), own)
 
 
 @pytest.mark.slow

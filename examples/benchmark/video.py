@@ -148,7 +148,6 @@ MODELS = {
         frames=12,
         length=length_of_anyflow,
         network=WAN_13B,
-        ways=("eager",),
     ),
     "skyreels-df-1.3b": Model(
         SkyReelsV2DiffusionForcingPipeline,
@@ -158,7 +157,7 @@ MODELS = {
         frames=20,
         length=length_of_skyreels,
         network=WAN_13B,
-        ways=("eager", "kept-keys"),
+        ways=("eager", "kept-keys", "compile", "compile-fp8"),
     ),
     "tiny": Model(
         HeliosPyramidPipeline,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -37,6 +37,8 @@ class Part:
     compilable: torch.compile takes seconds for it, and not minutes.
     compiled: makes, of a module like this one, the same with a part compiled by the function that it is given; None: the
         module is compiled whole or by its repeated blocks.
+    blocks: the repeated blocks of a module that takes more than tensors and is called in several shapes. They alone are
+        compiled.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Part:
     capturable: bool = True
     compilable: bool = True
     compiled: Callable[[Any, Callable[[nn.Module], nn.Module]], nn.Module] | None = None
+    blocks: Sequence[nn.Module] = ()
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:

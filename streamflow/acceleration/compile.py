@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def accelerate(parts: Parts, options: Options) -> Accelerated:
                 undo.callback(undo_compile)
             modules[part.name] = Graphed(compiled, options.limit) if options.cuda_graph and part.capturable else compiled
             if options.cuda_graph and not part.capturable:
-                logger.info("%s: compiled without a CUDA graph: it synchronises with its device in every call", part.name)
+                logger.info("%s: compiled without a CUDA graph, which cannot capture it", part.name)
         return Accelerated(modules, undo.pop_all().close)
 
 
@@ -112,7 +112,8 @@ def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
     if options.attention is not None:
         undo.callback(choose_attention(part.module, options.attention))
     if options.quantize is not None:
-        undo.callback(quantize(part, repeated_blocks(part.module), options.quantize, options.keep_plain))
+        blocks = list(part.blocks) or repeated_blocks(part.module)
+        undo.callback(quantize(part, blocks, options.quantize, options.keep_plain))
 
 
 class Compiled(nn.Module):
@@ -121,19 +122,22 @@ class Compiled(nn.Module):
     def __init__(self, module: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
         self.module = module
-        self._call = call
+        self._call = partial(_call_compiled, type(module).__name__, call)
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        import torch._dynamo as dynamo
-        from torch._dynamo.exc import Unsupported
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
-        with dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=8 * RECOMPILATIONS):
-            try:
-                return self._call(*args, **kwargs)
-            except Unsupported as error:
-                raise RuntimeError(
-                    f"{type(self.module).__name__} does not compile as one graph: pass fullgraph=False to allow breaks"
-                ) from error
+
+def _call_compiled(name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call the compiled code of a module of this class."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.exc import Unsupported
+
+    with dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=8 * RECOMPILATIONS):
+        try:
+            return call(*args, **kwargs)
+        except Unsupported as error:
+            raise RuntimeError(f"{name} does not compile as one graph: pass fullgraph=False to allow breaks") from error
 
 
 def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], None]]:
@@ -142,15 +146,19 @@ def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], 
     how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
     if part.compiled is not None:
         return part.compiled(part.module, lambda module: Compiled(module, torch.compile(module, **how))), lambda: None
-    blocks = repeated_blocks(part.module) if options.regional is not False else []
+    if part.blocks:
+        if options.regional is False:
+            raise ValueError("regional=False, and only the blocks of this network can be compiled: leave it out")
+        how["dynamic"] = None  # torch compiles for one shape, and then for all where another one comes
+    blocks = list(part.blocks) or (repeated_blocks(part.module) if options.regional is not False else [])
     if options.regional and not blocks and part.name == "velocity":
         blocks = repeated_classes(part.module)
         if not blocks:
             raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
     if not blocks:
         return Compiled(part.module, torch.compile(part.module, **how)), lambda: None
-    for block in blocks:
-        block.compile(**how)
+    for block in blocks:  # as `block.compile` does, but with our limit, also where others call the network
+        block._compiled_call_impl = partial(_call_compiled, type(block).__name__, torch.compile(block._call_impl, **how))
     logger.info("%s: %d repeated blocks are compiled", part.name, len(blocks))
     return Compiled(part.module, part.module), partial(uncompile, blocks)
 
@@ -179,7 +187,7 @@ def _holding_most(blocks: Sequence[nn.Module], module: nn.Module) -> list[nn.Mod
 
 
 def uncompile(blocks: list[nn.Module]) -> None:
-    """Undo `nn.Module.compile`, for which torch has no function."""
+    """Let these blocks be called plain again."""
     for block in blocks:
         block._compiled_call_impl = None
 

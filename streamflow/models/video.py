@@ -128,7 +128,8 @@ class VideoAdapter(ABC):
     call, by name. preset: arguments for requests without them, from the pipeline's folder. vae: the pipeline's. tiny: what
     decodes in its place, or None. network: what the pipeline calls for its network; assigning `network.call` replaces it for
     this adapter alone. decoder: the VAE's, of chunks that are decoded by themselves; likewise. lacks: features that streams
-    of this family do not have, with the reason.
+    of this family do not have, with the reason. in_blocks: why only the blocks of the network can be compiled; None: it is a
+    function of tensors.
 
     Raises:
         ValueError: where made, for a pipeline that is offloaded, whose network has a cache, or with a bad `PRESET` file.
@@ -138,6 +139,7 @@ class VideoAdapter(ABC):
     changeable: ClassVar[frozenset[str]]
     read: ClassVar[tuple[str, ...]] = ()
     lacks: ClassVar[Mapping[str, str]] = {}
+    in_blocks: ClassVar[str | None] = None
 
     def __init__(self, pipe: Pipeline) -> None:
         check_placement(pipe)
@@ -216,10 +218,23 @@ class VideoAdapter(ABC):
             found.update(given)
             return (torch.zeros_like(given["hidden_states"]),)
 
-        probe = type(self)(self.pipe)  # this one may be drawing
-        probe.network.call = record
-        drawn = probe.draw(plan, History(), torch.Generator(self.device).manual_seed(0))
+        drawn = self.draw_first(plan, record, 1)
         return found, drawn
+
+    @computing
+    def draw_first(self, plan: VideoPlan, network: Callable[..., Any], chunks: int) -> Drawn:
+        """Draw the first chunks, at most so many, with this function in the place of the network. Returns the last one."""
+        probe = type(self)(self.pipe)  # this one may be drawing
+        probe.network.call = network
+        most, generator = self.length(plan), torch.Generator(self.device).manual_seed(0)
+        drawn = probe.draw(plan, History(), generator)
+        for _ in range(1, chunks if most is None else min(chunks, most)):
+            drawn = probe.draw(plan, drawn.history, generator)
+        return drawn
+
+    def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
+        """Have this function called in all shapes in which chunks call the network. Returns a tensor that it has drawn."""
+        return self.draw_first(plan, network, 1).latents
 
     @abstractmethod
     def draw(self, plan: VideoPlan, history: History, generator: torch.Generator) -> Drawn:

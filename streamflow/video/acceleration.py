@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from streamflow._grad_mode import computing
+from streamflow.acceleration import Part
 from streamflow.acceleration.accelerator import Accelerator
-from streamflow.models.video import History, VideoAdapter, VideoPlan
+from streamflow.models.pipe_parts import base_network
+from streamflow.models.video import VideoAdapter, VideoPlan
 from streamflow.models.whole_decoder import WholeDecoder
 from streamflow.parallel.accelerated import accelerate
 from streamflow.parallel.replicas import replicate
@@ -35,6 +36,18 @@ class TensorNetwork(nn.Module):
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **tensors: Tensor) -> Tensor:
         return self.network(hidden_states=hidden_states, timestep=timestep, **tensors, **self.constants)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class BlocksPart(Part):
+    """A network that takes more than tensors. warm_up: calls the function that it is given in the place of the network."""
+
+    warm_up: Callable[[Callable[..., Any]], Tensor] = field(kw_only=True)
+
+    @torch.no_grad()
+    def call(self, module: nn.Module | None = None) -> Tensor:
+        """What `warm_up` returns, for the module or another one in its place."""
+        return self.warm_up(self.module if module is None else module)
 
 
 class CopiedNetwork(ShardedVelocity):
@@ -75,6 +88,11 @@ class VideoModules:
         """Whether a second device computes half of the rows."""
         return self._sharded is not None
 
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether only the blocks of the network are compiled, in place."""
+        return self._prepared is not None and self._prepared.adapter.in_blocks is not None
+
     def use(self, accelerated: Accelerated | None) -> None:
         """Call these modules, or the plain ones."""
         self.accelerated = accelerated
@@ -108,6 +126,8 @@ class VideoModules:
         module = self._sharded if self.accelerated is None else self.accelerated.modules["velocity"]
         if module is None:
             return plain(**given)
+        if self._in_blocks:
+            return module(**given)
         tensors, constants = _split(given)
         if changed := [name for name, value in constants.items() if self._constants.get(name) != value]:
             name = changed[0]
@@ -149,7 +169,10 @@ class VideoModules:
             return
         adapter = adapter or (self._prepared and self._prepared.adapter)
         if adapter is not None:
-            adapter.check_offers("accelerate")
+            if adapter.in_blocks and kind not in ("compile", "max"):
+                raise NotImplementedError(
+                    f"{type(adapter.pipe).__name__} is accelerated by 'compile' and not by {kind!r}: {adapter.in_blocks}"
+                )
         if kind in EXPORTED:
             from streamflow.acceleration.errors import NotExportable
 
@@ -159,12 +182,26 @@ class VideoModules:
             )
 
     def _parts(self) -> Parts | None:
-        from streamflow.acceleration import Part, Parts
+        from streamflow.acceleration import Parts
 
         if self._prepared is None:
             return None
-        adapter, decoding = self._prepared.adapter, self._prepared.decoding
-        given, drawn = adapter.example(self._prepared.plan)
+        adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
+        if self._in_blocks:
+            self._made_of = self._identity()
+            network = adapter.network.plain
+            plain: Any = base_network(network)
+            velocity = BlocksPart(
+                "velocity",
+                network,
+                {"embeds": plan.call["prompt_embeds"]},
+                exportable=False,
+                capturable=False,
+                blocks=list(plain.blocks),
+                warm_up=partial(adapter.warm_up, plan),
+            )
+            return Parts(velocity, velocity, velocity, names=("velocity",))
+        given, drawn = adapter.example(plan)
         tensors, self._constants = _split(given)
         self._made_of = self._identity(given)
         network = self._sharded or TensorNetwork(adapter.network.plain, self._constants)
@@ -181,22 +218,22 @@ class VideoModules:
     def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
         """What the parts are made of: the modules, and the network's arguments, tensors by their shape and dtype."""
         assert self._prepared is not None, "connect was called"
-        adapter, decoding = self._prepared.adapter, self._prepared.decoding
-        tensors, constants = _split(given or adapter.example(self._prepared.plan)[0])
+        adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
+        if self._in_blocks:
+            numbers = {name: value for name, value in plan.call.items() if isinstance(value, int)}
+            return adapter.network.plain, numbers
+        tensors, constants = _split(given or adapter.example(plan)[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
         vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
         return adapter.network.plain, self._sharded, vae, decoding.tiny, constants, shapes
 
-    @computing
     def _ticks(self, groups: int) -> Iterator[Tensor]:
         """A first chunk, drawn several times with the modules in force, whatever `groups` is: `[n, 3, H, W]` in [-1, 1]."""
         assert self._prepared is not None, "max is measured once shapes are known"
         adapter, decoding = self._prepared.adapter, self._prepared.decoding
-        probe = type(adapter)(adapter.pipe)  # a viewer's own would wait for other viewers
-        probe.network.call = partial(self.call_network, adapter.network.plain)
+        network = partial(self.call_network, adapter.network.plain)
         for _ in range(TRIALS):
-            drawn = probe.draw(self._prepared.plan, History(), torch.Generator(self.device).manual_seed(0))
-            yield decoding.decode(drawn)[0][0].transpose(0, 1)
+            yield decoding.decode(adapter.draw_first(self._prepared.plan, network, 1))[0][0].transpose(0, 1)
 
 
 def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor
 from streamflow._grad_mode import computing
 from streamflow.models.protocols import Arguments, Pipeline
 from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan, check_count
+
+WARM_UP = 7  # chunks: the first ones have no past, then none that is compressed
 
 
 class _ChunkDrawn(Exception):
@@ -35,10 +37,8 @@ class AnyFlowFAR(CausallyDecoded):
     """
 
     fps = 16.0
-    lacks = {
-        "accelerate": "its network writes keys and values into Python dictionaries that grow with the video",
-        "guidance_on": "its network is called once for both prompts",
-    }
+    lacks = {"guidance_on": "its network is called once for both prompts"}
+    in_blocks = "its network writes keys and values into Python dictionaries that grow with the video"
     changeable = frozenset(
         "prompt negative_prompt prompt_embeds negative_prompt_embeds max_sequence_length guidance_scale attention_kwargs "
         "num_inference_steps sigmas timesteps use_mean_velocity".split()
@@ -112,6 +112,9 @@ class AnyFlowFAR(CausallyDecoded):
         else:
             call["video_latents"] = self.pipe.encode_video(video, **self._size(call))
         return replace(plan, call=call)
+
+    def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
+        return self.draw_first(plan, network, WARM_UP).latents
 
     def length(self, plan: VideoPlan) -> int:
         given = plan.call.get("video_latents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,6 +59,14 @@ class _Window:
         return replace(self, latents=self.latents.clone(), schedulers=schedulers, keys=dict(self.keys), video=None)
 
 
+class _Called(Exception):
+    """Ends a chunk once the network has been called."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__("the network was called")
+        self.output = output
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """In latent frames."""
@@ -82,9 +90,9 @@ class SkyReels(CausallyDecoded):
 
     fps = 24.0
     lacks = dict.fromkeys(
-        ("accelerate", "guidance_on", "viewers"),
-        "the attention of its network is set from outside for the blocks of each chunk",
+        ("guidance_on", "viewers"), "the attention of its network is set from outside for the blocks of each chunk"
     )
+    in_blocks = lacks["viewers"]
     changeable = frozenset(
         "prompt negative_prompt prompt_embeds negative_prompt_embeds max_sequence_length guidance_scale".split()
     )
@@ -184,6 +192,23 @@ class SkyReels(CausallyDecoded):
             check_pixels("video", video, len(video))
             if video.shape[2] < least:
                 raise ValueError(f"video has {video.shape[2]} frames, and a block is {least}: pass {least} or more")
+
+    def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
+        """One call: all have the same shapes. ValueError where they have not."""
+        if plan.call.get(KEEP):
+            raise ValueError(
+                f"with {KEEP}=True the attention changes in every step, and would be compiled each time: pass {KEEP}=False, "
+                f"or accelerate('none')"
+            )
+
+        def call_once(**given: Any) -> Any:
+            raise _Called(network(**given)[0])
+
+        try:
+            self.draw_first(plan, call_once, 1)
+        except _Called as called:
+            return called.output
+        raise RuntimeError("the network was not called")
 
     # -- one chunk ------------------------------------------------------------------------------------------------------
 
