@@ -40,7 +40,7 @@ from video_model import (
     write,
 )
 
-PHASES = {"vae": 190.0, "flow": 200.0, "own": 85.0}  # seconds
+PHASES = {"vae": 190.0, "flow": 200.0, "own": 380.0}  # seconds
 
 
 def is_matrix(name: str) -> bool:
