@@ -89,12 +89,13 @@ def open_video(settings: Settings, **loading: Any) -> VideoStream:
     stream = VideoStream(pipe, output_type="np", decode_on=settings.devices or None)
     if isinstance(settings.tiny_vae, str):
         stream.use_tiny_vae(settings.tiny_vae)
-    chosen, reason = settings.acceleration, models.video_adapter_for(pipe).lacks.get("accelerate")
+    arguments = arguments_of(settings)
+    chosen, reason = settings.acceleration, models.video_adapter_for(pipe).why_plain(arguments)
     if chosen.kind == "auto" and reason is not None:
         logger.info("%s is drawn without acceleration: %s", type(pipe).__name__, reason)
     else:
         stream.accelerate(chosen.kind, **chosen.options)
-    stream.prepare(**arguments_of(settings), **_start(settings, pipe))
+    stream.prepare(**arguments, **_start(settings, pipe))
     return stream
 
 

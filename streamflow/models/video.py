@@ -232,6 +232,10 @@ class VideoAdapter(ABC):
             drawn = probe.draw(plan, drawn.history, generator)
         return drawn
 
+    def why_plain(self, call: Arguments) -> str | None:
+        """Why a stream with these arguments cannot be accelerated, and what to pass; None where it can."""
+        return None
+
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
         """Have this function called in all shapes in which chunks call the network. Returns a tensor that it has drawn."""
         return self.draw_first(plan, network, 1).latents

@@ -103,13 +103,13 @@ class VideoModules:
         prepared.adapter.network.call = partial(self.call_network, prepared.adapter.network.plain)
         prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
         kind = self.acceleration[0]
-        if kind != "none":
-            try:
-                self._check(kind, None, prepared.adapter)
-            except BaseException:
-                self.acceleration = "none", None
-                raise
         self.device, self._prepared = prepared.adapter.device, prepared
+        try:
+            self._check(kind)
+        except BaseException:
+            self.accelerator.put_back()
+            self.acceleration = "none", None
+            raise
         self._copy_network(prepared)
         if kind != "none" and (self.accelerated is None or (anew and self._identity() != self._made_of)):
             self.accelerator.put_back()
@@ -164,15 +164,17 @@ class VideoModules:
         """Positions come from the CPU, and a CUDA graph could not copy them. They are copied once a chunk."""
         return {n: one if one.device == self.device else self._moved.get(one, None) for n, one in tensors.items()}
 
-    def _check(self, kind: str, options: object, adapter: VideoAdapter | None = None) -> None:
+    def _check(self, kind: str, options: object = None) -> None:
         if kind == "none":
             return
-        adapter = adapter or (self._prepared and self._prepared.adapter)
-        if adapter is not None:
+        if self._prepared is not None:
+            adapter = self._prepared.adapter
             if adapter.in_blocks and kind not in ("compile", "max"):
                 raise NotImplementedError(
                     f"{type(adapter.pipe).__name__} is accelerated by 'compile' and not by {kind!r}: {adapter.in_blocks}"
                 )
+            if reason := adapter.why_plain(self._prepared.plan.call):
+                raise ValueError(f"{reason}, or accelerate('none')")
         if kind in EXPORTED:
             from streamflow.acceleration.errors import NotExportable
 

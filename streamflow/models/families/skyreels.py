@@ -193,13 +193,12 @@ class SkyReels(CausallyDecoded):
             if video.shape[2] < least:
                 raise ValueError(f"video has {video.shape[2]} frames, and a block is {least}: pass {least} or more")
 
+    def why_plain(self, call: Arguments) -> str | None:
+        kept = f"with {KEEP}=True the attention changes in every step, and would be compiled each time: pass {KEEP}=False"
+        return kept if call.get(KEEP) else None
+
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        """One call: all have the same shapes. ValueError where they have not."""
-        if plan.call.get(KEEP):
-            raise ValueError(
-                f"with {KEEP}=True the attention changes in every step, and would be compiled each time: pass {KEEP}=False, "
-                f"or accelerate('none')"
-            )
+        """One call: all have the same shapes."""
 
         def call_once(**given: Any) -> Any:
             raise _Called(network(**given)[0])
