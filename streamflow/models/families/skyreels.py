@@ -194,18 +194,23 @@ class SkyReels(CausallyDecoded):
                 raise ValueError(f"video has {video.shape[2]} frames, and a block is {least}: pass {least} or more")
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        """One call: all have the same shapes. ValueError where they have not."""
+        """One call under each prompt: all others have the same shapes. ValueError where they have not."""
         if plan.call.get(KEEP):
             raise ValueError(
                 f"with {KEEP}=True the attention changes in every step, and would be compiled each time: pass {KEEP}=False, "
                 f"or accelerate('none')"
             )
 
-        def call_once(**given: Any) -> Any:
-            raise _Called(network(**given)[0])
+        prompts = iter([one for name in EMBEDS if (one := plan.call[name]) is not None][1:])
 
-        try:
-            self.draw_first(plan, call_once, 1)
+        def call_once(**given: Any) -> Any:
+            output = network(**given)
+            if next(prompts, None) is None:
+                raise _Called(output[0])
+            return output
+
+        try:  # the first chunks of a window may be given
+            self.draw_first(plan, call_once, self._sizes(self.defaults() | dict(plan.call)).window)
         except _Called as called:
             return called.output
         raise RuntimeError("the network was not called")
