@@ -250,6 +250,41 @@ def test_blocks_alone_are_compiled_of_a_network_that_takes_more_than_tensors(fam
     assert equal(latents(plain, 2), expected[:2])
 
 
+WIDE = {"height": 160, "width": 256}  # AnyFlow's past is a whole multiple of 128 tokens only in a late chunk
+AFTER_THE_START = {
+    "a past that is not padded": ("anyflow-far", {"full_chunk_limit": 2}, WIDE),
+    "guidance": ("anyflow-far", {"rope_max_seq_len": 2}, {}),
+    "an image": ("skyreels-image", {}, {"image": random(1, 3, 32, 32), "causal_block_size": 1}),
+    "a video": ("skyreels-video", {}, {"video": random(1, 13, 3, 32, 32)}),
+    "a negative prompt of another length": ("skyreels", {}, {**GUIDED, "negative_prompt_embeds": embeds(1)[:, :9]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", AFTER_THE_START)
+def test_nothing_is_compiled_after_the_start(case, pipes):
+    """Nor after another `prepare`, with guidance, except for the long video, where that takes long."""
+    torch._dynamo.reset()  # torch counts what it has compiled of all networks of a class
+    family, network, call = AFTER_THE_START[case]
+    pipe, graphs = pipes(family, **network), []
+    call = {**IN_BLOCKS[family.split("-")[0].replace("anyflow", "anyflow-far")], **call}
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    stream, plain = VideoStream(pipe, output_type="latent"), VideoStream(pipe, output_type="latent")
+    stream.accelerate("compile", backend=backend)
+    for change, chunks in (({}, 14), (GUIDED, 2))[: 1 if network.get("full_chunk_limit") else 2]:
+        for one in (stream, plain):
+            one.prepare(seed=SEED, **{**call, **change})
+        compiled = len(graphs)
+        drawn = latents(stream, chunks)
+        assert 0 < compiled == len(graphs)
+        assert max(map(relative_error, drawn[:2], latents(plain, 2))) < 1e-5
+    stream.close()
+
+
 def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
     anyflow, skyreels = (VideoStream(pipes(family), output_type="latent") for family in IN_BLOCKS)
     for kind in ("tensorrt", "onnxruntime"):

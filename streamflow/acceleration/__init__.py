@@ -39,6 +39,8 @@ class Part:
         module is compiled whole or by its repeated blocks.
     blocks: the repeated blocks of a module that takes more than tensors and is called in several shapes. They alone are
         compiled.
+    warm_up: calls the function that it is given, in the place of the module, in all its shapes, and returns a tensor. None:
+        the module is called once, with `inputs`.
     """
 
     name: str
@@ -52,10 +54,13 @@ class Part:
     compilable: bool = True
     compiled: Callable[[Any, Callable[[nn.Module], nn.Module]], nn.Module] | None = None
     blocks: Sequence[nn.Module] = ()
+    warm_up: Callable[[Callable[..., Any]], Tensor] | None = None
 
     @torch.no_grad()
     def call(self, module: nn.Module | None = None) -> Tensor:
-        """The output of the module, or of another one in its place, for `inputs`."""
+        """The output of the module, or of another one in its place, for `inputs`; or what `warm_up` returns for it."""
+        if self.warm_up is not None:
+            return self.warm_up(self.module if module is None else module)
         values = list(self.inputs.values())[: self.positional]
         return (self.module if module is None else module)(*values, **dict(list(self.inputs.items())[self.positional :]))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streamflow.models.protocols import Arguments, Network
 
 logger = logging.getLogger(__name__)
-RECOMPILATIONS = 64  # the limit of shapes per module; torch's default is 8
+RECOMPILATIONS = 256  # the limit of shapes per class of module in a process; torch's default is 8
 BLOCK_SHARE = 0.8  # the least share of a network's weights in repeated blocks for regional compilation
 REPEATS = 4  # the least length of a list of repeated blocks
 FUSED_HALF, FUSED = 0.05, 1e-4  # the largest relative difference of fused projections, in half precision and in others
@@ -117,7 +117,8 @@ def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
 
 
 class Compiled(nn.Module):
-    """A module that is compiled in the first call with each shape, for up to `RECOMPILATIONS` shapes."""
+    """A module that is compiled in the first call with each shape, for up to `RECOMPILATIONS` shapes of modules of
+    its class."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Tensor]):
         super().__init__()

@@ -222,12 +222,13 @@ class VideoAdapter(ABC):
         return found, drawn
 
     @computing
-    def draw_first(self, plan: VideoPlan, network: Callable[..., Any], chunks: int) -> Drawn:
-        """Draw the first chunks, at most so many, with this function in the place of the network. Returns the last one."""
+    def draw_first(self, plan: VideoPlan, network: Callable[..., Any], chunks: int, history: History | None = None) -> Drawn:
+        """Draw the first chunks, or those after `history`, at most so many, with this function in the place of the network.
+        Returns the last one."""
         probe = type(self)(self.pipe)  # this one may be drawing
         probe.network.call = network
         most, generator = self.length(plan), torch.Generator(self.device).manual_seed(0)
-        drawn = probe.draw(plan, History(), generator)
+        drawn = probe.draw(plan, history or History(), generator)
         for _ in range(1, chunks if most is None else min(chunks, most)):
             drawn = probe.draw(plan, drawn.history, generator)
         return drawn

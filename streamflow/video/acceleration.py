@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from streamflow.acceleration import Part
 from streamflow.acceleration.accelerator import Accelerator
 from streamflow.models.pipe_parts import base_network
 from streamflow.models.video import VideoAdapter, VideoPlan
@@ -36,18 +35,6 @@ class TensorNetwork(nn.Module):
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **tensors: Tensor) -> Tensor:
         return self.network(hidden_states=hidden_states, timestep=timestep, **tensors, **self.constants)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class BlocksPart(Part):
-    """A network that takes more than tensors. warm_up: calls the function that it is given in the place of the network."""
-
-    warm_up: Callable[[Callable[..., Any]], Tensor] = field(kw_only=True)
-
-    @torch.no_grad()
-    def call(self, module: nn.Module | None = None) -> Tensor:
-        """What `warm_up` returns, for the module or another one in its place."""
-        return self.warm_up(self.module if module is None else module)
 
 
 class CopiedNetwork(ShardedVelocity):
@@ -184,7 +171,7 @@ class VideoModules:
             )
 
     def _parts(self) -> Parts | None:
-        from streamflow.acceleration import Parts
+        from streamflow.acceleration import Part, Parts
 
         if self._prepared is None:
             return None
@@ -193,7 +180,7 @@ class VideoModules:
             self._made_of = self._identity()
             network = adapter.network.plain
             plain: Any = base_network(network)
-            velocity = BlocksPart(
+            velocity = Part(
                 "velocity",
                 network,
                 {"embeds": plan.call["prompt_embeds"]},
@@ -222,8 +209,8 @@ class VideoModules:
         assert self._prepared is not None, "connect was called"
         adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
         if self._in_blocks:
-            numbers = {name: value for name, value in plan.call.items() if isinstance(value, int)}
-            return adapter.network.plain, numbers
+            network, given = adapter.network.plain, {name: _shape_of(value) for name, value in plan.call.items()}
+            return network, network.dtype, given
         tensors, constants = _split(given or adapter.example(plan)[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
         vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
@@ -242,6 +229,14 @@ def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arguments that are tensors, and the others."""
     tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
     return tensors, {name: one for name, one in given.items() if name not in tensors}
+
+
+def _shape_of(value: Any) -> object:
+    """What an argument of a pipeline's call says of shapes: that of a tensor, and integers. None: nothing."""
+    if isinstance(value, Tensor):
+        return value.shape
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(numbers) if all(isinstance(one, int) for one in numbers) else None
 
 
 def _tiled(adapter: VideoAdapter) -> bool:

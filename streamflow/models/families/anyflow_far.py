@@ -14,7 +14,8 @@ from streamflow._grad_mode import computing
 from streamflow.models.protocols import Arguments, Pipeline
 from streamflow.models.video import CausallyDecoded, Drawn, History, VideoPlan, check_count
 
-WARM_UP = 7  # chunks: the first ones have no past, then none that is compressed
+WARM_UP = 4  # chunks that are compiled after the first `full_chunk_limit` ones, before which nothing is compressed
+PADDED = 128  # the network attends to its past in tokens padded to a multiple of this
 
 
 class _ChunkDrawn(Exception):
@@ -114,7 +115,29 @@ class AnyFlowFAR(CausallyDecoded):
         return replace(plan, call=call)
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        return self.draw_first(plan, network, WARM_UP).latents
+        """The first chunks, and a later one of each kind that torch compiles anew: under a past that is padded to another
+        length, and under one that is not padded, up to three times as far."""
+        call = plan.call
+        drawn = self.draw_first(plan, network, self.pipe.transformer.config.full_chunk_limit + WARM_UP)
+        latents = drawn.history.tensors["video_latents"]
+        begun = self._chunks_of(call, latents.shape[1]) or 0
+        before, *later = (self._tokens(call, n) for n in range(begun - 1, min(3 * begun, self._left(call, 0))))
+        longer = [n for n, one in enumerate(later, begun) if one % PADDED and one // PADDED != (before - 1) // PADDED]
+        whole = [n for n, one in enumerate(later, begun) if one % PADDED == 0]
+        for n in longer[:1] + whole[:1]:
+            past = latents.new_zeros(1, sum(self._sizes(call, n)), *latents.shape[2:])
+            drawn = self.draw_first(plan, network, 1, History(n, {"video_latents": past}))
+        return drawn.latents
+
+    def _tokens(self, call: Arguments, chunks: int) -> int:
+        """How many tokens so many chunks are, of which the last ones are not compressed."""
+        config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        sizes, height, width = self._sizes(call, chunks), *(side // factor for side in self._size(call).values())
+        full, small = (
+            (height // patch[1]) * (width // patch[2]) for patch in (config.patch_size, config.compressed_patch_size)
+        )
+        compressed = max(chunks - config.full_chunk_limit + 1, 0)
+        return sum(sizes[:compressed]) * small + sum(sizes[compressed:]) * full
 
     def length(self, plan: VideoPlan) -> int:
         given = plan.call.get("video_latents")

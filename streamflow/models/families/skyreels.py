@@ -198,13 +198,18 @@ class SkyReels(CausallyDecoded):
         return kept if call.get(KEEP) else None
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        """One call: all have the same shapes."""
+        """One call under each prompt: all others have the same shapes."""
+
+        prompts = iter([one for name in EMBEDS if (one := plan.call[name]) is not None][1:])
 
         def call_once(**given: Any) -> Any:
-            raise _Called(network(**given)[0])
+            output = network(**given)
+            if next(prompts, None) is None:
+                raise _Called(output[0])
+            return output
 
-        try:
-            self.draw_first(plan, call_once, 1)
+        try:  # the first chunks of a window may be given
+            self.draw_first(plan, call_once, self._sizes(self.defaults() | dict(plan.call)).window)
         except _Called as called:
             return called.output
         raise RuntimeError("the network was not called")
