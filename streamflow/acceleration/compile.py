@@ -117,8 +117,7 @@ def modify_network(part: Part, options: Options, undo: ExitStack) -> None:
 
 
 class Compiled(nn.Module):
-    """A module that is compiled in the first call with each shape, for up to `RECOMPILATIONS` shapes of modules of
-    its class."""
+    """A module that is compiled in the first call with each shape, for up to `RECOMPILATIONS` shapes of its class."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Tensor]):
         super().__init__()

@@ -209,8 +209,8 @@ class VideoModules:
         assert self._prepared is not None, "connect was called"
         adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
         if self._in_blocks:
-            network, given = adapter.network.plain, {name: _shape_of(value) for name, value in plan.call.items()}
-            return network, network.dtype, given
+            shapes = {name: _shape_of(value) for name, value in plan.call.items()}
+            return adapter.network.plain, adapter.network.plain.dtype, shapes
         tensors, constants = _split(given or adapter.example(plan)[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
         vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,10 +61,6 @@ class _Window:
 
 class _Called(Exception):
     """Ends a chunk once the network has been called."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__("the network was called")
-        self.output = output
 
 
 @dataclass(frozen=True)
@@ -199,20 +195,18 @@ class SkyReels(CausallyDecoded):
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
         """One call under each prompt: all others have the same shapes."""
+        prompts = sum(plan.call[name] is not None for name in EMBEDS)
+        outputs: list[Tensor] = []
 
-        prompts = iter([one for name in EMBEDS if (one := plan.call[name]) is not None][1:])
+        def call(**given: Any) -> tuple[Tensor]:
+            outputs.append(network(**given)[0])
+            if len(outputs) == prompts:
+                raise _Called
+            return (outputs[-1],)
 
-        def call_once(**given: Any) -> Any:
-            output = network(**given)
-            if next(prompts, None) is None:
-                raise _Called(output[0])
-            return output
-
-        try:  # the first chunks of a window may be given
-            self.draw_first(plan, call_once, self._sizes(self.defaults() | dict(plan.call)).window)
-        except _Called as called:
-            return called.output
-        raise RuntimeError("the network was not called")
+        with suppress(_Called):  # the first chunks of a window may be given
+            self.draw_first(plan, call, self._sizes(self.defaults() | dict(plan.call)).window)
+        return outputs[-1]
 
     # -- one chunk ------------------------------------------------------------------------------------------------------
 

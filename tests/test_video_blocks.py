@@ -1,0 +1,150 @@
+"""Of a video network that takes more than tensors, the blocks alone are compiled: its chunks stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from test_video import GUIDED, SEED, embeds, equal, latents, random
+
+from streamflow import VideoStream
+
+EAGER = {"backend": "eager"}  # torch.compile without inductor: it traces and guards, and compiles in no time
+IN_BLOCKS = {
+    "anyflow-far": {"prompt_embeds": embeds(), "height": 32, "width": 32, "num_inference_steps": 1},
+    "skyreels": {
+        "prompt_embeds": embeds(),
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "ar_step": 1,
+        "causal_block_size": 2,
+        "base_num_frames": 13,
+        "overlap_history": 5,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", IN_BLOCKS)
+def test_blocks_alone_are_compiled_of_a_network_that_takes_more_than_tensors(family, pipes):
+    """In all shapes that chunks have, when the acceleration starts. The pipeline's own call goes on in any shape."""
+    pipe, graphs, call = pipes(family), [], IN_BLOCKS[family]
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    plain.prepare(seed=SEED, **call)
+    expected = latents(plain, 8)
+    plain.update(prompt_embeds=embeds(4))
+    expected += latents(plain, 2)
+    stream.accelerate("compile", backend=backend)
+    assert not graphs, "before shapes are known"
+    stream.prepare(seed=SEED, **call)
+    compiled = len(graphs)
+    drawn = latents(stream, 8)
+    stream.update(prompt_embeds=embeds(4))
+    drawn += latents(stream, 2)
+    assert 0 < compiled == len(graphs) and stream.acceleration == "compile"
+    assert max(relative_error(one, own) for one, own in zip(drawn, expected, strict=True)) < 1e-5
+    stream.prepare(seed=SEED, **call)
+    assert len(graphs) == compiled and equal(latents(stream, 1), drawn[:1]), "nothing is compiled anew"
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    stream.close()
+    assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+    plain.prepare(seed=SEED, **call)
+    assert equal(latents(plain, 2), expected[:2])
+
+
+WIDE = {"height": 160, "width": 256}  # AnyFlow's past is a whole multiple of 128 tokens only in a late chunk
+AFTER_THE_START = {
+    "a past that is not padded": ("anyflow-far", {"full_chunk_limit": 2}, WIDE),
+    "guidance": ("anyflow-far", {"rope_max_seq_len": 2}, {}),
+    "an image": ("skyreels-image", {}, {"image": random(1, 3, 32, 32), "causal_block_size": 1}),
+    "a video": ("skyreels-video", {}, {"video": random(1, 13, 3, 32, 32)}),
+    "a negative prompt of another length": ("skyreels", {}, {**GUIDED, "negative_prompt_embeds": embeds(1)[:, :9]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", AFTER_THE_START)
+def test_nothing_is_compiled_after_the_start(case, pipes):
+    """Nor after another `prepare`, with guidance, except for the long video, where that takes long."""
+    torch._dynamo.reset()  # torch counts what it has compiled of all networks of a class
+    family, network, call = AFTER_THE_START[case]
+    pipe, graphs = pipes(family, **network), []
+    call = {**next(own for name, own in IN_BLOCKS.items() if family.startswith(name)), **call}
+    requests = [(call, 14)] if "full_chunk_limit" in network else [(call, 14), ({**call, **GUIDED}, 2)]
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    stream, plain, expected = VideoStream(pipe, output_type="latent"), VideoStream(pipe, output_type="latent"), []
+    for request, _ in requests:
+        plain.prepare(seed=SEED, **request)
+        expected.append(latents(plain, 2))
+    stream.accelerate("compile", backend=backend)
+    for (request, chunks), own in zip(requests, expected, strict=True):
+        stream.prepare(seed=SEED, **request)
+        compiled = len(graphs)
+        drawn = latents(stream, chunks)
+        assert 0 < compiled == len(graphs)
+        assert max(map(relative_error, drawn[:2], own)) < 1e-5
+    stream.close()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_another_size(pipes):
+    call = IN_BLOCKS["skyreels"]
+    other = {**call, "height": 48, "num_inference_steps": 3}
+    plain, stream = (VideoStream(pipes("skyreels"), output_type="latent") for _ in range(2))
+    plain.prepare(seed=SEED, **other)
+    expected = latents(plain, 2)
+    stream.prepare(seed=SEED, **call)
+    stream.accelerate("compile", **EAGER)
+    stream.prepare(seed=SEED, **other)
+    assert all(relative_error(one, own) < 1e-5 for one, own in zip(latents(stream, 2), expected, strict=True))
+    stream.close()
+
+
+def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
+    anyflow, skyreels = (VideoStream(pipes(family), output_type="latent") for family in IN_BLOCKS)
+    for kind in ("tensorrt", "onnxruntime"):
+        anyflow.prepare(**IN_BLOCKS["anyflow-far"])
+        with pytest.raises((NotImplementedError, ImportError, RuntimeError), match="dictionaries|CUDA|onnxruntime|TensorRT"):
+            anyflow.accelerate(kind)
+    with pytest.raises(ValueError, match="regional=False, and only the blocks of this network"):
+        anyflow.accelerate("compile", regional=False, **EAGER)
+    assert anyflow.acceleration == "none" and all(b._compiled_call_impl is None for b in anyflow.pipe.transformer.blocks)
+    skyreels.accelerate("compile", **EAGER)
+    with pytest.raises(ValueError, match="with use_kv_cache=True the attention changes in every step"):
+        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
+    assert skyreels.acceleration == "none" and skyreels.seed == SEED
+    assert torch.isfinite(skyreels().latents).all()
+    skyreels.accelerate("none")
+    skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"])
+    skyreels.accelerate("compile", **EAGER)
+    with pytest.raises(ValueError, match="use_kv_cache=True"):
+        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
+    assert skyreels.acceleration == "none" and all(b._compiled_call_impl is None for b in skyreels.pipe.transformer.blocks)
+    assert torch.isfinite(skyreels().latents).all()
+
+
+@pytest.mark.slow
+def test_blocks_are_quantised_too(pipes):
+    pytest.importorskip("torchao")
+    pipe = pipes("anyflow-far", num_attention_heads=4, attention_head_dim=128, ffn_dim=1024)
+    call = {**IN_BLOCKS["anyflow-far"], "height": 128, "width": 128}
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    for one in (plain, stream):
+        one.prepare(seed=SEED, **call)
+    own = latents(plain, 2)
+    stream.accelerate("compile", quantize="int8", **EAGER)
+    assert all(1e-5 < relative_error(a, b) < 0.1 for a, b in zip(latents(stream, 2), own, strict=True))
+    stream.close()
+    plain.prepare(seed=SEED, **call)
+    assert equal(latents(plain, 2), own)
