@@ -146,6 +146,20 @@ def test_networks_whose_layers_are_too_small_or_of_another_dtype_are_refused(par
         quantize(part, blocks, "int8")
 
 
+def test_rows_are_counted_until_every_layer_has_enough():
+    """The call ends there: it may draw a whole video."""
+    layers, calls = [nn.Linear(4, 4), nn.Linear(4, 4)], []
+
+    def draw(_):
+        for rows in (quantizing.ROWS - 1, quantizing.ROWS, 10**6):
+            calls.append(rows)
+            for layer in layers[: len(calls)]:
+                layer(torch.zeros(rows, 4))
+
+    rows = quantizing.count_rows(Part("velocity", nn.Identity(), {}, warm_up=draw), layers)
+    assert [rows[layer] for layer in layers] == [quantizing.ROWS] * 2 == calls[1:] * 2
+
+
 @pytest.mark.parametrize("kind", ["fp8", "fp8-tensor"])
 def test_a_gpu_that_cannot_is_told_what_it_can(monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

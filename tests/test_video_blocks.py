@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
+from random_pipelines import random_pipeline
 from test_video import GUIDED, SEED, embeds, equal, latents, random
 
 from streamflow import VideoStream
@@ -148,3 +149,27 @@ def test_blocks_are_quantised_too(pipes):
     stream.close()
     plain.prepare(seed=SEED, **call)
     assert equal(latents(plain, 2), own)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("family", IN_BLOCKS)
+def test_blocks_are_compiled_on_a_gpu(family, quantize, full_float32):
+    """Chunks stay near the plain ones with and without fp8, and the pipe is afterwards as it was."""
+    if quantize and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    pytest.importorskip("torchao")
+    wide = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024}
+    pipe = random_pipeline(family, **wide).to("cuda", torch.bfloat16)
+    call = {**IN_BLOCKS[family], "height": 128, "width": 128}
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    plain.prepare(seed=SEED, **call)
+    expected = latents(plain, 4)
+    stream.prepare(seed=SEED, **call)
+    stream.accelerate("compile", **({"quantize": quantize} if quantize else {}))
+    bound = 0.1 if quantize else 0.03
+    assert all(0 < relative_error(one, own) < bound for one, own in zip(latents(stream, 4), expected, strict=True))
+    stream.close()
+    plain.prepare(seed=SEED, **call)
+    assert equal(latents(plain, 4), expected)

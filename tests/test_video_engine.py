@@ -166,9 +166,12 @@ def test_acceleration_before_prepare_takes_effect_there_and_lasts(pipes):
     assert len(calls) == 1, "the warm-up"
     plain = latents(stream_of(pipe), 2)
     assert relative_error(torch.cat(latents(stream, 2)), torch.cat(plain)) < 1e-5 and len(calls) == 1 + 2 * 2
-    module = stream._modules.accelerated
-    stream.prepare(seed=SEED, **SMALL)
+    module, example = stream._modules.accelerated, stream._modules._example
+    stream.prepare(seed=SEED, **{**SMALL, "prompt_embeds": embeds(5)})
     assert stream._modules.accelerated is module, "the same shapes are not compiled again"
+    assert stream._modules._example is example, "nor is a chunk drawn for them"
+    stream.prepare(seed=SEED, **{**SMALL, "num_inference_steps": 3})
+    assert stream._modules.accelerated is module and stream._modules._example is not example
     stream.prepare(seed=SEED, **{**SMALL, "height": 32})
     assert stream._modules.accelerated is not module
     assert stream().latents.shape == (1, 16, 3, 4, 2)

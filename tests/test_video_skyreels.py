@@ -307,7 +307,8 @@ def test_a_prompt_that_changes_acts_on_the_next_steps_of_all_blocks(changed_at, 
     )
     given = 2 * changed_at
     assert torch.equal(found[:, :, :given], plain[:, :, :given]) and not torch.equal(found, plain)
-    assert relative_error(found.transpose(0, 2), drawn.transpose(0, 2)) < 4 * ROUNDING * cached + 1e-300
+    bound = 6 * ROUNDING * cached  # a step with guidance of 3 adds three times one network output and twice the other
+    assert relative_error(found.transpose(0, 2), drawn.transpose(0, 2)) <= bound
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -209,16 +209,27 @@ def matrices(part: Part, blocks: Sequence[nn.Module], name: str) -> list[nn.Line
     return chosen
 
 
+class _Counted(Exception):
+    """Ends a call once every layer has had enough rows."""
+
+
 def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
-    """The largest number of rows of each layer's output in one call of the part, without layers that are not called."""
+    """The largest number of rows of each layer's output in one call of the part, without layers that are not called. The
+    call, which may draw a video, ends as soon as no layer has fewer than `ROWS`."""
     rows: dict[nn.Module, int] = {}
+    few = set(layers)
 
     def count(layer: nn.Linear, inputs: object, output: Tensor) -> None:
         rows[layer] = max(rows.get(layer, 0), output.numel() // layer.out_features)
+        if rows[layer] >= ROWS:
+            few.discard(layer)
+            if not few:
+                raise _Counted
 
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(count))
+        hooks.enter_context(suppress(_Counted))
         part.call()
     return rows
 

@@ -87,6 +87,8 @@ class Undecoded:
     def __init__(self, vae: VAE) -> None:
         self._vae = vae
         self.latents: Tensor | None = None
+        # diffusers walks over all modules for these, and its call asks for them several times
+        self.device, self.dtype = vae.device, vae.dtype
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
@@ -157,8 +159,9 @@ class VideoAdapter(ABC):
         self.preset = _preset(pipe)
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
-        self._placed = [(module, (module.device, module.dtype)) for module in (pipe.transformer, pipe.vae)]
+        self._placed = [(module, _place(module)) for module in (pipe.transformer, pipe.vae)]
         self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
+        self.network.device, self.network.dtype = pipe.transformer.device, pipe.transformer.dtype  # as in `Undecoded`
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
         vars(self._view).update(
@@ -174,11 +177,12 @@ class VideoAdapter(ABC):
     def check_placed(self) -> None:
         """Raise RuntimeError where the network or the VAE was moved since this was made. One that was replaced in the
         pipeline is no matter: it acts once an adapter is made of the pipeline again."""
-        for module, (device, dtype) in self._placed:
-            if (module.device, module.dtype) != (device, dtype):
+        for module, before in self._placed:
+            if (now := _place(module)) != before:
+                (device, dtype), (other, others) = before, now
                 raise RuntimeError(
-                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {module.device} in "
-                    f"{module.dtype} now: call prepare() anew"
+                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {other} in {others} "
+                    f"now: call prepare() anew"
                 )
 
     def use_tiny_vae(self, tiny: TinyVideoDecoder) -> None:
@@ -426,6 +430,12 @@ def _preset(pipe: Pipeline) -> Call:
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds arguments of a pipeline's call by their names, not a {type(found).__name__}")
     return found
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of its first parameter."""
+    first = next(module.parameters())
+    return first.device, first.dtype
 
 
 def _own(value: Any) -> Any:

@@ -21,6 +21,7 @@ from streamflow.parallel.rows import InputCache, ShardedVelocity
 if TYPE_CHECKING:
     from streamflow.acceleration import Accelerated, Parts
     from streamflow.models.protocols import Arguments
+    from streamflow.models.video import Drawn
 
 EXPORTED = ("tensorrt", "onnxruntime", "openvino")
 TRIALS = 3  # chunks that `accelerate("max")` draws: the median leaves out the one that compiles
@@ -65,6 +66,7 @@ class VideoModules:
         self._prepared: Prepared | None = None
         self._made_of: tuple[object, ...] = ()
         self._constants: Arguments = {}
+        self._example: tuple[tuple[object, ...], tuple[Arguments, Drawn]] | None = None
         self._moved = InputCache(device)
         self._other = other
         self._sharded: ShardedVelocity | None = None
@@ -105,7 +107,7 @@ class VideoModules:
     def close(self) -> None:
         """Undo the acceleration, and let go of the modules."""
         self.accelerator.put_back()
-        self.acceleration, self._prepared, self._sharded = ("none", None), None, None
+        self.acceleration, self._prepared, self._sharded, self._example = ("none", None), None, None, None
 
     def call_network(self, plain: nn.Module, **given: Any) -> Any:
         """The outputs of the network. ValueError for an argument that is no tensor and has changed since the network was
@@ -136,7 +138,7 @@ class VideoModules:
 
         if self._other is None:
             return
-        tensors, constants = _split(prepared.adapter.example(prepared.plan)[0])
+        tensors, constants = _split(self._drawn_example()[0])
         network = prepared.adapter.network.plain
         made_of = network, self.device, network.dtype, Watch(network).adapters(), constants
         if self._sharded is not None and self._copied_of == made_of:
@@ -190,9 +192,9 @@ class VideoModules:
                 warm_up=partial(adapter.warm_up, plan),
             )
             return Parts(velocity, velocity, velocity, names=("velocity",))
-        given, drawn = adapter.example(plan)
+        given, drawn = self._drawn_example()
         tensors, self._constants = _split(given)
-        self._made_of = self._identity(given)
+        self._made_of = self._identity()
         network = self._sharded or TensorNetwork(adapter.network.plain, self._constants)
         velocity = Part("velocity", network, self._on_device(tensors), positional=2, exportable=False)
         place = decoding.vae.device
@@ -204,14 +206,26 @@ class VideoModules:
         decoder = Part("decoder", whole, latents, exportable=False, compilable=quick, compiled=WholeDecoder.compiled)
         return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
 
-    def _identity(self, given: Arguments | None = None) -> tuple[object, ...]:
+    def _drawn_example(self) -> tuple[Arguments, Drawn]:
+        """The `example` of the adapter, kept for the next request unless modules or arguments differ."""
+        assert self._prepared is not None, "connect was called"
+        adapter, plan = self._prepared.adapter, self._prepared.plan
+        arguments = {name: _setting(value) for name, value in plan.call.items()}
+        network, vae, scheduler = adapter.network, adapter.vae, adapter.pipe.scheduler
+        drawn_of = network.plain, network.dtype, network.device, vae, scheduler, arguments
+        if self._example is None or self._example[0] != drawn_of:
+            self._example = drawn_of, adapter.example(plan)
+        return self._example[1]
+
+    def _identity(self) -> tuple[object, ...]:
         """What the parts are made of: the modules, and the network's arguments, tensors by their shape and dtype."""
         assert self._prepared is not None, "connect was called"
-        adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
+        adapter, decoding = self._prepared.adapter, self._prepared.decoding
         if self._in_blocks:
+            plan = self._prepared.plan
             shapes = {name: _shape_of(value) for name, value in plan.call.items()}
             return adapter.network.plain, adapter.network.plain.dtype, shapes
-        tensors, constants = _split(given or adapter.example(plan)[0])
+        tensors, constants = _split(self._drawn_example()[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
         vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
         return adapter.network.plain, self._sharded, vae, decoding.tiny, constants, shapes
@@ -229,6 +243,14 @@ def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arguments that are tensors, and the others."""
     tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
     return tensors, {name: one for name, one in given.items() if name not in tensors}
+
+
+def _setting(value: Any) -> object:
+    """An argument, for comparison: a tensor by its shape and dtype. What has no simple value equals nothing."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    each = value if isinstance(value, (list, tuple)) else (value,)
+    return value if all(one is None or isinstance(one, (int, float, str)) for one in each) else object()
 
 
 def _shape_of(value: Any) -> object:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -365,15 +366,11 @@ class SkyReels(CausallyDecoded):
         network: Any = base_network(self._view.transformer)
         rotations = network.rope(x)
         tokens = rotations[0].shape[1] // x.shape[2]
-        part = slice(keys.frames * tokens, end * tokens)
-        mask = None  # a block alone sees everything
-        if end - keys.frames > block:
-            blocks = (torch.arange(end, device=x.device) // block).repeat_interleave(tokens)
-            mask = (blocks <= blocks[part, None])[None, None]
+        blocks = [slice(start * tokens, (start + block) * tokens) for start in range(keys.frames, end, block)]
         layers = _self_attention(network)
         before = [attention.processor for attention in layers]
         for k, attention in enumerate(layers):
-            attention.set_processor(_UnderKeys(before[k], keys.layers, k, rotations, part, mask))
+            attention.set_processor(_UnderKeys(before[k], keys.layers, k, rotations, blocks))
         try:
             yield
         finally:
@@ -382,8 +379,9 @@ class SkyReels(CausallyDecoded):
 
 
 class _UnderKeys:
-    """In the place of a layer's `SkyReelsV2AttnProcessor`, for self-attention: the tokens `part` of a window are drawn under
-    those before them, of which `layers[k]` has the keys and values."""
+    """In the place of a layer's `SkyReelsV2AttnProcessor`, for self-attention: the tokens of these blocks of a window are
+    drawn under those before them, of which `layers[k]` has the keys and values. Each block is a call of its own without a
+    mask, which no fused attention kernel takes."""
 
     def __init__(
         self,
@@ -391,12 +389,12 @@ class _UnderKeys:
         layers: dict[int, tuple[Tensor, Tensor]],
         k: int,
         rotations: tuple[Tensor, Tensor],
-        part: slice,
-        mask: Tensor | None,
+        blocks: Sequence[slice],
     ) -> None:
-        self._own, self._layers, self._k, self._part, self._mask = own, layers, k, part, mask
+        self._own, self._layers, self._k, self._blocks = own, layers, k, blocks
+        self._part = slice(blocks[0].start, blocks[-1].stop)
         self._tokens = rotations[0].shape[1]
-        self._rotations = [one[:, part] for one in rotations]
+        self._rotations = [one[:, self._part] for one in rotations]
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None, attention_mask: object, rotary_emb: object
@@ -409,15 +407,12 @@ class _UnderKeys:
             self._layers[self._k] = (whole[0], whole[1])
         keys, values = self._layers[self._k]
         keys[:, self._part], values[:, self._part] = key, value
-        out = dispatch_attention_fn(
-            query,
-            keys[:, : self._part.stop],
-            values[:, : self._part.stop],
-            attn_mask=self._mask,
-            backend=self._own._attention_backend,
-            parallel_config=self._own._parallel_config,
+        attend = partial(
+            dispatch_attention_fn, backend=self._own._attention_backend, parallel_config=self._own._parallel_config
         )
-        out = out.flatten(2, 3).type_as(query)
+        queries = query.split([block.stop - block.start for block in self._blocks], dim=1)
+        each = [attend(one, keys[:, : b.stop], values[:, : b.stop]) for one, b in zip(queries, self._blocks, strict=True)]
+        out = torch.cat(each, dim=1).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)
         return out
