@@ -9,6 +9,7 @@ from random_pipelines import random_pipeline
 from test_video import GUIDED, SEED, embeds, equal, latents, random
 
 from streamflow import VideoStream
+from streamflow.video import acceleration
 
 EAGER = {"backend": "eager"}  # torch.compile without inductor: it traces and guards, and compiles in no time
 IN_BLOCKS = {
@@ -136,6 +137,33 @@ def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
 
 
 @pytest.mark.slow
+def test_the_vae_is_compiled_too(pipes, monkeypatch):
+    """It decodes one latent frame at a time, from the memory of those before, also where frames are asked for."""
+    torch._dynamo.reset()  # torch counts what it has compiled of all networks of a class
+    monkeypatch.setattr(acceleration, "COMPILED_ON", ("cpu",))
+    pipe, call, graphs = pipes("skyreels"), IN_BLOCKS["skyreels"], []
+    plain, stream = (VideoStream(pipe, output_type="pt") for _ in range(2))
+    plain.prepare(seed=SEED, **call)
+    expected = [chunk.images for chunk in plain.chunks(4)]
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    stream.prepare(seed=SEED, **call)
+    drawn = [stream().images]
+    stream.accelerate("compile", backend=backend)
+    compiled = len(graphs)
+    drawn += [chunk.images for chunk in stream.chunks(3)]
+    assert compiled == len(graphs) == 4, "the block, and the decoder of a first, a second and a later latent frame"
+    assert all(relative_error(one, own) < 1e-5 for one, own in zip(drawn, expected, strict=True))
+    stream.prepare(seed=SEED, **call)
+    frames = [frame.image for frame in stream.frames(len(torch.cat(expected)), decode="frame")]
+    assert len(graphs) == compiled and relative_error(torch.stack(frames), torch.cat(expected)) < 1e-5
+    stream.close()
+
+
+@pytest.mark.slow
 def test_blocks_are_quantised_too(pipes):
     pytest.importorskip("torchao")
     pipe = pipes("anyflow-far", num_attention_heads=4, attention_head_dim=128, ffn_dim=1024)
@@ -163,13 +191,16 @@ def test_blocks_are_compiled_on_a_gpu(family, quantize, full_float32):
     wide = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024}
     pipe = random_pipeline(family, **wide).to("cuda", torch.bfloat16)
     call = {**IN_BLOCKS[family], "height": 128, "width": 128}
-    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    plain, stream = (VideoStream(pipe, output_type="pt") for _ in range(2))
     plain.prepare(seed=SEED, **call)
-    expected = latents(plain, 4)
+    expected = list(plain.chunks(4))
     stream.prepare(seed=SEED, **call)
     stream.accelerate("compile", **({"quantize": quantize} if quantize else {}))
     bound = 0.1 if quantize else 0.03
-    assert all(0 < relative_error(one, own) < bound for one, own in zip(latents(stream, 4), expected, strict=True))
+    for chunk, own in zip(stream.chunks(4), expected, strict=True):
+        assert 0 < relative_error(chunk.latents, own.latents) < bound
+        decoded = relative_error(chunk.images, own.images)
+        assert 0 < decoded < 2 * bound
     stream.close()
     plain.prepare(seed=SEED, **call)
-    assert equal(latents(plain, 4), expected)
+    assert equal(latents(plain, 4), [own.latents for own in expected])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,15 +91,20 @@ class CausalCodec:
 
     Latents are in the VAE's own scale: without `latents_mean` and `latents_std`.
 
+    Args:
+        vae: the VAE.
+        decoder: a function that is called in the place of the VAE's decoder, with the same arguments: one latent frame and
+            what the layers have kept.
+
     Raises:
         TypeError: a VAE of another class. ValueError: tiling is enabled, here or in a later call, since each tile would need
             a memory.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, decoder: Callable[..., Tensor] | None = None) -> None:
         if not self.fits(vae):
             raise TypeError(f"a CausalCodec is made of an {' or an '.join(KINDS)}, not of {type(vae).__name__}")
-        self._vae = vae
+        self._vae, self._decoder = vae, decoder
         self._patch = vae.config.get("patch_size")
         self._first = {"first_chunk": True} if KINDS[0] in _names(vae) else {}  # what its decoder takes
         self._check_tiling()
@@ -151,11 +157,11 @@ class CausalCodec:
         self._check_tiling()
         decoder = self._vae.decoder
         latents, kept = take_part(decoder, latents, self._vae.config.z_dim, self._vae.dtype, memory)
-        new, images = _list(kept, decoder), []
+        call, new, images = self._decoder or decoder, _list(kept, decoder), []
         x = self._vae.post_quant_conv(latents)  # of all, since it rounds differently for another number of frames
         for k, latent in enumerate(only(x, frame).split(1, dim=2)):
             first = self._first if kept is None and k == 0 else {}
-            images.append(decoder(latent, feat_cache=new, feat_idx=[0], **first))
+            images.append(call(latent, feat_cache=new, feat_idx=[0], **first))
         video = torch.cat(images, dim=2)
         if self._patch is not None:
             video = unpatchify(video, self._patch)

@@ -30,7 +30,20 @@ class WholeDecoder(nn.Module):
         """The same, with the module compiled that decodes one latent frame. Compiled whole, each frame would be traced anew.
         The weights are shared, and the VAE stays as it is."""
         vae = base_network(self.vae)
-        return WholeDecoder(_copied(vae, {"decoder": compile(_traceable(vae.get_submodule("decoder")))}))
+        compiled = compile(_traceable(vae.get_submodule("decoder")))
+        return WholeDecoder(_copied(vae, {"decoder": _OfOneLayout(compiled)}))
+
+
+class _OfOneLayout(nn.Module):
+    """Calls a module with latents in one memory layout: a slice of a longer chunk has other strides, for which torch would
+    compile the module anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, latents: Tensor, **given: Any) -> Tensor:
+        return self.module(latents.contiguous(), **given)
 
 
 class _Upsampling(WanResample):

@@ -19,11 +19,12 @@ from streamflow.parallel.replicas import replicate
 from streamflow.parallel.rows import InputCache, ShardedVelocity
 
 if TYPE_CHECKING:
-    from streamflow.acceleration import Accelerated, Parts
+    from streamflow.acceleration import Accelerated, Part, Parts
     from streamflow.models.protocols import Arguments
     from streamflow.models.video import Drawn
 
 EXPORTED = ("tensorrt", "onnxruntime", "openvino")
+COMPILED_ON = ("cuda",)  # types of devices on which the VAE's decoder is compiled: on a CPU that takes minutes
 TRIALS = 3  # chunks that `accelerate("max")` draws: the median leaves out the one that compiles
 
 
@@ -67,6 +68,7 @@ class VideoModules:
         self._made_of: tuple[object, ...] = ()
         self._constants: Arguments = {}
         self._example: tuple[tuple[object, ...], tuple[Arguments, Drawn]] | None = None
+        self._latent_decoder: nn.Module | None = None
         self._moved = InputCache(device)
         self._other = other
         self._sharded: ShardedVelocity | None = None
@@ -84,6 +86,9 @@ class VideoModules:
 
     def use(self, accelerated: Accelerated | None) -> None:
         """Call these modules, or the plain ones."""
+        decoder = nn.Module() if accelerated is None else accelerated.modules.get("decoder", nn.Module())
+        whole = next((one for one in decoder.modules() if isinstance(one, WholeDecoder)), None)
+        self._latent_decoder = None if whole is None else whole.vae.get_submodule("decoder")
         self.accelerated = accelerated
 
     def connect(self, prepared: Prepared, anew: bool = True) -> None:
@@ -91,6 +96,8 @@ class VideoModules:
         of other shapes, and not only where nothing is accelerated yet."""
         prepared.adapter.network.call = partial(self.call_network, prepared.adapter.network.plain)
         prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
+        if prepared.decoding.latent_decoder is not None:
+            prepared.decoding.latent_decoder.call = partial(self.call_latent_decoder, prepared.decoding.latent_decoder.plain)
         kind = self.acceleration[0]
         self.device, self._prepared = prepared.adapter.device, prepared
         try:
@@ -131,6 +138,10 @@ class VideoModules:
         """The images of latents."""
         modules = {} if self.accelerated is None else self.accelerated.modules
         return modules.get("decoder", plain)(latents)
+
+    def call_latent_decoder(self, plain: nn.Module, latent: Tensor, **kept: Any) -> Tensor:
+        """The images of one latent frame. kept: what the layers of the decoder have kept."""
+        return (self._latent_decoder or plain)(latent, **kept)
 
     def _copy_network(self, prepared: Prepared) -> None:
         """Copy the network to the second device, unless it was copied with the same device, dtype and adapters."""
@@ -173,11 +184,11 @@ class VideoModules:
             )
 
     def _parts(self) -> Parts | None:
-        from streamflow.acceleration import Part, Parts
+        from streamflow.acceleration import Part
 
         if self._prepared is None:
             return None
-        adapter, decoding, plan = self._prepared.adapter, self._prepared.decoding, self._prepared.plan
+        adapter, plan = self._prepared.adapter, self._prepared.plan
         if self._in_blocks:
             self._made_of = self._identity()
             network = adapter.network.plain
@@ -191,20 +202,33 @@ class VideoModules:
                 blocks=list(plain.blocks),
                 warm_up=partial(adapter.warm_up, plan),
             )
-            return Parts(velocity, velocity, velocity, names=("velocity",))
+            return _parts_of(velocity, self._decoder_part())
         given, drawn = self._drawn_example()
         tensors, self._constants = _split(given)
         self._made_of = self._identity()
         network = self._sharded or TensorNetwork(adapter.network.plain, self._constants)
         velocity = Part("velocity", network, self._on_device(tensors), positional=2, exportable=False)
-        place = decoding.vae.device
-        if not self._prepared.decodes or not _decodes_alone(decoding) or place.type != self.device.type:
-            return Parts(velocity, velocity, velocity, names=("velocity",))
-        latents = {"latents": drawn.scaled.to(place)}
-        whole, one_size = decoding.decoder.plain, not _tiled(decoding)  # tiles at the borders have other sizes
-        quick = one_size and place.type == "cuda"  # on a CPU it takes minutes
-        decoder = Part("decoder", whole, latents, exportable=False, compilable=quick, compiled=WholeDecoder.compiled)
-        return Parts(velocity, decoder, velocity, names=("velocity", "decoder"))
+        return _parts_of(velocity, self._decoder_part(drawn.scaled))
+
+    def _decoder_part(self, chunk: Tensor | None = None) -> Part | None:
+        """The VAE's decoder, if it is accelerated. chunk: the latents of a chunk that is decoded by itself. None: the VAE
+        keeps a memory of the chunks before, which is complete after the three latent frames that it decodes here."""
+        from streamflow.acceleration import Part
+
+        assert self._prepared is not None, "connect was called"
+        adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        vae, whole, alone = decoding.vae, decoding.decoder.plain, chunk is not None
+        quick = vae.device.type in COMPILED_ON and not _tiled(decoding)  # tiles at the borders have other sizes
+        if not self._prepared.decodes or decoding.tiny is not None or vae.device.type != self.device.type:
+            return None
+        if chunk is None:
+            if not quick:
+                return None
+            call = adapter.defaults() | dict(self._prepared.plan.call)
+            size = (call[name] // adapter.pipe.vae_scale_factor_spatial for name in ("height", "width"))
+            chunk = torch.zeros(1, vae.config.z_dim, 3, *size, dtype=vae.dtype)
+        latents, compiled = {"latents": chunk.to(vae.device)}, WholeDecoder.compiled
+        return Part("decoder", whole, latents, exportable=False, capturable=alone, compilable=quick, compiled=compiled)
 
     def _drawn_example(self) -> tuple[Arguments, Drawn]:
         """The `example` of the adapter, kept for the next request unless modules or arguments differ."""
@@ -221,13 +245,13 @@ class VideoModules:
         """What the parts are made of: the modules, and the network's arguments, tensors by their shape and dtype."""
         assert self._prepared is not None, "connect was called"
         adapter, decoding = self._prepared.adapter, self._prepared.decoding
+        vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
         if self._in_blocks:
             plan = self._prepared.plan
             shapes = {name: _shape_of(value) for name, value in plan.call.items()}
-            return adapter.network.plain, adapter.network.plain.dtype, shapes
+            return adapter.network.plain, adapter.network.plain.dtype, vae, decoding.tiny, shapes
         tensors, constants = _split(self._drawn_example()[0])
         shapes = tuple((name, one.shape, one.dtype) for name, one in tensors.items())
-        vae = *decoding.vae.modules(), _tiled(decoding)  # what is compiled follows no change of these
         return adapter.network.plain, self._sharded, vae, decoding.tiny, constants, shapes
 
     def _ticks(self, groups: int) -> Iterator[Tensor]:
@@ -265,6 +289,7 @@ def _tiled(adapter: VideoAdapter) -> bool:
     return bool(getattr(adapter.vae, "use_tiling", False))
 
 
-def _decodes_alone(adapter: VideoAdapter) -> bool:
-    """Whether the VAE decodes a chunk, without a memory of the chunks before."""
-    return adapter.tiny is None and type(adapter).decode is VideoAdapter.decode
+def _parts_of(velocity: Part, decoder: Part | None) -> Parts:
+    from streamflow.acceleration import Parts
+
+    return Parts(velocity, decoder or velocity, velocity, names=("velocity", "decoder") if decoder else ("velocity",))

@@ -196,13 +196,14 @@ class VideoStream:
         kind: "none" undoes all; "cuda-graph" replays recorded launches; "compile" is torch.compile of the network, by its
             repeated blocks where it has them, with a CUDA graph on top on CUDA; "auto" is "compile" on CUDA, else "none";
             "max" measures which of these is fastest for this model. Video networks are not exported, so "tensorrt",
-            "onnxruntime" and "openvino" are refused. Of AnyFlow and SkyReels "compile" compiles the blocks alone, without
-            a CUDA graph, and "cuda-graph" is refused.
+            "onnxruntime" and "openvino" are refused. Of the networks of AnyFlow and SkyReels "compile" compiles the blocks
+            alone, without a CUDA graph, and "cuda-graph" is refused.
         options: those of the kind, such as `quantize="fp8"` (`streamflow.acceleration.<kind>.Options`).
 
-        A VAE that decodes each chunk by itself is accelerated too; compiled is its decoder of one latent frame, and that on
-        a GPU only, since it takes minutes on a CPU. Called before `prepare`, it takes effect there. Each shape is compiled
-        or captured in the first call that has it. What was changed in the network is put back by "none" and by `close`.
+        Of the VAE the decoder of one latent frame is compiled, on a GPU only, since it takes minutes on a CPU. A VAE that
+        decodes each chunk by itself gets a CUDA graph. Called before `prepare`, it takes effect there. Each shape is
+        compiled or captured in the first call that has it. What was changed in the network is put back by "none" and by
+        `close`.
 
         Raises:
             ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. NotImplementedError:
