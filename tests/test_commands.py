@@ -201,6 +201,8 @@ def test_help_shows_what_matters_and_help_all_the_rest(command, capsys):
 
 def test_the_version_and_a_typo(capsys):
     assert helped(capsys, "--version") == f"streamflow {__version__}\n"
+    module = subprocess.run([sys.executable, "-m", "streamflow", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout == f"streamflow {__version__}\n"
     with pytest.raises(SystemExit) as ended:
         main(["txt2img", "--promt", "a fox"])
     assert ended.value.code == 2 and "unrecognized arguments: --promt a fox" in capsys.readouterr().err

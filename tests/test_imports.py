@@ -36,7 +36,7 @@ ROWS = (
     ("live",),
     ("pipeline", "video"),
     ("wrapper", "benchmark"),
-    ("app",),
+    ("app", "__main__"),
     ("",),
 )
 ACCELERATION = 5  # imported by later rows inside functions only
