@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,18 +94,18 @@ class CausalCodec:
 
     Args:
         vae: the VAE.
-        decoder: a function that is called in the place of the VAE's decoder, with the same arguments: one latent frame and
-            what the layers have kept.
+        call_decoder: a function that is called in the place of the VAE's decoder, with the decoder and its arguments: one
+            latent frame and what the layers have kept.
 
     Raises:
         TypeError: a VAE of another class. ValueError: tiling is enabled, here or in a later call, since each tile would need
             a memory.
     """
 
-    def __init__(self, vae: Any, decoder: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, vae: Any, call_decoder: Callable[..., Tensor] | None = None) -> None:
         if not self.fits(vae):
             raise TypeError(f"a CausalCodec is made of an {' or an '.join(KINDS)}, not of {type(vae).__name__}")
-        self._vae, self._decoder = vae, decoder
+        self._vae, self._call_decoder = vae, call_decoder
         self._patch = vae.config.get("patch_size")
         self._first = {"first_chunk": True} if KINDS[0] in _names(vae) else {}  # what its decoder takes
         self._check_tiling()
@@ -157,7 +158,8 @@ class CausalCodec:
         self._check_tiling()
         decoder = self._vae.decoder
         latents, kept = take_part(decoder, latents, self._vae.config.z_dim, self._vae.dtype, memory)
-        call, new, images = self._decoder or decoder, _list(kept, decoder), []
+        call = decoder if self._call_decoder is None else partial(self._call_decoder, decoder)
+        new, images = _list(kept, decoder), []
         x = self._vae.post_quant_conv(latents)  # of all, since it rounds differently for another number of frames
         for k, latent in enumerate(only(x, frame).split(1, dim=2)):
             first = self._first if kept is None and k == 0 else {}

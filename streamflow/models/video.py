@@ -129,8 +129,8 @@ class VideoAdapter(ABC):
     that the pipeline's call has. read: the names of local variables of that call that `_call` returns. parameters: of that
     call, by name. preset: arguments for requests without them, from the pipeline's folder. vae: the pipeline's. tiny: what
     decodes in its place, or None. network: what the pipeline calls for its network; assigning `network.call` replaces it for
-    this adapter alone. decoder: the VAE's, of chunks that are decoded by themselves; likewise. latent_decoder: that of a
-    causal VAE, which decodes one latent frame; likewise. lacks: features that streams of this family do not have, with the
+    this adapter alone. decoder: the VAE's, of chunks that are decoded by themselves; likewise. call_decoder: as that of a
+    `CausalCodec`, for what is decoded by latent frames. lacks: features that streams of this family do not have, with the
     reason. in_blocks: why only the blocks of the network can be compiled; None: it is a function of tensors.
 
     Raises:
@@ -162,7 +162,7 @@ class VideoAdapter(ABC):
         self._placed = [(module, _place(module)) for module in (pipe.transformer, pipe.vae)]
         self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
         self.network.device, self.network.dtype = pipe.transformer.device, pipe.transformer.dtype  # as in `Undecoded`
-        self.latent_decoder = Redirected(pipe.vae.get_submodule("decoder")) if CausalCodec.fits(pipe.vae) else None
+        self.call_decoder: Callable[..., Tensor] | None = None
         self._vae = Undecoded(pipe.vae)
         self._view = copy.copy(pipe)
         vars(self._view).update(
@@ -317,7 +317,7 @@ class VideoAdapter(ABC):
                 f"a chunk is decoded frame by frame by a causal VAE ({' or '.join(KINDS)}), and this "
                 f'{type(self.pipe).__name__} has an {type(self.vae).__name__}: use frames(decode="chunk")'
             )
-        return CausalCodec(self.vae, self.latent_decoder)
+        return CausalCodec(self.vae, self.call_decoder)
 
     def length(self, plan: VideoPlan) -> int | None:
         """How many chunks can be drawn; None: without end."""
@@ -391,14 +391,11 @@ class CausallyDecoded(VideoAdapter):
 
     def __init__(self, pipe: Pipeline) -> None:
         super().__init__(pipe)
-        self._codec = CausalCodec(pipe.vae, self.latent_decoder)
+        CausalCodec(pipe.vae)
 
     def decode(self, drawn: Drawn, frame: int | None = None) -> tuple[Tensor, History]:
         video, memory = self.frame_decoder().decode(self._to_decode(drawn), drawn.history.memory, frame)
         return video, replace(drawn.history, memory=memory)
-
-    def frame_decoder(self) -> CausalCodec | TinyVideoDecoder:
-        return self._codec if self.tiny is None else self.tiny
 
     def in_scale_of_vae(self, latents: Tensor) -> Tensor:
         """As the pipeline's call ends: in the VAE's dtype and scale."""

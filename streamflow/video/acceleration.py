@@ -96,8 +96,7 @@ class VideoModules:
         of other shapes, and not only where nothing is accelerated yet."""
         prepared.adapter.network.call = partial(self.call_network, prepared.adapter.network.plain)
         prepared.decoding.decoder.call = partial(self.call_decoder, prepared.decoding.decoder.plain)
-        if prepared.decoding.latent_decoder is not None:
-            prepared.decoding.latent_decoder.call = partial(self.call_latent_decoder, prepared.decoding.latent_decoder.plain)
+        prepared.decoding.call_decoder = self.call_latent_decoder
         kind = self.acceleration[0]
         self.device, self._prepared = prepared.adapter.device, prepared
         try:
