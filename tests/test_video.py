@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import slow
 from diffusers.pipelines.helios import pipeline_helios
+from random_pipelines import random_pipeline
 from random_pipelines.video import wan_vae
 
 from streamflow import StreamFlow, VideoStream
@@ -280,6 +281,18 @@ def test_a_network_that_was_moved_is_told(pipes):
         stream()
     stream.prepare(seed=SEED, **SMALL)
     assert not equal(latents(stream, 2), plain)
+
+
+def test_a_network_that_was_loaded_in_part_in_float32_and_cast_is_told(tmp_path):
+    pipe = random_pipeline("anyflow-far")
+    pipe.transformer.save_pretrained(tmp_path)
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    stream = VideoStream(pipe, output_type="latent")
+    stream.prepare(prompt_embeds=embeds(), height=32, width=32)
+    assert {one.dtype for one in pipe.transformer.parameters()} == {torch.bfloat16, torch.float32}
+    pipe.transformer.to(torch.float32)
+    with pytest.raises(RuntimeError, match="was on cpu in torch.bfloat16 at prepare.*in torch.float32 now"):
+        stream()
 
 
 # -- without end -----------------------------------------------------------------------------------------------------------

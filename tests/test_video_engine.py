@@ -152,8 +152,8 @@ def test_acceleration_is_counted_in_calls_of_the_compiled_network(pipes):
 
 
 @pytest.mark.slow
-def test_acceleration_before_prepare_takes_effect_there_and_lasts(pipes):
-    pipe, calls = pipes("helios"), []
+def test_acceleration_before_prepare_takes_effect_there_and_lasts():
+    pipe, calls = random_pipeline("helios"), []
 
     def backend(graph, inputs):
         def call(*arguments):
@@ -175,6 +175,9 @@ def test_acceleration_before_prepare_takes_effect_there_and_lasts(pipes):
     assert stream._modules._example is example, "nor is a chunk drawn for them"
     stream.prepare(seed=SEED, **{**SMALL, "num_inference_steps": 3})
     assert stream._modules.accelerated is module and stream._modules._example is not example
+    pipe.vae.to(torch.bfloat16)
+    stream.prepare(seed=SEED, **SMALL)
+    assert stream._modules._example[0][1].scaled.dtype == torch.bfloat16, "drawn for the modules as they are"
     stream.prepare(seed=SEED, **{**SMALL, "height": 32})
     assert stream._modules.accelerated is not module
     assert stream().latents.shape == (1, 16, 3, 4, 2)

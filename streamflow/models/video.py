@@ -159,7 +159,7 @@ class VideoAdapter(ABC):
         self.preset = _preset(pipe)
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
-        self._placed = [(module, _place(module)) for module in (pipe.transformer, pipe.vae)]
+        self._placed = [(one, _first_place(one), (one.device, one.dtype)) for one in (pipe.transformer, pipe.vae)]
         self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
         self.network.device, self.network.dtype = pipe.transformer.device, pipe.transformer.dtype  # as in `Undecoded`
         self.call_decoder: Callable[..., Tensor] | None = None
@@ -178,12 +178,12 @@ class VideoAdapter(ABC):
     def check_placed(self) -> None:
         """Raise RuntimeError where the network or the VAE was moved since this was made. One that was replaced in the
         pipeline is no matter: it acts once an adapter is made of the pipeline again."""
-        for module, before in self._placed:
-            if (now := _place(module)) != before:
-                (device, dtype), (other, others) = before, now
+        for module, first, before in self._placed:
+            if _first_place(module) != first and (module.device, module.dtype) != before:
+                device, dtype = before
                 raise RuntimeError(
-                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {other} in {others} "
-                    f"now: call prepare() anew"
+                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {module.device} in "
+                    f"{module.dtype} now: call prepare() anew"
                 )
 
     def use_tiny_vae(self, tiny: TinyVideoDecoder) -> None:
@@ -430,9 +430,11 @@ def _preset(pipe: Pipeline) -> Call:
     return found
 
 
-def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype of its first parameter."""
-    first = next(module.parameters())
+def _first_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype of its first parameter, without those that `from_pretrained` keeps in float32. For the
+    module's own `device` and `dtype` diffusers walks over all of them."""
+    kept: Sequence[str] = getattr(module, "_keep_in_fp32_modules", None) or ()
+    first = next(one for name, one in module.named_parameters() if not any(part in name for part in kept))
     return first.device, first.dtype
 
 

@@ -67,7 +67,7 @@ class VideoModules:
         self._prepared: Prepared | None = None
         self._made_of: tuple[object, ...] = ()
         self._constants: Arguments = {}
-        self._example: tuple[tuple[object, ...], tuple[Arguments, Drawn]] | None = None
+        self._example: tuple[tuple[Arguments, Drawn], object, VideoPlan] | None = None
         self._latent_decoder: nn.Module | None = None
         self._moved = InputCache(device)
         self._other = other
@@ -109,11 +109,18 @@ class VideoModules:
         if kind != "none" and (self.accelerated is None or (anew and self._identity() != self._made_of)):
             self.accelerator.put_back()
             self.accelerator.rebuild()
+        if kind == "none" and self._other is None:
+            self._forget()
 
     def close(self) -> None:
         """Undo the acceleration, and let go of the modules."""
         self.accelerator.put_back()
-        self.acceleration, self._prepared, self._sharded, self._example = ("none", None), None, None, None
+        self.acceleration, self._prepared, self._sharded = ("none", None), None, None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the modules and arguments that are compared with the next ones."""
+        self._made_of, self._example = (), None
 
     def call_network(self, plain: nn.Module, **given: Any) -> Any:
         """The outputs of the network. ValueError for an argument that is no tensor and has changed since the network was
@@ -230,15 +237,16 @@ class VideoModules:
         return Part("decoder", whole, latents, exportable=False, capturable=alone, compilable=quick, compiled=compiled)
 
     def _drawn_example(self) -> tuple[Arguments, Drawn]:
-        """The `example` of the adapter, kept for the next request unless modules or arguments differ."""
+        """The `example` of the adapter, kept for the next request unless the pipe's modules or the arguments differ."""
         assert self._prepared is not None, "connect was called"
-        adapter, plan = self._prepared.adapter, self._prepared.plan
-        arguments = {name: _setting(value) for name, value in plan.call.items()}
-        network, vae, scheduler = adapter.network, adapter.vae, adapter.pipe.scheduler
-        drawn_of = network.plain, network.dtype, network.device, vae, scheduler, arguments
-        if self._example is None or self._example[0] != drawn_of:
-            self._example = drawn_of, adapter.example(plan)
-        return self._example[1]
+        pipe, plan = self._prepared.adapter.pipe, self._prepared.plan
+        made_of = [(one, one.device, one.dtype) for one in (pipe.transformer, pipe.vae)], pipe.scheduler
+        if self._example is not None:
+            example, before, drawn_for = self._example
+            if made_of == before and (plan is drawn_for or _settings(plan) == _settings(drawn_for)):
+                return example
+        self._example = self._prepared.adapter.example(plan), made_of, plan
+        return self._example[0]
 
     def _identity(self) -> tuple[object, ...]:
         """What the parts are made of: the modules, and the network's arguments, tensors by their shape and dtype."""
@@ -268,12 +276,16 @@ def _split(given: Arguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: one for name, one in given.items() if name not in tensors}
 
 
-def _setting(value: Any) -> object:
-    """An argument, for comparison: a tensor by its shape and dtype. What has no simple value equals nothing."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    each = value if isinstance(value, (list, tuple)) else (value,)
-    return value if all(one is None or isinstance(one, (int, float, str)) for one in each) else object()
+def _settings(plan: VideoPlan) -> dict[str, object]:
+    """The arguments of a plan for comparison: a tensor by its shape and dtype. What has no simple value equals nothing."""
+
+    def setting(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype
+        each = value if isinstance(value, (list, tuple)) else (value,)
+        return value if all(one is None or isinstance(one, (int, float, str)) for one in each) else object()
+
+    return {name: setting(value) for name, value in plan.call.items()}
 
 
 def _shape_of(value: Any) -> object:
