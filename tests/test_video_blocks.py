@@ -121,6 +121,8 @@ def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
             anyflow.accelerate(kind)
     with pytest.raises(ValueError, match="regional=False, and only the blocks of this network"):
         anyflow.accelerate("compile", regional=False, **EAGER)
+    with pytest.raises(ValueError, match="AnyFlowCausalAttnProcessor.* works with attention='flex' or .*, not 'native'"):
+        anyflow.accelerate("compile", attention="native", **EAGER)
     assert anyflow.acceleration == "none" and all(b._compiled_call_impl is None for b in anyflow.pipe.transformer.blocks)
     skyreels.accelerate("compile", **EAGER)
     with pytest.raises(ValueError, match="with use_kv_cache=True the attention changes in every step"):

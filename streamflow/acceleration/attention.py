@@ -33,9 +33,9 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
     """Set the backend of all attention in a module. Returns a function that restores the earlier backends.
 
     Raises:
-        ValueError: the name is unknown, the module has no attention, or its attention calls torch directly and the name is
-            for diffusers' dispatcher. RuntimeError: the library of the backend is missing, or the GPU does not support the
-            kernel. ImportError: the library of the kernel is missing.
+        ValueError: the name is unknown, the module has no attention, or attention for other backends only, or it calls torch
+            directly and the name is for diffusers' dispatcher. RuntimeError: the library of the backend is missing, or the
+            GPU does not support the kernel. ImportError: the library of the kernel is missing.
     A backend that does not support the shapes or dtypes on this device raises in the first call.
     """
     from streamflow.models.attention_backend import backends, has_backend, processor_of, set_backend
@@ -47,6 +47,13 @@ def choose_attention(module: nn.Module, name: str) -> Callable[[], None]:
     attentions = [m for m in module.modules() if processor_of(m) is not None]
     if not attentions:
         raise ValueError(f"attention={name!r} finds no attention in {type(module).__name__}: leave it out")
+    for processor in map(processor_of, attentions):
+        own: Sequence[str] = getattr(processor, "_SUPPORTED_BACKENDS", (name,))
+        if name not in own:
+            raise ValueError(
+                f"{type(processor).__name__} of this network works with attention={' or '.join(map(repr, own))} only, not "
+                f"{name!r}: leave it out"
+            )
     if name in kernels:
         flash_attention.require(name, next(module.parameters()).device)
         return flash_attention.use_kernel(list({id(p): p for p in map(processor_of, attentions)}.values()), name)
