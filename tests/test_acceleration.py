@@ -9,8 +9,8 @@ from random_pipelines import random_pipeline, random_tiny_vae
 from torch import nn
 
 from streamflow import StreamFlow, acceleration
-from streamflow.acceleration import compile, cuda_graph
-from streamflow.acceleration.compile import repeated_blocks, repeated_classes
+from streamflow.acceleration import Part, compile, cuda_graph
+from streamflow.acceleration.compile import CompiledCall, Options, compile_part, repeated_blocks, repeated_classes
 from streamflow.acceleration.cuda_graph import Graphed, signature
 from streamflow.acceleration.watch import Watch
 
@@ -164,6 +164,20 @@ def test_regional_compilation_is_undone(own_stream):
     assert (drawn(stream) - before).abs().max() <= 4 / 255
     stream.accelerate("none")
     assert all(block._compiled_call_impl is None for block in blocks)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_blocks_stay_compiled_until_the_last_stream_of_a_network_has_undone_it(order):
+    """Then they are as the user has left them."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[0].compile(backend="eager")
+    own = network[0]._compiled_call_impl
+    part = Part("velocity", network, {"x": torch.zeros(1, 2)}, blocks=list(network))
+    undo = [compile_part(part, Options(backend="eager"))[1] for _ in range(2)]
+    undo[order[0]]()
+    assert all(isinstance(block._compiled_call_impl, CompiledCall) for block in network)
+    undo[order[1]]()
+    assert [block._compiled_call_impl for block in network] == [own, None]
 
 
 def test_a_unets_repeated_classes_hold_most_of_its_weights():

@@ -128,6 +128,19 @@ class Compiled(nn.Module):
         return self._call(*args, **kwargs)
 
 
+class CompiledCall:
+    """The compiled code of a block, which is called in its place by whoever calls the network. `block.compile` does the
+    same with torch's own limit of shapes. before: what was called in its place until then. ended: it was undone."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., Any]):
+        self.block, self.before, self.ended = block, block._compiled_call_impl, False
+        self._call = partial(_call_compiled, type(block).__name__, call)
+        block._compiled_call_impl = cast("Any", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
 def _call_compiled(name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call the compiled code of a module of this class."""
     import torch._dynamo as dynamo
@@ -157,10 +170,9 @@ def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], 
             raise ValueError("regional=True, and this network has no repeated blocks: leave it out to compile it whole")
     if not blocks:
         return Compiled(part.module, torch.compile(part.module, **how)), lambda: None
-    for block in blocks:  # as `block.compile` does, but with our limit, also where others call the network
-        block._compiled_call_impl = partial(_call_compiled, type(block).__name__, torch.compile(block._call_impl, **how))
+    calls = [CompiledCall(block, torch.compile(block._call_impl, **how)) for block in blocks]
     logger.info("%s: %d repeated blocks are compiled", part.name, len(blocks))
-    return Compiled(part.module, part.module), partial(uncompile, blocks)
+    return Compiled(part.module, part.module), partial(uncompile, calls)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -186,10 +198,14 @@ def _holding_most(blocks: Sequence[nn.Module], module: nn.Module) -> list[nn.Mod
     return outermost if held >= BLOCK_SHARE * sum(p.numel() for p in module.parameters()) else []
 
 
-def uncompile(blocks: list[nn.Module]) -> None:
-    """Let these blocks be called plain again."""
-    for block in blocks:
-        block._compiled_call_impl = None
+def uncompile(calls: Sequence[CompiledCall]) -> None:
+    """Let these blocks be called as before. What was compiled since then, of another stream of the network, stays."""
+    for call in calls:
+        call.ended = True
+        now: Any = call.block._compiled_call_impl
+        while isinstance(now, CompiledCall) and now.ended:
+            now = now.before
+        call.block._compiled_call_impl = now
 
 
 def channels_last(module: nn.Module) -> Callable[[], None]:
