@@ -160,6 +160,15 @@ def test_rows_are_counted_until_every_layer_has_enough():
     assert [rows[layer] for layer in layers] == [quantizing.ROWS] * 2 == calls[1:] * 2
 
 
+def test_rows_of_blocks_that_are_compiled_already_are_counted(part):
+    blocks = repeated_blocks(part.module)
+    rows = quantizing.count_rows(part, layers := [m for m in blocks[0].modules() if isinstance(m, nn.Linear)])
+    for block in blocks:
+        block.compile(**GRAPHLESS)
+    part.call()
+    assert quantizing.count_rows(part, layers) == rows and rows
+
+
 @pytest.mark.parametrize("kind", ["fp8", "fp8-tensor"])
 def test_a_gpu_that_cannot_is_told_what_it_can(monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

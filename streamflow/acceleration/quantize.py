@@ -170,7 +170,7 @@ def check_no_adapters(network: nn.Module, name: str) -> None:
 def check_weights(layers: Sequence[nn.Linear], name: str) -> None:
     """ValueError for weights that are quantised already or of a dtype that the kind does not support."""
     if any(is_traceable_wrapper_subclass(layer.weight) for layer in layers):
-        raise ValueError(f"quantize={name!r} finds weights that are quantised already: leave it out")
+        raise ValueError(f"quantize={name!r} finds weights that are quantised already: leave it out, or undo that first")
     dtypes = KINDS[name].dtypes
     if wrong := {layer.weight.dtype for layer in layers} - set(dtypes):
         takes = " or ".join(map(str, dtypes))
@@ -230,6 +230,7 @@ def count_rows(part: Part, layers: Sequence[nn.Linear]) -> dict[nn.Module, int]:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(count))
         hooks.enter_context(suppress(_Counted))
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # a block that is compiled already calls no hooks
         part.call()
     return rows
 
