@@ -6,6 +6,7 @@ import fractions
 import json
 import random
 import time
+from typing import ClassVar
 
 import av
 import numpy as np
@@ -42,9 +43,12 @@ class Camera(MediaStreamTrack):
 
 
 class Client:
-    """One connection. frames: (when, pts, image) of the video that came; messages: of the data channel."""
+    """One connection. frames: (when, pts, image) of the video that came; messages: of the data channel. made: all."""
+
+    made: ClassVar[list] = []
 
     def __init__(self, camera=None, receive=True, channel=True, codec=None, loss=0.0):
+        self.made.append(self)
         self.pc = RTCPeerConnection(HERE)
         self.frames, self.messages, self.channel, self.loss = [], [], None, loss
         self.lost = 0
