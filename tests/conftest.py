@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,6 +178,16 @@ def picture():
 @pytest.fixture(autouse=True)
 def quiet(caplog):
     caplog.set_level(logging.INFO, logger="streamflow")
+
+
+def recording_backend(graphs: list) -> Callable[..., Any]:
+    """A new backend of torch.compile, which runs each graph as it is and keeps its inputs in this list."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable[..., Any]:
+        graphs.append(inputs)
+        return graph.forward
+
+    return backend
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

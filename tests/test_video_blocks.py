@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import recording_backend, relative_error
 from random_pipelines import random_pipeline
 from test_video import GUIDED, SEED, embeds, equal, latents, random
 
@@ -33,11 +33,7 @@ IN_BLOCKS = {
 def test_blocks_alone_are_compiled_of_a_network_that_takes_more_than_tensors(family, pipes):
     """In all shapes that chunks have, when the acceleration starts. The pipeline's own call goes on in any shape."""
     pipe, graphs, call = pipes(family), [], IN_BLOCKS[family]
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
+    backend = recording_backend(graphs)
     plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
     plain.prepare(seed=SEED, **call)
     expected = latents(plain, 8)
@@ -80,11 +76,7 @@ def test_nothing_is_compiled_after_the_start(case, pipes):
     pipe, graphs = pipes(family, **network), []
     call = {**next(own for name, own in IN_BLOCKS.items() if family.startswith(name)), **call}
     requests = [(call, 14)] if "full_chunk_limit" in network else [(call, 14), ({**call, **GUIDED}, 2)]
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
+    backend = recording_backend(graphs)
     stream, plain, expected = VideoStream(pipe, output_type="latent"), VideoStream(pipe, output_type="latent"), []
     for request, _ in requests:
         plain.prepare(seed=SEED, **request)
@@ -147,11 +139,7 @@ def test_the_vae_is_compiled_too(pipes, monkeypatch):
     plain, stream = (VideoStream(pipe, output_type="pt") for _ in range(2))
     plain.prepare(seed=SEED, **call)
     expected = [chunk.images for chunk in plain.chunks(4)]
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
+    backend = recording_backend(graphs)
     stream.prepare(seed=SEED, **call)
     drawn = [stream().images]
     stream.accelerate("compile", backend=backend)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error, slow
+from conftest import recording_backend, relative_error, slow
 from diffusers import AutoencoderKLWan
 from random_pipelines import random_pipeline
 from test_video import FRAMES, GUIDED, PYRAMID, SEED, SMALL, embeds, equal, hooked, latents, random, seeded, stream_of
@@ -88,11 +88,7 @@ def test_compiled_by_inductor_too(pipes):
 def test_of_a_vae_the_decoder_of_one_latent_frame_is_compiled(pipes):
     """Three times: the first frame has no memory, the second that of one frame. The pipeline's own VAE stays plain."""
     vae, graphs = pipes("helios").vae, []
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
+    backend = recording_backend(graphs)
     latents = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     part = Part("decoder", WholeDecoder(vae), {"latents": latents}, compiled=WholeDecoder.compiled)
     before, own = part.call(), vae.decoder
@@ -135,11 +131,7 @@ def test_another_decoder_in_the_vae_and_tiling_are_accelerated_at_the_next_prepa
 def test_acceleration_is_counted_in_calls_of_the_compiled_network(pipes):
     """A pyramid has three sizes: one graph each, and a chunk compiles nothing that a chunk before has compiled."""
     pipe, graphs = pipes("helios-distilled"), []
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
+    backend = recording_backend(graphs)
     stream, plain = VideoStream(pipe, output_type="pt"), VideoStream(pipe, output_type="pt")
     for one in (stream, plain):
         one.prepare(seed=SEED, **PYRAMID)

@@ -159,11 +159,12 @@ class VideoAdapter(ABC):
         self.preset = _preset(pipe)
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
-        self._placed = [(one, _first_place(one), (one.device, one.dtype)) for one in (pipe.transformer, pipe.vae)]
         self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
         self.network.device, self.network.dtype = pipe.transformer.device, pipe.transformer.dtype  # as in `Undecoded`
         self.call_decoder: Callable[..., Tensor] | None = None
         self._vae = Undecoded(pipe.vae)
+        own = (pipe.transformer, self.network), (pipe.vae, self._vae)
+        self._placed = [(module, _first_place(module), (view.device, view.dtype)) for module, view in own]
         self._view = copy.copy(pipe)
         vars(self._view).update(
             transformer=self.network,

@@ -68,7 +68,6 @@ class VideoModules:
         self._made_of: tuple[object, ...] = ()
         self._constants: Arguments = {}
         self._example: tuple[tuple[Arguments, Drawn], object, VideoPlan] | None = None
-        self._latent_decoder: nn.Module | None = None
         self._moved = InputCache(device)
         self._other = other
         self._sharded: ShardedVelocity | None = None
@@ -86,9 +85,6 @@ class VideoModules:
 
     def use(self, accelerated: Accelerated | None) -> None:
         """Call these modules, or the plain ones."""
-        decoder = nn.Module() if accelerated is None else accelerated.modules.get("decoder", nn.Module())
-        whole = next((one for one in decoder.modules() if isinstance(one, WholeDecoder)), None)
-        self._latent_decoder = None if whole is None else whole.vae.get_submodule("decoder")
         self.accelerated = accelerated
 
     def connect(self, prepared: Prepared, anew: bool = True) -> None:
@@ -147,7 +143,11 @@ class VideoModules:
 
     def call_latent_decoder(self, plain: nn.Module, latent: Tensor, **kept: Any) -> Tensor:
         """The images of one latent frame. kept: what the layers of the decoder have kept."""
-        return (self._latent_decoder or plain)(latent, **kept)
+        decoder = None if self.accelerated is None else self.accelerated.modules.get("decoder")
+        if decoder is not None:  # a WholeDecoder, or a CUDA graph of one
+            whole = next(one for one in decoder.modules() if isinstance(one, WholeDecoder))
+            plain = whole.vae.get_submodule("decoder")
+        return plain(latent, **kept)
 
     def _copy_network(self, prepared: Prepared) -> None:
         """Copy the network to the second device, unless it was copied with the same device, dtype and adapters."""
@@ -227,9 +227,9 @@ class VideoModules:
         quick = vae.device.type in COMPILED_ON and not _tiled(decoding)  # tiles at the borders have other sizes
         if not self._prepared.decodes or decoding.tiny is not None or vae.device.type != self.device.type:
             return None
+        if not alone and not quick:
+            return None
         if chunk is None:
-            if not quick:
-                return None
             call = adapter.defaults() | dict(self._prepared.plan.call)
             size = (call[name] // adapter.pipe.vae_scale_factor_spatial for name in ("height", "width"))
             chunk = torch.zeros(1, vae.config.z_dim, 3, *size, dtype=vae.dtype)
