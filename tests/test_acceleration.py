@@ -137,6 +137,18 @@ def test_a_failure_leaves_the_stream_plain(own_stream, monkeypatch):
     assert drawn(stream).isfinite().all()
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_an_error_of_the_network_is_raised_as_it_is(own_stream, monkeypatch, fullgraph):
+    def forward(self, hidden_states, *args, **kwargs):
+        raise ValueError(f"no mask for {hidden_states.shape[0]} rows")
+
+    stream = own_stream()
+    monkeypatch.setattr(type(stream.unet), "forward", forward)
+    with pytest.raises(ValueError, match="no mask for 4 rows"):
+        stream.accelerate("compile", **GRAPHLESS, regional=False, fullgraph=fullgraph)
+    assert stream.acceleration == "none"
+
+
 def _breaks_the_graph(forward):
     def broken(self, *args, **kwargs):
         torch._dynamo.graph_break()

@@ -163,16 +163,6 @@ def test_it_is_accelerated_and_decoded_as_the_settings_say(folder):
         assert np.allclose(fast().images, own().images, atol=1e-4)
 
 
-def test_a_model_that_cannot_be_accelerated_is_drawn_plain_and_said_so(folder, caplog):
-    windows = {"causal_block_size": 2, "base_num_frames": 13, "overlap_history": 5, "use_kv_cache": True}
-    given = {"model": folder("skyreels"), "device": "cpu", "width": 32, "height": 32, "prompt": "a fox"}
-    given["video"] = {"arguments": windows}
-    with caplog.at_level("INFO", "streamflow"), open_video(config.parse(given)) as stream:
-        assert stream.acceleration == "none" and "is drawn without acceleration: with use_kv_cache=True" in caplog.text
-    with pytest.raises(ValueError, match="with use_kv_cache=True the attention changes .* or accelerate\\('none'\\)"):
-        open_video(config.parse({**given, "acceleration": {"kind": "compile"}}))
-
-
 REFUSED = [
     (video, ["--control-maker", "canny"], "a video model does not use it"),
     (video, ["--in", "a.mp4"], "--in: a video model restyles no video"),

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import recording_backend, relative_error
 from random_pipelines import random_pipeline
+from test_gpu_quantize import require_kernel
 from test_video import GUIDED, SEED, embeds, equal, latents, random
 
 from streamflow import VideoStream
+from streamflow.models import video_adapter_for
 from streamflow.video import acceleration
 
 EAGER = {"backend": "eager"}  # torch.compile without inductor: it traces and guards, and compiles in no time
@@ -58,11 +60,24 @@ def test_blocks_alone_are_compiled_of_a_network_that_takes_more_than_tensors(fam
 
 
 WIDE = {"height": 160, "width": 256}  # AnyFlow's past is a whole multiple of 128 tokens only in a late chunk
+NETWORKS = [("anyflow-far", {}), ("skyreels", {}), ("skyreels", {"use_kv_cache": True})]
 AFTER_THE_START = {
     "a past that is not padded": ("anyflow-far", {"full_chunk_limit": 2}, WIDE),
     "guidance": ("anyflow-far", {"rope_max_seq_len": 2}, {}),
     "an image": ("skyreels-image", {}, {"image": random(1, 3, 32, 32), "causal_block_size": 1}),
     "a video": ("skyreels-video", {}, {"video": random(1, 13, 3, 32, 32)}),
+    "kept keys": ("skyreels", {}, {"use_kv_cache": True}),
+    "kept keys of more blocks": (
+        "skyreels",
+        {},
+        {"use_kv_cache": True, "num_inference_steps": 4, "base_num_frames": 29, "overlap_history": 13},
+    ),
+    "kept keys of the whole window": ("skyreels", {}, {"use_kv_cache": True, "ar_step": 0}),
+    "kept keys and an image": (
+        "skyreels-video",
+        {},
+        {"use_kv_cache": True, "video": random(1, 13, 3, 32, 32), "num_inference_steps": 3},
+    ),
     "a negative prompt of another length": ("skyreels", {}, {**GUIDED, "negative_prompt_embeds": embeds(1)[:, :9]}),
 }
 
@@ -106,7 +121,7 @@ def test_compiled_blocks_take_another_size(pipes):
 
 
 def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
-    anyflow, skyreels = (VideoStream(pipes(family), output_type="latent") for family in IN_BLOCKS)
+    anyflow = VideoStream(pipes("anyflow-far"), output_type="latent")
     for kind in ("tensorrt", "onnxruntime"):
         anyflow.prepare(**IN_BLOCKS["anyflow-far"])
         with pytest.raises((NotImplementedError, ImportError, RuntimeError), match="dictionaries|CUDA|onnxruntime|TensorRT"):
@@ -115,19 +130,30 @@ def test_what_cannot_be_compiled_in_blocks_is_refused(pipes):
         anyflow.accelerate("compile", regional=False, **EAGER)
     with pytest.raises(ValueError, match="AnyFlowCausalAttnProcessor.* works with attention='flex' or .*, not 'native'"):
         anyflow.accelerate("compile", attention="native", **EAGER)
-    assert anyflow.acceleration == "none" and all(b._compiled_call_impl is None for b in anyflow.pipe.transformer.blocks)
-    skyreels.accelerate("compile", **EAGER)
-    with pytest.raises(ValueError, match="with use_kv_cache=True the attention changes in every step"):
-        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
-    assert skyreels.acceleration == "none" and skyreels.seed == SEED
-    assert torch.isfinite(skyreels().latents).all()
-    skyreels.accelerate("none")
-    skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"])
-    skyreels.accelerate("compile", **EAGER)
-    with pytest.raises(ValueError, match="use_kv_cache=True"):
-        skyreels.prepare(seed=SEED, **IN_BLOCKS["skyreels"], use_kv_cache=True)
-    assert skyreels.acceleration == "none" and all(b._compiled_call_impl is None for b in skyreels.pipe.transformer.blocks)
-    assert torch.isfinite(skyreels().latents).all()
+    anyflow.accelerate("none")
+    early = VideoStream(pipes("anyflow-far"), output_type="latent")
+    early.accelerate("compile", regional=False, **EAGER)
+    with pytest.raises(ValueError, match="regional=False, and only the blocks of this network"):
+        early.prepare(seed=SEED, **IN_BLOCKS["anyflow-far"])
+    assert early.seed == SEED and torch.isfinite(early().latents).all()
+    for one in (anyflow, early):
+        assert one.acceleration == "none" and all(b._compiled_call_impl is None for b in one.pipe.transformer.blocks)
+
+
+@pytest.mark.slow
+def test_kept_keys_are_compiled_in_another_way(pipes):
+    """A stream goes from one to the other and back."""
+    torch._dynamo.reset()  # torch counts what it has compiled of all networks of a class
+    pipe, graphs, call = pipes("skyreels"), [], IN_BLOCKS["skyreels"]
+    plain, stream = (VideoStream(pipe, output_type="latent") for _ in range(2))
+    stream.accelerate("compile", backend=recording_backend(graphs))
+    for kept in (True, False, True):
+        for one in (plain, stream):
+            one.prepare(seed=SEED, **call, use_kv_cache=kept)
+        compiled = len(graphs)
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(latents(stream, 5), latents(plain, 5), strict=True))
+        assert 0 < compiled == len(graphs)
+    stream.close()
 
 
 @pytest.mark.slow
@@ -171,26 +197,39 @@ def test_blocks_are_quantised_too(pipes):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
-@pytest.mark.parametrize("quantize", [None, "fp8"])
-@pytest.mark.parametrize("family", IN_BLOCKS)
-def test_blocks_are_compiled_on_a_gpu(family, quantize, full_float32):
-    """Chunks stay near the plain ones with and without fp8, and the pipe is afterwards as it was."""
-    if quantize and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 needs compute capability 8.9")
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize(
+    "family, more, options",
+    [
+        *((*one, options) for one in NETWORKS for options in ({}, {"quantize": "fp8"})),
+        (*NETWORKS[-1], {"attention": "fa3"}),  # the others need a mask, which it does not take
+    ],
+    ids=str,
+)
+def test_blocks_are_compiled_on_a_gpu(family, more, options, full_float32):
+    """Chunks stay near the plain ones, and the pipe is afterwards as it was. The images are those of the plain VAE."""
+    quantize = "quantize" in options
+    if quantize:
+        pytest.importorskip("torchao")
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("fp8 needs compute capability 8.9")
+    if "attention" in options:
+        require_kernel(options["attention"])
     wide = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 1024}
     pipe = random_pipeline(family, **wide).to("cuda", torch.bfloat16)
-    call = {**IN_BLOCKS[family], "height": 128, "width": 128}
-    plain, stream = (VideoStream(pipe, output_type="pt") for _ in range(2))
+    pipe.vae.float()
+    call = {**IN_BLOCKS[family], "height": 128, "width": 128, **more}
+    plain, stream = (VideoStream(pipe, output_type=kind) for kind in ("latent", "pt"))
     plain.prepare(seed=SEED, **call)
-    expected = list(plain.chunks(4))
+    own = latents(plain, 4)
     stream.prepare(seed=SEED, **call)
-    stream.accelerate("compile", **({"quantize": quantize} if quantize else {}))
-    bound = 0.1 if quantize else 0.03
-    for chunk, own in zip(stream.chunks(4), expected, strict=True):
-        assert 0 < relative_error(chunk.latents, own.latents) < bound
-        decoded = relative_error(chunk.images, own.images)
-        assert 0 < decoded < 2 * bound
+    stream.accelerate("compile", **options)
+    chunks = list(stream.chunks(4))
+    drawn = [chunk.latents for chunk in chunks]
+    assert all(0 < relative_error(*both) < (0.1 if quantize else 0.03) for both in zip(drawn, own, strict=True))
+    with torch.no_grad():
+        video = pipe.vae.decode(video_adapter_for(pipe).in_scale_of_vae(torch.cat(drawn, dim=2))).sample
+    images = pipe.video_processor.postprocess_video(video, "pt")[0]
+    assert relative_error(torch.cat([chunk.images for chunk in chunks]), images) < 1e-4
     stream.close()
     plain.prepare(seed=SEED, **call)
-    assert equal(latents(plain, 4), [own.latents for own in expected])
+    assert equal(latents(plain, 4), own)

@@ -72,11 +72,15 @@ class Setup:
     tiny_vae: bool = False
 
 
+KEPT = {"use_kv_cache": True}
 FA3 = Setup("compile", {"quantize": "fp8", "attention": "fa3"})
 HOME = "home"  # decodes where the network is
 WAYS = {
     "eager": Setup(),
-    "kept-keys": Setup(call={"use_kv_cache": True}),
+    "kept-keys": Setup(call=KEPT),
+    "kept-keys-compile": Setup("compile", call=KEPT),
+    "kept-keys-compile-fp8": Setup("compile", {"quantize": "fp8"}, KEPT),
+    "kept-keys-compile-fp8-fa3": replace(FA3, call=KEPT),
     "tiny-vae": Setup(tiny_vae=True),
     "cuda-graph": Setup("cuda-graph"),
     "compile": Setup("compile"),
@@ -157,7 +161,7 @@ MODELS = {
         frames=20,
         length=length_of_skyreels,
         network=WAN_13B,
-        ways=("eager", "kept-keys", "compile", "compile-fp8"),
+        ways=("eager", "kept-keys", "kept-keys-compile", "kept-keys-compile-fp8"),
     ),
     "tiny": Model(
         HeliosPyramidPipeline,

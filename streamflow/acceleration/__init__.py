@@ -39,6 +39,7 @@ class Part:
         module is compiled whole or by its repeated blocks.
     blocks: the repeated blocks of a module that takes more than tensors and is called in several shapes. They alone are
         compiled.
+    breaks: these blocks are compiled in several graphs each, whatever `fullgraph` says.
     warm_up: calls the function that it is given, in the place of the module, in all its shapes, and returns a tensor. None:
         the module is called once, with `inputs`.
     """
@@ -54,6 +55,7 @@ class Part:
     compilable: bool = True
     compiled: Callable[[Any, Callable[[nn.Module], nn.Module]], nn.Module] | None = None
     blocks: Sequence[nn.Module] = ()
+    breaks: bool = False
     warm_up: Callable[[Callable[..., Any]], Tensor] | None = None
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class Options:
         call (Lumina2, Chroma) runs without one, which is logged.
     regional: compile repeated blocks only. None: if lists of them hold 80 % of the weights. True: also in a network without
         such lists (a UNet), where each module is compiled whose class occurs four times or more; the rest runs eagerly.
-    fullgraph: raise an error instead of a graph break.
+    fullgraph: raise an error instead of a graph break, unless the network needs breaks (SkyReels with `use_kv_cache`).
     channels_last: convolutions in that memory format.
     fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
     quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`). The images differ by
@@ -144,19 +144,22 @@ class CompiledCall:
 def _call_compiled(name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call the compiled code of a module of this class."""
     import torch._dynamo as dynamo
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import ObservedException, Unsupported
 
     with dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=8 * RECOMPILATIONS):
         try:
             return call(*args, **kwargs)
         except Unsupported as error:
+            if isinstance(error.__cause__, ObservedException):  # the module's own error, of which torch keeps the type alone
+                with torch.compiler.set_stance("force_eager"):
+                    call(*args, **kwargs)
             raise RuntimeError(f"{name} does not compile as one graph: pass fullgraph=False to allow breaks") from error
 
 
 def compile_part(part: Part, options: Options) -> tuple[nn.Module, Callable[[], None]]:
     """The part's module, compiled in its own way, whole or by its repeated blocks, and a function that undoes the last."""
     own = {"backend": options.backend, "mode": options.mode, "options": options.options and dict(options.options)}
-    how = {"fullgraph": options.fullgraph, "dynamic": False, **own}
+    how = {"fullgraph": options.fullgraph and not part.breaks, "dynamic": False, **own}
     if part.compiled is not None:
         return part.compiled(part.module, lambda module: Compiled(module, torch.compile(module, **how))), lambda: None
     if part.blocks:

@@ -4,7 +4,8 @@ the adapter strengths of its capture. It follows values that are changed in plac
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Protocol, cast
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -32,6 +33,7 @@ class Watch:
         wraps = [is_traceable_wrapper_subclass(t) for t in tensors]
         self._plain = [t for t, wrapper in zip(tensors, wraps, strict=True) if not wrapper]
         self._wrappers = [t for t, wrapper in zip(tensors, wraps, strict=True) if wrapper]
+        self._inner = [(t, attrgetter(path)) for t in self._wrappers for path in inner_paths(t)]
         modules = list(self.module.modules())
         self._networks = [m for m in modules if hasattr(m, "add_adapter")]
         self._adapters = [cast(AdapterLayer, m) for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
@@ -44,7 +46,7 @@ class Watch:
     def _state(self) -> tuple:
         return (
             [t.data_ptr() for t in self._plain],
-            [inner.data_ptr() for t in self._wrappers for inner in inner_tensors(t)],
+            [inner(t).data_ptr() for t, inner in self._inner],
             self.adapters(),
         )
 
@@ -74,11 +76,12 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the memory of a tensor: itself, or the inner ones of a wrapper subclass, such as a quantised
-    weight, which has no address itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from inner_tensors(getattr(tensor, name))
+def inner_paths(wrapper: Any) -> Iterator[str]:
+    """The attributes of a wrapper subclass (a quantised weight) with the tensors that hold its memory: it has no address
+    itself. "a.b" where a wrapper holds another one."""
+    for name in wrapper.__tensor_flatten__()[0]:
+        inner = getattr(wrapper, name)
+        if is_traceable_wrapper_subclass(inner):
+            yield from (f"{name}.{path}" for path in inner_paths(inner))
+        else:
+            yield name

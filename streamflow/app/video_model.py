@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any, Self
@@ -19,8 +18,6 @@ from streamflow.io.file import FileSource
 from streamflow.models.loading import DTYPES, default_device, default_dtype
 from streamflow.video import VideoStream
 from streamflow.video.acceleration import EXPORTED
-
-logger = logging.getLogger(__name__)
 
 # Settings of streams of images, and those of a show of images.
 UNUSED = tuple(
@@ -89,13 +86,8 @@ def open_video(settings: Settings, **loading: Any) -> VideoStream:
     stream = VideoStream(pipe, output_type="np", decode_on=settings.devices or None)
     if isinstance(settings.tiny_vae, str):
         stream.use_tiny_vae(settings.tiny_vae)
-    arguments = arguments_of(settings)
-    chosen, reason = settings.acceleration, models.video_adapter_for(pipe).why_plain(arguments)
-    if chosen.kind == "auto" and reason is not None:
-        logger.info("%s is drawn without acceleration: %s", type(pipe).__name__, reason)
-    else:
-        stream.accelerate(chosen.kind, **chosen.options)
-    stream.prepare(**arguments, **_start(settings, pipe))
+    stream.accelerate(settings.acceleration.kind, **settings.acceleration.options)
+    stream.prepare(**arguments_of(settings), **_start(settings, pipe))
     return stream
 
 

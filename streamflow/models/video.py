@@ -88,7 +88,7 @@ class Undecoded:
         self._vae = vae
         self.latents: Tensor | None = None
         # diffusers walks over all modules for these, and its call asks for them several times
-        self.device, self.dtype = vae.device, vae.dtype
+        self.device, self.dtype = _place(vae)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
@@ -160,11 +160,11 @@ class VideoAdapter(ABC):
         self.vae = pipe.vae
         self.tiny: TinyVideoDecoder | None = None
         self.network, self.decoder = Redirected(pipe.transformer), Redirected(WholeDecoder(pipe.vae))
-        self.network.device, self.network.dtype = pipe.transformer.device, pipe.transformer.dtype  # as in `Undecoded`
+        self.network.device, self.network.dtype = _place(pipe.transformer)  # as in `Undecoded`
         self.call_decoder: Callable[..., Tensor] | None = None
         self._vae = Undecoded(pipe.vae)
         own = (pipe.transformer, self.network), (pipe.vae, self._vae)
-        self._placed = [(module, _first_place(module), (view.device, view.dtype)) for module, view in own]
+        self.placed = [(module, (view.device, view.dtype), _first_place(module)) for module, view in own]
         self._view = copy.copy(pipe)
         vars(self._view).update(
             transformer=self.network,
@@ -179,12 +179,11 @@ class VideoAdapter(ABC):
     def check_placed(self) -> None:
         """Raise RuntimeError where the network or the VAE was moved since this was made. One that was replaced in the
         pipeline is no matter: it acts once an adapter is made of the pipeline again."""
-        for module, first, before in self._placed:
-            if _first_place(module) != first and (module.device, module.dtype) != before:
-                device, dtype = before
+        for module, before, first in self.placed:
+            if _first_place(module) != first and (now := _place(module)) != before:
+                was, is_now = (f"on {device} in {dtype}" for device, dtype in (before, now))
                 raise RuntimeError(
-                    f"the {type(module).__name__} was on {device} in {dtype} at prepare(), and is on {module.device} in "
-                    f"{module.dtype} now: call prepare() anew"
+                    f"the {type(module).__name__} was {was} at prepare(), and is {is_now} now: call prepare() anew"
                 )
 
     def use_tiny_vae(self, tiny: TinyVideoDecoder) -> None:
@@ -239,9 +238,9 @@ class VideoAdapter(ABC):
             drawn = probe.draw(plan, drawn.history, generator)
         return drawn
 
-    def why_plain(self, call: Arguments) -> str | None:
-        """Why a stream with these arguments cannot be accelerated, and what to pass; None where it can."""
-        return None
+    def has_breaks(self, call: Arguments) -> bool:
+        """Whether the blocks of the network, with these arguments, are compiled in several graphs each."""
+        return False
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
         """Have this function called in all shapes in which chunks call the network. Returns a tensor that it has drawn."""
@@ -429,6 +428,11 @@ def _preset(pipe: Pipeline) -> Call:
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds arguments of a pipeline's call by their names, not a {type(found).__name__}")
     return found
+
+
+def _place(module: Any) -> tuple[torch.device, torch.dtype]:
+    """A model's device and dtype. Its own `device` would look for modules offloaded by groups, which are refused."""
+    return next(module.parameters()).device, module.dtype
 
 
 def _first_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -179,8 +179,6 @@ class VideoModules:
                 raise NotImplementedError(
                     f"{type(adapter.pipe).__name__} is accelerated by 'compile' and not by {kind!r}: {adapter.in_blocks}"
                 )
-            if reason := adapter.why_plain(self._prepared.plan.call):
-                raise ValueError(f"{reason}, or accelerate('none')")
         if kind in EXPORTED:
             from streamflow.acceleration.errors import NotExportable
 
@@ -206,6 +204,7 @@ class VideoModules:
                 exportable=False,
                 capturable=False,
                 blocks=list(plain.blocks),
+                breaks=adapter.has_breaks(plan.call),
                 warm_up=partial(adapter.warm_up, plan),
             )
             return _parts_of(velocity, self._decoder_part())
@@ -239,13 +238,13 @@ class VideoModules:
     def _drawn_example(self) -> tuple[Arguments, Drawn]:
         """The `example` of the adapter, kept for the next request unless the pipe's modules or the arguments differ."""
         assert self._prepared is not None, "connect was called"
-        pipe, plan = self._prepared.adapter.pipe, self._prepared.plan
-        made_of = [(one, one.device, one.dtype) for one in (pipe.transformer, pipe.vae)], pipe.scheduler
+        adapter, plan = self._prepared.adapter, self._prepared.plan
+        made_of = [(module, place) for module, place, _ in adapter.placed], adapter.pipe.scheduler
         if self._example is not None:
             example, before, drawn_for = self._example
             if made_of == before and (plan is drawn_for or _settings(plan) == _settings(drawn_for)):
                 return example
-        self._example = self._prepared.adapter.example(plan), made_of, plan
+        self._example = adapter.example(plan), made_of, plan
         return self._example[0]
 
     def _identity(self) -> tuple[object, ...]:

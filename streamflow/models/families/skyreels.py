@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor, _get_qkv_projections
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -58,10 +57,6 @@ class _Window:
         """One to draw on, so that this one stays as it is."""
         schedulers = copy.deepcopy(self.schedulers)
         return replace(self, latents=self.latents.clone(), schedulers=schedulers, keys=dict(self.keys), video=None)
-
-
-class _Called(Exception):
-    """Ends a chunk once the network has been called."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +158,9 @@ class SkyReels(CausallyDecoded):
                 f"another one in every step"
             )
         for attention in _self_attention(self.pipe.transformer):
-            if type(attention.processor) is not SkyReelsV2AttnProcessor:
-                other = type(attention.processor).__name__
-                raise ValueError(f"{KEEP} needs diffusers' own SkyReelsV2AttnProcessor in the network, not {other}")
+            kind: Any = type(attention.processor)  # that of `attention="fa3"` has the same code
+            if getattr(vars(kind).get("__call__"), "__code__", None) is not SkyReelsV2AttnProcessor.__call__.__code__:
+                raise ValueError(f"{KEEP} needs diffusers' own SkyReelsV2AttnProcessor in the network, not {kind.__name__}")
 
     def _check_start(self, call: Arguments, sizes: _Sizes) -> None:
         """The image or the video, which the pipeline's own processor reads."""
@@ -190,24 +185,23 @@ class SkyReels(CausallyDecoded):
             if video.shape[2] < least:
                 raise ValueError(f"video has {video.shape[2]} frames, and a block is {least}: pass {least} or more")
 
-    def why_plain(self, call: Arguments) -> str | None:
-        kept = f"with {KEEP}=True the attention changes in every step, and would be compiled each time: pass {KEEP}=False"
-        return kept if call.get(KEEP) else None
+    def has_breaks(self, call: Arguments) -> bool:
+        return bool(call.get(KEEP))  # `_UnderKeys`
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        """One call under each prompt: all others have the same shapes."""
-        prompts = sum(plan.call[name] is not None for name in EMBEDS)
-        outputs: list[Tensor] = []
+        """One call in each shape, in the first window and in the next one, which begins under frames of the first."""
+        sizes = self._sizes(self.defaults() | dict(plan.call))
+        outputs: dict[tuple[torch.Size, torch.Size], Tensor] = {}
 
         def call(**given: Any) -> tuple[Tensor]:
-            outputs.append(network(**given)[0])
-            if len(outputs) == prompts:
-                raise _Called
-            return (outputs[-1],)
+            x = given["hidden_states"]
+            shapes = x.shape, given["encoder_hidden_states"].shape
+            if shapes not in outputs:
+                outputs[shapes] = network(**given)[0]
+            return (torch.zeros_like(x),)  # later outputs are under keys that no call has set
 
-        with suppress(_Called):  # the first chunks of a window may be given
-            self.draw_first(plan, call, self._sizes(self.defaults() | dict(plan.call)).window)
-        return outputs[-1]
+        self.draw_first(plan, call, (2 * sizes.window - sizes.overlap) // sizes.block)
+        return next(iter(outputs.values()))
 
     # -- one chunk ------------------------------------------------------------------------------------------------------
 
@@ -391,7 +385,9 @@ class _UnderKeys:
         rotations: tuple[Tensor, Tensor],
         blocks: Sequence[slice],
     ) -> None:
-        self._own, self._layers, self._k, self._blocks = own, layers, k, blocks
+        dispatch = type(own).__call__.__globals__["dispatch_attention_fn"]  # `attention="fa3"` replaces it there
+        self._dispatch = partial(dispatch, backend=own._attention_backend, parallel_config=own._parallel_config)
+        self._layers, self._k, self._blocks = layers, k, blocks
         self._part = slice(blocks[0].start, blocks[-1].stop)
         self._tokens = rotations[0].shape[1]
         self._rotations = [one[:, self._part] for one in rotations]
@@ -402,20 +398,22 @@ class _UnderKeys:
         query, key, value = _get_qkv_projections(attn, hidden_states, hidden_states)
         query, key, value = (one.unflatten(2, (attn.heads, -1)) for one in (attn.norm_q(query), attn.norm_k(key), value))
         query, key = (_rotated(one, *self._rotations) for one in (query, key))
+        out = self._attend(query, key, value).flatten(2, 3).type_as(query)
+        for module in attn.to_out:
+            out = module(out)
+        return out
+
+    @torch.compiler.disable()  # it would be compiled anew for each place in the window
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep keys and values, `[1, n, heads, d]`, and return the attention of the queries."""
         if self._k not in self._layers:
             whole = [one.new_empty(1, self._tokens, *one.shape[2:]) for one in (key, value)]
             self._layers[self._k] = (whole[0], whole[1])
         keys, values = self._layers[self._k]
         keys[:, self._part], values[:, self._part] = key, value
-        attend = partial(
-            dispatch_attention_fn, backend=self._own._attention_backend, parallel_config=self._own._parallel_config
-        )
         queries = query.split([block.stop - block.start for block in self._blocks], dim=1)
-        each = [attend(one, keys[:, : b.stop], values[:, : b.stop]) for one, b in zip(queries, self._blocks, strict=True)]
-        out = torch.cat(each, dim=1).flatten(2, 3).type_as(query)
-        for module in attn.to_out:
-            out = module(out)
-        return out
+        before = [(keys[:, : block.stop], values[:, : block.stop]) for block in self._blocks]
+        return torch.cat([self._dispatch(one, *seen) for one, seen in zip(queries, before, strict=True)], dim=1)
 
 
 def _self_attention(network: Any) -> list[Any]:
