@@ -1,6 +1,7 @@
 """Acceleration from outside: the same images, the plain modules untouched once it is undone, and errors that say what."""
 
 import hashlib
+import warnings
 
 import pytest
 import torch
@@ -137,9 +138,11 @@ def test_a_failure_leaves_the_stream_plain(own_stream, monkeypatch):
     assert drawn(stream).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:torch.compile does not trace this")
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_an_error_of_the_network_is_raised_as_it_is(own_stream, monkeypatch, fullgraph):
     def forward(self, hidden_states, *args, **kwargs):
+        warnings.warn("torch.compile does not trace this", stacklevel=2)
         raise ValueError(f"no mask for {hidden_states.shape[0]} rows")
 
     stream = own_stream()

@@ -277,8 +277,9 @@ def test_a_network_that_was_moved_is_told(pipes):
     stream, plain = stream_of(pipe), latents(stream_of(pipe), 2)
     stream()
     pipe.transformer.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="was on cpu in torch.float32 at prepare.*call prepare\\(\\) anew"):
-        stream()
+    for call in (stream, lambda: stream.accelerate("compile", backend="eager")):
+        with pytest.raises(RuntimeError, match="was on cpu in torch.float32 at prepare.*call prepare\\(\\) anew"):
+            call()
     stream.prepare(seed=SEED, **SMALL)
     assert not equal(latents(stream, 2), plain)
 

@@ -39,7 +39,7 @@ class Part:
         module is compiled whole or by its repeated blocks.
     blocks: the repeated blocks of a module that takes more than tensors and is called in several shapes. They alone are
         compiled.
-    breaks: these blocks are compiled in several graphs each, whatever `fullgraph` says.
+    breaks: graph breaks are allowed in these blocks, whatever `fullgraph` says.
     warm_up: calls the function that it is given, in the place of the module, in all its shapes, and returns a tensor. None:
         the module is called once, with `inputs`.
     """

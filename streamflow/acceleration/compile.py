@@ -41,7 +41,7 @@ class Options:
         call (Lumina2, Chroma) runs without one, which is logged.
     regional: compile repeated blocks only. None: if lists of them hold 80 % of the weights. True: also in a network without
         such lists (a UNet), where each module is compiled whose class occurs four times or more; the rest runs eagerly.
-    fullgraph: raise an error instead of a graph break, unless the network needs breaks (SkyReels with `use_kv_cache`).
+    fullgraph: raise an error instead of a graph break. The blocks of SkyReels may break (`use_kv_cache` does).
     channels_last: convolutions in that memory format.
     fuse_qkv: attention projections as one matrix, for networks that support it and have no adapters (LoRA).
     quantize: "fp8", "fp8-tensor" or "int8": matrices of a transformer in eight bits (`quantize.KINDS`). The images differ by
@@ -122,7 +122,7 @@ class Compiled(nn.Module):
     def __init__(self, module: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
         self.module = module
-        self._call = partial(_call_compiled, type(module).__name__, call)
+        self._call = partial(_call_compiled, module, call)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
@@ -134,25 +134,26 @@ class CompiledCall:
 
     def __init__(self, block: nn.Module, call: Callable[..., Any]):
         self.block, self.before, self.ended = block, block._compiled_call_impl, False
-        self._call = partial(_call_compiled, type(block).__name__, call)
+        self._call = partial(_call_compiled, block, call)
         block._compiled_call_impl = cast("Any", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
 
-def _call_compiled(name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call the compiled code of a module of this class."""
+def _call_compiled(module: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call the compiled code of a module."""
     import torch._dynamo as dynamo
-    from torch._dynamo.exc import ObservedException, Unsupported
+    from torch._dynamo.exc import TorchDynamoException, Unsupported
 
     with dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=8 * RECOMPILATIONS):
         try:
             return call(*args, **kwargs)
-        except Unsupported as error:
-            if isinstance(error.__cause__, ObservedException):  # the module's own error, of which torch keeps the type alone
-                with torch.compiler.set_stance("force_eager"):
-                    call(*args, **kwargs)
+        except TorchDynamoException as error:
+            module._call_impl(*args, **kwargs)  # raises the module's own error, if it is one, as it is
+            if not isinstance(error, Unsupported):
+                raise
+            name = type(module).__name__
             raise RuntimeError(f"{name} does not compile as one graph: pass fullgraph=False to allow breaks") from error
 
 

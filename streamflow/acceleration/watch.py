@@ -3,7 +3,7 @@ the adapter strengths of its capture. It follows values that are changed in plac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, Protocol, cast
 
@@ -33,7 +33,7 @@ class Watch:
         wraps = [is_traceable_wrapper_subclass(t) for t in tensors]
         self._plain = [t for t, wrapper in zip(tensors, wraps, strict=True) if not wrapper]
         self._wrappers = [t for t, wrapper in zip(tensors, wraps, strict=True) if wrapper]
-        self._inner = [(t, attrgetter(path)) for t in self._wrappers for path in inner_paths(t)]
+        self._inner = [(t, inner) for t in self._wrappers for inner in map(attrgetter, inner_paths(t))]
         modules = list(self.module.modules())
         self._networks = [m for m in modules if hasattr(m, "add_adapter")]
         self._adapters = [cast(AdapterLayer, m) for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
@@ -46,7 +46,7 @@ class Watch:
     def _state(self) -> tuple:
         return (
             [t.data_ptr() for t in self._plain],
-            [inner(t).data_ptr() for t, inner in self._inner],
+            [_address(t, inner) for t, inner in self._inner],
             self.adapters(),
         )
 
@@ -74,6 +74,14 @@ class WeightWatch(Watch):
 def version_of(tensor: Tensor) -> int | None:
     """The number of in-place writes to a tensor. None for inference tensors, where torch does not count them."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _address(wrapper: Tensor, inner: Callable[[Tensor], Tensor]) -> int | None:
+    """Of one of its inner tensors. None if the wrapper has become one of another kind."""
+    try:
+        return inner(wrapper).data_ptr()
+    except AttributeError:
+        return None
 
 
 def inner_paths(wrapper: Any) -> Iterator[str]:

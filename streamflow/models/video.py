@@ -132,6 +132,7 @@ class VideoAdapter(ABC):
     this adapter alone. decoder: the VAE's, of chunks that are decoded by themselves; likewise. call_decoder: as that of a
     `CausalCodec`, for what is decoded by latent frames. lacks: features that streams of this family do not have, with the
     reason. in_blocks: why only the blocks of the network can be compiled; None: it is a function of tensors.
+    breaks: graph breaks are allowed in these blocks.
 
     Raises:
         ValueError: where made, for a pipeline that is offloaded, whose network has a cache, or with a bad `PRESET` file.
@@ -142,6 +143,7 @@ class VideoAdapter(ABC):
     read: ClassVar[tuple[str, ...]] = ()
     lacks: ClassVar[Mapping[str, str]] = {}
     in_blocks: ClassVar[str | None] = None
+    breaks: ClassVar[bool] = False
 
     def __init__(self, pipe: Pipeline) -> None:
         check_placement(pipe)
@@ -164,6 +166,7 @@ class VideoAdapter(ABC):
         self.call_decoder: Callable[..., Tensor] | None = None
         self._vae = Undecoded(pipe.vae)
         own = (pipe.transformer, self.network), (pipe.vae, self._vae)
+        # modules, their places, and those of their first parameters, which are read faster
         self.placed = [(module, (view.device, view.dtype), _first_place(module)) for module, view in own]
         self._view = copy.copy(pipe)
         vars(self._view).update(
@@ -237,10 +240,6 @@ class VideoAdapter(ABC):
         for _ in range(1, chunks if most is None else min(chunks, most)):
             drawn = probe.draw(plan, drawn.history, generator)
         return drawn
-
-    def has_breaks(self, call: Arguments) -> bool:
-        """Whether the blocks of the network, with these arguments, are compiled in several graphs each."""
-        return False
 
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
         """Have this function called in all shapes in which chunks call the network. Returns a tensor that it has drawn."""

@@ -204,7 +204,7 @@ class VideoModules:
                 exportable=False,
                 capturable=False,
                 blocks=list(plain.blocks),
-                breaks=adapter.has_breaks(plan.call),
+                breaks=adapter.breaks,
                 warm_up=partial(adapter.warm_up, plan),
             )
             return _parts_of(velocity, self._decoder_part())
@@ -239,6 +239,7 @@ class VideoModules:
         """The `example` of the adapter, kept for the next request unless the pipe's modules or the arguments differ."""
         assert self._prepared is not None, "connect was called"
         adapter, plan = self._prepared.adapter, self._prepared.plan
+        adapter.check_placed()
         made_of = [(module, place) for module, place, _ in adapter.placed], adapter.pipe.scheduler
         if self._example is not None:
             example, before, drawn_for = self._example

@@ -201,9 +201,9 @@ class VideoStream:
         options: those of the kind, such as `quantize="fp8"` (`streamflow.acceleration.<kind>.Options`).
 
         Of the VAE the decoder of one latent frame is compiled, on a GPU only, since it takes minutes on a CPU. A VAE that
-        decodes each chunk by itself gets a CUDA graph. Called before `prepare`, it takes effect there. Each shape is
-        compiled or captured in the first call that has it. What was changed in the network is put back by "none" and by
-        `close`.
+        decodes each chunk by itself gets a CUDA graph. Called before `prepare`, it takes effect there. A shape
+        that no call at the start has is compiled or captured in the first one that has it. What was changed in the network
+        is put back by "none" and by `close`.
 
         Raises:
             ValueError, TypeError: an unknown kind or option. RuntimeError: this device cannot do it. NotImplementedError:

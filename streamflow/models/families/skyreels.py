@@ -85,6 +85,7 @@ class SkyReels(CausallyDecoded):
         ("guidance_on", "viewers"), "the attention of its network is set from outside for the blocks of each chunk"
     )
     in_blocks = lacks["viewers"]
+    breaks = True  # `_UnderKeys`: streams of one pipe, with and without kept keys, call the same blocks
     changeable = frozenset(
         "prompt negative_prompt prompt_embeds negative_prompt_embeds max_sequence_length guidance_scale".split()
     )
@@ -185,11 +186,9 @@ class SkyReels(CausallyDecoded):
             if video.shape[2] < least:
                 raise ValueError(f"video has {video.shape[2]} frames, and a block is {least}: pass {least} or more")
 
-    def has_breaks(self, call: Arguments) -> bool:
-        return bool(call.get(KEEP))  # `_UnderKeys`
-
     def warm_up(self, plan: VideoPlan, network: Callable[..., Any]) -> Tensor:
-        """One call in each shape, in the first window and in the next one, which begins under frames of the first."""
+        """One call in each shape, in the first window and in the next one, which begins under frames of the first: with one
+        prompt, and with another one for each chunk, which drops kept keys."""
         sizes = self._sizes(self.defaults() | dict(plan.call))
         outputs: dict[tuple[torch.Size, torch.Size], Tensor] = {}
 
@@ -200,7 +199,12 @@ class SkyReels(CausallyDecoded):
                 outputs[shapes] = network(**given)[0]
             return (torch.zeros_like(x),)  # later outputs are under keys that no call has set
 
-        self.draw_first(plan, call, (2 * sizes.window - sizes.overlap) // sizes.block)
+        chunks = (2 * sizes.window - sizes.overlap) // sizes.block
+        self.draw_first(plan, call, chunks)
+        history = None
+        for _ in range(chunks if plan.call.get(KEEP) else 0):
+            embeds = {name: one.clone() for name in EMBEDS if (one := plan.call[name]) is not None}
+            history = self.draw_first(replace(plan, call={**plan.call, **embeds}), call, 1, history).history
         return next(iter(outputs.values()))
 
     # -- one chunk ------------------------------------------------------------------------------------------------------
@@ -358,13 +362,15 @@ class SkyReels(CausallyDecoded):
     def _under(self, keys: _Keys, x: Tensor, end: int, block: int) -> Iterator[None]:
         """Inside, the network draws the frames from `keys.frames` to `end` under the keys of all frames before `end`."""
         network: Any = base_network(self._view.transformer)
-        rotations = network.rope(x)
-        tokens = rotations[0].shape[1] // x.shape[2]
+        window = network.rope(x)
+        tokens = window[0].shape[1] // x.shape[2]
         blocks = [slice(start * tokens, (start + block) * tokens) for start in range(keys.frames, end, block)]
+        # copies, since compiled code depends on where a view begins
+        rotations = [one[:, blocks[0].start : blocks[-1].stop].clone() for one in window]
         layers = _self_attention(network)
         before = [attention.processor for attention in layers]
         for k, attention in enumerate(layers):
-            attention.set_processor(_UnderKeys(before[k], keys.layers, k, rotations, blocks))
+            attention.set_processor(_UnderKeys(before[k], keys.layers, k, window[0].shape[1], rotations, blocks))
         try:
             yield
         finally:
@@ -382,15 +388,14 @@ class _UnderKeys:
         own: SkyReelsV2AttnProcessor,
         layers: dict[int, tuple[Tensor, Tensor]],
         k: int,
-        rotations: tuple[Tensor, Tensor],
+        tokens: int,
+        rotations: Sequence[Tensor],
         blocks: Sequence[slice],
     ) -> None:
         dispatch = type(own).__call__.__globals__["dispatch_attention_fn"]  # `attention="fa3"` replaces it there
         self._dispatch = partial(dispatch, backend=own._attention_backend, parallel_config=own._parallel_config)
-        self._layers, self._k, self._blocks = layers, k, blocks
+        self._layers, self._k, self._tokens, self._rotations, self._blocks = layers, k, tokens, rotations, blocks
         self._part = slice(blocks[0].start, blocks[-1].stop)
-        self._tokens = rotations[0].shape[1]
-        self._rotations = [one[:, self._part] for one in rotations]
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None, attention_mask: object, rotary_emb: object
