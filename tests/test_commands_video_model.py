@@ -163,6 +163,17 @@ def test_it_is_accelerated_and_decoded_as_the_settings_say(folder):
         assert np.allclose(fast().images, own().images, atol=1e-4)
 
 
+def test_kept_keys_are_accelerated_too(folder):
+    windows = {"causal_block_size": 2, "base_num_frames": 13, "overlap_history": 5, "use_kv_cache": True}
+    given = {"model": folder("skyreels"), "device": "cpu", "width": 32, "height": 32, "prompt": "a fox"}
+    given |= {"num_inference_steps": 2, "seed": 3, "video": {"arguments": {**windows, "ar_step": 1}}}
+    with open_video(config.parse(given)) as own:
+        assert own.acceleration == "none"
+        expected = own().images
+    with open_video(config.parse({**given, "acceleration": {"kind": "compile", "options": {"backend": "eager"}}})) as fast:
+        assert fast.acceleration == "compile" and np.allclose(fast().images, expected, atol=1e-4)
+
+
 REFUSED = [
     (video, ["--control-maker", "canny"], "a video model does not use it"),
     (video, ["--in", "a.mp4"], "--in: a video model restyles no video"),

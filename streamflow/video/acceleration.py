@@ -240,7 +240,7 @@ class VideoModules:
         assert self._prepared is not None, "connect was called"
         adapter, plan = self._prepared.adapter, self._prepared.plan
         adapter.check_placed()
-        made_of = [(module, place) for module, place, _ in adapter.placed], adapter.pipe.scheduler
+        made_of = adapter.placed, adapter.pipe.scheduler
         if self._example is not None:
             example, before, drawn_for = self._example
             if made_of == before and (plan is drawn_for or _settings(plan) == _settings(drawn_for)):

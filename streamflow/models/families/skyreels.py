@@ -408,7 +408,7 @@ class _UnderKeys:
             out = module(out)
         return out
 
-    @torch.compiler.disable()  # it would be compiled anew for each place in the window
+    @torch.compiler.disable()  # torch would compile it anew for each place in the window
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keep keys and values, `[1, n, heads, d]`, and return the attention of the queries."""
         if self._k not in self._layers:
